@@ -1,0 +1,182 @@
+"""How an agent searches: one config for every rule, and searching old data."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import chex
+import jax
+
+from agents.core import unroll
+from search import policies
+from search.model import Model, PolicyOutput, TimeStep
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+  """What a search at decision time does.
+
+  Attributes:
+    rule: which rule selects, expands and decides.
+    num_simulations: simulations a decision; 0 acts with the network alone.
+    dirichlet_fraction: share of noise in the root's prior when exploring.
+    dirichlet_alpha: concentration of that noise.
+    pb_c_init: c_1 of PUCT.
+    pb_c_base: c_2 of PUCT.
+    minmax_delta: the least range that values are scaled by (rule
+      `efficientzero`).
+    max_considered: actions that Gumbel's sequential halving starts with.
+    max_depth: greatest depth of a leaf; 0 for no bound.
+  """
+
+  rule: Literal['efficientzero', 'puct', 'gumbel'] = 'efficientzero'
+  num_simulations: int = 50
+  dirichlet_fraction: float = 0.25
+  dirichlet_alpha: float = 0.3
+  pb_c_init: float = 1.25
+  pb_c_base: float = 19652.0
+  minmax_delta: float = 0.01
+  max_considered: int = 16
+  max_depth: int = 0
+
+  def __post_init__(self):
+    if self.num_simulations < 0:
+      raise ValueError(
+        f'num_simulations={self.num_simulations}: must be 0 or more'
+      )
+    for name in ('dirichlet_alpha', 'minmax_delta'):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and value <= 0:
+        raise ValueError(f'{name}={value}: must be above 0')
+    value = self.dirichlet_fraction
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+      raise ValueError(f'dirichlet_fraction={value}: must be within [0, 1]')
+
+
+Searcher = Callable[..., PolicyOutput]
+
+
+def make_search(config: SearchConfig) -> Searcher:
+  """The search that a config names.
+
+  Args:
+    config: see `SearchConfig`.
+
+  Returns:
+    `(params, key, root, recurrent_fn, *, invalid_actions=None, evaluate=False,
+    temperature=1.0) -> PolicyOutput`. With `evaluate` there is no noise and
+    the most visited action is taken.
+  """
+  shared: dict[str, Any] = {}
+  if config.num_simulations == 0:
+    return functools.partial(policies.raw)
+  shared['num_simulations'] = config.num_simulations
+  shared['max_depth'] = config.max_depth or None
+  if config.rule == 'gumbel':
+    return functools.partial(
+      _without_temperature,
+      policies.gumbel,
+      max_num_considered_actions=config.max_considered,
+      **shared,
+    )
+  shared.update(
+    dirichlet_fraction=config.dirichlet_fraction,
+    dirichlet_alpha=config.dirichlet_alpha,
+    pb_c_init=config.pb_c_init,
+    pb_c_base=config.pb_c_base,
+  )
+  if config.rule == 'efficientzero':
+    return functools.partial(
+      policies.efficientzero, minmax_delta=config.minmax_delta, **shared
+    )
+  return functools.partial(policies.puct, **shared)
+
+
+def _without_temperature(search, *args, temperature=1.0, **kwargs):
+  # Gumbel's own noise decides how far it explores.
+  del temperature
+  return search(*args, **kwargs)
+
+
+def make_planner(config: SearchConfig, *, evaluate: bool) -> Callable:
+  """A planner `(model, params, key, timestep) -> PolicyOutput`.
+
+  Args:
+    config: see `SearchConfig`.
+    evaluate: without noise, the best action.
+
+  Returns:
+    The planner; its output holds no tree.
+  """
+  search = make_search(config)
+
+  def planner(model: Model, params: Any, key, timestep: TimeStep):
+    root_key, search_key = jax.random.split(key)
+    root = model.root(params, timestep, root_key)
+    output = search(
+      params,
+      search_key,
+      root,
+      model.step,
+      invalid_actions=timestep.invalid_actions,
+      evaluate=evaluate,
+    )
+    return output._replace(search_tree=None)
+
+  return planner
+
+
+def research(
+  search: Searcher,
+  model: Model,
+  params: Any,
+  key: chex.PRNGKey,
+  timestep: TimeStep,
+  chunk: int = 0,
+) -> tuple[chex.Array, chex.Array]:
+  """Searches again, with fresh parameters, where old data was recorded.
+
+  Exploration noise is on, as when the data was made.
+
+  Args:
+    search: from `make_search`.
+    model: the model whose parameters are given.
+    params: usually the target parameters.
+    key: consumed.
+    timestep: leaves `[B, S, ...]`.
+    chunk: roots searched at once, to bound memory; 0 for all of them. It must
+      divide `B * S`.
+
+  Returns:
+    Action weights float32 `[B, S, A]` and root values float32 `[B, S]`.
+
+  Source: MuZero Reanalyze (Schrittwieser 2020), Appendix H.
+  """
+  batch = timestep.reward.shape[0]
+  roots = unroll.flatten_steps(timestep)
+  num_roots = roots.reward.shape[0]
+
+  def one(args):
+    key, roots = args
+    root = model.root(params, roots, key)
+    output = search(
+      params,
+      key,
+      root,
+      model.step,
+      invalid_actions=roots.invalid_actions,
+    )
+    return output.action_weights, output.value
+
+  if not chunk or num_roots <= chunk:
+    result = one((key, roots))
+  else:
+    if num_roots % chunk:
+      raise ValueError(
+        f'reanalyze_chunk={chunk}: must divide the {num_roots} roots of a batch'
+      )
+    split = unroll.unflatten_steps(roots, num_roots // chunk)
+    keys = jax.random.split(key, num_roots // chunk)
+    result = unroll.flatten_steps(jax.lax.map(one, (keys, split)))
+  return unroll.unflatten_steps(result, batch)

@@ -1,0 +1,166 @@
+"""The contracts: what an agent is, and what passes between it and a source.
+
+Axes: `B` batch of independent streams or samples, `L` steps of a window,
+`A` actions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import numpy as np
+
+from search.model import Model, TimeStep
+
+
+class ArraySpec(NamedTuple):
+  """Shape (without batch) and dtype of one array of an observation."""
+
+  shape: tuple[int, ...]
+  dtype: Any = np.float32
+
+
+class Discrete(NamedTuple):
+  """`num_actions` enumerable actions, int32 scalars in `[0, num_actions)`."""
+
+  num_actions: int
+
+
+class Continuous(NamedTuple):
+  """Real vectors of `shape`, each component within `[low, high]`.
+
+  `low` and `high` are float32 numpy arrays of that shape.
+  """
+
+  shape: tuple[int, ...]
+  low: np.ndarray
+  high: np.ndarray
+
+
+class Spec(NamedTuple):
+  """What an agent must know of an environment.
+
+  Attributes:
+    observation: pytree of `ArraySpec`, as the agent sees it (frames stacked
+      along the last axis, channels last).
+    action: `Discrete` or `Continuous`.
+    frame_stack: how many consecutive frames one observation holds. A replay
+      stores single frames: the last `C / frame_stack` channels.
+    masks_actions: whether time steps carry `invalid_actions`.
+    name: the environment's name, for error messages.
+  """
+
+  observation: Any
+  action: Discrete | Continuous
+  frame_stack: int = 1
+  masks_actions: bool = False
+  name: str = 'environment'
+
+
+class Experience(NamedTuple):
+  """One row of a stream: a time step and what the agent did on it.
+
+  Attributes:
+    timestep: `[B]` rows of `TimeStep`.
+    action: `[B, ...]`, ignored by the environment where `timestep.is_last()`.
+    extras: dict of arrays `[B, ...]` that `act` returned (search policy and
+      value, log-probabilities).
+  """
+
+  timestep: TimeStep
+  action: chex.Array
+  extras: dict[str, chex.Array]
+
+
+class Sample(NamedTuple):
+  """Where a batch's rows came from, so that feedback finds them again.
+
+  Attributes:
+    index: int32 `[B]`, slots in the replay.
+    generation: int32 `[B]`, how often the slot had been written when it was
+      drawn; a priority whose generation is stale is dropped.
+    weight: float32 `[B]`, importance weights, at most 1.
+    age: float32 `[B]`, decisions that the source has taken since the row was
+      written.
+  """
+
+  index: chex.Array
+  generation: chex.Array
+  weight: chex.Array
+  age: chex.Array
+
+
+class Transition(NamedTuple):
+  """Single transitions, for agents that bootstrap one step.
+
+  Attributes:
+    o_tm1: observation pytree, `[B, ...]`.
+    a_tm1: `[B, ...]`.
+    r_t: float32 `[B]`.
+    discount_t: float32 `[B]`, 0 at termination, else 1.
+    o_t: observation pytree, `[B, ...]`, the true next one.
+    sample: where the rows came from; None for a fixed dataset.
+  """
+
+  o_tm1: Any
+  a_tm1: chex.Array
+  r_t: chex.Array
+  discount_t: chex.Array
+  o_t: Any
+  sample: Sample | None = None
+
+
+class Trajectory(NamedTuple):
+  """Windows of consecutive steps, for agents that unroll.
+
+  All leaves of `experience` are `[B, L, ...]`: `experience.timestep.reward[:,
+  k]` is received on arriving at step `k`, after `experience.action[:, k - 1]`.
+
+  Attributes:
+    experience: the rows.
+    valid: bool `[B, L]`, step `k` belongs to the episode of step 0. The
+      episode's last time step is valid (a value may be bootstrapped from it
+      if it was truncated); rows behind it are not.
+    sample: where the windows came from; None for a fresh trajectory.
+  """
+
+  experience: Experience
+  valid: chex.Array
+  sample: Sample | None = None
+
+
+class Info(NamedTuple):
+  """What `update` tells besides its new state.
+
+  Attributes:
+    metrics: dict of float32 scalars.
+    priorities: float32 `[B]`, new priorities of the batch's rows in raw
+      units; None for agents that do not prioritise.
+  """
+
+  metrics: dict[str, chex.Array]
+  priorities: chex.Array | None = None
+
+
+class Agent(NamedTuple):
+  """An agent: pure functions over a state that is a pytree.
+
+  `state.params` is all that actors receive.
+
+  Attributes:
+    init: `(key) -> state`.
+    act: `(params, key, timestep) -> (action, extras)`, batched over `B`
+      streams; explores. None for a thing that only learns.
+    update: `(state, batch, key) -> (state, Info)`.
+    refresh: `(state, batch, step, key) -> batch`, new targets for old data
+      with the state's target parameters (reanalyze); None without.
+    model: the learned `Model`, for planners; None without.
+    evaluate: `(params, batch, key) -> metrics`, losses on held-out data.
+  """
+
+  init: Callable[[chex.PRNGKey], Any]
+  act: Callable[..., tuple[chex.Array, dict[str, chex.Array]]] | None
+  update: Callable[..., tuple[Any, Info]]
+  refresh: Callable[..., Any] | None = None
+  model: Model | None = None
+  evaluate: Callable[..., dict[str, chex.Array]] | None = None

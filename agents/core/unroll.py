@@ -1,0 +1,234 @@
+"""Leaves that every agent with a learned latent model shares.
+
+Axes: `B` batch, `K` unrolled steps, `A` actions, `N` bins.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import mctx
+
+from agents.core import optim
+from networks import heads
+from networks.muzero import MuZeroNetworks
+from search import value_prefix
+from search.model import Model, TimeStep
+
+
+class Params(NamedTuple):
+  """What an acting learned model needs; the `params` of the MuZero family.
+
+  Attributes:
+    network: trained parameters.
+    statistics: running batch statistics, not seen by the optimiser.
+    step: int32 scalar, number of updates behind these parameters (the
+      temperature of acting depends on it).
+  """
+
+  network: Any
+  statistics: Any
+  step: chex.Array
+
+
+class Unrolled(NamedTuple):
+  """Outputs of a model unrolled over `K` actions.
+
+  Attributes:
+    policy_logits: float32 `[K + 1, B, A]`.
+    value_logits: float32 `[K + 1, B, N]`.
+    reward_logits: float32 `[K, B, N]`, of arriving at steps 1 to K.
+    states: `[K, B, ...]`, latent states 1 to K.
+    statistics: batch statistics after the unroll.
+  """
+
+  policy_logits: chex.Array
+  value_logits: chex.Array
+  reward_logits: chex.Array
+  states: chex.Array
+  statistics: Any
+
+
+def unroll(
+  networks: MuZeroNetworks,
+  params: Any,
+  statistics: Any,
+  state: chex.Array,
+  action: chex.Array,
+  *,
+  train: bool,
+  reset_every: int | None = None,
+  gradient_scale: float = 0.5,
+) -> Unrolled:
+  """Unrolls the dynamics from `state` over given actions.
+
+  The gradient into each dynamics step is scaled on the dynamics' side only,
+  so that a step's own heads train it in full (MuZero, Appendix G; the
+  official EfficientZero code halves those, too).
+
+  Args:
+    networks: the functions.
+    params: their parameters.
+    statistics: their batch statistics.
+    state: `[B, ...]`, the represented first observation.
+    action: int32 `[B, K]`.
+    train: whether batch statistics are used and updated.
+    reset_every: steps between resets of the value prefix's recurrent state;
+      None where rewards are predicted one by one.
+    gradient_scale: factor on the gradient into each dynamics step.
+
+  Returns:
+    `Unrolled`.
+  """
+  chex.assert_rank(action, 2)
+  policy_0, value_0, statistics = networks.predict(
+    params, statistics, state, train
+  )
+  initial = networks.initial_carry(state.shape[0])
+  steps = jnp.arange(action.shape[1])
+  reset = steps % (reset_every or 1) == 0
+
+  def body(scanned, xs):
+    state_tm1, carry, statistics = scanned
+    action_tm1, reset_tm1 = xs
+    carry = jax.tree.map(
+      lambda fresh, old: jnp.where(reset_tm1, fresh, old), initial, carry
+    )
+    state_tm1 = optim.scale_gradient(state_tm1, gradient_scale)
+    state_t, statistics = networks.dynamics(
+      params, statistics, state_tm1, action_tm1, train
+    )
+    reward, carry, statistics = networks.reward(
+      params, statistics, state_tm1, action_tm1, state_t, carry, train
+    )
+    policy, value, statistics = networks.predict(
+      params, statistics, state_t, train
+    )
+    return (state_t, carry, statistics), (policy, value, reward, state_t)
+
+  (_, _, statistics), (policy, value, reward, states) = jax.lax.scan(
+    body, (state, initial, statistics), (action.T, reset)
+  )
+  return Unrolled(
+    policy_logits=jnp.concatenate([policy_0[None], policy]),
+    value_logits=jnp.concatenate([value_0[None], value]),
+    reward_logits=reward,
+    states=states,
+    statistics=statistics,
+  )
+
+
+def learned_model(
+  networks: MuZeroNetworks,
+  *,
+  gamma: chex.Numeric,
+  prefix_horizon: int | None = None,
+) -> Model:
+  """The `Model` of a learned latent model, for any planner.
+
+  Args:
+    networks: the functions; `params` of the model are `Params`.
+    gamma: the model's constant discount. The model knows no termination:
+      states behind it are trained towards value and reward 0.
+    prefix_horizon: steps between resets of the value prefix; None where
+      rewards are predicted one by one.
+
+  Returns:
+    `Model` whose values are in raw units.
+  """
+
+  def root(params, timestep: TimeStep, key):
+    del key
+    state, _ = networks.represent(
+      params.network, params.statistics, timestep.observation, False
+    )
+    prior_logits, value, _ = networks.predict(
+      params.network, params.statistics, state, False
+    )
+    embedding = state
+    if prefix_horizon is not None:
+      carry = networks.initial_carry(state.shape[0])
+      embedding = value_prefix.root_embedding(state, carry)
+    return mctx.RootFnOutput(
+      prior_logits=prior_logits,
+      value=heads.from_logits(value),
+      embedding=embedding,
+    )
+
+  def advance(params, action, state, carry):
+    network, statistics = params.network, params.statistics
+    next_state, _ = networks.dynamics(network, statistics, state, action, False)
+    reward, carry, _ = networks.reward(
+      network, statistics, state, action, next_state, carry, False
+    )
+    prior_logits, value, _ = networks.predict(
+      network, statistics, next_state, False
+    )
+    reward, value = heads.from_logits(reward), heads.from_logits(value)
+    return reward, prior_logits, value, next_state, carry
+
+  def plain_step(params, key, action, state):
+    del key
+    reward, prior_logits, value, next_state, _ = advance(
+      params, action, state, networks.initial_carry(action.shape[0])
+    )
+    output = mctx.RecurrentFnOutput(
+      reward=reward,
+      discount=jnp.full_like(reward, gamma),
+      prior_logits=prior_logits,
+      value=value,
+    )
+    return output, next_state
+
+  def prefix_step(params, key, action, state, carry):
+    del key
+    prefix, prior_logits, value, next_state, carry = advance(
+      params, action, state, carry
+    )
+    return value_prefix.PrefixStep(
+      prefix=prefix,
+      discount=jnp.full_like(prefix, gamma),
+      prior_logits=prior_logits,
+      value=value,
+      state=next_state,
+      carry=carry,
+    )
+
+  if prefix_horizon is None:
+    return Model(root=root, step=plain_step)
+  step = value_prefix.recurrent_fn(prefix_step, prefix_horizon)
+  return Model(root=root, step=step)
+
+
+def flatten_steps(tree: Any) -> Any:
+  """Merges the two leading axes of every leaf, `[B, L, ...] -> [B * L, ...]`.
+
+  A row's first axis varies slowest.
+  """
+  return jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), tree)
+
+
+def unflatten_steps(tree: Any, batch: int) -> Any:
+  """The inverse of `flatten_steps` for a known batch size."""
+  return jax.tree.map(lambda x: x.reshape((batch, -1) + x.shape[1:]), tree)
+
+
+def visit_temperature(
+  step: chex.Array,
+  total_updates: chex.Numeric,
+) -> chex.Array:
+  """Temperature of acting: 1, then 1/2 and 1/4 from 50% and 75% of training.
+
+  Args:
+    step: int32 scalar, updates so far.
+    total_updates: updates of the whole run.
+
+  Returns:
+    float32 scalar.
+
+  Source: MuZero (Schrittwieser 2020), Appendix D.
+  """
+  progress = step / total_updates
+  late = jnp.where(progress < 0.75, 0.5, 0.25)
+  return jnp.where(progress < 0.5, 1.0, late).astype(jnp.float32)

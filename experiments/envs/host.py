@@ -1,0 +1,306 @@
+"""What a simulator on the host is, and what all of them share.
+
+Axes: `E` parallel environments. Everything here is numpy.
+
+Time: a `TimeStep` is as `search.model` says. After a time step with
+`is_last()` the next call of `step` ignores that environment's action and
+returns the first time step of its next episode (reward 0, discount 1).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from agents.core.types import ArraySpec, Continuous, Discrete, Spec
+from search.model import TimeStep
+
+
+class EpisodeStats(NamedTuple):
+  """Whole games that ended at this step, whatever the agent was shown.
+
+  Attributes:
+    finished: bool `[E]`, the game ended (not merely a life).
+    returns: float64 `[E]`, undiscounted sum of its unclipped rewards; 0 where
+      not finished.
+    lengths: int64 `[E]`, its decisions; 0 where not finished.
+  """
+
+  finished: np.ndarray
+  returns: np.ndarray
+  lengths: np.ndarray
+
+
+class Simulator(NamedTuple):
+  """`E` running environments.
+
+  Attributes:
+    reset: `() -> TimeStep`, new episodes everywhere.
+    step: `(action [E, ...]) -> (TimeStep, EpisodeStats)`. Raises ValueError
+      on an action of the wrong shape, dtype or range.
+    close: `() -> None`, frees threads and memory.
+  """
+
+  reset: Callable[[], TimeStep]
+  step: Callable[[np.ndarray], tuple[TimeStep, EpisodeStats]]
+  close: Callable[[], None]
+
+
+class HostEnvironment(NamedTuple):
+  """A recipe for simulators.
+
+  Attributes:
+    spec: what an agent must know.
+    num_envs: `E`.
+    start: `(seed) -> Simulator`, a fresh one. The same seed gives the same
+      stream; different seeds, neighbours too, give unrelated streams.
+  """
+
+  spec: Spec
+  num_envs: int
+  start: Callable[[int], Simulator]
+
+
+def env_seeds(seed: int, num_envs: int) -> list[int]:
+  """One seed for each environment, unrelated to those of nearby `seed`s.
+
+  Args:
+    seed: at least 0.
+    num_envs: `E`.
+
+  Returns:
+    `E` distinct ints in `[0, 2**31)`.
+
+  Raises:
+    ValueError: `seed` is negative or not an integer.
+  """
+  if not isinstance(seed, int | np.integer) or seed < 0:
+    raise ValueError(f'seed={seed!r}: must be an integer of at least 0')
+  # Twice as many as needed, so that the rare duplicate can be passed over.
+  words = np.random.SeedSequence(int(seed)).generate_state(2 * num_envs) >> 1
+  return list(dict.fromkeys(words.tolist()))[:num_envs]
+
+
+def check_num_envs(num_envs: int) -> None:
+  """Raises ValueError unless `num_envs` is an integer of at least 1."""
+  if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+    raise ValueError(f'num_envs={num_envs!r}: must be an integer of at least 1')
+
+
+def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
+  """The action as a simulator takes it, or a ValueError.
+
+  Simulators written in C++ abort the process or silently read past their
+  tables on a bad action, so none passes here.
+
+  Args:
+    action: integers `[E]` for `Discrete`, floats `[E, *shape]` for
+      `Continuous`.
+    spec: of the environment.
+    num_envs: `E`.
+
+  Returns:
+    int32 `[E]`, or float32 `[E, *shape]` clipped to the bounds, which it may
+    exceed by rounding (1e-5 of the range) only.
+  """
+  action = np.asarray(action)
+  kind = spec.action
+  shape = (num_envs,) + (() if isinstance(kind, Discrete) else kind.shape)
+  if action.shape != shape:
+    raise ValueError(
+      f'{spec.name}: action has shape {action.shape}, must be {shape}'
+    )
+  if isinstance(kind, Discrete):
+    if action.dtype.kind not in 'iu':
+      raise ValueError(
+        f'{spec.name}: action has dtype {action.dtype}, must be integer'
+      )
+    bad = (action < 0) | (action >= kind.num_actions)
+    if bad.any():
+      raise ValueError(
+        f'{spec.name}: action {action[bad][0]} is out of range, must be in '
+        f'[0, {kind.num_actions})'
+      )
+    return action.astype(np.int32)
+  if action.dtype.kind not in 'fiu':
+    raise ValueError(
+      f'{spec.name}: action has dtype {action.dtype}, must be float'
+    )
+  if not np.isfinite(action).all():
+    raise ValueError(f'{spec.name}: action is not finite')
+  bounded = np.isfinite(kind.high) & np.isfinite(kind.low)
+  slack = 1e-5 * np.subtract(
+    kind.high, kind.low, where=bounded, out=np.zeros_like(kind.low)
+  )
+  bad = (action < kind.low - slack) | (action > kind.high + slack)
+  if bad.any():
+    raise ValueError(
+      f'{spec.name}: action {action[bad][0]:g} is out of bounds, must be in '
+      f'[{np.min(kind.low):g}, {np.max(kind.high):g}]'
+    )
+  return np.clip(action, kind.low, kind.high).astype(np.float32)
+
+
+def action_spec(space: Any, name: str) -> Discrete | Continuous:
+  """The `Discrete` or `Continuous` of a Gymnasium action space.
+
+  Raises:
+    ValueError: the space is neither `Discrete` nor a `Box` of floats.
+  """
+  kind = type(space).__name__
+  if kind == 'Discrete':
+    return Discrete(int(space.n))
+  if kind == 'Box' and np.issubdtype(space.dtype, np.floating):
+    return Continuous(
+      tuple(space.shape),
+      space.low.astype(np.float32),
+      space.high.astype(np.float32),
+    )
+  raise ValueError(
+    f'{name}: action space {space} is not supported, must be Discrete or a '
+    'Box of floats'
+  )
+
+
+def observation_codec(
+  space: Any, name: str
+) -> tuple[ArraySpec, Callable[[Any], np.ndarray]]:
+  """How observations of a Gymnasium space become one array.
+
+  Images (rank 3, and rank 2 without an axis of length 1) get their channels
+  last; uint8 stays, all else becomes float32. Vectors become float32, integers
+  one-hot, and a dict or tuple of vectors their concatenation in the space's
+  order.
+
+  Args:
+    space: the observation space of one environment.
+    name: of the environment, for error messages.
+
+  Returns:
+    The `ArraySpec` of one observation, and the function that converts
+    observations with a leading `E`.
+
+  Raises:
+    ValueError: images within a dict or tuple, rank above 3, text and such.
+  """
+  kind = type(space).__name__
+  if kind == 'Discrete':
+    eye, start = np.eye(int(space.n), dtype=np.float32), int(space.start)
+    return (
+      ArraySpec((int(space.n),), np.float32),
+      lambda x: eye[np.asarray(x).reshape(-1) - start],
+    )
+  if kind in ('Dict', 'Tuple'):
+    items = space.spaces
+    keys = list(items) if kind == 'Dict' else list(range(len(items)))
+    parts = [observation_codec(items[k], name) for k in keys]
+    if len(parts) == 1:
+      part, convert = parts[0]
+      return part, lambda x: convert(x[keys[0]])
+    if any(len(part.shape) != 1 for part, _ in parts):
+      raise ValueError(
+        f'{name}: observation space {space} holds an image beside other '
+        'things; wrap the environment to return one array'
+      )
+    size = sum(part.shape[0] for part, _ in parts)
+    return ArraySpec((size,), np.float32), lambda x: np.concatenate(
+      [convert(x[k]) for k, (_, convert) in zip(keys, parts)], axis=-1
+    )
+  if kind not in ('Box', 'MultiBinary', 'MultiDiscrete'):
+    raise ValueError(f'{name}: observation space {space} is not supported')
+  shape = tuple(space.shape)
+  dtype = np.uint8 if space.dtype == np.uint8 else np.float32
+  if len(shape) > 3:
+    raise ValueError(
+      f'{name}: observations of shape {shape} are not supported, at most rank 3'
+    )
+  if len(shape) == 3:
+    # Channels are the shortest outer axis, in front only if strictly shorter.
+    if shape[0] < shape[2]:
+      shape = (*shape[1:], shape[0])
+      return ArraySpec(shape, dtype), lambda x: np.ascontiguousarray(
+        np.moveaxis(np.asarray(x, dtype), 1, -1)
+      )
+  elif len(shape) == 2 and 1 not in shape:
+    shape = (*shape, 1)
+  else:
+    shape, dtype = (int(np.prod(shape, dtype=int)),), np.float32
+  return ArraySpec(shape, dtype), lambda x: np.asarray(x, dtype).reshape(
+    -1, *shape
+  )
+
+
+def stacked(observation: ArraySpec, frame_stack: int, name: str) -> ArraySpec:
+  """The spec of `frame_stack` frames along the last axis.
+
+  Raises:
+    ValueError: `frame_stack` is not an integer of at least 1.
+  """
+  if not isinstance(frame_stack, int) or frame_stack < 1:
+    raise ValueError(
+      f'{name}: frame_stack={frame_stack!r} must be an integer of at least 1'
+    )
+  *rest, channels = observation.shape
+  return observation._replace(shape=(*rest, channels * frame_stack))
+
+
+def push_frame(
+  stack: np.ndarray | None,
+  frame: np.ndarray,
+  is_first: np.ndarray,
+  frame_stack: int,
+) -> np.ndarray:
+  """The newest stack: oldest frame first, along the last axis.
+
+  A first step's stack repeats its frame, as MuZero's and EfficientZero's do:
+  nothing from before an episode's start (a life's start, where a lost life
+  ends an episode) leaks into it.
+
+  Args:
+    stack: `[E, ..., frame_stack * c]`, the last one; None before the first.
+    frame: `[E, ..., c]`.
+    is_first: bool `[E]`.
+    frame_stack: number of frames.
+
+  Returns:
+    `[E, ..., frame_stack * c]`, a new array.
+  """
+  if frame_stack == 1:
+    return frame
+  repeated = np.tile(frame, (1,) * (frame.ndim - 1) + (frame_stack,))
+  if stack is None or is_first.all():
+    return repeated
+  shifted = np.concatenate([stack[..., frame.shape[-1] :], frame], axis=-1)
+  if is_first.any():
+    shifted[is_first] = repeated[is_first]
+  return shifted
+
+
+class Tally:
+  """Adds up true returns and lengths of `E` running games."""
+
+  def __init__(self, num_envs: int):
+    self._returns = np.zeros(num_envs, np.float64)
+    self._lengths = np.zeros(num_envs, np.int64)
+
+  def add(self, reward, is_first, finished) -> EpisodeStats:
+    """Counts one step.
+
+    Args:
+      reward: float `[E]`, unclipped; not counted on a first step.
+      is_first: bool `[E]`, the step was no decision.
+      finished: bool `[E]`, the game ended.
+
+    Returns:
+      The `EpisodeStats` of the games that ended.
+    """
+    self._returns += np.where(is_first, 0.0, reward)
+    self._lengths += ~is_first
+    stats = EpisodeStats(
+      finished.copy(),
+      np.where(finished, self._returns, 0.0),
+      np.where(finished, self._lengths, 0),
+    )
+    self._returns[finished] = 0.0
+    self._lengths[finished] = 0
+    return stats

@@ -1,0 +1,431 @@
+"""What a run is: its settings, the file that keeps them, errors for people.
+
+Settings are frozen dataclasses; ranges are refused by their `__post_init__`
+or by a `validate` function, always on concrete values.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+# Whose versions may change a run's numbers.
+_PACKAGES = (
+  'outplay',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'chex',
+  'mctx',
+  'rlax',
+  'envpool',
+  'gymnasium',
+  'numpy',
+)
+
+
+class UserError(ValueError):
+  """A mistake of the person who runs us; its message is one line for them."""
+
+
+def fail(message: str) -> NoReturn:
+  """Prints `error: message` as one line on stderr and exits with code 2."""
+  print('error:', ' '.join(str(message).split()), file=sys.stderr)
+  raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+  """Makes every `ValueError` in its block a `UserError`.
+
+  For the part of a launcher that builds agents and environments from flags:
+  they refuse bad input with a plain `ValueError`.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def run_main(main: Callable[[], None]) -> None:
+  """Parses absl's flags and calls a launcher's `main()`.
+
+  A `UserError`, a wrong flag or a stray argument becomes one line and exit
+  code 2; any other exception keeps its traceback.
+  """
+  from absl import app, flags
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as error:
+      fail(f'{error} (--help lists the flags)')
+
+  def guarded(argv: list[str]) -> None:
+    if len(argv) > 1:
+      fail(f'unexpected argument {argv[1]!r}: flags are --name=value')
+    try:
+      main()
+    except UserError as error:
+      fail(str(error))
+
+  app.run(guarded, flags_parser=parse)
+
+
+def override(
+  sections: Mapping[str, Any],
+  assignments: Sequence[str],
+  validate: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+  """Applies `field=value` assignments to frozen dataclasses.
+
+  Args:
+    sections: instances by section's name; dataclasses in them are searched
+      too. A field is named by the end of its path, `section.outer.field`, as
+      long as that is unique.
+    assignments: in order, the later one wins. Values are read by the field's
+      annotation: int (`1e5` too), float, bool (true, false), str, `Literal`,
+      `tuple` (`1,2,3`; nothing for an empty one), `T | None` (`none`).
+    validate: called with the result; raises a `ValueError` for what must not
+      be.
+
+  Returns:
+    The sections with new instances.
+
+  Raises:
+    UserError: unknown or ambiguous field, value of a wrong type, value that
+      the dataclass or `validate` refuses.
+  """
+  result = dict(sections)
+  for assignment in assignments:
+    name, equals, text = assignment.partition('=')
+    name, text = name.strip(), text.strip()
+    if not (name and equals):
+      raise UserError(f'--set={assignment}: should be field=value')
+    section, *path = _find(result, name)
+    try:
+      result[section] = _replace(result[section], path, name, text)
+    except UserError:
+      raise
+    except ValueError as error:
+      raise UserError(f'--set={assignment}: {error}') from error
+  if validate is not None:
+    with user_errors():
+      validate(result)
+  return result
+
+
+def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
+  """The config with the field at `path` read from `text`."""
+  field, *rest = path
+  if rest:
+    value = _replace(getattr(config, field), rest, name, text)
+  else:
+    annotation = typing.get_type_hints(type(config))[field]
+    try:
+      value = _parse(annotation, text)
+    except ValueError:
+      raise UserError(
+        f'{name} is {text!r}, must be {_type_name(annotation)}'
+      ) from None
+  return dataclasses.replace(config, **{field: value})
+
+
+def _paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+  """Paths of all fields that can be set."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _paths(value, (*prefix, field.name))
+    elif field.init:
+      yield (*prefix, field.name)
+
+
+def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
+  """The path that a name on the command line means."""
+  known = [p for s, config in sections.items() for p in _paths(config, (s,))]
+  asked = tuple(name.split('.'))
+  if asked in known:
+    return asked
+  found = [p for p in known if p[-len(asked) :] == asked]
+  if len(found) == 1:
+    return found[0]
+  if found:
+    choices = ' or '.join('.'.join(p) for p in found)
+    raise UserError(f'{name} is ambiguous: say {choices}')
+  fields = [p[-1] for p in known]
+  names = sorted(
+    p[-1] if fields.count(p[-1]) == 1 else '.'.join(p) for p in known
+  )
+  near = difflib.get_close_matches(asked[-1], sorted(set(fields)), n=3)
+  hint = f'did you mean {" or ".join(near)}? ' if near else ''
+  raise UserError(f'no field {name}: {hint}fields are {", ".join(names)}')
+
+
+def _parse(annotation: Any, text: str) -> Any:
+  """Reads a value by its annotation, or raises `ValueError`."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    if type(None) in args and text.lower() == 'none':
+      return None
+    for arg in args:
+      with contextlib.suppress(ValueError):
+        if arg is not type(None):
+          return _parse(arg, text)
+    raise ValueError
+  if origin is typing.Literal:
+    for choice in args:
+      with contextlib.suppress(ValueError):
+        if _parse(type(choice), text) == choice:
+          return choice
+    raise ValueError
+  if origin is tuple:
+    parts = [p.strip() for p in text.strip('()[] ').split(',') if p.strip()]
+    if len(args) == 2 and args[1] is Ellipsis:
+      args = (args[0],) * len(parts)
+    if len(parts) != len(args):
+      raise ValueError
+    return tuple(_parse(arg, part) for arg, part in zip(args, parts))
+  if annotation is bool and text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  if annotation is int:
+    with contextlib.suppress(ValueError):
+      return int(text)
+    value = float(text)
+    if value.is_integer():
+      return int(value)
+  if annotation is float and not math.isnan(float(text)):
+    return float(text)
+  if annotation is str:
+    return text
+  raise ValueError
+
+
+def _type_name(annotation: Any) -> str:
+  """A type in words: what a person has to write."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    return ' or '.join(map(_type_name, args))
+  if origin is typing.Literal:
+    return 'one of ' + ', '.join(map(str, args))
+  if origin is tuple:
+    if len(args) == 2 and args[1] is Ellipsis:
+      return f'{_type_name(args[0])},{_type_name(args[0])},...'
+    return ','.join(map(_type_name, args))
+  if annotation is type(None):
+    return 'none'
+  if annotation is bool:
+    return 'true or false'
+  return getattr(annotation, '__name__', str(annotation))
+
+
+class Field(NamedTuple):
+  """One setting, for help texts: path, type in words, default, meaning."""
+
+  name: str
+  type: str
+  default: Any
+  doc: str
+
+
+def describe(config: Any) -> list[Field]:
+  """All settings of a dataclass (nested ones with dots), in order.
+
+  Args:
+    config: an instance, whose values are given as the defaults, or a class
+      that has a default for every field.
+
+  The meaning is taken from the `Attributes:` of the class's docstring.
+  """
+  config = config() if isinstance(config, type) else config
+  hints = typing.get_type_hints(type(config))
+  docs = _attribute_docs(type(config))
+  found = []
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      found += [
+        inner._replace(name=f'{field.name}.{inner.name}')
+        for inner in describe(value)
+      ]
+    else:
+      name = _type_name(hints[field.name])
+      found.append(Field(field.name, name, value, docs.get(field.name, '')))
+  return found
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+  """The `Attributes:` section of a docstring, name -> text on one line."""
+  text = inspect.cleandoc(cls.__doc__ or '').partition('Attributes:\n')[2]
+  # Names stand at the section's own indentation, continuations deeper.
+  entries = re.findall(
+    r'^  (\w+): (.*(?:\n {3,}.*)*)', text.partition('\n\n')[0], re.M
+  )
+  return {name: ' '.join(doc.split()) for name, doc in entries}
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file at once or not at all, whatever ends the process."""
+  path = pathlib.Path(path)
+  unfinished = path.with_name(path.name + '.tmp')
+  with open(unfinished, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(unfinished, path)
+
+
+def made_with(device: str | None = None) -> dict[str, Any]:
+  """What a run was made with: versions, commit, device.
+
+  Args:
+    device: its name; None asks JAX, which starts it (so call this after
+      `jax.distributed.initialize`).
+  """
+  if device is None:
+    import jax
+
+    device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+  versions = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  return {'versions': versions, 'commit': _commit(), 'device': device}
+
+
+def _commit() -> str | None:
+  """The commit of this checkout, `-dirty` where it is changed, or None."""
+  here = pathlib.Path(__file__).resolve().parents[2]
+  if not (here / '.git').exists():
+    return None
+  try:
+    described = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+      cwd=here,
+      capture_output=True,
+      text=True,
+      timeout=10,
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return described.stdout.strip() or None
+
+
+def write_run_config(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  device: str | None = None,
+) -> None:
+  """Makes a run's folder and its `config.json`, atomically.
+
+  Args:
+    workdir: the run's folder.
+    config: all that decides the run's numbers: preset, agent, env, seed,
+      steps and the sections of settings (dataclasses are written as
+      dictionaries).
+    device: see `made_with`, which is written beside it.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  content = {**_plain(config), 'made_with': made_with(device)}
+  write_text(path, json.dumps(content, indent=2) + '\n')
+
+
+def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
+  """A run's `config.json`; dataclasses are dictionaries, tuples lists.
+
+  Raises:
+    UserError: `workdir` is no run's folder, or the file cannot be read.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError as error:
+    raise UserError(f"{workdir} is no run's folder: no config.json") from error
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON: {error}') from error
+  return content
+
+
+def check_run_config(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  device: str | None = None,
+) -> list[str] | None:
+  """Whether a folder may go on with this config.
+
+  Returns:
+    None where there is no run yet; else what it was made with that is
+    different now (versions, commit, device), which does no harm but may
+    change numbers: `['versions.jax was 0.10.1, is 0.10.2']`.
+
+  Raises:
+    UserError: the folder holds a run of another config; names the fields.
+  """
+  if not (pathlib.Path(workdir) / 'config.json').exists():
+    return None
+  saved = read_run_config(workdir)
+  then = saved.pop('made_with', {})
+  differences = _changes(saved, _plain(config))
+  if differences:
+    raise UserError(
+      f'{workdir} holds another run: {"; ".join(differences)}. '
+      'Take another --workdir, or delete it'
+    )
+  return _changes(then, made_with(device))
+
+
+def _changes(then: Any, now: Any) -> list[str]:
+  """`'a.b was 1, is 2'` for each leaf of two JSON dictionaries."""
+  then, now = dict(_leaves(then)), dict(_leaves(now))
+  # As JSON: there NaN equals itself, and True is not 1.
+  text = {
+    name: tuple(
+      json.dumps(side[name]) if name in side else 'unset'
+      for side in (then, now)
+    )
+    for name in (*then, *(n for n in now if n not in then))
+  }
+  return [
+    f'{name} was {before}, is {after}'
+    for name, (before, after) in text.items()
+    if before != after
+  ]
+
+
+def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  if isinstance(tree, dict) and tree:
+    for name, value in tree.items():
+      yield from _leaves(value, f'{prefix}.{name}' if prefix else name)
+  elif prefix:
+    yield prefix, tree
+
+
+def _plain(value: Any) -> Any:
+  """Dataclasses, tuples and numpy scalars as what JSON gives back."""
+
+  def default(x: Any) -> Any:
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+      return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    as_python = getattr(x, 'tolist', None)  # numpy's
+    if as_python is not None:
+      return as_python()
+    raise UserError(f'{x!r} cannot be written to config.json')
+
+  return json.loads(json.dumps(value, default=default))

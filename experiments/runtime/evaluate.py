@@ -1,0 +1,168 @@
+"""Evaluation: whole episodes of a planner, on the host or on the device.
+
+Every environment plays the same number of episodes, so that short episodes
+are not counted more often than long ones.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.envs.host import HostEnvironment
+from experiments.runtime.sources import select
+from search.model import Environment, Model
+
+
+class Episodes(NamedTuple):
+  """Finished episodes, numpy arrays of one entry each.
+
+  Attributes:
+    returns: float64, undiscounted and unclipped.
+    lengths: int64, decisions.
+  """
+
+  returns: np.ndarray
+  lengths: np.ndarray
+
+  def summary(self) -> dict[str, float]:
+    """Mean, standard error and mean length, as metrics."""
+    count = len(self.returns)
+    error = np.std(self.returns, ddof=1) / np.sqrt(count) if count > 1 else 0.0
+    return {
+      'eval_return': float(np.mean(self.returns)),
+      'eval_return_se': float(error),
+      'eval_length': float(np.mean(self.lengths)),
+    }
+
+
+def player(planner: Callable, model: Model) -> Callable:
+  """A compiled `(params, key, timestep) -> action` of a planner and a model."""
+
+  @jax.jit
+  def play(params, key, timestep):
+    return planner(model, params, key, timestep).action
+
+  return play
+
+
+def on_host(
+  env: HostEnvironment,
+  play: Callable,
+  params: Any,
+  *,
+  key: chex.PRNGKey,
+  num_episodes: int,
+  seed: int,
+  max_steps: int = 1_000_000,
+) -> Episodes:
+  """Plays episodes on simulators of the host.
+
+  Args:
+    env: environments with the evaluation's protocol.
+    play: from `player`, or any `(params, key, timestep) -> action`.
+    params: of the agent.
+    key: for the planner.
+    num_episodes: rounded up to a multiple of `env.num_envs`.
+    seed: of the simulators.
+    max_steps: steps after which unfinished episodes are given up with an
+      error, since a mean over the finished ones would be biased.
+
+  Returns:
+    `Episodes`.
+
+  Raises:
+    RuntimeError: if `max_steps` do not suffice.
+  """
+  quota = -(-num_episodes // env.num_envs)
+  returns = [[] for _ in range(env.num_envs)]
+  lengths = [[] for _ in range(env.num_envs)]
+  simulator = env.start(seed)
+  try:
+    timestep = simulator.reset()
+    for step in range(max_steps):
+      action = play(params, jax.random.fold_in(key, step), timestep)
+      timestep, stats = simulator.step(np.asarray(action))
+      for e in np.flatnonzero(stats.finished):
+        if len(returns[e]) < quota:
+          returns[e].append(float(stats.returns[e]))
+          lengths[e].append(int(stats.lengths[e]))
+      if all(len(r) >= quota for r in returns):
+        break
+    else:
+      raise RuntimeError(f'episodes did not end within {max_steps} steps')
+  finally:
+    simulator.close()
+  return Episodes(np.concatenate(returns), np.concatenate(lengths))
+
+
+def on_device(
+  env: Environment,
+  play: Callable,
+  params: Any,
+  *,
+  key: chex.PRNGKey,
+  num_episodes: int,
+  max_steps: int = 10_000,
+) -> Episodes:
+  """Plays episodes of a pure-JAX environment, one per parallel copy.
+
+  Args:
+    env: an unbatched environment.
+    play: from `player`.
+    params: of the agent.
+    key: for environment and planner.
+    num_episodes: exactly so many.
+    max_steps: episodes are cut there.
+
+  Returns:
+    `Episodes`.
+  """
+  returns, lengths = _device_episodes(
+    env, play, num_episodes, max_steps, params, key
+  )
+  return Episodes(np.asarray(returns, np.float64), np.asarray(lengths))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _device_episodes(env, play, num, max_steps, params, key):
+  reset_key, key = jax.random.split(key)
+  env_state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num))
+
+  def going(carry):
+    _, timestep, _, _, over, step = carry
+    del timestep
+    return ~jnp.all(over) & (step < max_steps)
+
+  def body(carry):
+    env_state, timestep, returns, lengths, over, step = carry
+    act_key, step_key = jax.random.split(jax.random.fold_in(key, step))
+    action = play(params, act_key, timestep)
+    keys = jax.random.split(step_key, num)
+    stepped = jax.vmap(env.step)(env_state, action, keys)
+    env_state, timestep = select(over, (env_state, timestep), stepped)
+    returns += jnp.where(over, 0.0, timestep.reward)
+    lengths += jnp.where(over, 0, 1)
+    return (
+      env_state,
+      timestep,
+      returns,
+      lengths,
+      over | timestep.is_last(),
+      step + 1,
+    )
+
+  start = (
+    env_state,
+    timestep,
+    jnp.zeros((num,)),
+    jnp.zeros((num,), jnp.int32),
+    jnp.zeros((num,), bool),
+    jnp.zeros((), jnp.int32),
+  )
+  _, _, returns, lengths, _, _ = jax.lax.while_loop(going, body, start)
+  return returns, lengths

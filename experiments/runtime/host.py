@@ -1,0 +1,232 @@
+"""Acting on simulators of the host: in step with the learner, or beside it.
+
+`synchronous`: a row is taken when the learner asks for it, with the learner's
+own parameters; the same seed gives the same numbers. `asynchronous`: a thread
+acts ahead into a bounded queue with a published copy of the parameters, so
+that the simulator works while the learner does; the lag is measured.
+"""
+
+import queue
+import threading
+import time
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agents.core.types import Agent, Discrete, Experience
+from experiments.envs.host import HostEnvironment
+from experiments.runtime.sources import (
+  Measures,
+  Source,
+  experience_example,
+  no_feedback,
+)
+from search.model import TimeStep
+
+
+def _seed(key: chex.PRNGKey, step: int) -> int:
+  bits = jax.random.bits(jax.random.fold_in(key, step), (), jnp.uint32)
+  return int(bits) & 0x7FFFFFFF
+
+
+class _Stream:
+  """Simulators that one thread steps; mutable, so it never leaves here."""
+
+  def __init__(self, env: HostEnvironment, act, key: chex.PRNGKey):
+    self._env, self._act, self._key = env, act, key
+    self._simulator = None
+    self._timestep: Any = None
+    self.restart(0)
+
+  def restart(self, step: int) -> None:
+    self.close()
+    self._simulator = self._env.start(_seed(self._key, step))
+    self._timestep = self._simulator.reset()
+
+  def row(self, params, key) -> tuple[Experience, dict[str, float]]:
+    assert self._simulator is not None
+    timestep = self._timestep
+    action, extras = self._act(params, key, timestep)
+    action = np.asarray(action)
+    self._timestep, stats = self._simulator.step(action)
+    done = np.asarray(stats.finished)
+    counts = {
+      'decisions': float(np.sum(~timestep.is_last())),
+      'episodes': float(np.sum(done)),
+      'return_sum': float(np.sum(stats.returns[done])),
+      'length_sum': float(np.sum(stats.lengths[done])),
+    }
+    extras = {name: np.asarray(x) for name, x in extras.items()}
+    return Experience(timestep, action, extras), counts
+
+  def close(self) -> None:
+    if self._simulator is not None:
+      self._simulator.close()
+      self._simulator = None
+
+
+class _Actor:
+  """A thread that acts ahead of the learner into a bounded queue."""
+
+  def __init__(self, stream: _Stream, key: chex.PRNGKey, size: int):
+    self._stream, self._base, self._size = stream, key, size
+    self._key = key
+    self._published: tuple[Any, int] | None = None
+    self._rows = 0
+    self._thread: threading.Thread | None = None
+
+  def publish(self, params, step: int) -> None:
+    # The learner donates its buffers: actors read a copy of their own.
+    self._published = (jax.tree.map(jnp.copy, params), step)
+
+  def start(self) -> None:
+    self._queue: queue.Queue = queue.Queue(self._size)
+    self._stopping = threading.Event()
+    self._thread = threading.Thread(target=self._work, daemon=True)
+    self._thread.start()
+
+  def _put(self, item) -> None:
+    while not self._stopping.is_set():
+      try:
+        self._queue.put(item, timeout=0.1)
+        break
+      except queue.Full:
+        continue
+
+  def _work(self) -> None:
+    try:
+      while not self._stopping.is_set():
+        assert self._published is not None
+        params, version = self._published
+        key = jax.random.fold_in(self._key, self._rows)
+        row, counts = self._stream.row(params, key)
+        self._rows += 1
+        self._put((row, counts, version))
+    except BaseException as error:  # the learner raises it
+      self._put(error)
+
+  def take(self):
+    if self._thread is None:
+      self.start()
+    item = self._queue.get()
+    if isinstance(item, BaseException):
+      raise item
+    return item
+
+  def stop(self) -> None:
+    if self._thread is not None:
+      self._stopping.set()
+      self._thread.join()
+      self._thread = None
+
+  def restart(self, step: int) -> None:
+    # Rows still in the queue are dropped: the replay takes a row that is
+    # followed by a first one for the last of a truncated episode.
+    self.stop()
+    self._stream.restart(step)
+    self._rows = 0
+    self._key = jax.random.fold_in(self._base, step)
+
+  def close(self) -> None:
+    self.stop()
+    self._stream.close()
+
+
+def from_host(
+  env: HostEnvironment,
+  agent: Agent,
+  *,
+  mode: Literal['synchronous', 'asynchronous'] = 'asynchronous',
+  publish_every: int = 1,
+  queue_size: int = 4,
+) -> Source:
+  """Fresh experience from simulators of the host, one row a call.
+
+  Args:
+    env: `E` environments stepped together.
+    agent: who acts.
+    mode: see the module's docstring.
+    publish_every: updates between copies of the parameters for the actor
+      (asynchronous only).
+    queue_size: rows that the actor may be ahead (asynchronous only).
+
+  Returns:
+    A source of `Experience` rows `[E, ...]` of numpy arrays. Its gauges, when
+    asynchronous: `policy_lag`, updates between the parameters that acted and
+    the learner's; `wait_seconds`, how long the learner waited for the row.
+  """
+  assert agent.act is not None
+  act = jax.jit(agent.act)
+
+  def init(key):
+    stream_key, actor_key = jax.random.split(key)
+    stream = _Stream(env, act, stream_key)
+    if mode == 'synchronous':
+      return stream
+    return _Actor(stream, actor_key, queue_size)
+
+  def next_(state, agent_state, step, key):
+    if mode == 'synchronous':
+      row, counts = state.row(agent_state.params, key)
+      return state, row, Measures(counts, {})
+    if state._published is None or step >= state._published[1] + publish_every:
+      state.publish(agent_state.params, step)
+    start = time.perf_counter()
+    row, counts, version = state.take()
+    gauges = {
+      'policy_lag': float(step - version),
+      'wait_seconds': time.perf_counter() - start,
+    }
+    return state, row, Measures(counts, gauges)
+
+  def restart(state, step):
+    state.restart(step)
+    return state
+
+  def save(state, directory):
+    del state, directory
+    # Simulators cannot be saved: a run starts them afresh when it saves.
+    return {}, {}
+
+  def load(arrays, facts, directory, key):
+    del arrays, facts, directory
+    return init(key)
+
+  def example():
+    spec = env.spec
+    shape = lambda s: jax.ShapeDtypeStruct((env.num_envs, *s.shape), s.dtype)
+    observation = jax.tree.map(
+      shape, spec.observation, is_leaf=lambda s: hasattr(s, 'dtype')
+    )
+    flat = lambda dtype: jax.ShapeDtypeStruct((env.num_envs,), dtype)
+    invalid = None
+    if spec.masks_actions:
+      assert isinstance(spec.action, Discrete)
+      invalid = jax.ShapeDtypeStruct(
+        (env.num_envs, spec.action.num_actions), jnp.bool_
+      )
+    timestep = TimeStep(
+      observation=observation,
+      reward=flat(jnp.float32),
+      discount=flat(jnp.float32),
+      is_first=flat(jnp.bool_),
+      truncated=flat(jnp.bool_),
+      invalid_actions=invalid,
+    )
+    return experience_example(agent, timestep)
+
+  return Source(
+    init,
+    next_,
+    no_feedback,
+    example,
+    is_pure=False,
+    restart=restart,
+    save=save,
+    load=load,
+    template=dict,
+    close=lambda state: state.close(),
+  )

@@ -1,0 +1,243 @@
+"""The one loop: it knows no agent, and an agent knows nothing of it.
+
+A step takes a batch from the source, updates the agent and hands the result
+back, with a key that is the run's key folded with the step. Around a pure
+source a whole interval is one compiled program; around a source on the host
+the same step runs there, with `agent.update` compiled and its state donated.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agents.core.types import Agent
+from experiments.runtime.sources import Source
+
+
+class Carry(NamedTuple):
+  """All that changes in a run; one pytree where the source is pure."""
+
+  agent: Any
+  source: Any
+  step: Any
+
+
+class Intervals(NamedTuple):
+  """How often, in updates, what happens; 0 for never.
+
+  Attributes:
+    log: metrics are averaged and handed on.
+    checkpoint: the carry is saved (and host simulators start afresh).
+    evaluate: the evaluation runs.
+  """
+
+  log: int
+  checkpoint: int = 0
+  evaluate: int = 0
+
+  def next_stop(self, step: int, end: int) -> int:
+    """The first multiple of any interval above `step`, at most `end`."""
+    stops = [(step // n + 1) * n for n in self if n]
+    return min([*stops, end])
+
+
+class Hooks(NamedTuple):
+  """What the loop calls; every one may be None.
+
+  Attributes:
+    log: `(step, metrics: dict of floats)`.
+    save: `(carry)`, at checkpoints and at the end.
+    evaluate: `(step, agent_state) -> metrics`.
+    stopping: `() -> bool`, asked at every step on the host and at every
+      interval of a pure run; True saves and leaves.
+  """
+
+  log: Callable[[int, dict[str, float]], None] | None = None
+  save: Callable[[Carry], None] | None = None
+  evaluate: Callable[[int, Any], dict[str, float]] | None = None
+  stopping: Callable[[], bool] | None = None
+
+
+_NO_HOOKS = Hooks()
+
+
+def init(agent: Agent, source: Source, key: chex.PRNGKey) -> Carry:
+  """The carry of step 0.
+
+  The agent's state comes out of a compiled function: its leaves then share no
+  buffers, and donating them is safe.
+  """
+  agent_key, source_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
+  state = jax.jit(agent.init)(agent_key)
+  make = jax.jit(source.init) if source.is_pure else source.init
+  return Carry(state, make(source_key), jnp.zeros((), jnp.int32))
+
+
+def source_key(key: chex.PRNGKey) -> chex.PRNGKey:
+  """The key that `init` gave to the source, for `Source.load`."""
+  return jax.random.split(jax.random.fold_in(key, 2**31 - 1))[1]
+
+
+def step(
+  agent: Agent, source: Source, carry: Carry, key: chex.PRNGKey, update=None
+) -> tuple[Carry, dict[str, Any], dict[str, Any]]:
+  """One update.
+
+  Args:
+    agent: the agent.
+    source: where its batches come from.
+    carry: all state.
+    key: the run's key; this step's is folded from it.
+    update: a compiled `agent.update`; None traces it here.
+
+  Returns:
+    The carry, means (agent metrics and the source's gauges) and sums (the
+    source's counts).
+  """
+  next_key, update_key = jax.random.split(jax.random.fold_in(key, carry.step))
+  source_state, batch, measures = source.next(
+    carry.source, carry.agent, carry.step, next_key
+  )
+  state, info = (update or agent.update)(carry.agent, batch, update_key)
+  source_state = source.feedback(source_state, batch, info)
+  means = info.metrics | measures.gauges
+  return Carry(state, source_state, carry.step + 1), means, measures.counts
+
+
+def compile_interval(agent: Agent, source: Source) -> Callable:
+  """A compiled `(carry, key, num_steps) -> (carry, means, counts)`.
+
+  One program serves every number of steps, so that an uneven last interval
+  compiles nothing. It can be vmapped over carries and keys, with one shared
+  step.
+  """
+  one = functools.partial(step, agent, source)
+
+  def interval(carry: Carry, key, num_steps):
+    _, means, counts = jax.eval_shape(one, carry, key)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32), (means, counts)
+    )
+
+    def body(_, scanned):
+      carry, sums = scanned
+      carry, means, counts = one(carry, key)
+      sums = jax.tree.map(jnp.add, sums, (means, counts))
+      return carry, sums
+
+    carry, (means, counts) = jax.lax.fori_loop(
+      0, num_steps, body, (carry, zeros)
+    )
+    return carry, jax.tree.map(lambda x: x / num_steps, means), counts
+
+  return interval
+
+
+def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
+  metrics = {name: float(x) for name, x in means.items()}
+  counts = {name: float(x) for name, x in counts.items()}
+  episodes = counts.pop('episodes', 0.0)
+  for name in ('return', 'length'):
+    total = counts.pop(f'{name}_sum', None)
+    if total is not None and episodes:
+      metrics[f'episode_{name}'] = total / episodes
+  if episodes:
+    metrics['episodes'] = episodes
+  metrics |= counts
+  if seconds > 0:
+    metrics['updates_per_second'] = num_steps / seconds
+  return metrics
+
+
+def _host_interval(agent, source, update, stopping, carry, key, num_steps):
+  gathered: list[dict[str, Any]] = []
+  sums: dict[str, float] = {}
+  carry = carry._replace(step=int(carry.step))
+  for _ in range(num_steps):
+    carry, means, counts = step(agent, source, carry, key, update)
+    gathered.append(means)
+    for name, value in counts.items():
+      sums[name] = sums.get(name, 0.0) + float(value)
+    if stopping is not None and stopping():
+      break
+  names = sorted({name for means in gathered for name in means})
+  means = {}
+  for name in names:
+    values = [np.asarray(m[name], np.float32) for m in gathered if name in m]
+    means[name] = float(np.mean(values))
+  return carry, means, sums, len(gathered)
+
+
+def run(
+  agent: Agent,
+  source: Source,
+  carry: Carry,
+  *,
+  key: chex.PRNGKey,
+  steps: int,
+  intervals: Intervals,
+  hooks: Hooks = _NO_HOOKS,
+  update: Callable | None = None,
+) -> Carry:
+  """Runs updates until the carry's step is `steps`.
+
+  Args:
+    agent: the agent.
+    source: where its batches come from.
+    carry: where to begin; its agent state is donated.
+    key: the run's key.
+    steps: updates of the whole run.
+    intervals: how often what happens.
+    hooks: what happens.
+    update: a compiled update (from `runtime.mesh`); None compiles one.
+
+  Returns:
+    The last carry.
+  """
+  if source.is_pure:
+    compiled = jax.jit(compile_interval(agent, source), donate_argnums=0)
+  else:
+    update = update or jax.jit(agent.update, donate_argnums=0)
+    compiled = None
+  done = int(carry.step)
+  saved = None
+  stop = hooks.stopping or (lambda: False)
+  while done < steps and not stop():
+    start = time.perf_counter()
+    due = intervals.next_stop(done, steps) - done
+    if compiled is not None:
+      carry, means, counts = compiled(carry, key, due)
+      means, counts = jax.device_get((means, counts))
+    else:
+      carry, means, counts, due = _host_interval(
+        agent, source, update, hooks.stopping, carry, key, due
+      )
+    seconds = time.perf_counter() - start
+    done = int(carry.step)
+    metrics = _summary(means, counts, seconds, due)
+    if intervals.evaluate and done % intervals.evaluate == 0 and hooks.evaluate:
+      metrics |= hooks.evaluate(done, carry.agent)
+    if hooks.log is not None:
+      hooks.log(done, metrics)
+    if intervals.checkpoint and done % intervals.checkpoint == 0:
+      carry = _save(source, carry, hooks)
+      saved = done
+  if hooks.save is not None and saved != done:
+    carry = _save(source, carry, hooks)
+  return carry
+
+
+def _save(source: Source, carry: Carry, hooks: Hooks) -> Carry:
+  # Also where nothing is saved: the run is the same with and without.
+  if source.restart is not None:
+    restarted = source.restart(carry.source, int(carry.step))
+    carry = carry._replace(source=restarted)
+  if hooks.save is not None:
+    hooks.save(carry)
+  return carry

@@ -1,0 +1,243 @@
+"""Where a run's numbers go: a CSV file, TensorBoard, the terminal."""
+
+import contextlib
+import csv
+import io
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+from experiments.runtime.config import UserError, write_text
+
+
+class Writer(NamedTuple):
+  """Something that takes rows of numbers.
+
+  Attributes:
+    write: `(step, row) -> None`; `row` maps names to scalars (Python's,
+      numpy's or 0-d arrays) or to short strings.
+    close: `() -> None`.
+  """
+
+  write: Callable[[int, Mapping[str, Any]], None]
+  close: Callable[[], None]
+
+
+def tee(*writers: Writer) -> Writer:
+  """Hands every row to all writers, in order."""
+
+  def write(step: int, row: Mapping[str, Any]) -> None:
+    for writer in writers:
+      writer.write(step, row)
+
+  def close() -> None:
+    # All are closed even if one fails.
+    with contextlib.ExitStack() as stack:
+      for writer in writers:
+        stack.callback(writer.close)
+
+  return Writer(write, close)
+
+
+def csv_writer(
+  path: str | os.PathLike, resume_step: int | None = None
+) -> Writer:
+  """Appends rows to a CSV file whose first column is `step`.
+
+  A name that is new gets a column at the end (the file is rewritten, at once
+  or not at all) and blanks before. Rows are on their way to the disk when
+  `write` returns, so that a killed process has lost none of them.
+
+  Args:
+    path: the file; its folder must exist.
+    resume_step: the step that a resumed run goes on from. Rows behind it, of
+      the future that was lost, are removed, so that the file becomes that of
+      the uninterrupted run. None begins anew.
+  """
+  path = pathlib.Path(path)
+  columns, rows = ['step'], []
+  if resume_step is not None and path.exists():
+    columns, rows = _read(path, resume_step)
+  write_text(path, _csv_text(columns, rows))
+
+  def write(step: int, row: Mapping[str, Any]) -> None:
+    nonlocal columns
+    cells = {'step': str(int(step))} | {k: _cell(v) for k, v in row.items()}
+    new = [name for name in cells if name not in columns]
+    if new:
+      columns = columns + new
+      write_text(path, _csv_text(columns, _read(path, None)[1]))
+    with open(path, 'a', encoding='utf-8', newline='') as file:
+      file.write(_csv_line(cells.get(name, '') for name in columns))
+
+  return Writer(write, lambda: None)
+
+
+def _read(
+  path: pathlib.Path, last_step: int | None
+) -> tuple[list[str], list[dict[str, str]]]:
+  """Columns and rows up to a step, without what a kill left half-written."""
+  text = path.read_text(encoding='utf-8')
+  complete = text[: text.rfind('\n') + 1]
+  header, *lines = list(csv.reader(io.StringIO(complete))) or [['step']]
+  rows = [dict(zip(header, line)) for line in lines]
+  if last_step is not None:
+    rows = [row for row in rows if int(row['step']) <= last_step]
+    # The lost future may have brought columns of its own.
+    header = ['step'] + [
+      name for name in header[1:] if any(row.get(name) for row in rows)
+    ]
+  return header, rows
+
+
+def _csv_text(columns: list[str], rows: list[dict[str, str]]) -> str:
+  lines = [_csv_line(row.get(name, '') for name in columns) for row in rows]
+  return _csv_line(columns) + ''.join(lines)
+
+
+def _csv_line(cells: Any) -> str:
+  buffer = io.StringIO()
+  csv.writer(buffer, lineterminator='\n').writerow(cells)
+  return buffer.getvalue()
+
+
+def _scalar(value: Any) -> Any:
+  return value.item() if hasattr(value, 'item') else value
+
+
+def _cell(value: Any) -> str:
+  value = _scalar(value)
+  # 9 digits tell any two float32 apart.
+  return f'{value:.9g}' if isinstance(value, float) else str(value)
+
+
+def tensorboard_writer(
+  directory: str | os.PathLike, resume_step: int | None = None
+) -> Writer:
+  """Writes scalars for TensorBoard; strings are left out.
+
+  Args:
+    directory: of the event files.
+    resume_step: as for `csv_writer`: TensorBoard hides what lies behind it.
+
+  Raises:
+    UserError: tensorboardX is not installed.
+  """
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as error:
+    raise UserError(
+      'TensorBoard needs tensorboardX: pip install "outplay[tensorboard]"'
+    ) from error
+  purge = None if resume_step is None else resume_step + 1
+  summary = SummaryWriter(str(directory), purge_step=purge)
+
+  def write(step: int, row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+      value = _scalar(value)
+      if not isinstance(value, str):
+        summary.add_scalar(name, value, int(step))
+    summary.flush()
+
+  return Writer(write, summary.close)
+
+
+def progress(
+  total: int,
+  start: int = 0,
+  columns: Sequence[str] = (),
+  every_seconds: float = 10.0,
+  stream: TextIO | None = None,
+  clock: Callable[[], float] = time.monotonic,
+) -> Writer:
+  """Shows how far a run is: steps, chosen numbers, steps/s and time left.
+
+  On a terminal a live bar; else one line at the first row, at most one every
+  `every_seconds`, and one at the last step. The speed is that since the first
+  row, which leaves compiling out.
+
+  Args:
+    total: steps of the whole run.
+    start: the step that a resumed run begins at.
+    columns: names of the numbers to show, each with its last known value;
+      none shows the first four numbers of the last row.
+    every_seconds: between lines where there is no terminal.
+    stream: stderr if None.
+    clock: seconds.
+  """
+  terminal = sys.stderr if stream is None else stream
+  known: dict[str, Any] = {}
+  first: tuple[int, float] | None = None
+
+  def status(step: int, row: Mapping[str, Any]) -> str:
+    nonlocal first, known
+    now = clock()
+    first = first or (step, now)
+    fresh = {k: v for k, v in row.items() if not isinstance(v, str)}
+    known = known | fresh if columns else fresh
+    names = columns or list(fresh)[:4]
+    parts = [f'{n} {float(known[n]):.4g}' for n in names if n in known]
+    if step > first[0] and now > first[1]:
+      speed = (step - first[0]) / (now - first[1])
+      left = int(max(total - step, 0) / speed)
+      parts += [f'{speed:.3g} steps/s', f'{_clock_text(left)} left']
+    return '  '.join(parts)
+
+  if terminal.isatty():
+    return _live(total, start, status, terminal)
+  last_line: float | None = None
+
+  def write(step: int, row: Mapping[str, Any]) -> None:
+    nonlocal last_line
+    text = status(step, row)
+    now = clock()
+    due = last_line is None or now - last_line >= every_seconds
+    if due or step >= total:
+      last_line = now
+      share = f'{step / max(total, 1):.0%}'
+      print(
+        f'step {step}/{total}  {share}  {text}'.rstrip(),
+        file=terminal,
+        flush=True,
+      )
+
+  return Writer(write, lambda: None)
+
+
+def _clock_text(seconds: int) -> str:
+  minutes, seconds = divmod(seconds, 60)
+  hours, minutes = divmod(minutes, 60)
+  return (
+    f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+  )
+
+
+def _live(
+  total: int,
+  start: int,
+  status: Callable[[int, Mapping[str, Any]], str],
+  stream: TextIO,
+) -> Writer:
+  """A bar that is drawn in place."""
+  from rich.console import Console
+  from rich.progress import BarColumn, Progress, TextColumn
+
+  bar = Progress(
+    TextColumn('{task.completed:.0f}/{task.total:.0f}'),
+    BarColumn(bar_width=24),
+    TextColumn('{task.percentage:3.0f}%'),
+    # Numbers are no markup.
+    TextColumn('{task.description}', markup=False),
+    console=Console(file=stream),
+    refresh_per_second=4,
+  )
+  task = bar.add_task('compiling', total=total, completed=start)
+  bar.start()
+
+  def write(step: int, row: Mapping[str, Any]) -> None:
+    bar.update(task, completed=step, description=status(step, row))
+
+  return Writer(write, bar.stop)

@@ -1,0 +1,420 @@
+"""Prioritised replay in the host's memory, and on disk without rewriting.
+
+The same semantics as `agents.core.replay` (read that first): from the same
+contents and the same key both draw the same windows, up to the rounding of a
+sum. Here the state is mutated in place, frames may be compressed without loss,
+and a batch carries every frame to the device once: stacks are built there.
+
+On disk, rows are appended as immutable segments `rows_<start>_<stop>_<token>`
+(numbers of rows, a random token). What changes, priorities and cursors, is in
+a small dict of arrays, the *meta*, which a checkpoint holds. A segment that no
+meta names is as if it were not there, so a kill at any moment between segments
+and checkpoint leaves the last checkpoint whole.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agents.core import replay as core
+from agents.core.types import Sample, Trajectory
+
+VERSION = 1
+
+
+class ZlibColumn:
+  """A `[T, E, ...]` array whose `[T, E]` items are kept compressed.
+
+  Level 1: frames of Atari shrink to 1/5 - 1/40, at 0.1 - 0.3 ms a frame.
+  """
+
+  def __init__(self, shape: tuple[int, ...], dtype: Any):
+    self.shape, self.dtype = shape, np.dtype(dtype)
+    empty = zlib.compress(bytes(self._item_size()), 1)
+    self.blobs = np.full(shape[:2], empty, object)
+
+  def _item_size(self) -> int:
+    return int(np.prod(self.shape[2:])) * self.dtype.itemsize
+
+  def __setitem__(self, slot: int, items: np.ndarray) -> None:
+    for e, item in enumerate(np.asarray(items, self.dtype)):
+      self.blobs[slot, e] = zlib.compress(item.tobytes(), 1)
+
+  def __getitem__(self, index: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    blobs = self.blobs[index]
+    data = b''.join(zlib.decompress(blob) for blob in blobs.flat)
+    return np.frombuffer(data, self.dtype).reshape(
+      *blobs.shape, *self.shape[2:]
+    )
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the compressed items."""
+    return sum(len(blob) for blob in self.blobs.flat)
+
+
+@dataclasses.dataclass
+class HostReplayState:
+  """A ring on the host, mutated in place.
+
+  Attributes:
+    rows: `Experience` of `[T, E, ...]` numpy arrays or `ZlibColumn`s.
+    priority: float32 `[T, E]`, abs(raw) + EPSILON; 0 before the first write.
+    mass: float64 `[T, E]`, priority ** alpha; 0 on an episode's last row.
+    alpha: that exponent.
+    max_priority: the largest priority so far: what new rows get.
+    count: rows written so far.
+    segments: `(start, stop, token)` of the files that hold rows on disk.
+  """
+
+  rows: Any
+  priority: np.ndarray
+  mass: np.ndarray
+  alpha: float
+  max_priority: float = 1.0
+  count: int = 0
+  segments: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+
+
+def host_replay(
+  capacity: int,
+  batch_size: int,
+  window: int,
+  frame_stack: int = 1,
+  alpha: float = 0.6,
+  compress: bool = False,
+) -> core.Replay:
+  """A replay in numpy arrays, for simulators on the host.
+
+  Args:
+    capacity: decisions it holds, over all streams.
+    batch_size: `B`.
+    window: `L`.
+    frame_stack: `S`.
+    alpha: exponent of the priorities, 0 for uniform.
+    compress: keep uint8 images compressed (zlib, lossless).
+
+  Returns:
+    The `Replay`; its state is a `HostReplayState`, for `save` and `load`.
+
+  Raises:
+    ValueError: an argument out of range; in `init`, a capacity too small; in
+      `add`, rows of another shape.
+  """
+  core.check_arguments(capacity, batch_size, window, frame_stack, alpha)
+  history = frame_stack - 1
+
+  def init(example):
+    streams = example.timestep.reward.shape[0]
+    size = core.num_rows(capacity, streams, window, frame_stack)
+
+    def column(x):
+      shape, dtype = (size, *x.shape), np.dtype(x.dtype)
+      if compress and dtype == np.uint8 and len(shape) == 5:
+        return ZlibColumn(shape, dtype)
+      return np.zeros(shape, dtype)
+
+    timestep = example.timestep
+    frame = jax.eval_shape(
+      lambda o: core.newest_frame(o, frame_stack), timestep.observation
+    )
+    example = example._replace(timestep=timestep._replace(observation=frame))
+    return HostReplayState(
+      rows=jax.tree.map(column, example),
+      priority=np.zeros((size, streams), np.float32),
+      mass=np.zeros((size, streams), np.float64),
+      alpha=alpha,
+    )
+
+  def add(state, experience):
+    timestep = experience.timestep
+    frame = core.newest_frame(
+      jax.tree.map(np.asarray, timestep.observation), frame_stack
+    )
+    experience = experience._replace(
+      timestep=timestep._replace(observation=frame)
+    )
+    size = state.mass.shape[0]
+    slot, before = state.count % size, (state.count - 1) % size
+
+    def write(path, column, x):
+      if np.shape(x) != column.shape[1:]:
+        raise ValueError(
+          f'{_name(path)}: shape {np.shape(x)} must be {column.shape[1:]}'
+        )
+      column[slot] = np.asarray(x)
+
+    if state.count:
+      _cut(state, np.array([before]), np.asarray(timestep.is_first)[None])
+    jax.tree_util.tree_map_with_path(write, state.rows, experience)
+    state.priority[slot] = state.max_priority
+    _weigh(state, np.array([slot]))
+    state.count += 1
+    return state
+
+  def eligible_mass(state):
+    mass = state.mass.copy()
+    size = mass.shape[0]
+    newest, oldest = state.count, max(state.count - size, 0)
+    mass[np.arange(max(newest - window + 1, oldest), newest) % size] = 0
+    if history:
+      # Rows whose history was overwritten, unless their episode starts here.
+      early = np.arange(oldest, min(oldest + history, newest))
+      first = state.rows.timestep.is_first[early % size]
+      seen = np.logical_or.accumulate(first, axis=0)
+      mass[early % size] *= seen
+    return mass.reshape(-1)
+
+  def sample(state, key, beta):
+    mass = eligible_mass(state)
+    cdf = np.cumsum(mass)
+    if not cdf[-1] > 0:
+      raise ValueError(
+        f'replay: no window of {window} steps yet in {state.count} rows'
+      )
+    u = np.asarray(jax.random.uniform(key, (batch_size,)), np.float64)
+    index = np.searchsorted(cdf, u * cdf[-1], side='right')
+    size, streams = state.mass.shape
+    slot, stream = index // streams, index % streams
+    slots = (slot[:, None] + np.arange(-history, window)) % size
+    rows = jax.tree.map(lambda x: x[slots, stream[:, None]], state.rows)
+    order = _order(state.count, size, slot)
+    drawn = Sample(
+      index=index.astype(np.int32),
+      generation=(order // size + 1).astype(np.int32),
+      weight=core.weights(mass[index], float(beta)).astype(np.float32),
+      age=((state.count - 1 - order) * streams).astype(np.float32),
+    )
+    experience, valid = _assemble(rows, frame_stack)
+    return Trajectory(experience, valid, jax.tree.map(jnp.asarray, drawn))
+
+  def update(state, drawn, priorities):
+    size, streams = state.mass.shape
+    index, generation = np.asarray(drawn.index), np.asarray(drawn.generation)
+    priorities = np.abs(np.asarray(priorities, np.float32))
+    order = _order(state.count, size, index // streams)
+    fresh = (order // size + 1 == generation) & np.isfinite(priorities)
+    index = index[fresh]
+    new = priorities[fresh] + np.float32(core.EPSILON)
+    flat = state.priority.reshape(-1)
+    flat[index] = 0
+    np.maximum.at(flat, index, new)
+    state.max_priority = float(max(state.max_priority, *new))
+    _weigh(state, np.unique(index // streams))
+    return state
+
+  def ready(state):
+    return bool((eligible_mass(state) > 0).any())
+
+  return core.Replay(init, add, sample, update, ready, is_pure=False)
+
+
+def save(
+  state: HostReplayState, directory: str | os.PathLike
+) -> dict[str, Any]:
+  """Writes the rows since the last save; returns what a checkpoint needs.
+
+  When it returns, the new segments are on the disk for good. It never changes
+  or deletes a file: see `prune`.
+
+  Args:
+    state: the replay; it remembers what was saved where.
+    directory: the replay's own; made if missing.
+
+  Returns:
+    The meta: ints and numpy arrays, none of them empty, copies all.
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  size = state.mass.shape[0]
+  oldest = max(state.count - size, 0)
+  saved = state.segments[-1][1] if state.segments else 0
+  start = max(saved, oldest)
+  while start < state.count:
+    # Up to the ring's seam, so that what is written are views.
+    stop = min(state.count, (start // size + 1) * size)
+    token = int.from_bytes(os.urandom(4)) >> 1
+    _write_segment(directory, state, start, stop, token)
+    state.segments.append((start, stop, token))
+    start = stop
+  state.segments = [s for s in state.segments if s[1] > oldest]
+  return {
+    'version': VERSION,
+    'count': state.count,
+    'segments': np.array(state.segments or [(0, 0, 0)], np.int64),
+    'priority': state.priority.copy(),
+    'max_priority': np.array(state.max_priority),
+  }
+
+
+def load(
+  state: HostReplayState,
+  directory: str | os.PathLike,
+  meta: dict[str, Any],
+) -> HostReplayState:
+  """The replay as it was when `save` returned `meta`.
+
+  Args:
+    state: fresh from `init`, of the same capacity; it is filled.
+    directory: where `save` wrote.
+    meta: as `save` returned it, or as a checkpoint restored it.
+
+  Returns:
+    `state`.
+
+  Raises:
+    ValueError: another version, another shape, a missing segment.
+  """
+  directory = pathlib.Path(directory)
+  if int(meta['version']) != VERSION:
+    raise ValueError(
+      f'replay: version {int(meta["version"])} cannot be read, must be '
+      f'{VERSION}'
+    )
+  priority = np.asarray(meta['priority'])
+  if priority.shape != state.priority.shape:
+    raise ValueError(
+      f'replay: saved with rows x streams = {priority.shape}, but this one has '
+      f'{state.priority.shape}'
+    )
+  size = state.mass.shape[0]
+  state.count = int(meta['count'])
+  state.max_priority = float(meta['max_priority'])
+  state.priority[:] = priority
+  state.segments = [
+    (int(a), int(b), int(t)) for a, b, t in meta['segments'] if b > a
+  ]
+  oldest = max(state.count - size, 0)
+  for start, stop, token in state.segments:
+    _read_segment(directory, state, start, stop, token, oldest)
+  # Cuts that came after their row was written to disk.
+  later = np.arange(oldest + 1, state.count)
+  _cut(state, (later - 1) % size, state.rows.timestep.is_first[later % size])
+  _weigh(state, np.arange(oldest, state.count) % size)
+  return state
+
+
+def prune(
+  directory: str | os.PathLike, metas: Iterable[dict[str, Any]]
+) -> None:
+  """Deletes the segments that no checkpoint needs.
+
+  Files of rows newer than every given meta stay, for a checkpoint that is
+  still being written may need them.
+
+  Args:
+    directory: where `save` wrote.
+    metas: of all checkpoints that are still on disk.
+  """
+  needed = {tuple(map(int, s)) for meta in metas for s in meta['segments']}
+  newest = max((stop for _, stop, _ in needed), default=0)
+  for path in pathlib.Path(directory).glob('rows_*'):
+    start, stop, token = map(int, path.name.split('.')[0].split('_')[1:])
+    if (start, stop, token) not in needed and start < newest:
+      path.unlink(missing_ok=True)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _assemble(rows, frame_stack):
+  return core.to_window(rows, frame_stack)
+
+
+def _order(count, size, slot):
+  """Number (from 0) of the row last written to a slot."""
+  return count - 1 - (count - 1 - slot) % size
+
+
+def _weigh(state, slots):
+  """Recomputes `mass` of some slots; nothing starts at an episode's last."""
+  timestep = state.rows.timestep
+  last = (timestep.discount[slots] == 0) | timestep.truncated[slots]
+  mass = state.priority[slots].astype(np.float64) ** state.alpha
+  state.mass[slots] = np.where(last, 0.0, mass)
+
+
+def _cut(state, slots, next_is_first):
+  """Truncates what another episode follows though it did not end."""
+  timestep = state.rows.timestep
+  cut = next_is_first & (timestep.discount[slots] != 0)
+  if cut.any():
+    timestep.truncated[slots] |= cut
+    _weigh(state, slots)
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+def _path(directory, start, stop, token):
+  return directory / f'rows_{start:012d}_{stop:012d}_{token}.npz'
+
+
+def _write_segment(directory, state, start, stop, token):
+  size = state.mass.shape[0]
+  slots = slice(start % size, start % size + stop - start)
+  arrays = {}
+  for path, column in jax.tree_util.tree_leaves_with_path(state.rows):
+    name = _name(path)
+    if isinstance(column, ZlibColumn):
+      blobs = column.blobs[slots]
+      arrays[name] = np.frombuffer(b''.join(blobs.flat), np.uint8)
+      arrays[f'{name}:sizes'] = np.vectorize(len, otypes=[np.int64])(blobs)
+    else:
+      arrays[name] = column[slots]
+  path = _path(directory, start, stop, token)
+  temporary = path.with_name(f'{path.name}.tmp')
+  with open(temporary, 'wb') as f:
+    np.savez(f, **arrays)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+  # The new name must survive a power cut too.
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _read_segment(directory, state, start, stop, token, oldest):
+  size = state.mass.shape[0]
+  skip = max(oldest - start, 0)
+  slots = np.arange(start + skip, stop) % size
+  path = _path(directory, start, stop, token)
+  try:
+    data = np.load(path)
+  except (OSError, ValueError, zipfile.BadZipFile) as e:
+    raise ValueError(f'replay: cannot read segment {path.name}: {e}') from e
+  with data:
+    for key, column in jax.tree_util.tree_leaves_with_path(state.rows):
+      name = _name(key)
+      packed = isinstance(column, ZlibColumn)
+      if name not in data or packed != (f'{name}:sizes' in data):
+        raise ValueError(
+          f'replay: segment {path.name} was saved without {name}, or with '
+          'another setting of compress'
+        )
+      values = data[name]
+      if packed:
+        sizes = data[f'{name}:sizes']
+        ends = np.cumsum(sizes.reshape(-1))
+        parts = np.empty(sizes.size, object)
+        for i, (end, n) in enumerate(zip(ends, sizes.reshape(-1))):
+          parts[i] = values[end - n : end].tobytes()
+        column.blobs[slots] = parts.reshape(sizes.shape)[skip:]
+        continue
+      if values.shape[1:] != column.shape[1:] or values.dtype != column.dtype:
+        raise ValueError(
+          f'replay: {name} was saved as {values.dtype}{values.shape[1:]}, must '
+          f'be {column.dtype}{column.shape[1:]}'
+        )
+      column[slots] = values[skip:]

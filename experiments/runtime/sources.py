@@ -1,0 +1,358 @@
+"""Where batches come from: sources, and sources that wrap sources.
+
+A source is pure (`from_env` over a JAX environment, a device replay around
+it) or lives on the host (envpool, Gymnasium, a host replay). The loop calls
+both alike; only a pure one may be traced.
+
+Axes: `E` parallel environments, one row of experience each a step.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agents.core.replay import Replay
+from agents.core.types import Agent, Experience, Trajectory
+from experiments.runtime import replay as host_replay
+from search.model import Environment, TimeStep
+
+
+class Measures(NamedTuple):
+  """What a source tells about one call of `next`.
+
+  Attributes:
+    counts: dict of float32 scalars that add up over calls: `decisions`,
+      `episodes`, `return_sum`, `length_sum`.
+    gauges: dict of float32 scalars that are averaged over calls.
+  """
+
+  counts: dict[str, Any]
+  gauges: dict[str, Any]
+
+
+class Source(NamedTuple):
+  """A stream of batches.
+
+  Attributes:
+    init: `(key) -> source_state`.
+    next: `(source_state, agent_state, step, key) -> (source_state, batch,
+      Measures)`.
+    feedback: `(source_state, batch, info) -> source_state`.
+    example: `() -> ` a batch of `jax.ShapeDtypeStruct`.
+    is_pure: whether `next` and `feedback` may be traced.
+    restart: `(source_state, step) -> source_state`: simulators on the host
+      start afresh from a seed derived from the step; None where all state is
+      in the pytree.
+    save: `(source_state, directory) -> (arrays, facts)`: a pytree of arrays,
+      a dict that JSON can hold, and large data appended to files in the
+      directory; None for a pure source, whose state is saved as it is.
+    load: `(arrays, facts, directory, key) -> source_state`, the inverse.
+    template: `() -> arrays`, of the shapes that `save` returns.
+    prune: `(directory, list of facts)`: drops files that none of them needs.
+    close: `(source_state) -> None`, stops threads and simulators.
+  """
+
+  init: Callable[[chex.PRNGKey], Any]
+  next: Callable[..., tuple[Any, Any, Measures]]
+  feedback: Callable[..., Any]
+  example: Callable[[], Any]
+  is_pure: bool
+  restart: Callable[..., Any] | None = None
+  save: Callable[..., Any] | None = None
+  load: Callable[..., Any] | None = None
+  template: Callable[[], Any] | None = None
+  prune: Callable[..., None] | None = None
+  close: Callable[[Any], None] | None = None
+
+
+def no_feedback(source_state, batch, info):
+  """The feedback of a source that learns nothing from the learner."""
+  del batch, info
+  return source_state
+
+
+def experience_example(agent: Agent, timestep: TimeStep) -> Experience:
+  """Shapes and dtypes of one row, for a batched time step (or its shapes)."""
+  key = jax.random.key(0)
+  params = jax.eval_shape(agent.init, key).params
+  assert agent.act is not None
+  action, extras = jax.eval_shape(agent.act, params, key, timestep)
+  as_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return Experience(jax.tree.map(as_shape, timestep), action, extras)
+
+
+class EnvStream(NamedTuple):
+  """State of `from_env`: simulators and the returns of open episodes."""
+
+  env_state: Any
+  timestep: TimeStep
+  returns: chex.Array
+  lengths: chex.Array
+
+
+def select(mask: chex.Array, yes: Any, no: Any) -> Any:
+  """Rows of `yes` where the mask `[E]` is True, else of `no`, on a pytree."""
+
+  def one(a, b):
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
+    shaped = jnp.reshape(mask, mask.shape + (1,) * (a.ndim - mask.ndim))
+    return jnp.where(shaped, a, b)
+
+  return jax.tree.map(one, yes, no)
+
+
+def from_env(env: Environment, agent: Agent, num_envs: int) -> Source:
+  """Fresh experience from a pure-JAX environment, one row a call.
+
+  Args:
+    env: an unbatched environment.
+    agent: who acts.
+    num_envs: environments stepped together.
+
+  Returns:
+    A pure source of `Experience` rows `[E, ...]`.
+  """
+  reset = lambda key: jax.vmap(env.reset)(jax.random.split(key, num_envs))
+
+  def init(key):
+    env_state, timestep = reset(key)
+    zeros = jnp.zeros((num_envs,))
+    return EnvStream(env_state, timestep, zeros, zeros)
+
+  def next_(state: EnvStream, agent_state, step, key):
+    del step
+    act_key, step_key, reset_key = jax.random.split(key, 3)
+    assert agent.act is not None
+    timestep = state.timestep
+    action, extras = agent.act(agent_state.params, act_key, timestep)
+    stepped = jax.vmap(env.step)(
+      state.env_state, action, jax.random.split(step_key, num_envs)
+    )
+    over = timestep.is_last()
+    env_state, next_timestep = select(over, reset(reset_key), stepped)
+    returns = jnp.where(over, 0.0, state.returns) + next_timestep.reward
+    lengths = jnp.where(over, 0.0, state.lengths + 1.0)
+    ends = next_timestep.is_last().astype(jnp.float32)
+    counts = {
+      'decisions': jnp.sum(1.0 - over.astype(jnp.float32)),
+      'episodes': jnp.sum(ends),
+      'return_sum': jnp.sum(ends * returns),
+      'length_sum': jnp.sum(ends * lengths),
+    }
+    state = EnvStream(env_state, next_timestep, returns, lengths)
+    return state, Experience(timestep, action, extras), Measures(counts, {})
+
+  def example():
+    stream = jax.eval_shape(init, jax.random.key(0))
+    return experience_example(agent, stream.timestep)
+
+  return Source(init, next_, no_feedback, example, is_pure=True)
+
+
+def _mean_age(batch: Trajectory) -> chex.Array:
+  assert batch.sample is not None
+  return jnp.mean(batch.sample.age)
+
+
+class Replayed(NamedTuple):
+  """State of `replayed`."""
+
+  inner: Any
+  replay: Any
+
+
+class Pace(NamedTuple):
+  """How many rows are taken from the environments before which update.
+
+  Attributes:
+    num_envs: decisions a row.
+    warmup_decisions: decisions before the first update.
+    decisions_per_update: decisions an update afterwards, an exact fraction.
+    max_decisions: no more than these; None for no bound.
+  """
+
+  num_envs: int
+  warmup_decisions: int
+  decisions_per_update: Fraction
+  max_decisions: int | None = None
+
+  def rows_until(self, step):
+    """Rows taken in all before update number `step` (int or traced)."""
+    ratio = self.decisions_per_update / self.num_envs
+    rows = -(-self.warmup_decisions // self.num_envs)
+    # Whole and part are split so that int32 lasts for 2**31 updates.
+    whole, part = divmod(ratio.numerator, ratio.denominator)
+    rows = rows + step * whole + step * part // ratio.denominator
+    if self.max_decisions is None:
+      return rows
+    most = -(-self.max_decisions // self.num_envs)
+    return (
+      jnp.minimum(rows, most) if hasattr(rows, 'dtype') else min(rows, most)
+    )
+
+  def rows_due(self, step):
+    """Rows to take just before update number `step`."""
+    before = self.rows_until(step - 1)
+    if hasattr(step, 'dtype'):
+      return self.rows_until(step) - jnp.where(step > 0, before, 0)
+    return self.rows_until(step) - (before if step > 0 else 0)
+
+  def updates(self, decisions: int) -> int:
+    """Updates after which that many decisions have been taken, at least 1."""
+    left = max(decisions - self.warmup_decisions, 0)
+    return max(int(left / self.decisions_per_update), 1)
+
+
+def replayed(
+  inner: Source,
+  replay: Replay,
+  pace: Pace,
+  *,
+  total_updates: int,
+  beta: tuple[float, float] = (0.4, 1.0),
+) -> Source:
+  """Keeps an inner source's rows and hands out sampled windows.
+
+  Args:
+    inner: a source of `Experience` rows.
+    replay: a device replay around a pure source, or a host replay.
+    pace: when to take how many rows.
+    total_updates: over which `beta` rises.
+    beta: exponent of the importance weights at the start and at the end.
+
+  Returns:
+    A source of `Trajectory`s, pure if both parts are.
+  """
+  is_pure = inner.is_pure and replay.is_pure
+
+  def init(key):
+    return Replayed(inner.init(key), replay.init(inner.example()))
+
+  def sampled(state: Replayed, step, key):
+    exponent = beta[0] + (beta[1] - beta[0]) * step / max(total_updates, 1)
+    return replay.sample(state.replay, key, jnp.minimum(exponent, 1.0))
+
+  def pure_next(state: Replayed, agent_state, step, key):
+    act_key, sample_key = jax.random.split(key)
+    shapes = jax.eval_shape(inner.next, state.inner, agent_state, step, act_key)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), shapes[2].counts
+    )
+
+    def take(i, carry):
+      inner_state, kept, counts = carry
+      inner_state, row, measures = inner.next(
+        inner_state, agent_state, step, jax.random.fold_in(act_key, i)
+      )
+      counts = jax.tree.map(jnp.add, counts, measures.counts)
+      return inner_state, replay.add(kept, row), counts
+
+    inner_state, kept, counts = jax.lax.fori_loop(
+      0, pace.rows_due(step), take, (state.inner, state.replay, zeros)
+    )
+    state = Replayed(inner_state, kept)
+    batch = sampled(state, step, sample_key)
+    gauges = {'replay_age': _mean_age(batch)}
+    return state, batch, Measures(counts, gauges)
+
+  def host_next(state: Replayed, agent_state, step, key):
+    act_key, sample_key = jax.random.split(key)
+    counts: dict[str, float] = {}
+    gauges: dict[str, Any] = {}
+    for i in range(pace.rows_due(step)):
+      inner_state, row, measures = inner.next(
+        state.inner, agent_state, step, jax.random.fold_in(act_key, i)
+      )
+      state = Replayed(inner_state, replay.add(state.replay, row))
+      for name, value in measures.counts.items():
+        counts[name] = counts.get(name, 0.0) + float(value)
+      gauges = measures.gauges or gauges
+    batch = sampled(state, step, sample_key)
+    gauges = gauges | {'replay_age': _mean_age(batch)}
+    return state, batch, Measures(counts, gauges)
+
+  def feedback(state: Replayed, batch, info):
+    inner_state = inner.feedback(state.inner, batch, info)
+    kept = state.replay
+    if info.priorities is not None:
+      kept = replay.update(kept, batch.sample, info.priorities)
+    return Replayed(inner_state, kept)
+
+  def example():
+    raise NotImplementedError('the windows of a replay are not kept again')
+
+  source = Source(
+    init, pure_next if is_pure else host_next, feedback, example, is_pure
+  )
+  if is_pure:
+    return source
+
+  def save(state: Replayed, directory):
+    assert inner.save is not None
+    arrays, facts = inner.save(state.inner, directory)
+    meta = host_replay.save(state.replay, directory)
+    arrays = {'inner': arrays, 'priority': meta.pop('priority')}
+    meta = jax.tree.map(lambda x: np.asarray(x).tolist(), meta)
+    return arrays, {'inner': facts, 'replay': meta}
+
+  def load(arrays, facts, directory, key):
+    assert inner.load is not None
+    inner_state = inner.load(arrays['inner'], facts['inner'], directory, key)
+    meta = facts['replay'] | {'priority': arrays['priority']}
+    empty = replay.init(inner.example())
+    return Replayed(inner_state, host_replay.load(empty, directory, meta))
+
+  def template():
+    assert inner.template is not None
+    priority = replay.init(inner.example()).priority
+    return {'inner': inner.template(), 'priority': priority}
+
+  def prune(directory, facts):
+    host_replay.prune(directory, [one['replay'] for one in facts])
+
+  def restart(state: Replayed, step):
+    if inner.restart is None:
+      return state
+    return state._replace(inner=inner.restart(state.inner, step))
+
+  def close(state: Replayed):
+    if inner.close is not None:
+      inner.close(state.inner)
+
+  return source._replace(
+    save=save,
+    load=load,
+    template=template,
+    prune=prune,
+    restart=restart,
+    close=close,
+  )
+
+
+def reanalyzed(inner: Source, agent: Agent) -> Source:
+  """Hands each batch through the agent's `refresh`, if it has one.
+
+  Args:
+    inner: a source of batches.
+    agent: whose `refresh(state, batch, step, key)` makes new targets.
+
+  Returns:
+    A source of the same batches with fresh targets.
+  """
+  if agent.refresh is None:
+    return inner
+  refresh = agent.refresh if inner.is_pure else jax.jit(agent.refresh)
+
+  def next_(state, agent_state, step, key):
+    inner_key, refresh_key = jax.random.split(key)
+    state, batch, measures = inner.next(state, agent_state, step, inner_key)
+    batch = refresh(agent_state, batch, step, refresh_key)
+    return state, batch, measures
+
+  return inner._replace(next=next_)

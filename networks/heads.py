@@ -1,0 +1,115 @@
+"""Output heads, and scalars as categorical distributions.
+
+A scalar x is represented by probabilities over `n` (odd) bins at the integers
+of `[-(n - 1) / 2, (n - 1) / 2]`, after the signed hyperbolic transform h
+(Pohlen et al. 2018; Schrittwieser et al. 2020, App. F).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from networks import mlp
+
+_EPSILON = 1e-3
+
+
+def signed_hyperbolic(x: jax.Array) -> jax.Array:
+  """`h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x`, any shape, float32."""
+  root = jnp.sqrt(jnp.abs(x) + 1)
+  # sqrt(|x| + 1) - 1, without its cancellation near zero.
+  return x / (root + 1) + _EPSILON * x
+
+
+def signed_parabolic(y: jax.Array) -> jax.Array:
+  """The inverse of `signed_hyperbolic`, any shape, float32.
+
+  With `s = sqrt(|x| + 1)`, `h` says `0.001 s^2 + s = |y| + 1.001`. This solves
+  for `s - 1`, so that nothing cancels: exactly 0 at 0, unlike the textbook
+  form, whose error of 1e-4 at small y in float32 needs a threshold.
+  """
+  magnitude = jnp.abs(y)
+  slope = 1 + 2 * _EPSILON
+  root = jnp.sqrt(slope**2 + 4 * _EPSILON * magnitude)
+  excess = 2 * magnitude / (slope + root)
+  return jnp.sign(y) * excess * (excess + 2)
+
+
+def to_two_hot(scalar: jax.Array, num_bins: int) -> jax.Array:
+  """Probabilities whose mean is `h(scalar)`, on the two nearest bins.
+
+  Args:
+    scalar: float32 `[...]`, in raw units; beyond the support it is clipped.
+    num_bins: odd.
+
+  Returns:
+    float32 `[..., num_bins]`, sums to one.
+  """
+  limit = (num_bins - 1) // 2
+  bins = jnp.arange(-limit, limit + 1, dtype=jnp.float32)
+  bins = bins.reshape((1,) * jnp.ndim(scalar) + (-1,))
+  position = jnp.clip(signed_hyperbolic(scalar), -limit, limit)[..., None]
+  return jnp.maximum(1 - jnp.abs(position - bins), 0)
+
+
+def from_logits(logits: jax.Array) -> jax.Array:
+  """The scalar that a categorical head predicts: `h^-1` of the mean bin.
+
+  Args:
+    logits: float32 `[..., num_bins]`, odd.
+
+  Returns:
+    float32 `[...]`, in raw units.
+  """
+  limit = (logits.shape[-1] - 1) // 2
+  bins = jnp.arange(1, limit + 1, dtype=jnp.float32)
+  bins = bins.reshape((1,) * (logits.ndim - 1) + (-1,))
+  probs = jax.nn.softmax(logits)
+  # Bins are paired, so that uniform logits give exactly zero; a sum and not a
+  # matmul, which accelerators round.
+  difference = probs[..., limit + 1 :] - probs[..., :limit][..., ::-1]
+  return signed_parabolic((difference * bins).sum(-1))
+
+
+class Squeeze(nn.Module):
+  """A latent to features `[B, F]`: linear, normalised, rectified, flattened.
+
+  For an image the linear map is a 1x1 convolution to `channels` (few, so that
+  what follows it stays small); for a vector it keeps the width.
+  """
+
+  channels: int
+  norm: mlp.ModuleDef = mlp.Norm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    size = self.channels if x.ndim == 4 else x.shape[-1]
+    x = mlp.Linear(size, use_bias=False, dtype=self.dtype)(x)
+    x = jax.nn.relu(self.norm()(x, train))
+    return x.reshape(x.shape[0], -1)
+
+
+class Head(nn.Module):
+  """Logits `[B, outputs]`, float32, zero at first, of a latent.
+
+  An image latent is squeezed before its hidden layers, a vector is not.
+  """
+
+  outputs: int
+  channels: int = 16
+  hidden: Sequence[int] = (32,)
+  norm: mlp.ModuleDef = mlp.Norm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    style = {'norm': self.norm, 'dtype': self.dtype}
+    if x.ndim == 4:
+      x = Squeeze(self.channels, **style)(x, train)
+    sizes = (*self.hidden, self.outputs)
+    x = mlp.MLP(sizes, zero_init=True, **style)(x, train)
+    return x.astype(jnp.float32)

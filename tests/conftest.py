@@ -1,0 +1,23 @@
+"""Shared settings of the tests: strict warnings, two CPU devices, a cache."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+_CACHE = pathlib.Path(__file__).resolve().parent.parent / '.jax_cache'
+
+jax.config.update('jax_num_cpu_devices', 2)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Compile time is most of the tests' cost.
+jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture
+def key():
+  """A typed key; fold constants into it where a test needs more than one."""
+  return jax.random.key(0)

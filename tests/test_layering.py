@@ -1,0 +1,257 @@
+"""Imports point downwards: tests > launchers > runtime, envs > agents >
+agents.core > networks, search. No agent knows another, and a launcher starts
+without JAX.
+"""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OURS = ('agents', 'networks', 'search', 'experiments', 'tests')
+
+# What each room may import of ours, besides itself.
+BELOW = {
+  'networks': set(),
+  'search': set(),
+  'agents.core': {'networks', 'search'},
+  'agents': {'agents.core', 'networks', 'search'},
+  'experiments.envs': {'agents.core', 'networks', 'search'},
+  'experiments.runtime': {
+    'experiments.envs',
+    'agents.core',
+    'networks',
+    'search',
+  },
+}
+EVERYTHING = {*BELOW, 'experiments'}
+
+# What takes long to import, or starts a device: launchers and presets load it
+# once the flags are parsed.
+HEAVY = {
+  'agents',
+  'chex',
+  'distrax',
+  'envpool',
+  'flax',
+  'gymnasium',
+  'jax',
+  'jaxlib',
+  'matplotlib',
+  'mctx',
+  'networks',
+  'optax',
+  'orbax',
+  'pgx',
+  'rich',
+  'rlax',
+  'scipy',
+  'search',
+}
+
+
+class Import(NamedTuple):
+  """A module that is named by an import, and whether importing runs it."""
+
+  module: str
+  eager: bool
+  line: int
+
+
+def imports(source: str, package: str, known: set[str]) -> Iterator[Import]:
+  """All modules that a source text imports, anywhere in it.
+
+  Args:
+    source: Python.
+    package: the package that relative imports start from.
+    known: our modules, to tell `from package import module` from a name.
+  """
+
+  def visit(node, eager):
+    if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.dump(node.test):
+      eager = False
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+      eager = False
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield Import(alias.name, eager, node.lineno)
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ''
+      if node.level:
+        above = package.split('.')[: len(package.split('.')) - node.level + 1]
+        base = '.'.join([*above, *([base] if base else [])])
+      for alias in node.names:
+        name = f'{base}.{alias.name}'
+        # A name of mctx that is private may be a module: `_src`.
+        module = name in known or alias.name.startswith('_')
+        yield Import(name if module else base, eager, node.lineno)
+    elif (
+      isinstance(node, ast.Call)
+      and ast.unparse(node.func).endswith(('import_module', '__import__'))
+      and node.args
+      and isinstance(node.args[0], ast.Constant)
+    ):
+      yield Import(str(node.args[0].value), eager, node.lineno)
+    elif isinstance(node, ast.Attribute) and node.attr == '_src':
+      yield Import(ast.unparse(node), eager, node.lineno)
+    for child in ast.iter_child_nodes(node):
+      yield from visit(child, eager)
+
+  yield from visit(ast.parse(source), True)
+
+
+def room(module: str) -> str:
+  """The room of one of our modules."""
+  parts = module.split('.')
+  pair = '.'.join(parts[:2])
+  return pair if pair in BELOW else parts[0]
+
+
+def package_of(path: str) -> str:
+  return path.rpartition('/')[0].replace('/', '.')
+
+
+def module_of(path: str) -> str:
+  return re.sub(r'/__init__$', '', path.removesuffix('.py')).replace('/', '.')
+
+
+def violations(files: dict[str, str]) -> list[str]:
+  """What breaks the rules in `{path: source}`, one line each."""
+  known = {module_of(path) for path in files}
+  found = {
+    module_of(path): list(imports(source, package_of(path), known))
+    for path, source in files.items()
+  }
+  lines = []
+  for path in files:
+    module = module_of(path)
+    here = room(module)
+    if here == 'tests':
+      continue
+    for name, _, line in found[module]:
+      top, where = name.split('.')[0], f'{path}:{line}: {name}'
+      if top in OURS:
+        there = room(name)
+        if there not in BELOW.get(here, EVERYTHING) | {here}:
+          lines.append(f'{where}: {here} may not import {there}')
+        elif here == there == 'agents' and name not in ('agents', module):
+          lines.append(f'{where}: an agent may not import another')
+      if top == 'flax' and here != 'networks':
+        lines.append(f'{where}: only networks imports flax')
+      if name.startswith('mctx._') and module != 'search._mctx':
+        lines.append(f'{where}: only search/_mctx.py knows private mctx')
+    if re.fullmatch(r'experiments/\w+\.py', path):
+      lines += [
+        f'{path}: {chain} is imported before the flags are parsed'
+        for chain in heavy(module, found)
+      ]
+  return lines
+
+
+def heavy(module: str, found: dict[str, list[Import]]) -> list[str]:
+  """Chains of eager imports from a module to what is heavy."""
+  chains, queue, seen = [], [(module, module)], {module}
+  while queue:
+    here, chain = queue.pop(0)
+    for name, eager, _ in found.get(here, []):
+      if not eager or name in seen:
+        continue
+      seen.add(name)
+      if name.split('.')[0] in HEAVY:
+        chains.append(f'{chain} > {name}')
+      else:
+        queue.append((name, f'{chain} > {name}'))
+  return chains
+
+
+def test_our_imports_point_downwards():
+  files = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
+    for package in OURS
+    for path in sorted((ROOT / package).rglob('*.py'))
+  }
+  assert {room(module_of(path)) for path in files} == {
+    *EVERYTHING,
+    'tests',
+  }
+  assert violations(files) == []
+
+
+FINE = {
+  'search/_mctx.py': 'from mctx._src import tree',
+  'search/policies.py': 'import mctx\nfrom search import _mctx',
+  'networks/mlp.py': 'from flax import linen',
+  'agents/core/losses.py': 'import rlax\nfrom . import types',
+  'agents/core/types.py': 'import search.policies',
+  'agents/sac.py': 'from agents.core import losses\nfrom networks import mlp',
+  'agents/cql.py': '',
+  'experiments/envs/host.py': 'from agents.core.types import Spec',
+  'experiments/runtime/loop.py': (
+    'import jax\nfrom agents.core import types\n'
+    'from experiments.envs import host'
+  ),
+  'experiments/runtime/config.py': 'import json',
+  'experiments/presets.py': 'import dataclasses',
+  'experiments/train.py': (
+    'from experiments import presets\n'
+    'from experiments.runtime import config\n'
+    'from typing import TYPE_CHECKING\n'
+    'if TYPE_CHECKING:\n  import jax\n'
+    'def main():\n  import jax\n  from experiments.runtime import loop\n'
+    '  from agents import sac, cql'
+  ),
+  'experiments/notebooks/tour.py': 'import jax\nfrom agents import sac',
+  'tests/test_sac.py': 'import flax\nfrom mctx._src import tree',
+}
+
+
+def test_what_is_fine_passes():
+  assert violations(FINE) == []
+
+
+@pytest.mark.parametrize(
+  ('path', 'source', 'complaint'),
+  [
+    ('networks/mlp.py', 'import search.policies', 'may not import search'),
+    ('networks/mlp.py', 'from agents.core import types', 'agents.core'),
+    ('search/policies.py', 'from networks import mlp', 'may not import netw'),
+    ('search/policies.py', 'from agents.core.types import Spec', 'agents.core'),
+    ('search/policies.py', 'import flax.linen as nn', 'only networks imports'),
+    ('search/policies.py', 'from mctx._src import base', 'private mctx'),
+    ('search/policies.py', 'from mctx import _src', 'private mctx'),
+    ('search/policies.py', 'import mctx\nmctx._src.base', 'private mctx'),
+    ('agents/core/types.py', 'import agents.sac', 'may not import agents'),
+    ('agents/core/types.py', 'from .. import sac', 'may not import agents'),
+    ('agents/core/types.py', 'from ..sac import Config', 'import agents'),
+    ('agents/core/types.py', 'def f():\n  from agents import sac', 'agents'),
+    ('agents/cql.py', 'from agents.sac import Config', 'import another'),
+    ('agents/cql.py', 'from . import sac', 'import another'),
+    ('agents/cql.py', 'from agents import core, sac', 'import another'),
+    ('agents/cql.py', 'import experiments.runtime.loop', 'experiments.runtime'),
+    ('experiments/envs/host.py', 'from agents import sac', 'import agents'),
+    ('experiments/envs/host.py', 'import experiments.runtime.loop', 'runtime'),
+    ('experiments/runtime/loop.py', 'import agents.sac', 'import agents'),
+    ('experiments/runtime/loop.py', 'from experiments import train', 'import'),
+    (
+      'experiments/runtime/loop.py',
+      "import importlib\nimportlib.import_module('agents.sac')",
+      'may not import agents',
+    ),
+    ('experiments/train.py', 'import tests.test_sac', 'may not import tests'),
+    ('experiments/train.py', 'import jax.numpy as jnp', 'train > jax.numpy'),
+    ('experiments/train.py', 'try:\n  import jax\nfinally: pass', '> jax is'),
+    (
+      'experiments/train.py',
+      'from experiments.runtime import loop',
+      'experiments.train > experiments.runtime.loop > jax is imported before',
+    ),
+    ('experiments/presets.py', 'from agents import sac', 'before the flags'),
+  ],
+)
+def test_what_is_wrong_is_found(path, source, complaint):
+  found = violations({**FINE, path: source})
+  assert any(line.startswith(path) and complaint in line for line in found)
