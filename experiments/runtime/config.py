@@ -69,7 +69,7 @@ def run_main(main: Callable[[], None]) -> None:
   A `UserError`, a wrong flag or a stray argument becomes one line and exit
   code 2; any other exception keeps its traceback.
   """
-  from absl import app, flags
+  from absl import app, flags, logging
 
   def parse(argv: list[str]) -> list[str]:
     try:
@@ -78,6 +78,9 @@ def run_main(main: Callable[[], None]) -> None:
       fail(f'{error} (--help lists the flags)')
 
   def guarded(argv: list[str]) -> None:
+    if flags.FLAGS['verbosity'].using_default_value:
+      # Libraries tell each file that they write.
+      logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
       fail(f'unexpected argument {argv[1]!r}: flags are --name=value')
     try:

@@ -123,15 +123,18 @@ def on_device(
     `Episodes`.
   """
   returns, lengths = _device_episodes(
-    env, play, num_episodes, max_steps, params, key
+    env.reset, env.step, play, num_episodes, max_steps, params, key
   )
-  return Episodes(np.asarray(returns, np.float64), np.asarray(lengths))
+  return Episodes(
+    np.asarray(returns, np.float64), np.asarray(lengths, np.int64)
+  )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _device_episodes(env, play, num, max_steps, params, key):
+# Not the whole environment: a spec may hold arrays, which have no hash.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _device_episodes(reset, step_env, play, num, max_steps, params, key):
   reset_key, key = jax.random.split(key)
-  env_state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num))
+  env_state, timestep = jax.vmap(reset)(jax.random.split(reset_key, num))
 
   def going(carry):
     _, timestep, _, _, over, step = carry
@@ -143,7 +146,7 @@ def _device_episodes(env, play, num, max_steps, params, key):
     act_key, step_key = jax.random.split(jax.random.fold_in(key, step))
     action = play(params, act_key, timestep)
     keys = jax.random.split(step_key, num)
-    stepped = jax.vmap(env.step)(env_state, action, keys)
+    stepped = jax.vmap(step_env)(env_state, action, keys)
     env_state, timestep = select(over, (env_state, timestep), stepped)
     returns += jnp.where(over, 0.0, timestep.reward)
     lengths += jnp.where(over, 0, 1)

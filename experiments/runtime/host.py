@@ -35,14 +35,15 @@ def _seed(key: chex.PRNGKey, step: int) -> int:
 class _Stream:
   """Simulators that one thread steps; mutable, so it never leaves here."""
 
-  def __init__(self, env: HostEnvironment, act, key: chex.PRNGKey):
+  def __init__(self, env: HostEnvironment, act, key: chex.PRNGKey, step: int):
     self._env, self._act, self._key = env, act, key
     self._simulator = None
     self._timestep: Any = None
-    self.restart(0)
+    self.restart(step)
 
   def restart(self, step: int) -> None:
     self.close()
+    self.started_at = step
     self._simulator = self._env.start(_seed(self._key, step))
     self._timestep = self._simulator.reset()
 
@@ -73,10 +74,14 @@ class _Actor:
 
   def __init__(self, stream: _Stream, key: chex.PRNGKey, size: int):
     self._stream, self._base, self._size = stream, key, size
-    self._key = key
+    self._key = jax.random.fold_in(key, stream.started_at)
     self._published: tuple[Any, int] | None = None
     self._rows = 0
     self._thread: threading.Thread | None = None
+
+  @property
+  def started_at(self) -> int:
+    return self._stream.started_at
 
   def publish(self, params, step: int) -> None:
     # The learner donates its buffers: actors read a copy of their own.
@@ -113,6 +118,7 @@ class _Actor:
       self.start()
     item = self._queue.get()
     if isinstance(item, BaseException):
+      self.stop()
       raise item
     return item
 
@@ -154,16 +160,28 @@ def from_host(
     queue_size: rows that the actor may be ahead (asynchronous only).
 
   Returns:
-    A source of `Experience` rows `[E, ...]` of numpy arrays. Its gauges, when
-    asynchronous: `policy_lag`, updates between the parameters that acted and
-    the learner's; `wait_seconds`, how long the learner waited for the row.
+    A source of `Experience` rows `[E, ...]` of numpy arrays. When
+    asynchronous it measures the gauge `policy_lag`, updates between the
+    parameters that acted and the learner's, and the count `wait_seconds`, how
+    long the learner waited for the row.
+
+  Raises:
+    ValueError: an argument out of range.
   """
+  if mode not in ('synchronous', 'asynchronous'):
+    raise ValueError(f"mode={mode!r}: must be 'synchronous' or 'asynchronous'")
+  for name, size in (
+    ('publish_every', publish_every),
+    ('queue_size', queue_size),
+  ):
+    if size < 1:
+      raise ValueError(f'{name}={size}: must be 1 or more')
   assert agent.act is not None
   act = jax.jit(agent.act)
 
-  def init(key):
+  def start(key, step):
     stream_key, actor_key = jax.random.split(key)
-    stream = _Stream(env, act, stream_key)
+    stream = _Stream(env, act, stream_key, step)
     if mode == 'synchronous':
       return stream
     return _Actor(stream, actor_key, queue_size)
@@ -174,12 +192,10 @@ def from_host(
       return state, row, Measures(counts, {})
     if state._published is None or step >= state._published[1] + publish_every:
       state.publish(agent_state.params, step)
-    start = time.perf_counter()
+    before = time.perf_counter()
     row, counts, version = state.take()
-    gauges = {
-      'policy_lag': float(step - version),
-      'wait_seconds': time.perf_counter() - start,
-    }
+    counts = counts | {'wait_seconds': time.perf_counter() - before}
+    gauges = {'policy_lag': float(step - version)}
     return state, row, Measures(counts, gauges)
 
   def restart(state, step):
@@ -187,13 +203,14 @@ def from_host(
     return state
 
   def save(state, directory):
-    del state, directory
-    # Simulators cannot be saved: a run starts them afresh when it saves.
-    return {}, {}
+    del directory
+    # Simulators cannot be saved: a run starts them afresh when it saves, and
+    # they start at the same seed again when it is resumed.
+    return {}, {'started_at': state.started_at}
 
   def load(arrays, facts, directory, key):
-    del arrays, facts, directory
-    return init(key)
+    del arrays, directory
+    return start(key, facts['started_at'])
 
   def example():
     spec = env.spec
@@ -219,7 +236,7 @@ def from_host(
     return experience_example(agent, timestep)
 
   return Source(
-    init,
+    lambda key: start(key, 0),
     next_,
     no_feedback,
     example,

@@ -171,6 +171,7 @@ def _host_interval(agent, source, update, stopping, carry, key, num_steps):
   for name in names:
     values = [np.asarray(m[name], np.float32) for m in gathered if name in m]
     means[name] = float(np.mean(values))
+  carry = carry._replace(step=jnp.asarray(carry.step, jnp.int32))
   return carry, means, sums, len(gathered)
 
 

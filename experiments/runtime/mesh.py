@@ -52,6 +52,8 @@ def compile_update(agent: Agent, mesh: Mesh) -> Callable:
       raise ValueError(
         f'batch_size={size}: must be a multiple of the {mesh.size} devices'
       )
-    return compiled(state, batch, key)
+    # What a program over the mesh has made (reanalysis) lies elsewhere, and
+    # jit would refuse to move it.
+    return compiled(state, jax.device_put(batch, split), key)
 
   return update

@@ -186,9 +186,11 @@ class Pace(NamedTuple):
     """Rows taken in all before update number `step` (int or traced)."""
     ratio = self.decisions_per_update / self.num_envs
     rows = -(-self.warmup_decisions // self.num_envs)
-    # Whole and part are split so that int32 lasts for 2**31 updates.
+    # floor(step * ratio), in parts that int32 holds as long as it holds the
+    # result and the square of the denominator.
     whole, part = divmod(ratio.numerator, ratio.denominator)
-    rows = rows + step * whole + step * part // ratio.denominator
+    turns, rest = step // ratio.denominator, step % ratio.denominator
+    rows = rows + step * whole + turns * part + rest * part // ratio.denominator
     if self.max_decisions is None:
       return rows
     most = -(-self.max_decisions // self.num_envs)
@@ -227,12 +229,22 @@ def replayed(
     beta: exponent of the importance weights at the start and at the end.
 
   Returns:
-    A source of `Trajectory`s, pure if both parts are.
+    A source of `Trajectory`s, pure if both parts are. A pure one's `init`
+    raises ValueError where the warm-up does not fill one window.
   """
   is_pure = inner.is_pure and replay.is_pure
 
   def init(key):
-    return Replayed(inner.init(key), replay.init(inner.example()))
+    kept = replay.init(inner.example())
+    if is_pure:  # a host replay says so itself
+      windows = jax.eval_shape(replay.sample, kept, key, 1.0)
+      need = windows.valid.shape[1] * pace.num_envs
+      if pace.rows_until(0) * pace.num_envs < need:
+        raise ValueError(
+          f'warmup_decisions={pace.warmup_decisions}: must be at least {need}, '
+          'one window of each environment'
+        )
+    return Replayed(inner.init(key), kept)
 
   def sampled(state: Replayed, step, key):
     exponent = beta[0] + (beta[1] - beta[0]) * step / max(total_updates, 1)

@@ -1,0 +1,236 @@
+"""From names and settings to an agent, its source and its environments.
+
+Launchers, studies and notebooks build alike: `experiment = build(...)`.
+"""
+
+import ast
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from experiments import presets
+from experiments.presets import EnvConfig, Preset, RunConfig
+
+
+class Experiment(NamedTuple):
+  """All that a run needs.
+
+  Attributes:
+    name: the preset's.
+    agent_name: a module of `agents/`.
+    env_name: for `experiments.envs.make`.
+    steps: decisions.
+    seed: the run's.
+    config: the agent's `Config`.
+    env: `EnvConfig`.
+    run: `RunConfig`.
+  """
+
+  name: str
+  agent_name: str
+  env_name: str
+  steps: int
+  seed: int
+  config: Any
+  env: EnvConfig
+  run: RunConfig
+
+  def as_dict(self) -> dict[str, Any]:
+    """What config.json holds."""
+    sections = ('config', 'env', 'run')
+    fields = {n: v for n, v in self._asdict().items() if n not in sections}
+    plain = {n: dataclasses.asdict(getattr(self, n)) for n in sections}
+    return fields | {'agent': plain.pop('config')} | plain
+
+  @property
+  def pace(self):
+    """When rows are taken, see `runtime.sources.Pace`."""
+    from experiments.runtime.sources import Pace
+
+    ratio = Fraction(self.run.decisions_per_update).limit_denominator(1000)
+    return Pace(
+      num_envs=self.env.num_envs,
+      warmup_decisions=self.run.warmup_decisions,
+      decisions_per_update=ratio,
+      max_decisions=self.steps,
+    )
+
+  @property
+  def updates(self) -> int:
+    """Updates of the whole run."""
+    return self.pace.updates(self.steps) + self.run.extra_updates
+
+
+def describe(
+  preset_name: str,
+  *,
+  agent: str | None = None,
+  env: str | None = None,
+  steps: int | None = None,
+  seed: int = 0,
+  settings: Sequence[str] = (),
+) -> Experiment:
+  """A preset with changes.
+
+  Args:
+    preset_name: a row of `experiments.presets`.
+    agent: another agent; the preset's settings for fields that it does not
+      have are then left out.
+    env: another environment.
+    steps: other decisions.
+    seed: of the run.
+    settings: `field=value`.
+
+  Returns:
+    `Experiment`; nothing is made or compiled yet.
+
+  Raises:
+    ValueError: with one line that names what is wrong and what would be right.
+  """
+  from experiments.runtime import config as configs
+
+  preset: Preset = presets.find(preset_name)
+  agent_name = presets.find_agent(agent or preset.agent)
+  module = importlib.import_module(f'agents.{agent_name}')
+  sections = {'agent': module.Config(), 'env': EnvConfig(), 'run': RunConfig()}
+  own = preset.settings
+  if agent_name != preset.agent:
+    own = [s for s in own if _has(sections, s)]
+  sections = configs.override(sections, own)
+  sections = configs.override(sections, settings)
+  experiment = Experiment(
+    name=preset_name,
+    agent_name=agent_name,
+    env_name=env or preset.env,
+    steps=preset.steps if steps is None else steps,
+    seed=seed,
+    config=sections['agent'],
+    env=sections['env'],
+    run=sections['run'],
+  )
+  _check(experiment)
+  # What of the agent depends on the length of the run.
+  fields = {f.name for f in dataclasses.fields(experiment.config)}
+  lengths = {
+    'total_updates': experiment.updates,
+    'total_decisions': experiment.steps,
+  }
+  known = {n: v for n, v in lengths.items() if n in fields}
+  config = dataclasses.replace(experiment.config, **known)
+  return experiment._replace(config=config)
+
+
+def _has(sections, setting: str) -> bool:
+  from experiments.runtime import config as configs
+
+  try:
+    configs.override(sections, [setting])
+  except configs.UserError:
+    return False
+  return True
+
+
+def _check(experiment: Experiment) -> None:
+  run, envs = experiment.run, experiment.env.num_envs
+  if experiment.steps <= run.warmup_decisions:
+    raise ValueError(
+      f'steps={experiment.steps}: must be above warmup_decisions='
+      f'{run.warmup_decisions}'
+    )
+  need = (experiment.config.window + 1) * envs
+  if run.warmup_decisions < need:
+    raise ValueError(
+      f'warmup_decisions={run.warmup_decisions}: must be at least {need}, so '
+      f'that {envs} environments have a window of {experiment.config.window} '
+      'steps each'
+    )
+  if run.replay_capacity < need:
+    raise ValueError(
+      f'replay_capacity={run.replay_capacity}: must be at least {need}'
+    )
+  if run.batch_size % run.devices:
+    raise ValueError(
+      f'batch_size={run.batch_size}: must be a multiple of devices='
+      f'{run.devices}'
+    )
+
+
+def make_env(experiment: Experiment, *, training: bool, num_envs=None):
+  """The environment of an experiment; see `experiments.envs.make.make`."""
+  from experiments.envs import make
+
+  options = {}
+  for option in experiment.env.options:
+    name, equals, text = option.partition('=')
+    if not equals:
+      raise ValueError(f'env.options={option}: should be name=value')
+    try:
+      options[name] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      options[name] = text
+  if not training and 'max_episode_steps' in options:
+    # The training cut is not the evaluation's, which has the usual 27,000.
+    options.pop('max_episode_steps')
+  return make.make(
+    experiment.env_name,
+    num_envs or experiment.env.num_envs,
+    training=training,
+    frame_stack=experiment.env.frame_stack,
+    num_threads=experiment.env.num_threads,
+    options=options,
+  )
+
+
+def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
+  """The agent of an experiment for an environment's spec.
+
+  Raises:
+    ValueError: if the agent cannot take the spec.
+  """
+  module = importlib.import_module(f'agents.{experiment.agent_name}')
+  networks = module.make_networks(experiment.config, spec)
+  keywords = {} if reduce is None else {'reduce': reduce}
+  return module.make(
+    experiment.config, networks, module.make_losses(), spec, **keywords
+  )
+
+
+def make_source(experiment: Experiment, env, agent):
+  """The source of an experiment: environment, replay, reanalysis."""
+  from agents.core import replay as device
+  from experiments.runtime import host, replay, sources
+  from search.model import Environment
+
+  run = experiment.run
+  shared = {
+    'capacity': run.replay_capacity,
+    'batch_size': run.batch_size,
+    'window': experiment.config.window,
+    'alpha': run.replay_alpha,
+  }
+  if isinstance(env, Environment):
+    inner = sources.from_env(env, agent, experiment.env.num_envs)
+    memory = device.device_replay(**shared)
+  else:
+    inner = host.from_host(
+      env,
+      agent,
+      mode=run.acting,
+      publish_every=run.publish_every,
+      queue_size=run.queue_size,
+    )
+    memory = replay.host_replay(
+      **shared,
+      frame_stack=env.spec.frame_stack,
+      compress=run.compress_replay,
+    )
+  source = sources.replayed(
+    inner,
+    memory,
+    experiment.pace,
+    total_updates=experiment.updates,
+    beta=(run.replay_beta, 1.0),
+  )
+  return sources.reanalyzed(source, agent)

@@ -1,0 +1,75 @@
+"""An environment by its name."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.envs.host import HostEnvironment
+from search.model import Environment
+
+
+def make(
+  name: str,
+  num_envs: int,
+  *,
+  training: bool,
+  frame_stack: int | None = None,
+  num_threads: int = 0,
+  options: Mapping[str, Any] | None = None,
+) -> Environment | HostEnvironment:
+  """Finds and describes an environment; nothing is simulated yet.
+
+  Args:
+    name: `jax:catch` for one of our own, `gymnasium:CartPole-v1` for one that
+      Gymnasium makes, anything else for envpool (`Catch-v0`, `Pong-v5`,
+      `PongNoFrameskip-v4`, `HopperHop-v1`).
+    num_envs: copies stepped together on the host; a pure environment is
+      unbatched and takes none.
+    training: on Atari, life loss ends episodes and rewards are clipped.
+    frame_stack: frames in an observation; None for the environment's usual.
+    num_threads: of envpool; 0 for as many as help.
+    options: the environment's own.
+
+  Returns:
+    An `Environment` for `jax:` names, else a `HostEnvironment`.
+
+  Raises:
+    ValueError: an unknown name or option, or a space that no agent can take.
+  """
+  options = dict(options or {})
+  kind, colon, rest = name.partition(':')
+  if not colon:
+    from experiments.envs import envpool
+
+    return envpool.make_envpool(
+      name,
+      num_envs,
+      num_threads=num_threads,
+      frame_stack=frame_stack,
+      training=training,
+      **options,
+    )
+  if kind == 'gymnasium':
+    from experiments.envs import gymnasium
+
+    stack = 1 if frame_stack is None else frame_stack
+    return gymnasium.make_gymnasium(
+      rest, num_envs, frame_stack=stack, **options
+    )
+  if kind != 'jax':
+    raise ValueError(
+      f'env={name!r}: what stands before the colon must be jax or gymnasium'
+    )
+  if frame_stack not in (None, 1):
+    raise ValueError(f'frame_stack={frame_stack}: {name} has no frames')
+  from experiments.envs import cartpole, catch
+
+  makers = {'catch': catch.make_catch, 'cartpole': cartpole.make_cartpole}
+  if rest not in makers:
+    near = difflib.get_close_matches(rest, makers, 1)
+    hint = f'; did you mean jax:{near[0]}?' if near else ''
+    raise ValueError(f'env={name!r}: known are {", ".join(makers)}{hint}')
+  try:
+    return makers[rest](**options)
+  except TypeError as error:
+    raise ValueError(f'options={options}: {error}') from error

@@ -1,0 +1,290 @@
+"""Plays a finished run's agent with any planner and budget, and writes CSV.
+
+python -m experiments.play --workdir=runs/NAME --simulations=0,4,16,64
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments import build
+from experiments.runtime import config as configs
+
+
+class Row(NamedTuple):
+  """One line of evaluation.csv.
+
+  Attributes:
+    checkpoint: `final`, `best` or `early`.
+    planner: the search's rule, or `network` without one.
+    simulations: a decision; 0 is the network alone.
+    episodes: whole episodes played.
+    return_mean: undiscounted, unclipped.
+    return_se: standard error over episodes.
+    length_mean: decisions.
+    seconds_per_decision: wall time of a batched step over its decisions,
+      compilation excluded.
+  """
+
+  checkpoint: str
+  planner: str
+  simulations: int
+  episodes: int
+  return_mean: float
+  return_se: float
+  length_mean: float
+  seconds_per_decision: float
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes evaluation.csv, atomically."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(Row._fields)
+  writer.writerows(rows)
+  configs.write_text(path, text.getvalue())
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+  """A table for people."""
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table()
+  for column in ('checkpoint', 'planner', 'simulations', 'return', 'episodes'):
+    table.add_column(column, justify='right')
+  table.add_column('ms a decision', justify='right')
+  for row in rows:
+    table.add_row(
+      row.checkpoint,
+      row.planner,
+      str(row.simulations),
+      f'{row.return_mean:.3f} ± {row.return_se:.3f}',
+      str(row.episodes),
+      f'{1e3 * row.seconds_per_decision:.2f}',
+    )
+  Console().print(table)
+
+
+def evaluate(
+  experiment: build.Experiment,
+  env: Any,
+  agent: Any,
+  checkpoints: Mapping[str, Any],
+  *,
+  simulations: Sequence[int],
+  episodes: int,
+  rule: str | None = None,
+  seed: int = 0,
+) -> list[Row]:
+  """Plays every checkpoint with every budget.
+
+  The simulators are seeded alike for all of them, so that differences are
+  not of luck.
+
+  Args:
+    experiment: what was run.
+    env: from `build.make_env(training=False)`.
+    agent: from `build.make_agent`.
+    checkpoints: name to the agent's `params`.
+    simulations: budgets; 0 is the network alone.
+    episodes: for each row.
+    rule: another search rule than the agent's.
+    seed: of simulators and planner.
+
+  Returns:
+    Rows in that order.
+  """
+  import jax
+
+  from agents.core import planning
+  from experiments.runtime import evaluate as playing
+  from search.model import Environment
+
+  search = experiment.config.search
+  rows = []
+  for budget in simulations:
+    chosen = dataclasses.replace(search, num_simulations=budget)
+    if rule is not None:
+      chosen = dataclasses.replace(chosen, rule=rule)
+    planner = planning.make_planner(chosen, evaluate=True)
+    play = playing.player(planner, agent.model)
+    for name, params in checkpoints.items():
+      key = jax.random.fold_in(jax.random.key(seed), 7)
+      run = lambda play, count, params=params, key=key: (
+        playing.on_device(env, play, params, key=key, num_episodes=count)
+        if isinstance(env, Environment)
+        else playing.on_host(
+          env, play, params, key=key, num_episodes=count, seed=seed + 1_000_003
+        )
+      )
+      _compile(env, play, params, key)
+      start = time.perf_counter()
+      played = run(play, episodes)
+      seconds = time.perf_counter() - start
+      summary = played.summary()
+      rows.append(
+        Row(
+          checkpoint=name,
+          planner=chosen.rule if budget else 'network',
+          simulations=budget,
+          episodes=len(played.returns),
+          return_mean=summary['eval_return'],
+          return_se=summary['eval_return_se'],
+          length_mean=summary['eval_length'],
+          seconds_per_decision=seconds / max(float(played.lengths.sum()), 1.0),
+        )
+      )
+  rows.sort(key=lambda row: list(checkpoints).index(row.checkpoint))
+  return rows
+
+
+def _compile(env, play, params, key):
+  """One batched decision, so that timings hold no compilation."""
+  from search.model import Environment
+
+  if isinstance(env, Environment):
+    return
+  simulator = env.start(0)
+  play(params, key, simulator.reset()).block_until_ready()
+  simulator.close()
+
+
+def load_experiment(workdir: str) -> build.Experiment:
+  """The experiment that a run's config.json describes.
+
+  Raises:
+    UserError: no such run, or one that this version cannot read.
+  """
+  saved = configs.read_run_config(workdir)
+  try:
+    settings = [
+      f'{section}.{name}={text}'
+      for section in ('agent', 'env', 'run')
+      for name, text in _assignments(saved[section])
+    ]
+    return build.describe(
+      saved['name'],
+      agent=saved['agent_name'],
+      env=saved['env_name'],
+      steps=saved['steps'],
+      seed=saved['seed'],
+      settings=settings,
+    )
+  except KeyError as error:
+    raise configs.UserError(
+      f'{workdir}/config.json lacks {error}: was it written by another version?'
+    ) from error
+
+
+def _assignments(config: Mapping[str, Any], prefix: str = ''):
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      yield from _assignments(value, f'{prefix}{name}.')
+    elif isinstance(value, list):
+      yield prefix + name, ','.join(map(str, value))
+    elif value is None or isinstance(value, bool):
+      yield prefix + name, str(value).lower()
+    else:
+      yield prefix + name, str(value)
+
+
+def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
+  """Parameters of a run's checkpoints, by `final`, `best`, `early`.
+
+  Raises:
+    UserError: one that is not there.
+  """
+  import jax
+
+  from experiments.runtime import checkpoint
+
+  state = jax.eval_shape(agent.init, jax.random.key(0))
+  folder = pathlib.Path(workdir)
+  loaded = {}
+  for name in names:
+    where = folder / name
+    if not where.is_dir():
+      raise configs.UserError(
+        f'checkpoint={name}: {workdir} has none; there are '
+        f'{", ".join(available(workdir)) or "none yet"}'
+      )
+    keeper = checkpoint.open(where, read_only=True)
+    try:
+      # The final parameters are kept on their own: no replay need be read.
+      found = keeper.restore(state.params)
+    finally:
+      keeper.close()
+    if found is None:
+      raise configs.UserError(f'checkpoint={name}: {where} is empty')
+    loaded[name] = found[0]
+  return loaded
+
+
+def available(workdir: str) -> list[str]:
+  """Names of the checkpoints that a run holds."""
+  folder = pathlib.Path(workdir)
+  return [n for n in ('final', 'best', 'early') if (folder / n).is_dir()]
+
+
+def main() -> None:
+  """Evaluates as the flags say."""
+  from absl import flags
+
+  values = flags.FLAGS
+  with configs.user_errors():
+    experiment = load_experiment(values.workdir)
+    names = values.checkpoint or ['final']
+    budgets = [int(n) for n in values.simulations]
+    env = build.make_env(
+      experiment, training=False, num_envs=values.num_envs or None
+    )
+    agent = build.make_agent(experiment, env.spec)
+    checkpoints = load_params(values.workdir, agent, names)
+    rows = evaluate(
+      experiment,
+      env,
+      agent,
+      checkpoints,
+      simulations=budgets,
+      episodes=values.episodes,
+      rule=values.planner,
+      seed=values.seed,
+    )
+  print_rows(rows)
+  out = pathlib.Path(values.out or f'{values.workdir}/play.csv')
+  write_rows(out, rows)
+  print(json.dumps({'csv': str(out)}))
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.play`."""
+  from absl import flags
+
+  flags.DEFINE_string('workdir', None, 'the folder of a run', required=True)
+  flags.DEFINE_list(
+    'checkpoint', ['final'], 'which parameters: final, best, early'
+  )
+  flags.DEFINE_enum(
+    'planner',
+    None,
+    ['efficientzero', 'puct', 'gumbel'],
+    "the search's rule; the agent's own if left out",
+  )
+  flags.DEFINE_list(
+    'simulations', ['0', '16'], 'budgets a decision; 0 is the network alone'
+  )
+  flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1)
+  flags.DEFINE_integer('num_envs', 0, "copies at once; 0 for the run's own", 0)
+  flags.DEFINE_integer('seed', 0, 'of simulators and planner', 0)
+  flags.DEFINE_string('out', None, 'the CSV; WORKDIR/play.csv if left out')
+
+
+if __name__ == '__main__':
+  define_flags()
+  configs.run_main(main)

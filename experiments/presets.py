@@ -1,0 +1,325 @@
+"""What the launchers know by name: one row an experiment.
+
+A row is an agent, an environment and the fields that differ from the agent's
+`Config` (which holds its paper's numbers) and from `RunConfig`. `source` says
+where the numbers come from. `--set` overrides a row field by field.
+
+Nothing heavy is imported here: `--help` reads this table.
+"""
+
+import dataclasses
+import difflib
+from typing import Literal, NamedTuple
+
+# Modules of `agents/` that the launcher can train.
+AGENTS = ('efficientzero', 'muzero')
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+  """How the environment is made.
+
+  Attributes:
+    num_envs: copies stepped together.
+    num_threads: of envpool; 0 for as many as help.
+    frame_stack: frames in an observation; none for the environment's usual.
+    options: the environment's own, `name=value` each, with commas between.
+  """
+
+  num_envs: int = 16
+  num_threads: int = 0
+  frame_stack: int | None = None
+  options: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    _at_least(self, 1, 'num_envs')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How an agent is run: pace, memory, intervals. Intervals are in updates.
+
+  Attributes:
+    batch_size: windows an update.
+    replay_capacity: decisions kept.
+    replay_alpha: exponent of the priorities; 0 samples uniformly.
+    replay_beta: exponent of the importance weights at first; it rises to 1.
+    compress_replay: keep frames compressed (lossless) in host memory.
+    warmup_decisions: decisions before the first update.
+    decisions_per_update: decisions taken for each update.
+    extra_updates: updates after the last decision.
+    acting: `asynchronous` acts beside learning, `synchronous` in step with it
+      and is bitwise reproducible; environments in JAX are always so.
+    queue_size: rows that an asynchronous actor may be ahead.
+    publish_every: updates between copies of the parameters for the actor.
+    devices: devices that an update is split over.
+    log_every: between rows of metrics.csv.
+    checkpoint_every: between checkpoints.
+    keep_checkpoints: how many stay.
+    evaluate_every: between evaluations while training; 0 for none.
+    evaluate_episodes: episodes of each.
+    hold_out: windows that are never trained on, from other simulators and the
+      untrained network; 0 for none.
+    hold_out_every: between evaluations of the losses on them.
+    early_update: where a copy is kept to compare with at the end; 0 for none.
+    final_episodes: episodes for each row of the table at the end; 0 for none.
+    final_simulations: simulations a decision of those rows.
+  """
+
+  batch_size: int = 64
+  replay_capacity: int = 100_000
+  replay_alpha: float = 0.6
+  replay_beta: float = 0.4
+  compress_replay: bool = False
+  warmup_decisions: int = 2000
+  decisions_per_update: float = 1.0
+  extra_updates: int = 0
+  acting: Literal['asynchronous', 'synchronous'] = 'asynchronous'
+  queue_size: int = 4
+  publish_every: int = 1
+  devices: int = 1
+  log_every: int = 50
+  checkpoint_every: int = 1000
+  keep_checkpoints: int = 2
+  evaluate_every: int = 0
+  evaluate_episodes: int = 32
+  hold_out: int = 0
+  hold_out_every: int = 50
+  early_update: int = 0
+  final_episodes: int = 200
+  final_simulations: tuple[int, ...] = (4, 16, 64)
+
+  def __post_init__(self):
+    _at_least(
+      self,
+      1,
+      'batch_size',
+      'warmup_decisions',
+      'queue_size',
+      'publish_every',
+      'devices',
+      'log_every',
+      'checkpoint_every',
+      'keep_checkpoints',
+      'hold_out_every',
+    )
+    _at_least(
+      self,
+      0,
+      'replay_alpha',
+      'replay_beta',
+      'extra_updates',
+      'evaluate_every',
+      'hold_out',
+      'early_update',
+      'final_episodes',
+    )
+    if self.decisions_per_update <= 0:
+      raise ValueError(
+        f'decisions_per_update={self.decisions_per_update}: must be above 0'
+      )
+
+
+def _at_least(config, least, *names):
+  for name in names:
+    if getattr(config, name) < least:
+      raise ValueError(f'{name}={getattr(config, name)}: must be >= {least}')
+
+
+class Preset(NamedTuple):
+  """One row.
+
+  Attributes:
+    summary: what it is, for `--help`.
+    agent: a module of `agents/`.
+    env: a name for `experiments.envs.make`.
+    steps: decisions.
+    settings: `field=value`, in the words of `--set`.
+    source: where the numbers come from.
+  """
+
+  summary: str
+  agent: str
+  env: str
+  steps: int
+  settings: tuple[str, ...]
+  source: str
+
+
+# Networks small enough for two cores and boards of a few dozen cells.
+_SMALL = (
+  'network.latent=vector',
+  'network.latent_size=128',
+  'network.channels=16',
+  'network.head_channels=8',
+  'network.head_hidden=64',
+  'network.lstm_size=64',
+  'network.value_bins=21',
+  'network.reward_bins=21',
+  'network.norm=layer',
+)
+_SMALL_PROJECTOR = ('network.projector=64,64,64', 'network.predictor=32')
+_QUICK = (
+  'optimiser=adam',
+  'learning_rate=1e-3',
+  'warmup_updates=50',
+  'decay_every=0',
+  'gamma=0.997',
+  'target_period=50',
+)
+_ATARI_100K = (
+  'env.num_envs=1',
+  'batch_size=256',
+  'replay_capacity=100000',
+  'warmup_decisions=2000',
+  'decisions_per_update=1',
+  'log_every=100',
+  'checkpoint_every=5000',
+  'evaluate_every=10000',
+  'evaluate_episodes=32',
+  'final_episodes=32',
+  'final_simulations=50',
+  'compress_replay=true',
+)
+_OURS = 'ours, chosen on two CPU cores'
+_EZ_TABLE = 'Ye 2021, Table 6 and its official code, config/atari'
+
+PRESETS = {
+  'efficientzero_catch': Preset(
+    summary='the main job: EfficientZero on bsuite Catch in minutes on a CPU',
+    agent='efficientzero',
+    env='Catch-v0',
+    steps=8400,
+    settings=(
+      *_SMALL,
+      *_SMALL_PROJECTOR,
+      *_QUICK,
+      'augmentation=false',
+      'num_simulations=8',
+      'replay_capacity=20000',
+      'warmup_decisions=400',
+      'decisions_per_update=4',
+      'checkpoint_every=500',
+      'early_update=700',
+    ),
+    source=_OURS,
+  ),
+  'muzero_catch': Preset(
+    summary='MuZero with Reanalyze on bsuite Catch',
+    agent='muzero',
+    env='Catch-v0',
+    steps=8400,
+    settings=(
+      *_SMALL,
+      *_SMALL_PROJECTOR,
+      *_QUICK,
+      'num_simulations=8',
+      'replay_capacity=20000',
+      'warmup_decisions=400',
+      'decisions_per_update=4',
+      'checkpoint_every=500',
+      'early_update=700',
+    ),
+    source=_OURS,
+  ),
+  'muzero_cartpole': Preset(
+    summary='MuZero on CartPole, from vectors',
+    agent='muzero',
+    env='CartPole-v1',
+    steps=40_000,
+    settings=(
+      *_SMALL,
+      *_SMALL_PROJECTOR,
+      *_QUICK,
+      'network.value_bins=61',
+      'num_simulations=16',
+      'replay_capacity=40000',
+      'warmup_decisions=1000',
+      'decisions_per_update=8',
+      'evaluate_every=1000',
+    ),
+    source=_OURS,
+  ),
+  'efficientzero_cartpole': Preset(
+    summary='EfficientZero on CartPole, from vectors',
+    agent='efficientzero',
+    env='CartPole-v1',
+    steps=40_000,
+    settings=(
+      *_SMALL,
+      *_SMALL_PROJECTOR,
+      *_QUICK,
+      'network.value_bins=61',
+      'augmentation=false',
+      'num_simulations=16',
+      'replay_capacity=40000',
+      'warmup_decisions=1000',
+      'decisions_per_update=8',
+      'evaluate_every=1000',
+    ),
+    source=_OURS,
+  ),
+  'efficientzero_atari': Preset(
+    summary='EfficientZero on Atari-100k, the paper as it stands',
+    agent='efficientzero',
+    env='Pong-v5',
+    steps=100_000,
+    settings=(
+      *_ATARI_100K,
+      'extra_updates=20000',
+      'reanalyze_chunk=704',
+      'env.options=max_episode_steps=3000',
+    ),
+    source=_EZ_TABLE,
+  ),
+  'muzero_atari': Preset(
+    summary="MuZero Reanalyze on Atari-100k with EfficientZero's network",
+    agent='muzero',
+    env='Pong-v5',
+    steps=100_000,
+    settings=(
+      *_ATARI_100K,
+      'gamma=0.988',
+      'learning_rate=0.2',
+      'reanalyze_fraction=0.99',
+      'extra_updates=20000',
+      'reanalyze_chunk=762',
+      'env.options=max_episode_steps=3000',
+    ),
+    source=_EZ_TABLE + ', which compares with such a MuZero',
+  ),
+}
+DEFAULT = 'efficientzero_catch'
+
+
+def find(name: str) -> Preset:
+  """The preset of a name.
+
+  Raises:
+    ValueError: if there is none; names near ones.
+  """
+  return PRESETS[_known('preset', name, tuple(PRESETS))]
+
+
+def find_agent(name: str) -> str:
+  """The name, if it is an agent's.
+
+  Raises:
+    ValueError: if it is not; names near ones.
+  """
+  return _known('agent', name, AGENTS)
+
+
+def _known(what: str, name: str, names: tuple[str, ...]) -> str:
+  if name in names:
+    return name
+  near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+  hint = f'did you mean {" or ".join(near)}? ' if near else ''
+  raise ValueError(f'{what}={name!r}: {hint}known are {", ".join(names)}')
+
+
+def help_text() -> str:
+  """The table as text, for `--help`."""
+  width = max(map(len, PRESETS))
+  rows = (f'  {n:{width}}  {p.summary}' for n, p in PRESETS.items())
+  return '\n'.join(rows)

@@ -1,0 +1,124 @@
+"""How sure are we? Aggregates over runs and games, with their intervals.
+
+Agarwal et al. 2021, Deep RL at the edge of the statistical precipice.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def iqm(scores: Any) -> float:
+  """Interquartile mean: the mean without the lowest and highest quarter.
+
+  `scores` are all runs of all games, in any shape; a quarter of them is
+  rounded down.
+  """
+  from scipy import stats
+
+  return float(stats.trim_mean(np.ravel(scores), 0.25))
+
+
+def bootstrap_interval(
+  strata: Sequence[Any],
+  statistic: Callable[[list[np.ndarray]], Any],
+  *,
+  level: float = 0.95,
+  resamples: int = 2000,
+  seed: int = 0,
+) -> tuple[Any, Any]:
+  """Percentile interval of a statistic, by a stratified bootstrap.
+
+  Runs are drawn with replacement within each stratum (a game), so that
+  every resample has all games.
+
+  Args:
+    strata: one array `[S_i, ...]` of `S_i` runs each.
+    statistic: of a list of such arrays; a scalar or an array.
+    level: of the interval.
+    resamples: how many.
+    seed: of the resampling; the same one gives the same interval.
+
+  Returns:
+    Lower and upper end, shaped like the statistic. One run a stratum has no
+    spread: both are then the statistic.
+
+  Raises:
+    ValueError: if a stratum is empty.
+  """
+  strata = [np.asarray(s, np.float64) for s in strata]
+  if not strata or min(map(len, strata)) == 0:
+    raise ValueError(
+      f'strata={[len(s) for s in strata]}: each must have at least one run'
+    )
+  rng = np.random.default_rng(seed)
+  drawn = [
+    statistic([s[rng.integers(len(s), size=len(s))] for s in strata])
+    for _ in range(resamples)
+  ]
+  tail = (1 - level) / 2
+  low, high = np.quantile(np.asarray(drawn), (tail, 1 - tail), axis=0)
+  return low, high
+
+
+def mean_interval(values: Any, level: float = 0.95) -> tuple[float, float]:
+  """Student's interval of the mean of independent values, `[S]`.
+
+  For a handful of seeds, where the bootstrap's is too narrow. NaN for one
+  value.
+  """
+  from scipy import stats
+
+  values = np.asarray(values, np.float64)
+  if len(values) < 2:
+    return math.nan, math.nan
+  error = np.std(values, ddof=1) / math.sqrt(len(values))
+  half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+  return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def probability_of_improvement(
+  scores: Mapping[str, Any], others: Mapping[str, Any]
+) -> float:
+  """How likely a run beats another's on a game, averaged over the games.
+
+  `P(X > Y) + P(X = Y) / 2` over all pairs of runs.
+
+  Args:
+    scores: game -> scores of its runs, `[S]`.
+    others: the same games of what it is compared with.
+
+  Raises:
+    ValueError: if the games differ.
+  """
+  if set(scores) != set(others) or not scores:
+    raise ValueError(
+      f'games={sorted(scores)} and {sorted(others)}: must be the same'
+    )
+  chances = []
+  for game in scores:
+    x = np.asarray(scores[game])[:, None]
+    y = np.asarray(others[game])[None]
+    chances.append(np.mean((x > y) + 0.5 * (x == y)))
+  return float(np.mean(chances))
+
+
+def performance_profile(scores: Mapping[str, Any], taus: Any) -> np.ndarray:
+  """Share of runs above each score, averaged over games.
+
+  Their run-score distributions.
+
+  Args:
+    scores: game -> (normalised) scores of its runs, `[S]`.
+    taus: `[P]` scores.
+
+  Returns:
+    float64 `[P]` in [0, 1], never rising.
+  """
+  above = [
+    np.mean(np.asarray(s)[:, None] > np.asarray(taus), axis=0)
+    for s in scores.values()
+  ]
+  return np.mean(above, axis=0)

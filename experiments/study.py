@@ -1,0 +1,225 @@
+"""Runs a table of runs, one by one or several at once, and keeps the figures.
+
+  python -m experiments.study --study=catch
+
+Every run is `python -m experiments.train` in a folder of its own; a run that
+has finished is not run again, one that was cut goes on. After each run the
+study's CSVs are written anew under experiments/results/.
+"""
+
+import concurrent.futures
+import csv
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.runtime import config as configs
+
+
+class Run(NamedTuple):
+  """One run of a study.
+
+  Attributes:
+    variant: its name within the study.
+    seed: of the run.
+    arguments: of `experiments.train`.
+  """
+
+  variant: str
+  seed: int
+  arguments: tuple[str, ...]
+
+
+class Study(NamedTuple):
+  """A table of runs.
+
+  Attributes:
+    runs: in the order in which they are run.
+    cold: whether each run compiles everything itself, so that its wall time
+      is that of a first run.
+    curves: columns of metrics.csv that are kept for every run.
+  """
+
+  runs: tuple[Run, ...]
+  cold: bool
+  curves: tuple[str, ...]
+
+
+def _catch(seeds: int) -> Study:
+  runs = [Run('efficientzero', s, ()) for s in range(seeds)]
+  return Study(tuple(runs), True, ('decisions', 'episode_return'))
+
+
+def _ablation(seeds: int) -> Study:
+  """EfficientZero on Catch, one ingredient less each, and MuZero."""
+  shared = (
+    '--steps=6400',
+    '--set=evaluate_every=100',
+    '--set=evaluate_episodes=64',
+    '--set=early_update=0',
+    '--set=final_simulations=8',
+  )
+  variants = {
+    'efficientzero': (),
+    'minus_consistency': ('--set=consistency=false',),
+    'minus_value_prefix': ('--set=value_prefix=false',),
+    'minus_off_policy_correction': ('--set=off_policy_correction=false',),
+    'minus_reanalyze': ('--set=reanalyze_fraction=0',),
+    'muzero': ('--preset=muzero_catch',),
+  }
+  runs = [
+    Run(name, seed, shared + arguments)
+    for seed in range(seeds)
+    for name, arguments in variants.items()
+  ]
+  return Study(tuple(runs), False, ('decisions', 'eval_return'))
+
+
+def _atari(seeds: int) -> Study:
+  """The paper's network and protocol, a few hundred smaller updates."""
+  shared = (
+    '--preset=efficientzero_atari',
+    '--steps=1600',
+    '--set=env.num_envs=4',
+    '--set=warmup_decisions=400',
+    '--set=decisions_per_update=4',
+    '--set=extra_updates=0',
+    '--set=batch_size=32',
+    '--set=num_simulations=8',
+    '--set=reanalyze_chunk=0',
+    '--set=warmup_updates=100',
+    '--set=target_period=50',
+    '--set=log_every=10',
+    '--set=checkpoint_every=100',
+    '--set=evaluate_every=0',
+    '--set=hold_out=32',
+    '--set=final_episodes=0',
+  )
+  games = ('PongNoFrameskip-v4', 'BreakoutNoFrameskip-v4')
+  runs = [
+    Run(game, seed, (*shared, f'--env={game}'))
+    for seed in range(seeds)
+    for game in games
+  ]
+  losses = ('policy', 'value', 'reward', 'consistency')
+  columns = [f'{when}loss_{x}' for when in ('', 'held_') for x in losses]
+  return Study(tuple(runs), False, ('decisions', 'episode_return', *columns))
+
+
+STUDIES = {
+  'catch': (_catch, 10),
+  'catch_ablation': (_ablation, 5),
+  'atari': (_atari, 1),
+}
+
+
+def run_one(study: Study, run: Run, folder: pathlib.Path) -> bool:
+  """Runs or resumes one run; whether it finished."""
+  workdir = folder / f'{run.variant}_s{run.seed}'
+  timing = workdir / 'timing.csv'
+  if timing.exists():
+    return True
+  environment = dict(os.environ)
+  command = [sys.executable, '-m', 'experiments.train']
+  command += [*run.arguments, f'--seed={run.seed}', f'--workdir={workdir}']
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  log = workdir.parent / f'{workdir.name}.log'
+  with tempfile.TemporaryDirectory() as empty, log.open('a') as output:
+    if study.cold:
+      environment['JAX_COMPILATION_CACHE_DIR'] = empty
+    start = time.perf_counter()
+    process = subprocess.Popen(
+      command, env=environment, stdout=output, stderr=subprocess.STDOUT
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+  if process.returncode:
+    print(f'{workdir} failed, see {log}', file=sys.stderr)
+    return False
+  seconds = time.perf_counter() - start
+  cpu = usage.ru_utime + usage.ru_stime
+  configs.write_text(
+    timing, f'wall_seconds,cpu_seconds\n{seconds:.1f},{cpu:.1f}\n'
+  )
+  return True
+
+
+def _read(path: pathlib.Path) -> list[dict[str, str]]:
+  if not path.exists():
+    return []
+  with path.open(newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def _write(path: pathlib.Path, rows: Sequence[dict]) -> None:
+  if not rows:
+    return
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, columns, lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  configs.write_text(path, text.getvalue())
+
+
+def collect(
+  name: str, study: Study, folder: pathlib.Path, results: pathlib.Path
+) -> None:
+  """Writes `NAME_evaluation.csv`, `NAME_curves.csv`, `NAME_timing.csv`."""
+  evaluations, curves, timings = [], [], []
+  for run in study.runs:
+    workdir = folder / f'{run.variant}_s{run.seed}'
+    if not (workdir / 'timing.csv').exists():
+      continue
+    tag = {'variant': run.variant, 'seed': run.seed}
+    evaluations += [tag | row for row in _read(workdir / 'evaluation.csv')]
+    timings += [tag | row for row in _read(workdir / 'timing.csv')]
+    for row in _read(workdir / 'metrics.csv'):
+      kept = {n: row[n] for n in study.curves if row.get(n)}
+      if len(kept) > 1:
+        curves.append(tag | {'step': row['step']} | kept)
+  _write(results / f'{name}_evaluation.csv', evaluations)
+  _write(results / f'{name}_curves.csv', curves)
+  _write(results / f'{name}_timing.csv', timings)
+
+
+def main() -> None:
+  """Runs the study that the flags name."""
+  from absl import flags
+
+  values = flags.FLAGS
+  make, seeds = STUDIES[values.study]
+  study = make(values.seeds or seeds)
+  folder = pathlib.Path(values.folder) / values.study
+  results = pathlib.Path(values.results)
+  with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
+    futures = [pool.submit(run_one, study, run, folder) for run in study.runs]
+    for done, future in enumerate(
+      concurrent.futures.as_completed(futures), start=1
+    ):
+      future.result()
+      collect(values.study, study, folder, results)
+      print(f'{done} of {len(study.runs)} runs', flush=True)
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.study`."""
+  from absl import flags
+
+  flags.DEFINE_enum('study', None, list(STUDIES), 'which', required=True)
+  flags.DEFINE_integer('seeds', 0, "how many; 0 for the study's own", 0)
+  flags.DEFINE_integer('at_once', 1, 'runs at the same time', 1)
+  flags.DEFINE_string('folder', 'runs/studies', 'where the runs are kept')
+  flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
+
+
+if __name__ == '__main__':
+  define_flags()
+  configs.run_main(main)

@@ -1,0 +1,505 @@
+"""Searches over a model: PUCT, EfficientZero's rule, Gumbel, and none.
+
+All have one signature, `(params, key, root, recurrent_fn, num_simulations, *,
+invalid_actions, evaluate, ...) -> PolicyOutput`, and run on mctx's tree
+through `search._mctx`. `make_planner` makes a planner of any of them.
+
+`evaluate=True` takes the noise away (Dirichlet, Gumbel, temperature): the
+action is the most visited one, ties going to the higher Q, then to the higher
+prior, then to the lower index. It is static.
+
+Invalid actions: at the root a mask, which gets neither noise nor visits nor
+weight; inside the tree `recurrent_fn` says so by prior logits of -inf, or so
+low that the probability underflows to 0. Where all actions are invalid (an
+episode's end in a batch that goes on) the result is finite and means nothing.
+
+Values: a node's value is mctx's, the mean of its own network value and of all
+returns backed up through it, at the root too; it is the output's `value`.
+
+Axes: `B` batch, `N` nodes (simulations + 1), `A` actions.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+
+from search._mctx import Selector, batched_search, from_mctx
+from search._root import (
+  as_bool,
+  check_range,
+  dirichlet,
+  log_probs,
+  mask_logits,
+  most_visited,
+  sample,
+)
+from search.model import Model, PolicyOutput, TimeStep
+
+# Scores so near to the best are ties for EfficientZero.
+_TIE = 1e-6
+
+
+def puct(
+  params: Any,
+  key: chex.PRNGKey,
+  root: mctx.RootFnOutput,
+  recurrent_fn: mctx.RecurrentFn,
+  num_simulations: int,
+  *,
+  invalid_actions: chex.Array | None = None,
+  max_depth: int | None = None,
+  dirichlet_fraction: chex.Numeric = 0.25,
+  dirichlet_alpha: chex.Numeric = 0.3,
+  pb_c_init: chex.Numeric = 1.25,
+  pb_c_base: chex.Numeric = 19652.0,
+  temperature: chex.Numeric = 1.0,
+  evaluate: bool = False,
+) -> PolicyOutput:
+  """MuZero's search (Schrittwieser et al. 2020, Appendix B).
+
+  The rule, the noise and the keys are `mctx.muzero_policy`'s: Q-values are
+  rescaled node by node between the smallest and largest of the node's value
+  and its children's Qs, and an unvisited action has the smallest. Two things
+  differ: equal scores go to the lower index, where mctx adds noise of 1e-7 to
+  every score; and Dirichlet noise is spread over the valid actions only, where
+  mctx loses the share of the invalid ones.
+
+  Args:
+    params: passed to `recurrent_fn`.
+    key: consumed.
+    root: prior logits `[B, A]`, value `[B]`, embedding pytree `[B, ...]`.
+    recurrent_fn: a `Model.step`.
+    num_simulations: simulations for each root, at least 1; static.
+    invalid_actions: bool `[B, A]`, True where an action may not be taken.
+    max_depth: the most edges from the root to a leaf; static.
+    dirichlet_fraction: the noise's share of the root's prior, in [0, 1].
+    dirichlet_alpha: the noise's concentration, above 0.
+    pb_c_init: c1 of the PUCT formula.
+    pb_c_base: c2 of the PUCT formula.
+    temperature: the action is drawn with probabilities proportional to
+      `visits ** (1 / temperature)`; 0 chooses as `evaluate` does. May be
+      traced.
+    evaluate: no noise, the most visited action.
+
+  Returns:
+    `action_weights` are the root's visit counts over their sum.
+
+  Raises:
+    ValueError: if an argument is out of range.
+  """
+
+  def select(tree, carry, node_index, is_root):
+    children = _children(tree, node_index)
+    value = _rows(tree.node_values, node_index)[:, None]
+    qvalues = jnp.where(children.visits > 0, children.qvalues, value)
+    low = jnp.min(qvalues, axis=-1, keepdims=True)
+    high = jnp.max(qvalues, axis=-1, keepdims=True)
+    low, high = jnp.minimum(low, value), jnp.maximum(high, value)
+    qvalues = jnp.where(children.visits > 0, qvalues, low)
+    scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
+    count = _rows(tree.node_visits, node_index)[:, None]
+    scores += _exploration(children, count, pb_c_init, pb_c_base)
+    scores = _mask(scores, tree, children, is_root)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32), carry
+
+  return _search_by_visits(
+    params,
+    key,
+    root,
+    recurrent_fn,
+    num_simulations,
+    selector=_selector(lambda key, tree: None, select),
+    tie_table=False,
+    invalid_actions=invalid_actions,
+    max_depth=max_depth,
+    dirichlet_fraction=dirichlet_fraction,
+    dirichlet_alpha=dirichlet_alpha,
+    temperature=temperature,
+    evaluate=evaluate,
+  )
+
+
+def efficientzero(
+  params: Any,
+  key: chex.PRNGKey,
+  root: mctx.RootFnOutput,
+  recurrent_fn: mctx.RecurrentFn,
+  num_simulations: int,
+  *,
+  invalid_actions: chex.Array | None = None,
+  max_depth: int | None = None,
+  dirichlet_fraction: chex.Numeric = 0.25,
+  dirichlet_alpha: chex.Numeric = 0.3,
+  pb_c_init: chex.Numeric = 1.25,
+  pb_c_base: chex.Numeric = 19652.0,
+  temperature: chex.Numeric = 1.0,
+  minmax_delta: chex.Numeric = 0.01,
+  evaluate: bool = False,
+) -> PolicyOutput:
+  """EfficientZero's search (Ye et al. 2021; the rule is in its code alone).
+
+  It differs from `puct` in four places:
+  - Q-values are rescaled by the smallest and largest Q in the whole tree (of
+    all expanded nodes but the root, as they stand when the descent begins),
+    at least `minmax_delta` apart, and clipped to [0, 1].
+  - An unvisited action has its node's mean Q: at the root the mean over the
+    visited actions (0 without any), inside the tree
+    `(mean Q of the parent + sum of visited Qs) / (number visited + 1)`.
+  - The PUCT formula counts a node's visits without its own first, so that at
+    a fresh node all actions tie, whatever their priors.
+  - Scores within 1e-6 of the best tie, and ties are broken at random. The
+    random order of a node's actions is drawn once a search, not at every
+    step: `[B, N, A]` numbers, kept as the tree's `extra_data`. `evaluate` has
+    a fixed order for each node number, the same for all rows and keys.
+
+  Departures: EfficientZero leaves the network's value out of the root's value
+  (yet counts it); ours is mctx's, which has it in. It takes the tie that comes
+  first for a new best where scores rise by less than 1e-6; ours compares with
+  the best of all. For one player only: discounts must not be negative.
+
+  Args and returns are `puct`'s, and:
+    recurrent_fn: with value prefixes, one of `search.value_prefix`.
+    minmax_delta: the least range of Qs that is stretched to [0, 1], above 0.
+
+  Raises:
+    ValueError: if an argument is out of range.
+  """
+  check_range('minmax_delta', minmax_delta, above=0)
+
+  def begin(key, tree):
+    del key
+    qvalues = tree.children_rewards + (
+      tree.children_discounts * tree.children_values
+    )
+    is_visited = tree.children_visits > 0
+    low = jnp.min(jnp.where(is_visited, qvalues, jnp.inf), axis=(1, 2))
+    high = jnp.max(jnp.where(is_visited, qvalues, -jnp.inf), axis=(1, 2))
+    # Before the first visit all scores are equal, whatever the range.
+    is_empty = low > high
+    low, high = jnp.where(is_empty, 0, low), jnp.where(is_empty, 0, high)
+    return low[:, None], high[:, None], jnp.zeros_like(tree.node_values[:, 0])
+
+  def select(tree, carry, node_index, is_root):
+    low, high, parent_mean = carry
+    children = _children(tree, node_index)
+    is_visited = children.visits > 0
+    total = jnp.sum(jnp.where(is_visited, children.qvalues, 0), axis=-1)
+    num_visited = jnp.sum(is_visited, axis=-1)
+    if is_root:
+      mean = total / jnp.maximum(num_visited, 1)
+    else:
+      mean = (parent_mean + total) / (num_visited + 1)
+    qvalues = jnp.where(is_visited, children.qvalues, mean[:, None])
+    scores = (qvalues - low) / jnp.maximum(high - low, minmax_delta)
+    count = _rows(tree.node_visits, node_index)[:, None] - 1
+    scores = jnp.clip(scores, 0, 1)
+    scores += _exploration(children, count, pb_c_init, pb_c_base)
+    scores = _mask(scores, tree, children, is_root)
+    is_best = scores >= jnp.max(scores, axis=-1, keepdims=True) - _TIE
+    order = _rows(tree.extra_data, node_index)
+    action = jnp.argmax(jnp.where(is_best, order, -1), axis=-1)
+    return action.astype(jnp.int32), (low, high, mean)
+
+  return _search_by_visits(
+    params,
+    key,
+    root,
+    recurrent_fn,
+    num_simulations,
+    selector=_selector(begin, select),
+    tie_table=True,
+    invalid_actions=invalid_actions,
+    max_depth=max_depth,
+    dirichlet_fraction=dirichlet_fraction,
+    dirichlet_alpha=dirichlet_alpha,
+    temperature=temperature,
+    evaluate=evaluate,
+  )
+
+
+def gumbel(
+  params: Any,
+  key: chex.PRNGKey,
+  root: mctx.RootFnOutput,
+  recurrent_fn: mctx.RecurrentFn,
+  num_simulations: int,
+  *,
+  invalid_actions: chex.Array | None = None,
+  max_depth: int | None = None,
+  max_num_considered_actions: int = 16,
+  gumbel_scale: chex.Numeric = 1.0,
+  value_scale: chex.Numeric = 0.1,
+  maxvisit_init: chex.Numeric = 50.0,
+  evaluate: bool = False,
+) -> PolicyOutput:
+  """Full Gumbel MuZero (Danihelka et al. 2022).
+
+  Result for result `mctx.gumbel_muzero_policy` with its default Q transform,
+  for the same key.
+
+  Args, where they are not `puct`'s:
+    max_num_considered_actions: actions that Sequential Halving starts from,
+      at least 1; static.
+    gumbel_scale: scale of the root's Gumbel noise.
+    value_scale: c_scale of the paper's sigma.
+    maxvisit_init: c_visit of the paper's sigma.
+    evaluate: no Gumbel noise.
+
+  Returns:
+    `action_weights` are the improved policy, softmax(logits + sigma(completed
+    Q)), not visit counts.
+
+  Raises:
+    ValueError: if an argument is out of range.
+  """
+  check_range('max_num_considered_actions', max_num_considered_actions, low=1)
+  check_range('gumbel_scale', gumbel_scale, low=0)
+  qtransform = functools.partial(
+    mctx.qtransform_completed_by_mix_value,
+    value_scale=value_scale,
+    maxvisit_init=maxvisit_init,
+  )
+  logits = mask_logits(root.prior_logits, invalid_actions)
+  key, gumbel_key = jax.random.split(key)
+  if evaluate:
+    noise = jnp.zeros_like(logits)
+  else:
+    noise = gumbel_scale * jax.random.gumbel(
+      gumbel_key, logits.shape, logits.dtype
+    )
+
+  tree = batched_search(
+    params,
+    key,
+    root=root.replace(prior_logits=logits),
+    recurrent_fn=recurrent_fn,
+    selector=from_mctx(
+      functools.partial(
+        mctx.gumbel_muzero_root_action_selection,
+        num_simulations=num_simulations,
+        max_num_considered_actions=max_num_considered_actions,
+        qtransform=qtransform,
+      ),
+      functools.partial(
+        mctx.gumbel_muzero_interior_action_selection, qtransform=qtransform
+      ),
+      needs_key=False,
+    ),
+    num_simulations=num_simulations,
+    max_depth=max_depth,
+    invalid_actions=invalid_actions,
+    extra_data=mctx.GumbelMuZeroExtraData(root_gumbel=noise),
+  )
+  visits = tree.children_visits[:, mctx.Tree.ROOT_INDEX]
+  completed = jax.vmap(lambda tree: qtransform(tree, 0))(tree)
+  # The floor lets a valid action of logit -inf win against invalid ones.
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  scores = jnp.maximum(-1e9, noise + (logits - top) + completed)
+  is_best = visits == jnp.max(visits, axis=-1, keepdims=True)
+  if invalid_actions is not None:
+    is_best &= ~as_bool(invalid_actions)
+  action = jnp.argmax(jnp.where(is_best, scores, -jnp.inf), axis=-1)
+  weights = jax.nn.softmax(mask_logits(logits + completed, invalid_actions))
+  return PolicyOutput(
+    action=action.astype(jnp.int32),
+    action_weights=weights,
+    value=tree.node_values[:, mctx.Tree.ROOT_INDEX],
+    search_tree=tree,
+  )
+
+
+def raw(
+  params: Any,
+  key: chex.PRNGKey,
+  root: mctx.RootFnOutput,
+  recurrent_fn: mctx.RecurrentFn | None = None,
+  num_simulations: int = 0,
+  *,
+  invalid_actions: chex.Array | None = None,
+  temperature: chex.Numeric = 1.0,
+  evaluate: bool = False,
+) -> PolicyOutput:
+  """No search: the network's own policy and value.
+
+  Args:
+    params: ignored, as are `recurrent_fn` and `num_simulations`: they are
+      here so that a search can be exchanged for none.
+    key: consumed.
+    root: prior logits `[B, A]`, value `[B]`.
+    recurrent_fn: ignored.
+    num_simulations: ignored.
+    invalid_actions: bool `[B, A]`, True where an action may not be taken.
+    temperature: of the action; 0 takes the likeliest. May be traced.
+    evaluate: take the likeliest action.
+
+  Returns:
+    `action_weights` are the softmax of the valid actions' logits, `value` the
+    network's.
+
+  Raises:
+    ValueError: if `temperature` is negative.
+  """
+  del params, recurrent_fn, num_simulations
+  weights = jax.nn.softmax(mask_logits(root.prior_logits, invalid_actions))
+  best = jnp.argmax(weights, axis=-1).astype(jnp.int32)
+  action = best if evaluate else sample(key, weights, best, temperature)
+  return PolicyOutput(action, weights, root.value)
+
+
+def make_planner(
+  search_fn: Callable[..., PolicyOutput], **kwargs: Any
+) -> Callable[[Model, Any, chex.PRNGKey, TimeStep], PolicyOutput]:
+  """Makes a planner of a search.
+
+  Args:
+    search_fn: one of this module's, or of the same signature.
+    **kwargs: its arguments from `num_simulations` on. Those that change from
+      call to call (a temperature) may be traced: making a planner inside a
+      compiled function costs nothing.
+
+  Returns:
+    `planner(model, params, key, timestep) -> PolicyOutput`.
+
+  Raises:
+    ValueError: if `search_fn` does not take `kwargs`, or lacks one.
+  """
+  try:
+    inspect.signature(search_fn).bind(
+      None, None, None, None, invalid_actions=None, **kwargs
+    )
+  except TypeError as error:
+    name = getattr(search_fn, '__name__', search_fn)
+    raise ValueError(f'make_planner({name}): {error}.') from None
+
+  def planner(model, params, key, timestep):
+    root_key, search_key = jax.random.split(key)
+    root = model.root(params, timestep, root_key)
+    return search_fn(
+      params,
+      search_key,
+      root,
+      model.step,
+      invalid_actions=timestep.invalid_actions,
+      **kwargs,
+    )
+
+  return planner
+
+
+class _Children(NamedTuple):
+  """Statistics of one node's actions, `[B, A]` each; Q is 0 if unvisited."""
+
+  visits: chex.Array
+  prior: chex.Array
+  qvalues: chex.Array
+
+
+def _rows(x, node_index):
+  """`x[b, node_index[b]]` for all `b`; a plain slice for an int."""
+  if isinstance(node_index, int):
+    return x[:, node_index]
+  return x[jnp.arange(x.shape[0]), node_index]
+
+
+def _children(tree, node_index):
+  rewards = _rows(tree.children_rewards, node_index)
+  discounts = _rows(tree.children_discounts, node_index)
+  values = _rows(tree.children_values, node_index)
+  return _Children(
+    visits=_rows(tree.children_visits, node_index),
+    prior=jax.nn.softmax(_rows(tree.children_prior_logits, node_index)),
+    qvalues=rewards + discounts * values,
+  )
+
+
+def _exploration(children, count, pb_c_init, pb_c_base):
+  """The prior's term of the PUCT formula, for `count` visits `[B, 1]`."""
+  pb_c = pb_c_init + jnp.log((count + pb_c_base + 1.0) / pb_c_base)
+  return jnp.sqrt(count) * pb_c * children.prior / (children.visits + 1)
+
+
+def _mask(scores, tree, children, is_root):
+  """Takes invalid actions out of the choice."""
+  if is_root:
+    is_valid = ~as_bool(tree.root_invalid_actions)
+  else:
+    is_valid = children.prior > 0
+  return jnp.where(is_valid, scores, -jnp.inf)
+
+
+def _selector(begin, select):
+  """A `Selector` whose one rule serves the root and the nodes below."""
+  return Selector(
+    begin=begin,
+    root=lambda tree, carry: select(
+      tree, carry, mctx.Tree.ROOT_INDEX, is_root=True
+    ),
+    interior=lambda tree, carry, node_index, depth: select(
+      tree, carry, node_index, is_root=False
+    ),
+  )
+
+
+def _search_by_visits(
+  params,
+  key,
+  root,
+  recurrent_fn,
+  num_simulations,
+  *,
+  selector,
+  tie_table,
+  invalid_actions,
+  max_depth,
+  dirichlet_fraction,
+  dirichlet_alpha,
+  temperature,
+  evaluate,
+):
+  """Root noise, search, and an action drawn by visit counts."""
+  check_range('dirichlet_fraction', dirichlet_fraction, low=0, high=1)
+  check_range('dirichlet_alpha', dirichlet_alpha, above=0)
+  check_range('temperature', temperature, low=0)
+  check_range('num_simulations', num_simulations, low=1)
+  action_key, noise_key, search_key = jax.random.split(key, 3)
+  prior = jax.nn.softmax(mask_logits(root.prior_logits, invalid_actions))
+  if not evaluate:
+    noise = dirichlet(noise_key, prior, dirichlet_alpha, invalid_actions)
+    prior = (1 - dirichlet_fraction) * prior + dirichlet_fraction * noise
+
+  extra_data = None
+  if tie_table:
+    shape = (*prior.shape[:1], num_simulations + 1, *prior.shape[1:])
+    if evaluate:
+      order = np.random.default_rng(0).random(shape[1:], np.float32)
+      extra_data = jnp.broadcast_to(jnp.asarray(order)[None], shape)
+    else:
+      tie_key = jax.random.fold_in(noise_key, 1)
+      extra_data = jax.random.uniform(tie_key, shape, jnp.float32)
+
+  tree = batched_search(
+    params,
+    search_key,
+    root=root.replace(
+      prior_logits=mask_logits(log_probs(prior), invalid_actions)
+    ),
+    recurrent_fn=recurrent_fn,
+    selector=selector,
+    num_simulations=num_simulations,
+    max_depth=max_depth,
+    invalid_actions=invalid_actions,
+    extra_data=extra_data,
+  )
+  summary = tree.summary()
+  best = most_visited(summary, prior)
+  action = best
+  if not evaluate:
+    action = sample(action_key, summary.visit_probs, best, temperature)
+  return PolicyOutput(action, summary.visit_probs, summary.value, tree)

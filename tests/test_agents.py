@@ -1,0 +1,582 @@
+"""One table of checks that every agent passes.
+
+The batch has four windows: a plain one, one that terminates at step 2, one
+that is truncated at step 2, and a plain one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agents import efficientzero, muzero
+from agents.core import planning
+from agents.core.types import (
+  Agent,
+  ArraySpec,
+  Continuous,
+  Discrete,
+  Experience,
+  Sample,
+  Spec,
+  Trajectory,
+)
+from networks.muzero import NetworkConfig
+from search.model import TimeStep
+
+B, A, K, N, TERMINATED, TRUNCATED = 4, 3, 3, 2, 1, 2
+END = 2  # where those two windows end
+
+VECTOR = Spec(ArraySpec((4,), np.float32), Discrete(A), masks_actions=True)
+IMAGE = Spec(ArraySpec((6, 5, 2), np.uint8), Discrete(A))
+NETWORK = NetworkConfig(
+  torso='vector',
+  latent_size=8,
+  blocks=0,
+  norm='layer',
+  lstm_size=4,
+  value_bins=11,
+  reward_bins=11,
+  projector=(6, 6),
+  predictor=(4,),
+  head_hidden=(6,),
+)
+BATCH_NORM = dataclasses.replace(NETWORK, norm='batch')
+SMALL_IMAGE = dataclasses.replace(
+  BATCH_NORM, torso='image', channels=4, head_channels=2
+)
+SHARED = {
+  'network': NETWORK,
+  'search': planning.SearchConfig(num_simulations=4),
+  'gamma': 0.9,
+  'unroll_steps': K,
+  'td_steps': N,
+  'reanalyze_fraction': 0.5,
+  'learning_rate': 0.1,
+  'warmup_updates': 0,
+  'target_period': 3,
+}
+
+
+def mz(**changes):
+  config = muzero.Config(**{**SHARED, **changes})
+  return muzero, config, VECTOR
+
+
+def ez(spec=VECTOR, **changes):
+  off_policy = {'total_decisions': 100, 'prefix_horizon': 2}
+  config = efficientzero.Config(**{**SHARED, **off_policy, **changes})
+  return efficientzero, config, spec
+
+
+gumbel = planning.SearchConfig(rule='gumbel', num_simulations=4)
+puct = planning.SearchConfig(rule='puct', num_simulations=4)
+vector_latent = dataclasses.replace(SMALL_IMAGE, latent='vector', norm='layer')
+AGENTS = {
+  'muzero': mz(search=puct, network=BATCH_NORM),
+  'muzero gumbel adam': mz(search=gumbel, optimiser='adam'),
+  'muzero -reanalyze': mz(reanalyze_fraction=0.0, reanalyze_values=False),
+  'efficientzero': ez(network=BATCH_NORM),
+  'efficientzero -value prefix': ez(value_prefix=False),
+  'efficientzero -consistency': ez(consistency=False),
+  'efficientzero -off-policy correction': ez(off_policy_correction=False),
+  'efficientzero -reanalyze': ez(reanalyze_fraction=0.0),
+  'efficientzero image': ez(IMAGE, network=SMALL_IMAGE),
+  'efficientzero image -augmentation': ez(
+    IMAGE, network=vector_latent, augmentation=False
+  ),
+}
+
+
+class Built(NamedTuple):
+  """An agent with its compiled functions and an update's inputs."""
+
+  config: Any
+  spec: Spec
+  agent: Agent
+  state: Any
+  batch: Trajectory
+  update: Callable
+  evaluate: Callable
+  refresh: Callable | None
+  traces: list[int]
+
+
+def make_agent(module, config, spec, **changes):
+  losses = module.make_losses()._replace(**changes)
+  return module.make(config, module.make_networks(config, spec), losses, spec)
+
+
+def make_observation(spec, rng, *leading):
+  shape = (*leading, *spec.observation.shape)
+  if spec.observation.dtype == np.uint8:
+    return jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def make_batch(spec, length, seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  valid = np.ones((B, length), bool)
+  valid[[TERMINATED, TRUNCATED], END + 1 :] = False
+  discount = np.ones((B, length), np.float32)
+  discount[TERMINATED, END] = 0
+  truncated = np.zeros((B, length), bool)
+  truncated[TRUNCATED, END] = True
+  is_first = np.zeros((B, length), bool)
+  is_first[[TERMINATED, TRUNCATED], END + 1] = True
+  invalid = None
+  if spec.masks_actions:
+    invalid = rng.random((B, length, A)) < 0.3
+    invalid[..., 0] = False
+    invalid = jnp.asarray(invalid)
+  timestep = TimeStep(
+    observation=make_observation(spec, rng, B, length),
+    reward=normal(B, length),
+    discount=jnp.asarray(discount),
+    is_first=jnp.asarray(is_first),
+    truncated=jnp.asarray(truncated),
+    invalid_actions=invalid,
+  )
+  extras = {
+    'search_policy': jax.nn.softmax(normal(B, length, A)),
+    'search_value': normal(B, length),
+  }
+  action = jnp.asarray(rng.integers(0, A, (B, length)), jnp.int32)
+  sample = Sample(
+    index=jnp.arange(B, dtype=jnp.int32),
+    generation=jnp.ones(B, jnp.int32),
+    weight=jnp.float32([1.0, 0.5, 0.25, 0.75]),
+    age=jnp.float32([0, 29, 30, 90]),  # horizons 2, 2, 1, 1
+  )
+  experience = Experience(timestep, action, extras)
+  return Trajectory(experience, jnp.asarray(valid), sample)
+
+
+def shake(tree, seed=0, scale=0.3):
+  """Adds noise to the floats, so that heads which start at zero say more."""
+  leaves, treedef = jax.tree.flatten(tree)
+  rng = np.random.default_rng(seed)
+  noisy = [
+    x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+    else x
+    for x in leaves
+  ]
+  return treedef.unflatten(noisy)
+
+
+def shaken(state, seed=0):
+  change = lambda params, i: params._replace(
+    network=shake(params.network, seed + i)
+  )
+  return state._replace(
+    params=change(state.params, 0), target_params=change(state.target_params, 1)
+  )
+
+
+@pytest.fixture(scope='module', params=AGENTS)
+def built(request):
+  module, config, spec = AGENTS[request.param]
+  agent = make_agent(module, config, spec)
+  traces = [0]
+
+  def update(state, batch, key):
+    traces[0] += 1
+    return agent.update(state, batch, key)
+
+  return Built(
+    config=config,
+    spec=spec,
+    agent=agent,
+    state=jax.jit(agent.init)(jax.random.key(1)),
+    batch=make_batch(spec, config.window),
+    update=jax.jit(update),
+    evaluate=jax.jit(agent.evaluate),
+    refresh=agent.refresh and jax.jit(agent.refresh),
+    traces=traces,
+  )
+
+
+def replace_experience(batch, **changes):
+  return batch._replace(experience=batch.experience._replace(**changes))
+
+
+def replace_timestep(batch, **changes):
+  timestep = batch.experience.timestep._replace(**changes)
+  return replace_experience(batch, timestep=timestep)
+
+
+def replace_extras(batch, **changes):
+  return replace_experience(batch, extras=batch.experience.extras | changes)
+
+
+def assert_equal(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def assert_close(got, want, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=tolerance, atol=tolerance
+    ),
+    got,
+    want,
+  )
+
+
+def test_actions_are_legal(built, key):
+  timestep = jax.tree.map(lambda x: x[:, 0], built.batch.experience.timestep)
+  mask = timestep.invalid_actions
+  if mask is not None:
+    mask = jnp.array([[0, 0, 0], [1, 0, 1], [0, 1, 1], [1, 1, 0]], bool)
+    timestep = timestep._replace(invalid_actions=mask)
+  act = jax.jit(built.agent.act)
+  params = shaken(built.state).params
+  seen = set()
+  for i in range(8):
+    action, extras = act(params, jax.random.fold_in(key, i), timestep)
+    assert (action.shape, action.dtype) == ((B,), jnp.int32)
+    assert set(extras) == {'search_policy', 'search_value'}
+    weights, value = extras['search_policy'], extras['search_value']
+    assert (weights.shape, weights.dtype) == ((B, A), jnp.float32)
+    assert (value.shape, value.dtype) == ((B,), jnp.float32)
+    np.testing.assert_allclose(weights.sum(-1), np.ones(B), rtol=1e-5)
+    assert np.isfinite(value).all()
+    assert ((action >= 0) & (action < A)).all()
+    if mask is not None:
+      assert not mask[np.arange(B), action].any()
+      assert (np.asarray(weights)[np.asarray(mask)] == 0).all()
+    seen.add(int(action[0]))
+  assert len(seen) > 1  # it explores
+
+
+def test_update_is_stable_and_traced_once(built, key):
+  state, before = built.state, built.traces[0]
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  for count in range(1, 4):
+    old = state
+    state, info = built.update(state, built.batch, key)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
+    assert state.params.step == count
+    for name, x in info.metrics.items():
+      assert x.shape == () and x.dtype == jnp.float32, name
+      assert np.isfinite(x), name
+    assert info.priorities.shape == (B,)
+    wanted = state.params if count % 3 == 0 else old.target_params
+    assert_equal(state.target_params, wanted)
+  assert built.traces[0] - before <= 1
+  assert built.update(state, built.batch, key) and built.traces[0] == 1
+
+
+def test_update_lowers_the_loss(built, key):
+  # The same batch over and over: everything but noise can be learned.
+  before = built.evaluate(built.state.params, built.batch, key)
+  state = built.state
+  for i in range(20):
+    state, _ = built.update(state, built.batch, jax.random.fold_in(key, i))
+  state = state.params._replace(statistics=state.params.statistics)
+  after = built.evaluate(state, built.batch, key)
+  assert after['loss'] < before['loss'] - 0.1
+
+
+def test_jit_equals_eager(built, key):
+  state = shaken(built.state)
+  assert_close(
+    built.update(state, built.batch, key),
+    built.agent.update(state, built.batch, key),
+    tolerance=1e-4,
+  )
+
+
+def test_vmap_over_seeds_equals_a_loop(built, key):
+  states = [shaken(built.state, seed) for seed in (0, 7)]
+  keys = jax.random.split(key)
+  stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+  together = jax.jit(jax.vmap(built.agent.update, in_axes=(0, None, 0)))
+  got = together(stack(*states), built.batch, keys)
+  alone = [built.update(s, built.batch, k) for s, k in zip(states, keys)]
+  assert_close(got, stack(*alone), tolerance=1e-4)
+
+
+def first_targets(built, batch):
+  """The value targets of step 0, by hand; windows are as `make_batch` says."""
+  x = jax.tree.map(np.asarray, batch)
+  reward = x.experience.timestep.reward
+  value = x.experience.extras['search_value']
+  dynamic = getattr(built.config, 'off_policy_correction', False)
+  targets = []
+  for b, horizon in enumerate([2, 2, 1, 1] if dynamic else [2] * B):
+    z = sum(built.config.gamma**i * reward[b, i + 1] for i in range(horizon))
+    if not (b == TERMINATED and horizon == END):
+      z += built.config.gamma**horizon * value[b, horizon]
+    targets.append(z)
+  return np.array(targets)
+
+
+def test_priorities_are_errors_of_the_first_value(built, key):
+  # Heads start at zero, so that the value does, too.
+  _, info = built.update(built.state, built.batch, key)
+  z = first_targets(built, built.batch)
+  np.testing.assert_allclose(info.priorities, np.abs(z), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(info.metrics['value_target'], z.mean(), rtol=1e-4)
+  # Any value: errors move with the target, one to one.
+  state, far = shaken(built.state), 1000.0
+  reward = built.batch.experience.timestep.reward.at[:, 1].add(far)
+  moved = replace_timestep(built.batch, reward=reward)
+  _, info = built.update(state, built.batch, key)
+  _, later = built.update(state, moved, key)
+  value = np.asarray(z + far - later.priorities)
+  np.testing.assert_allclose(info.priorities, np.abs(value - z), atol=1e-3)
+  np.testing.assert_allclose(info.metrics['value'], value.mean(), atol=1e-3)
+
+
+def test_importance_weights_enter_linearly(built, key):
+  params = shaken(built.state).params
+
+  def loss(weight):
+    sample = built.batch.sample._replace(weight=jnp.float32(weight))
+    batch = built.batch._replace(sample=sample)
+    return float(built.evaluate(params, batch, key)['loss'])
+
+  rows = [loss(row) for row in np.eye(B)]
+  assert len({round(x, 4) for x in rows}) == B
+  weight = [1.0, 0.5, 0.25, 2.0]
+  np.testing.assert_allclose(loss(weight), np.dot(rows, weight), rtol=1e-4)
+  silent = built.batch.sample._replace(weight=jnp.zeros(B))
+  batch = built.batch._replace(sample=silent)
+  _, info = built.update(shaken(built.state), batch, key)
+  assert info.metrics['gradient_norm'] == 0
+
+
+def overwritten(batch, spec):
+  """Other contents behind the ends of episodes."""
+  other = make_batch(spec, batch.valid.shape[1], seed=9)
+
+  def replace(old, new):
+    mask = batch.valid.reshape(batch.valid.shape + (1,) * (old.ndim - 2))
+    return jnp.where(mask, old, new)
+
+  return batch._replace(
+    experience=jax.tree.map(replace, batch.experience, other.experience)
+  )
+
+
+def test_rows_behind_an_end_do_not_matter(built, key):
+  batch = overwritten(built.batch, built.spec)
+  params = shaken(built.state).params
+  assert_equal(
+    built.evaluate(params, batch, key),
+    built.evaluate(params, built.batch, key),
+  )
+  if built.config.network.norm == 'batch':
+    return  # its moments are of all rows
+  assert_equal(
+    built.update(shaken(built.state), batch, key),
+    built.update(shaken(built.state), built.batch, key),
+  )
+
+
+def test_truncations_bootstrap_and_terminations_do_not(built, key):
+  state = built.state
+  value = built.batch.experience.extras['search_value']
+  value = value.at[:, END].add(10.0)
+  # All horizons reach the end.
+  sample = built.batch.sample._replace(age=jnp.zeros(B))
+  batch = built.batch._replace(sample=sample)
+  _, old = built.update(state, batch, key)
+  changed = replace_extras(batch, search_value=value)
+  _, new = built.update(state, changed, key)
+  delta = np.asarray(new.priorities - old.priorities)
+  assert delta[TERMINATED] == 0
+  assert (np.delete(delta, TERMINATED) != 0).all()
+  # A cut does not become an end in what follows it.
+  discount = batch.experience.timestep.discount
+  ended = replace_timestep(changed, discount=discount.at[TRUNCATED, END].set(0))
+  _, without = built.update(state, ended, key)
+  z = new.metrics['value_target'] - without.metrics['value_target']
+  lost = built.config.gamma**END * value[TRUNCATED, END] / B
+  np.testing.assert_allclose(z, lost, rtol=1e-3, atol=1e-5)
+
+
+def test_refresh_changes_targets_alone(built, key):
+  if built.refresh is None:
+    assert built.config.reanalyze_fraction == 0
+    return
+  state = shaken(built.state)
+  fresh = built.refresh(state, built.batch, 0, key)
+  names = ('search_policy', 'search_value')
+  zero = {name: jnp.zeros(()) for name in names}
+  assert_equal(
+    replace_extras(fresh, **zero), replace_extras(built.batch, **zero)
+  )
+
+  # It reads the target parameters, and nothing else of the state.
+  other = state._replace(params=shaken(state, 5).params)
+  assert_equal(built.refresh(other, built.batch, 0, key), fresh)
+  other = state._replace(target_params=shaken(state, 5).target_params)
+  extras = built.refresh(other, built.batch, 0, key).experience.extras
+  assert (extras['search_value'] != fresh.experience.extras[names[1]]).any()
+
+
+def test_refresh_searches_its_fraction(built, key):
+  if built.refresh is None:
+    return
+  state = shaken(built.state)
+  fresh = built.refresh(state, built.batch, 0, key).experience.extras
+  policy = fresh['search_policy'][:, : K + 1]
+  stored = built.batch.experience.extras['search_policy'][:, : K + 1]
+  searched = round(built.config.reanalyze_fraction * B)
+  changed = np.asarray((policy != stored).any(-1))
+  np.testing.assert_array_equal(changed[searched:], False)
+  assert changed[:searched].all()
+  np.testing.assert_allclose(policy.sum(-1), np.ones((B, K + 1)), rtol=1e-5)
+  if built.spec.masks_actions:
+    mask = built.batch.experience.timestep.invalid_actions[:searched, : K + 1]
+    assert (np.asarray(policy[:searched])[np.asarray(mask)] == 0).all()
+
+
+def test_values_come_from_the_target_network_or_a_search(built, key):
+  if built.refresh is None:
+    return
+  state = shaken(built.state)
+  timestep = built.batch.experience.timestep
+  got = built.refresh(state, built.batch, 0, key).experience.extras
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), timestep)
+  root = built.agent.model.root(state.target_params, flat, key)
+  difference = np.abs(got['search_value'] - root.value.reshape(B, -1))
+  if getattr(built.config, 'off_policy_correction', False):
+    assert (difference > 1e-3).mean() > 0.5
+  else:
+    np.testing.assert_allclose(difference, np.zeros((B, K + N + 1)), atol=1e-5)
+
+
+# From here on: single agents.
+
+
+def test_horizon_follows_the_age_only_with_the_correction(key):
+  for correct, want in ((True, 1.5), (False, 2.0)):
+    module, config, spec = ez(off_policy_correction=correct)
+    agent = make_agent(module, config, spec)
+    state = agent.init(key)
+    batch = make_batch(spec, config.window)
+    got = jax.jit(agent.evaluate)(state.params, batch, key)
+    assert got['horizon'] == want
+
+
+@pytest.mark.parametrize('which', ['muzero', 'efficientzero'])
+def test_a_term_can_be_replaced(which, key):
+  module, config, spec = AGENTS[which]
+  batch = make_batch(spec, config.window)
+  constant = lambda logits, target: jnp.full(target.shape[:1], 2.0)
+  metrics = []
+  for changes in ({}, {'policy': constant}):
+    agent = make_agent(module, config, spec, **changes)
+    state = shaken(jax.jit(agent.init)(key))
+    metrics.append(jax.jit(agent.evaluate)(state.params, batch, key))
+  old, new = metrics
+  # Decisions in the windows: all four steps, or the two before an end.
+  assert new['loss_policy'] == 2.0 * (4 + 2 + 2 + 4) / B
+  for name in ('loss_value', 'loss_reward'):
+    assert new[name] == old[name]
+  assert new['loss'] != old['loss']
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(key):
+  for which in ('muzero', 'efficientzero'):
+    module, config, spec = AGENTS[which]
+    agent = make_agent(module, config, spec)
+    state = shaken(jax.jit(agent.init)(key))
+    batch = make_batch(spec, config.window)._replace(sample=None)
+    got = jax.jit(agent.evaluate)(state.params, batch, key)
+    want = got['loss_policy'] + 0.25 * got['loss_value'] + got['loss_reward']
+    if which == 'efficientzero':
+      want += 2.0 * got['loss_consistency']
+    np.testing.assert_allclose(got['loss'], want / K, rtol=1e-5)
+
+
+def test_untrained_losses_by_hand(key):
+  # Heads start at zero: all predictions are uniform.
+  for which, bins in (('muzero', 11), ('efficientzero', 11)):
+    module, config, spec = AGENTS[which]
+    agent = make_agent(module, config, spec)
+    params = jax.jit(agent.init)(key).params
+    batch = make_batch(spec, config.window)
+    got = jax.jit(agent.evaluate)(params, batch, key)
+    policies, values, rewards = 4 + 2 + 2 + 4, 4 + 4 + 2 + 4, 3 + 3 + 2 + 3
+    for name, count, size in (
+      ('policy', policies, A),
+      ('value', values, bins),
+      ('reward', rewards, bins),
+    ):
+      np.testing.assert_allclose(
+        got[f'loss_{name}'], count * np.log(size) / B, rtol=1e-5
+      )
+
+
+def test_a_sweep_vmaps_over_floats_of_the_config(key):
+  module, config, spec = AGENTS['efficientzero']
+  batch = make_batch(spec, config.window)
+  state = shaken(jax.jit(make_agent(module, config, spec).init)(key))
+
+  @jax.jit
+  @jax.vmap
+  def update(learning_rate, weight_decay):
+    swept = dataclasses.replace(
+      config, learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    return make_agent(module, swept, spec).update(state, batch, key)[0]
+
+  got = update(jnp.float32([0, 0.1, 0.1]), jnp.float32([9, 1e-4, 9]))
+  row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+  assert_equal(row(got.params.network, 0), state.params.network)
+  agent = make_agent(module, config, spec)
+  alone, _ = jax.jit(agent.update)(state, batch, key)
+  assert_close(row(got.params, 1), alone.params, tolerance=1e-4)
+  # The optimiser sees no statistics: neither its rate nor its decay matter.
+  statistics = got.params.statistics
+  assert jax.tree.leaves(statistics)
+  assert_close(row(statistics, 0), row(statistics, 2), tolerance=1e-6)
+  moved = jax.tree.map(
+    lambda new, old: bool((new != old).any()),
+    row(statistics, 0),
+    state.params.statistics,
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_bad_arguments_are_refused():
+  for make in (mz, ez):
+    for name, value in (
+      ('gamma', 1.5),
+      ('unroll_steps', 0),
+      ('td_steps', 0),
+      ('target_period', 0),
+      ('reanalyze_fraction', -0.1),
+    ):
+      with pytest.raises(ValueError, match=f'{name}={value}'):
+        make(**{name: value})
+  with pytest.raises(ValueError, match='prefix_horizon=0'):
+    ez(prefix_horizon=0)
+  for changes in (
+    {'num_simulations': -1},
+    {'dirichlet_alpha': 0.0},
+    {'dirichlet_fraction': 1.5},
+  ):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f'{name}={value}'):
+      planning.SearchConfig(**changes)
+
+
+def test_environments_that_do_not_fit_are_refused():
+  box = Continuous((2,), -np.ones(2, np.float32), np.ones(2, np.float32))
+  for module, config, spec in (AGENTS['muzero'], AGENTS['efficientzero']):
+    with pytest.raises(ValueError, match=r'discrete actions; Arm .*\(2,\)'):
+      module.make_networks(config, spec._replace(action=box, name='Arm'))
+    two = {'a': spec.observation, 'b': spec.observation}
+    with pytest.raises(ValueError, match='one observation array; Two'):
+      module.make_networks(config, spec._replace(observation=two, name='Two'))
