@@ -78,7 +78,7 @@ def run_main(main: Callable[[], None]) -> None:
       fail(f'{error} (--help lists the flags)')
 
   def guarded(argv: list[str]) -> None:
-    if flags.FLAGS['verbosity'].using_default_value:
+    if not flags.FLAGS['verbosity'].present:
       # Libraries tell each file that they write.
       logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
