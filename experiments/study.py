@@ -60,6 +60,7 @@ def _ablation(seeds: int) -> Study:
   """EfficientZero on Catch, one ingredient less each, and MuZero."""
   shared = (
     '--steps=6400',
+    '--set=acting=synchronous',
     '--set=evaluate_every=100',
     '--set=evaluate_episodes=64',
     '--set=early_update=0',

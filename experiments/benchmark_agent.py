@@ -1,0 +1,377 @@
+"""How fast an agent learns and acts, and what waits for what."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import atari_scores, build
+from experiments.measure import Row, Sizes, interleaved, speed_row
+from experiments.runtime.config import UserError
+
+
+def matmul_flops(jaxpr: Any) -> int:
+  """Operations of all matrix products and convolutions of a traced program.
+
+  A multiplication and an addition are two. Loops count as often as they turn
+  (XLA's own analysis counts them once), of branches the dearest counts.
+  Element-wise work is left out; zeros of padding are counted as work.
+
+  Args:
+    jaxpr: of `jax.make_jaxpr(...)` or `jax.jit(...).trace(...).jaxpr`.
+
+  Raises:
+    ValueError: a loop of unknown length holds matrix products.
+  """
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name in ('dot_general', 'conv_general_dilated'):
+      total += _product_flops(equation)
+      continue
+    inner = [matmul_flops(j) for v in params.values() for j in _jaxprs(v)]
+    if name == 'while' and any(inner):
+      raise ValueError('a while loop with matrix products: its length is open')
+    if name == 'scan':
+      inner = [n * params['length'] for n in inner]
+    total += max(inner, default=0) if name == 'cond' else sum(inner)
+  return total
+
+
+def _product_flops(equation: Any) -> int:
+  output = math.prod(equation.outvars[0].aval.shape)
+  left, right = (v.aval.shape for v in equation.invars[:2])
+  params = equation.params
+  if equation.primitive.name == 'dot_general':
+    (contracted, _), _ = params['dimension_numbers']
+    return 2 * output * math.prod(left[i] for i in contracted)
+  features = right[params['dimension_numbers'].rhs_spec[0]]
+  # Zeros that a stride's gradient puts between the numbers are no work.
+  spread = math.prod(params['lhs_dilation'])
+  return 2 * output * math.prod(right) // features // spread
+
+
+def _jaxprs(value: Any) -> list[Any]:
+  """Programs in a parameter of an equation."""
+  if isinstance(value, tuple | list):
+    return [j for v in value for j in _jaxprs(v)]
+  return [value] if hasattr(getattr(value, 'jaxpr', value), 'eqns') else []
+
+
+def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
+  """A batch of an experiment's shapes with random observations.
+
+  Returns:
+    `Trajectory`, leaves `[B, L, ...]`: one long episode without rewards.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from agents.core.types import Sample, Trajectory
+  from experiments.runtime import host, sources
+  from search.model import Environment
+
+  if isinstance(env, Environment):
+    source = sources.from_env(env, agent, experiment.env.num_envs)
+  else:
+    source = host.from_host(env, agent)
+  size, length = experiment.run.batch_size, experiment.config.window
+  rng = np.random.default_rng(0)
+
+  def noise(x):
+    shape = (size, length, *x.shape[1:])
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      high = min(int(jnp.iinfo(x.dtype).max), 255)
+      return jnp.asarray(rng.integers(high, size=shape, endpoint=True), x.dtype)
+    return jnp.asarray(rng.random(shape), x.dtype)
+
+  example = source.example()
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros((size, length, *x.shape[1:]), x.dtype), example
+  )
+  timestep = zeros.timestep._replace(
+    observation=jax.tree.map(noise, example.timestep.observation),
+    discount=jnp.ones((size, length)),
+  )
+  policy = zeros.extras['search_policy']
+  extras = zeros.extras | {
+    'search_policy': jnp.full_like(policy, 1 / policy.shape[-1])
+  }
+  index = jnp.arange(size, dtype=jnp.int32)
+  ones = jnp.ones(size)
+  return Trajectory(
+    zeros._replace(timestep=timestep, extras=extras),
+    jnp.ones((size, length), bool),
+    Sample(index, jnp.zeros_like(index), ones, ones),
+  )
+
+
+def learner_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
+  """Updates a second, and FLOP/s beside the machine's matrix products.
+
+  `update` is the gradient step alone, `reanalyze and update` with the searches
+  that make its targets.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  env = build.make_env(experiment, training=True)
+  agent = build.make_agent(experiment, env.spec)
+  batch = made_up_batch(experiment, env, agent)
+  key = jax.random.key(0)
+  state = jax.jit(agent.init)(key)
+  update = jax.jit(agent.update, donate_argnums=0)
+  flops = {'update': matmul_flops(update.trace(state, batch, key).jaxpr)}
+
+  def updated(batch):
+    nonlocal state
+    state, info = update(state, batch, key)
+    jax.block_until_ready((state, info))
+
+  size = sizes.matmul
+  matrix = jnp.ones((size, size))
+  product = jax.jit(jnp.matmul)
+  peak = f'matrix product of {size} x {size}'
+  tasks = {
+    peak: lambda: product(matrix, matrix).block_until_ready(),
+    'update': lambda: updated(batch),
+  }
+  if agent.refresh is not None:
+    refresh = jax.jit(agent.refresh)
+    trace = refresh.trace(state, batch, 0, key)
+    both = 'reanalyze and update'
+    flops[both] = flops['update'] + matmul_flops(trace.jaxpr)
+    tasks[both] = lambda: updated(refresh(state, batch, 0, key))
+  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+
+  setting = (
+    f'{experiment.name} {experiment.env_name} batch={experiment.run.batch_size}'
+  )
+  giga = 2 * size**3 / 1e9
+  rows = [speed_row('learner', peak, 'float32', 'GFLOP/s', giga, timings[peak])]
+  for name, count in flops.items():
+    rows.append(
+      speed_row('learner', name, setting, 'updates/s', 1, timings[name])
+    )
+    row = speed_row(
+      'learner', name, setting, 'GFLOP/s', count / 1e9, timings[name]
+    )
+    rows.append(
+      row._replace(
+        ratio=row.median / rows[0].median,
+        ratio_cpu=row.per_cpu_second / rows[0].per_cpu_second,
+        note='ratio to the matrix product; counted: matrix products and '
+        'convolutions, loops in full',
+      )
+    )
+  return rows
+
+
+def acting_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
+  """Decisions and frames a second, and how long the learner waits for them."""
+  from search.model import Environment
+
+  env = build.make_env(experiment, training=True)
+  if isinstance(env, Environment):
+    raise UserError(f'env={experiment.env_name}: acting is of host simulators')
+  agent = build.make_agent(experiment, env.spec)
+  return [
+    *_simulator_rows(experiment, env, agent, sizes),
+    *_waiting_rows(experiment, env, agent, sizes),
+  ]
+
+
+def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
+  import jax
+
+  from agents.core.types import Discrete
+
+  key = jax.random.key(0)
+  params = jax.jit(agent.init)(key).params
+  act = jax.jit(agent.act)
+  kind = env.spec.action
+  assert isinstance(kind, Discrete)
+  rng = np.random.default_rng(0)
+  actions = rng.integers(kind.num_actions, size=(sizes.steps, env.num_envs))
+  simulator = env.start(0)
+  timestep = simulator.reset()
+  few = max(sizes.steps // 10, 1)
+
+  def alone():
+    for action in actions:
+      simulator.step(action)
+
+  def decided():
+    for _ in range(few):
+      jax.block_until_ready(act(params, key, timestep))
+
+  def together():
+    now = timestep
+    for _ in range(few):
+      now, _ = simulator.step(np.asarray(act(params, key, now)[0]))
+
+  search = experiment.config.search
+  setting = (
+    f'{experiment.env_name} E={env.num_envs} {search.rule} '
+    f'N={search.num_simulations}'
+  )
+  try:
+    timings = interleaved(
+      {
+        'simulator alone': alone,
+        'network and search': decided,
+        'simulator, network and search': together,
+      },
+      sizes.repeats,
+    )
+  finally:
+    simulator.close()
+  rows = []
+  for name, timing in timings.items():
+    steps = sizes.steps if name == 'simulator alone' else few
+    amount = steps * env.num_envs
+    rows.append(
+      speed_row('acting', name, setting, 'decisions/s', amount, timing)
+    )
+    frames = frames_per_decision(experiment)
+    if frames > 1 and name != 'network and search':
+      rows.append(
+        speed_row('acting', name, setting, 'frames/s', amount * frames, timing)
+      )
+  return rows
+
+
+def frames_per_decision(experiment: build.Experiment) -> int:
+  """Frames of the simulator a decision: the frame skip on Atari, else 1."""
+  options = dict(o.partition('=')[::2] for o in experiment.env.options)
+  is_atari = atari_scores.game_of(experiment.env_name) is not None
+  return int(options.get('frame_skip', 4)) if is_atari else 1
+
+
+def timed(source: Any, waits: list[float]) -> Any:
+  """The same source; the seconds of each `next` are appended to `waits`."""
+
+  def next_(*args):
+    start = time.perf_counter()
+    result = source.next(*args)
+    waits.append(time.perf_counter() - start)
+    return result
+
+  return source._replace(next=next_)
+
+
+def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
+  import jax
+
+  compiled = jax.jit(agent.update, donate_argnums=0)
+
+  def update(state, batch, key):
+    # Else the learner's own work would show as waiting for the actor.
+    return jax.block_until_ready(compiled(state, batch, key))
+
+  learners = {
+    mode: _learner(experiment, env, agent, update, mode, sizes.updates)
+    for mode in ('synchronous', 'asynchronous')
+  }
+  try:
+    timings = interleaved(
+      {mode: learner.work for mode, learner in learners.items()},
+      sizes.repeats,
+    )
+  finally:
+    for learner in learners.values():
+      learner.close()
+  run = experiment.run
+  setting = (
+    f'{experiment.name} {experiment.env_name} E={env.num_envs} '
+    f'batch={run.batch_size} decisions/update={run.decisions_per_update:g}'
+  )
+  rows = []
+  for mode, timing in timings.items():
+    # The first entry is of the call that compiled.
+    share = np.asarray(learners[mode].waited[1:]) / timing.wall
+    name = f'learner, {mode} acting'
+    row = speed_row(
+      'acting',
+      name,
+      setting,
+      'updates/s',
+      sizes.updates,
+      timing,
+      timings['synchronous'],
+      'ratio to synchronous',
+    )
+    rows.append(row)
+    rows.append(
+      Row(
+        'acting',
+        name,
+        setting,
+        'of its wall time',
+        float(np.median(share)),
+        float(share.min()),
+        float(share.max()),
+        math.nan,
+        note='of the time that the learner waits for experience',
+      )
+    )
+  return rows
+
+
+class _Learner(NamedTuple):
+  """A run that goes on for some updates at each call of `work`."""
+
+  work: Callable[[], None]
+  close: Callable[[], None]
+  waited: list[float]
+
+
+def _learner(experiment, env, agent, update, mode: str, updates: int):
+  import jax
+
+  from experiments.runtime import host, loop, replay, sources
+
+  run, waits, waited = experiment.run, [], []
+  inner = host.from_host(
+    env,
+    agent,
+    mode=mode,
+    publish_every=run.publish_every,
+    queue_size=run.queue_size,
+  )
+  memory = replay.host_replay(
+    capacity=run.replay_capacity,
+    batch_size=run.batch_size,
+    window=experiment.config.window,
+    alpha=run.replay_alpha,
+    frame_stack=env.spec.frame_stack,
+    compress=run.compress_replay,
+  )
+  pace = experiment.pace._replace(max_decisions=None)
+  source = sources.reanalyzed(
+    sources.replayed(
+      timed(inner, waits), memory, pace, total_updates=experiment.updates
+    ),
+    agent,
+  )
+  key = jax.random.key(0)
+  carry = loop.init(agent, source, key)
+
+  def work():
+    nonlocal carry
+    waits.clear()
+    carry = loop.run(
+      agent,
+      source,
+      carry,
+      key=key,
+      steps=int(carry.step) + updates,
+      intervals=loop.Intervals(log=updates),
+      update=update,
+    )
+    waited.append(sum(waits))
+
+  return _Learner(work, lambda: source.close(carry.source), waited)

@@ -1,0 +1,253 @@
+"""The launchers as a user runs them, with sizes of nothing."""
+
+import csv
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiments import build, play, presets
+from experiments.runtime import config as configs
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = (
+  '--steps=400',
+  *(
+    f'--set={setting}'
+    for setting in (
+      'env.num_envs=4',
+      'warmup_decisions=64',
+      'decisions_per_update=4',
+      'replay_capacity=2000',
+      'batch_size=8',
+      'num_simulations=2',
+      'network.latent_size=8',
+      'network.channels=2',
+      'network.head_channels=2',
+      'network.lstm_size=4',
+      'network.projector=4,4',
+      'network.predictor=4',
+      'network.head_hidden=4',
+      'log_every=5',
+      'checkpoint_every=20',
+      'early_update=20',
+      'final_episodes=4',
+      'final_simulations=2',
+      'acting=synchronous',
+    )
+  ),
+)
+# Wall time differs from run to run.
+CLOCKS = ('updates_per_second', 'wait_seconds')
+
+
+def command(module, *flags):
+  return [sys.executable, '-m', f'experiments.{module}', *flags]
+
+
+def launch(module, *flags, check=True, environment=None):
+  done = subprocess.run(
+    command(module, *flags),
+    cwd=ROOT,
+    env=environment or ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  if check:
+    assert done.returncode == 0, done.stderr
+  return done
+
+
+ENVIRONMENT = dict(
+  os.environ,
+  JAX_PLATFORMS='cpu',
+  JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
+)
+
+
+def rows(path):
+  with open(path, newline='') as file:
+    return [
+      {k: v for k, v in row.items() if k not in CLOCKS}
+      for row in csv.DictReader(file)
+    ]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A finished run of the main job's agent, environment and host source."""
+  workdir = tmp_path_factory.mktemp('run') / 'whole'
+  done = launch('train', *TINY, f'--workdir={workdir}')
+  return workdir, done
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, done = finished
+  assert 'efficientzero on Catch-v0' in done.stdout
+  assert 'without' in done.stdout
+  for name in ('config.json', 'metrics.csv', 'evaluation.csv'):
+    assert (workdir / name).stat().st_size > 0
+  assert (workdir / 'evaluation.png').read_bytes().startswith(b'\x89PNG')
+  table = rows(workdir / 'evaluation.csv')
+  assert [(r['checkpoint'], r['simulations']) for r in table] == [
+    ('early', '0'),
+    ('early', '2'),
+    ('final', '0'),
+    ('final', '2'),
+  ]
+  metrics = rows(workdir / 'metrics.csv')
+  assert int(metrics[-1]['step']) == 84  # (400 - 64) / 4
+  # Decisions exclude the ignored actions on last steps, one in ten on Catch.
+  assert 340 <= float(metrics[-1]['decisions']) <= 400
+
+
+def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
+  whole, _ = finished
+  workdir = tmp_path / 'cut'
+  flags = (*TINY, f'--workdir={workdir}')
+  with open(tmp_path / 'log', 'w') as log:
+    process = subprocess.Popen(
+      command('train', *flags),
+      cwd=ROOT,
+      env=ENVIRONMENT,
+      stdout=log,
+      stderr=log,
+    )
+    deadline = time.monotonic() + 300
+    while not (workdir / 'checkpoints' / '40').is_dir():
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  done = launch('train', *flags)
+  assert 'resumed at update' in done.stdout
+  assert rows(workdir / 'metrics.csv') == rows(whole / 'metrics.csv')
+
+  experiment = play.load_experiment(str(whole))
+  env = build.make_env(experiment, training=False)
+  agent = build.make_agent(experiment, env.spec)
+  one = play.load_params(str(whole), agent, ['final'])['final']
+  two = play.load_params(str(workdir), agent, ['final'])['final']
+  for a, b in zip(
+    *(map(np.asarray, _leaves(params)) for params in (one, two)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def _leaves(params):
+  import jax
+
+  return jax.tree.leaves(params)
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+  workdir = tmp_path / 'stopped'
+  flags = (*TINY, '--steps=100000', f'--workdir={workdir}')
+  with open(tmp_path / 'log', 'w') as log:
+    process = subprocess.Popen(
+      command('train', *flags),
+      cwd=ROOT,
+      env=ENVIRONMENT,
+      stdout=log,
+      stderr=log,
+    )
+    deadline = time.monotonic() + 300
+    while not (workdir / 'checkpoints' / '20').is_dir():
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+  text = (tmp_path / 'log').read_text()
+  assert 'stopped at update' in text and 'Traceback' not in text
+
+
+def test_play_writes_what_it_played(finished, tmp_path):
+  workdir, _ = finished
+  out = tmp_path / 'played.csv'
+  done = launch(
+    'play',
+    f'--workdir={workdir}',
+    '--checkpoint=final,early',
+    '--planner=gumbel',
+    '--simulations=0,2',
+    '--episodes=4',
+    f'--out={out}',
+  )
+  assert 'gumbel' in done.stdout
+  table = rows(out)
+  assert {r['planner'] for r in table} == {'network', 'gumbel'}
+  assert all(-1 <= float(r['return_mean']) <= 1 for r in table)
+
+
+def test_a_folder_of_another_run_is_refused(finished):
+  workdir, _ = finished
+  done = launch('train', *TINY, '--seed=1', f'--workdir={workdir}', check=False)
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: ') and 'seed was 0, is 1' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('module', ['train', 'play', 'plots', 'benchmark'])
+def test_help_needs_no_jax(module):
+  broken = dict(ENVIRONMENT, PYTHONPATH=str(ROOT / 'tests' / 'without_jax'))
+  done = launch(module, '--help', check=False, environment=broken)
+  assert 'Traceback' not in done.stdout + done.stderr
+  assert '--' in done.stdout
+
+
+MISTAKES = {
+  'preset': ({'preset_name': 'efficientzero_cach'}, 'efficientzero_catch'),
+  'agent': ({'agent': 'muzer'}, 'muzero'),
+  'env': ({'env': 'Cach-v0'}, 'Catch-v0'),
+  'env kind': ({'env': 'brax:ant'}, 'jax or gymnasium'),
+  'jax env': ({'env': 'jax:catc'}, 'jax:catch'),
+  'field': ({'settings': ['learning_rte=1']}, 'learning_rate'),
+  'type': ({'settings': ['learning_rate=fast']}, 'float'),
+  'choice': ({'settings': ['optimiser=lion']}, 'adam'),
+  'range': ({'settings': ['unroll_steps=0']}, 'unroll_steps=0'),
+  'search': ({'settings': ['num_simulations=-1']}, 'num_simulations=-1'),
+  'norm': ({'settings': ['norm=group']}, 'layer'),
+  'steps': ({'steps': 10}, 'warmup_decisions'),
+  'warm-up': ({'settings': ['warmup_decisions=20']}, 'warmup_decisions=20'),
+  'devices': ({'settings': ['devices=3']}, 'batch_size=64'),
+  'actions': ({'env': 'Pendulum-v1'}, 'discrete actions'),
+  'option': ({'settings': ['env.options=colour=1']}, 'colour'),
+  'not an option': ({'settings': ['env.options=colour']}, 'name=value'),
+  'players': ({'env': 'ConnectFour-v1'}, 'players'),
+}
+
+
+@pytest.mark.parametrize('what', MISTAKES)
+def test_mistakes_are_one_line_that_says_what_is_right(what):
+  changes, hint = MISTAKES[what]
+  changes = {'preset_name': presets.DEFAULT} | changes
+  with pytest.raises(ValueError) as caught, configs.user_errors():
+    experiment = build.describe(changes.pop('preset_name'), **changes)
+    env = build.make_env(experiment, training=True)
+    build.make_agent(experiment, env.spec)
+  message = str(caught.value)
+  assert hint in message and '\n' not in message
+
+
+@pytest.mark.parametrize('name', presets.PRESETS)
+def test_every_preset_builds(name):
+  experiment = build.describe(name)
+  env = build.make_env(experiment, training=True)
+  agent = build.make_agent(experiment, env.spec)
+  assert agent.model is not None and experiment.updates > 0
+  assert presets.PRESETS[name].source
+
+
+def test_a_saved_config_is_read_back(finished):
+  workdir, _ = finished
+  experiment = play.load_experiment(str(workdir))
+  saved = configs.read_run_config(workdir)
+  saved.pop('made_with')
+  assert configs._plain(experiment.as_dict()) == saved

@@ -1,0 +1,179 @@
+"""Two devices give the numbers of one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agents import efficientzero, muzero
+from agents.core import planning
+from agents.core.types import (
+  Agent,
+  ArraySpec,
+  Discrete,
+  Experience,
+  Info,
+  Sample,
+  Spec,
+  Trajectory,
+)
+from experiments.runtime import loop, mesh, sources
+from experiments.runtime.sources import Measures, Source
+from networks.muzero import NetworkConfig
+from search.model import TimeStep
+
+SPEC = Spec(ArraySpec((4,), np.float32), Discrete(3))
+NETWORK = NetworkConfig(
+  torso='vector',
+  latent_size=8,
+  blocks=1,
+  norm='batch',
+  lstm_size=4,
+  value_bins=11,
+  reward_bins=11,
+  projector=(6,),
+  predictor=(4,),
+  head_hidden=(6,),
+)
+SHARED = {
+  'network': NETWORK,
+  'search': planning.SearchConfig(num_simulations=2),
+  'unroll_steps': 2,
+  'td_steps': 2,
+  'learning_rate': 0.1,
+  'warmup_updates': 0,
+  'target_period': 2,
+}
+
+
+class State(NamedTuple):
+  """The state of an agent that only adds."""
+
+  params: Any
+  x: Any
+
+
+def make_agent(module):
+  config = module.Config(**SHARED)
+  networks = module.make_networks(config, SPEC)
+  return module.make(config, networks, module.make_losses(), SPEC)
+
+
+def make_batch(size, length=5):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  valid = np.ones((size, length), bool)
+  valid[0, 2:] = False  # windows are not alike
+  discount = np.ones((size, length), np.float32)
+  discount[0, 1] = 0
+  timestep = TimeStep(
+    observation=normal(size, length, 4),
+    reward=normal(size, length),
+    discount=discount,
+    is_first=np.zeros((size, length), bool),
+    truncated=np.zeros((size, length), bool),
+  )
+  extras = {
+    'search_policy': rng.dirichlet(np.ones(3), (size, length)),
+    'search_value': normal(size, length),
+  }
+  extras['search_policy'] = extras['search_policy'].astype(np.float32)
+  action = rng.integers(0, 3, (size, length)).astype(np.int32)
+  sample = Sample(
+    index=np.arange(size, dtype=np.int32),
+    generation=np.ones(size, np.int32),
+    weight=np.linspace(0.2, 1, size).astype(np.float32),
+    age=np.zeros(size, np.float32),
+  )
+  return Trajectory(Experience(timestep, action, extras), valid, sample)
+
+
+def shaken(state):
+  rng = np.random.default_rng(1)
+  network = jax.tree.map(
+    lambda x: x + np.float32(0.3) * rng.normal(size=x.shape).astype(np.float32),
+    state.params.network,
+  )
+  return state._replace(params=state.params._replace(network=network))
+
+
+@pytest.mark.parametrize('module', [muzero, efficientzero])
+def test_two_devices_equal_one(module, key):
+  # SGD: Adam would hide a gradient that is twice too large.
+  agent = make_agent(module)
+  two = mesh.make_mesh()
+  assert two.size == 2
+  update = mesh.compile_update(agent, two)
+  single = jax.jit(agent.update)
+  make = lambda: shaken(jax.jit(agent.init)(key))
+  got, got_info = update(make(), make_batch(16), key)
+  want, want_info = single(make(), make_batch(16), key)
+  assert want_info.metrics['gradient_norm'] > 0.1
+  assert jax.tree.leaves(want.params.statistics)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    (got, got_info),
+    (want, want_info),
+  )
+  assert len(got.params.step.sharding.device_set) == 2
+
+
+def test_the_state_is_donated(key):
+  agent = make_agent(muzero)
+  update = mesh.compile_update(agent, mesh.make_mesh())
+  state, _ = update(jax.jit(agent.init)(key), make_batch(4), key)
+  update(state, make_batch(4), key)
+  assert state.params.step.is_deleted()
+
+
+def test_a_batch_that_does_not_divide_is_refused(key):
+  agent = make_agent(muzero)
+  update = mesh.compile_update(agent, mesh.make_mesh())
+  with pytest.raises(ValueError, match=r'batch_size=3: .* of the 2 devices'):
+    update(jax.jit(agent.init)(key), make_batch(3), key)
+
+
+def test_one_device_may_be_chosen(key):
+  one = mesh.make_mesh(jax.devices()[1:])
+  assert one.size == 1
+  agent = make_agent(muzero)
+  state, _ = mesh.compile_update(agent, one)(
+    jax.jit(agent.init)(key), make_batch(3), key
+  )
+  assert state.params.step.sharding.device_set == {jax.devices()[1]}
+
+
+def test_the_loop_learns_over_a_mesh_from_refreshed_batches(key):
+  # What `refresh` returns lies whole on every device, not split.
+  def update(state, batch, key):
+    return state._replace(x=state.x + jnp.mean(batch)), Info({}, batch)
+
+  agent = Agent(
+    init=lambda key: State(jnp.zeros(()), jnp.zeros(())),
+    act=None,
+    update=update,
+    refresh=lambda state, batch, step, key: batch + 0 * state.x + step,
+  )
+
+  def feedback(state, batch, info):
+    return state + [np.asarray(info.priorities).tolist()]
+
+  next_ = lambda state, agent_state, step, key: (
+    state,
+    np.float32([0, 0, 2, 2]),
+    Measures({}, {}),
+  )
+  source = Source(lambda key: [], next_, feedback, lambda: None, False)
+  carry = loop.run(
+    agent,
+    sources.reanalyzed(source, agent),
+    loop.init(agent, source, key),
+    key=key,
+    steps=3,
+    intervals=loop.Intervals(log=3),
+    update=mesh.compile_update(agent, mesh.make_mesh()),
+  )
+  assert carry.agent.x == 1 + 2 + 3
+  assert carry.source == [[0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 4, 4]]
