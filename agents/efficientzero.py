@@ -173,8 +173,15 @@ class Losses(NamedTuple):
   consistency: Callable[[chex.Array, chex.Array], chex.Array]
 
 
-def make_networks(config: Config, spec: Spec) -> MuZeroNetworks:
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> MuZeroNetworks:
   """The networks for a spec.
+
+  `reduce` is the mean over devices of batch statistics, where one update runs
+  on several by `pmap`.
 
   Raises:
     ValueError: if actions are not discrete or observations not one array.
@@ -192,7 +199,7 @@ def make_networks(config: Config, spec: Spec) -> MuZeroNetworks:
   reward = 'value_prefix' if config.value_prefix else 'reward'
   network = dataclasses.replace(config.network, reward=reward)
   return muzero_networks.make(
-    network, spec.observation, spec.action.num_actions
+    network, spec.observation, spec.action.num_actions, reduce
   )
 
 
@@ -360,6 +367,23 @@ def make(
       images = augment.random_intensity(intensity_key, images)
     return unflatten_steps(images, observation.shape[0])
 
+  def consistency(network, statistics, states, successors, train):
+    # Both `[K, B, ...]`: states that were imagined, observations that came.
+    true_states, statistics = networks.represent(
+      network, statistics, flatten_steps(successors), train
+    )
+    projected, statistics = networks.project(
+      network, statistics, true_states, train
+    )
+    ours, statistics = networks.project(
+      network, statistics, flatten_steps(states), train
+    )
+    ours, statistics = networks.predict_projection(
+      network, statistics, ours, train
+    )
+    similarity = losses.consistency(ours, projected)
+    return unflatten_steps(similarity, unrolled), statistics
+
   def loss(network, statistics, batch: Trajectory, key, train=True):
     action_key, image_key = jax.random.split(key)
     target, horizon = make_targets(batch)
@@ -397,20 +421,9 @@ def make(
     }
     if config.consistency:
       successors = jnp.swapaxes(observation[:, 1:], 0, 1)
-      true_states, statistics = networks.represent(
-        network, statistics, flatten_steps(successors), train
+      similarity, statistics = consistency(
+        network, statistics, out.states, successors, train
       )
-      projected, statistics = networks.project(
-        network, statistics, true_states, train
-      )
-      ours, statistics = networks.project(
-        network, statistics, flatten_steps(out.states), train
-      )
-      ours, statistics = networks.predict_projection(
-        network, statistics, ours, train
-      )
-      similarity = losses.consistency(ours, projected)
-      similarity = unflatten_steps(similarity, unrolled)
       terms_['consistency'] = similarity * by_step.observation_mask[1:]
 
     weights = {

@@ -144,8 +144,15 @@ class Losses(NamedTuple):
   reward: Callable[[chex.Array, chex.Array], chex.Array]
 
 
-def make_networks(config: Config, spec: Spec) -> MuZeroNetworks:
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> MuZeroNetworks:
   """The networks for a spec.
+
+  `reduce` is the mean over devices of batch statistics, where one update runs
+  on several by `pmap`.
 
   Raises:
     ValueError: if actions are not discrete or observations not one array.
@@ -162,7 +169,7 @@ def make_networks(config: Config, spec: Spec) -> MuZeroNetworks:
     )
   network = dataclasses.replace(config.network, reward='reward')
   return muzero_networks.make(
-    network, spec.observation, spec.action.num_actions
+    network, spec.observation, spec.action.num_actions, reduce
   )
 
 

@@ -190,7 +190,7 @@ def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
     ValueError: if the agent cannot take the spec.
   """
   module = importlib.import_module(f'agents.{experiment.agent_name}')
-  networks = module.make_networks(experiment.config, spec)
+  networks = module.make_networks(experiment.config, spec, reduce)
   keywords = {} if reduce is None else {'reduce': reduce}
   return module.make(
     experiment.config, networks, module.make_losses(), spec, **keywords
@@ -204,6 +204,11 @@ def make_source(experiment: Experiment, env, agent):
   from search.model import Environment
 
   run = experiment.run
+  if isinstance(env, Environment) and run.devices > 1:
+    raise ValueError(
+      f'devices={run.devices}: {experiment.env_name} is compiled into one '
+      'program on one device; several take an environment of the host'
+    )
   shared = {
     'capacity': run.replay_capacity,
     'batch_size': run.batch_size,

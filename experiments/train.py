@@ -4,6 +4,7 @@ Running the same command again resumes the run in its folder.
 """
 
 import dataclasses
+import os
 import pathlib
 import shutil
 import time
@@ -89,7 +90,7 @@ def _use_compilation_cache() -> None:
 
   # Compiling takes most of a short run; the next one finds it done.
   folder = pathlib.Path.home() / '.cache' / 'outplay' / 'jax'
-  if jax.config.jax_compilation_cache_dir is None:
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
@@ -245,7 +246,8 @@ def run(
   started = time.perf_counter()
   settings = experiment.run
   _announce(experiment, env, agent, workdir)
-  source = build.make_source(experiment, env, agent)
+  with configs.user_errors():
+    source = build.make_source(experiment, env, agent)
   key = jax.random.key(experiment.seed)
   keeper = _Keeper(experiment, source, workdir, key)
   carry = loop.init(agent, source, key)
@@ -304,7 +306,13 @@ def run(
     try:
       if profile and begin < updates:
         carry = _profiled(
-          agent, source, carry, key, min(profile, updates - begin), workdir
+          agent,
+          source,
+          carry,
+          key,
+          begin + min(profile, updates - begin),
+          workdir / 'profile',
+          log,
         )
       carry = loop.run(
         agent,
@@ -366,19 +374,22 @@ def _common_interval(*intervals: int) -> int:
   return math.gcd(*due) if due else 0
 
 
-def _profiled(agent, source, carry, key, updates, workdir):
-  """Traces some updates; they count as part of the run."""
+def _profiled(agent, source, carry, key, steps, folder, log):
+  """Traces updates up to `steps`; they count as part of the run."""
   import jax
 
   from experiments.runtime import loop
 
-  folder = workdir / 'profile'
   shutil.rmtree(folder, ignore_errors=True)
-  start = int(carry.step)
-  quiet = loop.Intervals(log=updates)
   with jax.profiler.trace(str(folder)):
     carry = loop.run(
-      agent, source, carry, key=key, steps=start + updates, intervals=quiet
+      agent,
+      source,
+      carry,
+      key=key,
+      steps=steps,
+      intervals=loop.Intervals(log=steps),
+      hooks=loop.Hooks(log=log),
     )
   print(f'profile: {folder}')
   return carry

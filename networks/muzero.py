@@ -50,8 +50,7 @@ class NetworkConfig:
       a / A beside the channels (EfficientZero's code) or `'one_hot'` planes.
       A vector latent always takes a one-hot vector. One-hot actions enter by
       a layer of their own, initialised by their own fan-in: as columns beside
-      a wide latent they hardly count at first, and learning what an action
-      does took several times as many updates on Catch.
+      a wide latent they hardly count at first.
     state_norm: whether latents are scaled to [0, 1], each by its own minimum
       and maximum (MuZero, App. G).
     compute_dtype: of activations and matrix products; parameters,

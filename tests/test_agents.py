@@ -283,6 +283,13 @@ def test_update_lowers_the_loss(built, key):
   assert after['loss'] < before['loss'] - 0.1
 
 
+# Both are slow and the same code in all variants of an agent.
+one_of_each = pytest.mark.parametrize(
+  'built', ['muzero', 'efficientzero'], indirect=True
+)
+
+
+@one_of_each
 def test_jit_equals_eager(built, key):
   state = shaken(built.state)
   assert_close(
@@ -292,6 +299,7 @@ def test_jit_equals_eager(built, key):
   )
 
 
+@one_of_each
 def test_vmap_over_seeds_equals_a_loop(built, key):
   states = [shaken(built.state, seed) for seed in (0, 7)]
   keys = jax.random.split(key)

@@ -1,0 +1,279 @@
+"""Benchmarks: the measuring itself, operation counts, equal searches, CSV."""
+
+import csv
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark_agent, benchmark_search, build, measure
+from experiments.runtime.config import UserError
+
+# A network and a search as small as they come.
+TINY = (
+  'batch_size=4',
+  'num_simulations=2',
+  'env.num_envs=2',
+  'warmup_decisions=32',
+  'network.latent_size=8',
+  'network.head_hidden=8',
+  'network.lstm_size=8',
+  'network.projector=8,8,8',
+  'network.predictor=8',
+)
+
+
+@pytest.fixture(scope='module')
+def experiment():
+  return build.describe('efficientzero_catch', settings=TINY)
+
+
+class Clock:
+  """Two clocks that only tasks move."""
+
+  def __init__(self):
+    self.wall, self.cpu, self.calls = 0.0, 0.0, []
+
+  def task(self, name, *walls):
+    """Takes the given wall seconds in turn, half of them on the CPU."""
+    left = list(walls)
+
+    def run():
+      seconds = left.pop(0)
+      self.calls.append(name)
+      self.wall += seconds
+      self.cpu += seconds / 2
+
+    return run
+
+  @property
+  def clocks(self):
+    return (lambda: self.wall), (lambda: self.cpu)
+
+
+def test_tasks_are_timed_in_turns_and_the_first_call_is_left_out():
+  clock = Clock()
+  tasks = {'a': clock.task('a', 100, 1, 3), 'b': clock.task('b', 50, 2, 4)}
+  timings = measure.interleaved(tasks, 2, clocks=clock.clocks)
+  assert clock.calls == ['a', 'b', 'a', 'b', 'a', 'b']
+  np.testing.assert_allclose(timings['a'].wall, [1, 3])
+  np.testing.assert_allclose(timings['b'].cpu, [1, 2])
+
+
+def test_short_tasks_are_called_several_times():
+  clock = Clock()
+  # The first compiles, the second takes 1 of 3 seconds: three calls a turn.
+  task = clock.task('a', 100, 1, 1, 2, 3, 4, 5, 6)
+  timings = measure.interleaved({'a': task}, 2, 3.0, clock.clocks)
+  np.testing.assert_allclose(timings['a'].wall, [2, 5])
+
+
+def test_speeds_are_medians_and_ratios_are_of_medians():
+  timing = measure.Timing(np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.0, 8.0]))
+  baseline = measure.Timing(np.full(3, 8.0), np.full(3, 6.0))
+  row = measure.speed_row('x', 'y', 'z', 'u/s', 16, timing, baseline)
+  assert row[4:10] == (8, 4, 16, 8, 4, 3)
+  alone = measure.speed_row('x', 'y', 'z', 'u/s', 16, timing)
+  assert math.isnan(alone.ratio) and math.isnan(alone.ratio_cpu)
+
+
+@pytest.mark.parametrize(
+  ('number', 'text'),
+  [
+    (0.07126, '0.0713'),
+    (12.0, '12'),
+    (999.9, '1.00k'),
+    (84_780, '84.8k'),
+    (847_800, '848k'),
+    (1_257_000, '1.26M'),
+    (math.nan, ''),
+  ],
+)
+def test_short_numbers(number, text):
+  assert measure.short(number) == text
+
+
+def flops(function, *args):
+  return benchmark_agent.matmul_flops(jax.make_jaxpr(function)(*args))
+
+
+def test_operations_of_products_by_hand():
+  a, b = jnp.ones((3, 5)), jnp.ones((5, 7))
+  assert flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+  # The gradients are two more products of that size.
+  gradient = jax.grad(lambda a, b: jnp.sum(jnp.matmul(a, b) ** 2), (0, 1))
+  assert flops(gradient, a, b) == 3 * 2 * 3 * 5 * 7
+  batched = jax.vmap(jnp.matmul, (0, None))
+  assert flops(batched, jnp.ones((4, 3, 5)), b) == 4 * 2 * 3 * 5 * 7
+
+
+def test_operations_of_loops_and_branches_by_hand():
+  square = jnp.ones((4, 4))
+
+  def loop(x):
+    body = lambda _, x: jax.jit(jnp.matmul)(x, square)
+    x = jax.lax.fori_loop(0, 10, body, x)
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x)
+
+  assert flops(loop, square) == (10 + 2) * 2 * 4**3
+  endless = lambda x: jax.lax.while_loop(
+    lambda x: x[0, 0] > 0, lambda x: x @ x, x
+  )
+  with pytest.raises(ValueError, match='length is open'):
+    flops(endless, square)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_operations_of_convolutions_by_hand(stride):
+  image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+
+  def convolve(image, kernel):
+    return jax.lax.conv_general_dilated(
+      image,
+      kernel,
+      (stride, stride),
+      'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+  size = 8 // stride
+  once = 2 * (2 * size * size * 5) * (3 * 3 * 3)
+  assert flops(convolve, image, kernel) == once
+  gradient = jax.grad(lambda *a: jnp.sum(convolve(*a) ** 2), (0, 1))
+  assert flops(gradient, image, kernel) == 3 * once
+
+
+def test_update_counts_the_unrolled_steps():
+  """Twice the batch is twice the work, more steps are more."""
+
+  def count(*settings):
+    changed = build.describe('efficientzero_catch', settings=TINY + settings)
+    env = build.make_env(changed, training=True)
+    agent = build.make_agent(changed, env.spec)
+    batch = benchmark_agent.made_up_batch(changed, env, agent)
+    key = jax.random.key(0)
+    state = jax.eval_shape(agent.init, key)
+    return flops(agent.update, state, batch, key)
+
+  once = count()
+  assert count('batch_size=8') == 2 * once
+  three, seven = count('unroll_steps=3'), count('unroll_steps=7')
+  assert seven - once == once - three > 0
+
+
+def test_made_up_batch_fits_the_agent(experiment):
+  env = build.make_env(experiment, training=True)
+  agent = build.make_agent(experiment, env.spec)
+  batch = benchmark_agent.made_up_batch(experiment, env, agent)
+  shapes = {x.shape[:2] for x in jax.tree.leaves(batch.experience)}
+  assert shapes == {(4, experiment.config.window)}
+  state = jax.eval_shape(agent.init, jax.random.key(0))
+  refreshed = jax.eval_shape(agent.refresh, state, batch, 0, jax.random.key(0))
+  assert jax.tree.structure(refreshed) == jax.tree.structure(batch)
+  updated, _ = jax.eval_shape(agent.update, state, batch, jax.random.key(0))
+  assert jax.tree.structure(updated) == jax.tree.structure(state)
+  policy = batch.experience.extras['search_policy']
+  np.testing.assert_allclose(policy.sum(-1), 1, rtol=1e-6)
+
+
+def test_timed_sources_tell_their_seconds():
+  from experiments.runtime.sources import Source
+
+  source = Source(None, lambda *args: args, None, None, False)
+  waits = []
+  timed = benchmark_agent.timed(source, waits)
+  assert timed.next(1, 2, 3, 4) == (1, 2, 3, 4)
+  assert len(waits) == 1 and waits[0] >= 0
+
+
+def test_frames_are_counted_on_atari_alone(experiment):
+  assert benchmark_agent.frames_per_decision(experiment) == 1
+  games = [
+    build.describe('efficientzero_atari', env='Enduro-v5', settings=settings)
+    for settings in ([], ['env.options=frame_skip=2'])
+  ]
+  assert [*map(benchmark_agent.frames_per_decision, games)] == [4, 2]
+
+
+def test_acting_needs_a_host_simulator():
+  pure = build.describe('efficientzero_catch', env='jax:catch', settings=TINY)
+  with pytest.raises(UserError, match='env=jax:catch'):
+    benchmark_agent.acting_rows(pure, measure.QUICK)
+
+
+def test_wide_embeddings_change_no_search():
+  key = jax.random.key(0)
+  found = []
+  for width in (0, 16):
+    model = benchmark_search.table_model(0, 4, 3, width)
+    params, root, recurrent_fn = model
+    assert root.embedding[1].shape == (4, width)
+    search = benchmark_search.policies_in_turn(6)['puct']
+    visits = jax.jit(
+      lambda p, k, r, search=search, f=recurrent_fn: search(p, k, r, f)
+    )
+    found.append(visits(params, key, root))
+  np.testing.assert_array_equal(*found)
+  assert found[0].sum(-1).tolist() == [6] * 4
+
+
+def test_launcher(tmp_path):
+  out = tmp_path / 'results/benchmark.csv'
+  cache = pathlib.Path(__file__).resolve().parent.parent / '.jax_cache'
+  settings = [f'--set={s}' for s in TINY]
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'experiments.benchmark', '--quick'),
+      *('--repeats=2', f'--out={out}', *settings),
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ
+    | {
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    },
+  )
+  assert done.returncode == 0, done.stderr
+  rows = list(csv.DictReader(out.read_text().splitlines()))
+  found = {(row['what'], row['name'], row['unit']): row for row in rows}
+  for name in ('mctx.muzero_policy', 'efficientzero', 'batched search'):
+    assert float(found['search', name, 'simulations/s']['median']) > 0
+  for name, theirs in (
+    ('puct', 'mctx.muzero_policy'),
+    ('gumbel', 'mctx.gumbel_muzero_policy'),
+    ('batched search', 'mctx.search'),
+  ):
+    note = found['search', name, 'simulations/s']['note']
+    assert f'visits equal {theirs} at 4 of 4 roots' in note
+    assert note.split(';')[1].strip() in ' '.join(done.stdout.split())
+  updates = float(found['learner', 'update', 'updates/s']['median'])
+  work = float(found['learner', 'update', 'GFLOP/s']['median'])
+  both = found['learner', 'reanalyze and update', 'GFLOP/s']
+  assert work > 0 and updates > 0 and float(both['ratio']) > 0
+  assert ('acting', 'simulator alone', 'decisions/s') in found
+  assert ('acting', 'simulator alone', 'frames/s') not in found
+  for mode in ('synchronous', 'asynchronous'):
+    name = f'learner, {mode} acting'
+    share = float(found['acting', name, 'of its wall time']['median'])
+    assert 0 <= share <= 1
+  assert {row['compile'] for row in rows} == {'not in'}
+  assert all('mctx' in r['versions'] and int(r['threads']) for r in rows)
+
+
+def test_launcher_errors_are_one_line():
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.benchmark', '--what=serch'],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert done.stderr == (
+    'error: what=serch: must be of search, learner, acting\n'
+  )
