@@ -56,7 +56,8 @@ class RunConfig:
     log_every: between rows of metrics.csv.
     checkpoint_every: between checkpoints.
     keep_checkpoints: how many stay.
-    evaluate_every: between evaluations while training; 0 for none.
+    evaluate_every: between evaluations while training, with search
+      (`eval_return`) and without (`network_return`); 0 for none.
     evaluate_episodes: episodes of each.
     hold_out: windows that are never trained on, from other simulators and the
       untrained network; 0 for none.

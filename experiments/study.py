@@ -82,11 +82,26 @@ def _ablation(seeds: int) -> Study:
   return Study(tuple(runs), False, ('decisions', 'eval_return'))
 
 
+def _catch_search(seeds: int) -> Study:
+  """The same network with and without search, all through training."""
+  arguments = (
+    '--steps=5200',
+    '--set=acting=synchronous',
+    '--set=evaluate_every=100',
+    '--set=evaluate_episodes=64',
+    '--set=early_update=0',
+    '--set=final_episodes=0',
+  )
+  runs = [Run('efficientzero', seed, arguments) for seed in range(seeds)]
+  columns = ('decisions', 'eval_return', 'network_return')
+  return Study(tuple(runs), False, columns)
+
+
 def _atari(seeds: int) -> Study:
   """The paper's network and protocol, a few hundred smaller updates."""
   shared = (
     '--preset=efficientzero_atari',
-    '--steps=1600',
+    '--steps=1200',
     '--set=env.num_envs=4',
     '--set=warmup_decisions=400',
     '--set=decisions_per_update=4',
@@ -115,6 +130,7 @@ def _atari(seeds: int) -> Study:
 
 STUDIES = {
   'catch': (_catch, 10),
+  'catch_search': (_catch_search, 10),
   'catch_ablation': (_ablation, 5),
   'atari': (_atari, 1),
 }

@@ -396,29 +396,40 @@ def _profiled(agent, source, carry, key, steps, folder, log):
 
 
 def _evaluator(experiment: build.Experiment, agent):
-  """`(params, step) -> metrics`, whole episodes with the agent's search."""
+  """`(params, step) -> metrics`: whole episodes with and without search."""
   import jax
 
   from agents.core import planning
   from experiments.runtime import evaluate as playing
   from search.model import Environment
 
-  planner = planning.make_planner(experiment.config.search, evaluate=True)
-  act = playing.player(planner, agent.model)
+  search = experiment.config.search
+  players = {
+    prefix: playing.player(
+      planning.make_planner(config, evaluate=True), agent.model
+    )
+    for prefix, config in (
+      ('eval', search),
+      ('network', dataclasses.replace(search, num_simulations=0)),
+    )
+  }
   episodes = experiment.run.evaluate_episodes
   env = build.make_env(experiment, training=False, num_envs=min(episodes, 32))
 
   def evaluate(params, step):
     key = jax.random.fold_in(jax.random.key(experiment.seed), step)
-    if isinstance(env, Environment):
-      played = playing.on_device(
-        env, act, params, key=key, num_episodes=episodes
-      )
-    else:
-      played = playing.on_host(
-        env, act, params, key=key, num_episodes=episodes, seed=step
-      )
-    return played.summary()
+    shared = {'key': key, 'num_episodes': episodes}
+    found = {}
+    for prefix, act in players.items():
+      if isinstance(env, Environment):
+        played = playing.on_device(env, act, params, **shared)
+      else:
+        played = playing.on_host(env, act, params, seed=step, **shared)
+      summary = played.summary()
+      found |= {
+        name.replace('eval', prefix, 1): x for name, x in summary.items()
+      }
+    return found
 
   return evaluate
 
