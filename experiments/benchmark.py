@@ -78,7 +78,7 @@ def main() -> None:
     done(benchmark_agent.acting_rows(experiment, sizes))
     if not values.quick:
       done(
-        benchmark_agent.acting_rows(pong, sizes._replace(steps=100, updates=5))
+        benchmark_agent.acting_rows(pong, sizes._replace(steps=100, updates=8))
       )
   print(f'results: {values.out}')
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import atari_scores, build
+from experiments import build
 from experiments.measure import Row, Sizes, interleaved, speed_row
 from experiments.runtime.config import UserError
 
@@ -229,14 +229,13 @@ def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
     )
   finally:
     simulator.close()
-  rows = []
+  rows, frames = [], frames_per_decision(experiment)
   for name, timing in timings.items():
     steps = sizes.steps if name == 'simulator alone' else few
     amount = steps * env.num_envs
     rows.append(
       speed_row('acting', name, setting, 'decisions/s', amount, timing)
     )
-    frames = frames_per_decision(experiment)
     if frames > 1 and name != 'network and search':
       rows.append(
         speed_row('acting', name, setting, 'frames/s', amount * frames, timing)
@@ -246,9 +245,20 @@ def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
 
 def frames_per_decision(experiment: build.Experiment) -> int:
   """Frames of the simulator a decision: the frame skip on Atari, else 1."""
-  options = dict(o.partition('=')[::2] for o in experiment.env.options)
-  is_atari = atari_scores.game_of(experiment.env_name) is not None
-  return int(options.get('frame_skip', 4)) if is_atari else 1
+  import envpool
+
+  from experiments.envs import envpool as ours
+
+  if ':' in experiment.env_name:
+    return 1
+  task = ours.resolve_id(experiment.env_name)
+  if 'noop_max' not in envpool.make_spec(task).config._fields:
+    return 1
+  for option in experiment.env.options:
+    name, _, text = option.partition('=')
+    if name == 'frame_skip':
+      return int(text)
+  return int(ours.ATARI_100K['frame_skip'])
 
 
 def timed(source: Any, waits: list[float]) -> Any:
@@ -272,18 +282,17 @@ def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
     # Else the learner's own work would show as waiting for the actor.
     return jax.block_until_ready(compiled(state, batch, key))
 
-  learners = {
-    mode: _learner(experiment, env, agent, update, mode, sizes.updates)
-    for mode in ('synchronous', 'asynchronous')
-  }
-  try:
-    timings = interleaved(
-      {mode: learner.work for mode, learner in learners.items()},
-      sizes.repeats,
-    )
-  finally:
-    for learner in learners.values():
+  # Not in turns: an actor would fill its queue while the other's learner
+  # works, and its own would find rows that it should have waited for.
+  timings, waited = {}, {}
+  for mode in ('synchronous', 'asynchronous'):
+    learner = _learner(experiment, env, agent, update, mode, sizes.updates)
+    try:
+      timings |= interleaved({mode: learner.work}, sizes.repeats)
+    finally:
       learner.close()
+    # The first entry is of the call that compiled.
+    waited[mode] = np.asarray(learner.waited[1:])
   run = experiment.run
   setting = (
     f'{experiment.name} {experiment.env_name} E={env.num_envs} '
@@ -291,8 +300,7 @@ def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
   )
   rows = []
   for mode, timing in timings.items():
-    # The first entry is of the call that compiled.
-    share = np.asarray(learners[mode].waited[1:]) / timing.wall
+    share = waited[mode] / timing.wall
     name = f'learner, {mode} acting'
     row = speed_row(
       'acting',
@@ -302,7 +310,7 @@ def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
       sizes.updates,
       timing,
       timings['synchronous'],
-      'ratio to synchronous',
+      '' if mode == 'synchronous' else 'ratio to synchronous, measured before',
     )
     rows.append(row)
     rows.append(
@@ -310,12 +318,11 @@ def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
         'acting',
         name,
         setting,
-        'of its wall time',
+        'of wall time, waiting for experience',
         float(np.median(share)),
         float(share.min()),
         float(share.max()),
         math.nan,
-        note='of the time that the learner waits for experience',
       )
     )
   return rows
@@ -329,7 +336,7 @@ class _Learner(NamedTuple):
   waited: list[float]
 
 
-def _learner(experiment, env, agent, update, mode: str, updates: int):
+def _learner(experiment, env, agent, update, mode: Any, updates: int):
   import jax
 
   from experiments.runtime import host, loop, replay, sources
@@ -374,4 +381,8 @@ def _learner(experiment, env, agent, update, mode: str, updates: int):
     )
     waited.append(sum(waits))
 
-  return _Learner(work, lambda: source.close(carry.source), waited)
+  def close():
+    assert source.close is not None
+    source.close(carry.source)
+
+  return _Learner(work, close, waited)

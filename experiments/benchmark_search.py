@@ -65,6 +65,9 @@ def table_model(
   return params, root, recurrent_fn
 
 
+ALONE = 'embeddings alone'
+
+
 def policies_in_turn(num_simulations: int) -> dict[str, Callable]:
   """Our searches and mctx's, `(params, key, root, recurrent_fn) -> visits`."""
   import mctx
@@ -116,6 +119,35 @@ def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
   }
 
 
+def embeddings_alone(num_simulations: int) -> Callable:
+  """No search: only what any must move, one embedding read and written.
+
+  The bound of what a faster search can reach with such embeddings.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  def move(params, key, root, recurrent_fn):
+    del recurrent_fn
+    _, wide = root.embedding
+    batch = jnp.arange(wide.shape[0])
+    tree = jnp.zeros((wide.shape[0], num_simulations + 1, wide.shape[1]))
+
+    def simulation(i, carry):
+      tree, total = carry
+      parent = jax.random.randint(
+        jax.random.fold_in(key, i), batch.shape, 0, i + 1
+      )
+      row = tree[batch, parent]
+      total += params['zero'] * row[:, 0]
+      return tree.at[batch, i + 1].set(row + 1), total
+
+    zeros = jnp.zeros(batch.shape)
+    return jax.lax.fori_loop(0, num_simulations, simulation, (tree, zeros))[1]
+
+  return move
+
+
 # Whose rule is whose: these must visit alike.
 _SAME_RULE = {
   'puct': 'mctx.muzero_policy',
@@ -129,6 +161,8 @@ def search_rows(sizes: Sizes) -> list[Row]:
   rows = []
   for width in sizes.embeddings:
     contenders = policies_in_turn(sizes.simulations)
+    if width:
+      contenders[ALONE] = embeddings_alone(sizes.simulations)
     rows += _searches(sizes, sizes.simulations, width, contenders)
   for number in sizes.deep:
     # mctx's takes minutes there.
@@ -162,7 +196,9 @@ def _searches(
   first = next(iter(contenders))
   rows = []
   for name, timing in timings.items():
-    note = f'ratio to {first}'
+    note = '' if name == first else f'ratio to {first}'
+    if name == ALONE:
+      note += '; what any search must move in memory'
     if name in _SAME_RULE:
       theirs = np.asarray(found[_SAME_RULE[name]])
       same = np.sum(np.all(np.asarray(found[name]) == theirs, axis=-1))

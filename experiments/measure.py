@@ -210,21 +210,36 @@ def write_rows(path: Any, rows: Sequence[Row], about: dict[str, str]) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-  """A table for people, for each setting."""
+  """A table for people, for each setting and unit."""
   from rich.console import Console
   from rich.table import Table
 
-  number = lambda x: '' if math.isnan(x) else f'{x:,.4g}'
-  by_setting: dict[str, list[Row]] = {}
+  groups: dict[str, list[Row]] = {}
   for row in rows:
-    by_setting.setdefault(f'{row.what}: {row.setting}', []).append(row)
-  for title, group in by_setting.items():
-    notes = dict.fromkeys(f'{r.name}: {r.note}' for r in group if r.note)
-    table = Table(title=title, caption='\n'.join(notes), caption_justify='left')
-    table.add_column('')
-    for column in ('median', 'unit', 'min', 'max', 'by CPU s', 'ratio', 'CPU'):
-      table.add_column(column, justify='right')
+    title = f'{row.what}: {row.unit}, {row.setting}'
+    groups.setdefault(title, []).append(row)
+  for title, group in groups.items():
+    notes: dict[str, list[str]] = {}
     for row in group:
-      numbers = map(number, row[4:10])
-      table.add_row(row.name, next(numbers), row.unit, *numbers)
+      notes.setdefault(row.note, []).append(row.name)
+    lines = [f'{", ".join(n)}: {note}' for note, n in notes.items() if note]
+    table = Table(title=title, caption='\n'.join(lines), caption_justify='left')
+    table.add_column('', overflow='fold')
+    for column in ('median', 'min', 'max', 'by CPU s', 'ratio', 'CPU'):
+      table.add_column(column, justify='right', no_wrap=True)
+    for row in group:
+      table.add_row(row.name, *map(short, row[4:10]))
     Console().print(table)
+
+
+def short(number: float) -> str:
+  """Three digits: 0.0712, 84.8, 84.8k, 1.26M; nothing for NaN."""
+  if math.isnan(number):
+    return ''
+  size, letter = 1.0, ''
+  for larger, its in ((1e3, 'k'), (1e6, 'M')):
+    # What would be rounded up to the next size is of the next size.
+    if abs(number) >= 0.9995 * larger:
+      size, letter = larger, its
+  digits = f'{number / size:#.3g}' if letter else f'{number:.3g}'
+  return digits.rstrip('.') + letter

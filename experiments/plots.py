@@ -23,7 +23,7 @@ from experiments.statistics import bootstrap_interval, mean_interval
 
 _BLUE, _ORANGE = '#1b4f8f', '#e08a1e'
 _COLOURS = (_BLUE, _ORANGE, '#3a8f4d', '#b5353a', '#7a5aa6', '#5f6b73')
-_CHECKPOINT_COLOURS = {'final': _BLUE, 'early': _ORANGE, 'best': '#3a8f4d'}
+_CHECKPOINT_COLOURS = {'final': _BLUE, 'early': _ORANGE, 'best': _COLOURS[2]}
 
 
 class Curve(NamedTuple):
@@ -194,17 +194,23 @@ def aggregate_evaluations(
       what = (row['checkpoint'], row['planner'], row['simulations'])
       returns[run.label, *what].append(row['mean'])
       gains[run.label, *what].append(row['mean'] - alone[row['checkpoint']])
-  return [
-    Pooled(
-      *what,
-      len(values),
-      float(np.mean(values)),
-      *mean_interval(values),
-      float(np.mean(gains[what])),
-      *mean_interval(gains[what]),
+  pooled = []
+  for what, values in returns.items():
+    return_low, return_high = mean_interval(values)
+    gain_low, gain_high = mean_interval(gains[what])
+    pooled.append(
+      Pooled(
+        *what,
+        seeds=len(values),
+        return_mean=float(np.mean(values)),
+        return_low=return_low,
+        return_high=return_high,
+        gain_mean=float(np.mean(gains[what])),
+        gain_low=gain_low,
+        gain_high=gain_high,
+      )
     )
-    for what, values in returns.items()
-  ]
+  return pooled
 
 
 def _evaluation_rows(source: Any) -> list[dict[str, Any]]:
@@ -415,9 +421,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'out', 'plots.png', 'the picture; CSV files of what it shows lie beside it'
   )
-  flags.DEFINE_enum(
-    'x', 'decisions', ['decisions', 'step'], 'step counts updates'
-  )
+  flags.DEFINE_enum('x', 'decisions', ['decisions', 'step'], 'step: updates')
   flags.DEFINE_list(
     'y', ['episode_return'], 'columns of metrics.csv, a panel each'
   )
@@ -445,8 +449,7 @@ def main() -> None:
   for i, (method, scores) in enumerate(sorted(scores_by_game(runs).items())):
     table = atari_scores.score_table(scores)
     _print_table(f'{method}: human-normalised scores', table)
-    path = out.with_name(f'{out.stem}_atari{i or ""}.csv')
-    _write_csv(path, table)
+    _write_csv(path := out.with_name(f'{out.stem}_atari{i or ""}.csv'), table)
     print(f'{method}: {path}')
 
 
@@ -467,8 +470,9 @@ def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
       ]
     )
   _print_table('search beside the same network without it', table)
-  path = out.with_name(f'{out.stem}_search.csv')
-  _write_csv(path, [Pooled._fields, *pooled])
+  _write_csv(
+    path := out.with_name(f'{out.stem}_search.csv'), [Pooled._fields, *pooled]
+  )
   print(f'search: {path}')
   groups = list(dict.fromkeys(row.group for row in pooled))
   for i, group in enumerate(groups):

@@ -261,7 +261,9 @@ def test_launcher(tmp_path):
   assert ('acting', 'simulator alone', 'frames/s') not in found
   for mode in ('synchronous', 'asynchronous'):
     name = f'learner, {mode} acting'
-    share = float(found['acting', name, 'of its wall time']['median'])
+    share = float(
+      found['acting', name, 'of wall time, waiting for experience']['median']
+    )
     assert 0 <= share <= 1
   assert {row['compile'] for row in rows} == {'not in'}
   assert all('mctx' in r['versions'] and int(r['threads']) for r in rows)
