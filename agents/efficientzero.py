@@ -32,6 +32,10 @@ On which side we came down where paper, official code and good sense differ:
   code.
 * Batch statistics of the unrolled consistency targets are updated together,
   `K` steps in one pass; the official code runs them one by one.
+* The first decisions, before any update, come from searching the untrained
+  network; the official code acts at random. The target parameters lag by up to
+  `target_period` updates, the official ones by one to two periods.
+* New rows get the largest priority seen so far, from 1 upwards.
 * Acting uses the newest parameters that the source hands over; the official
   self-play workers fetch them every 100 updates.
 """
@@ -79,7 +83,8 @@ class Config:
     off_policy_fraction: tau, the share of all decisions that costs one step.
     reanalyze_fraction: share of policy targets searched again.
     reanalyze_chunk: roots searched at once, to bound memory; 0 for all.
-    augmentation: random shift and intensity of image observations.
+    augmentation: random shift and intensity of image observations with sides
+      of 32 pixels or more; a board is not shifted.
     reward_weight: of the reward or prefix loss.
     value_weight: of the value loss.
     policy_weight: of the policy loss.
@@ -93,8 +98,9 @@ class Config:
     weight_decay: of SGD (in the gradient) or Adam (decoupled).
     max_gradient_norm: gradients are clipped to it.
     target_period: updates between copies to the target parameters.
-    total_updates: of the whole run, for the temperature of acting.
-    total_decisions: of the whole run, for the off-policy horizon.
+    total_updates: while it acts, for the temperature; follows from --steps.
+    total_decisions: of the whole run, for the off-policy horizon; follows from
+      --steps.
   """
 
   network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
@@ -359,7 +365,7 @@ def make(
   def augmented(observation, key):
     # [B, K + 1, ...]: every observation is drawn its own shift and intensity.
     images = flatten_steps(observation)
-    if config.augmentation and images.ndim == 4:
+    if config.augmentation and images.ndim == 4 and images.shape[1] >= 32:
       shift_key, intensity_key = jax.random.split(key)
       images = augment.random_shift(shift_key, images)
       if images.dtype == jnp.uint8:

@@ -20,6 +20,10 @@ Departures and choices:
 * Gradients into the dynamics are halved at its entrance and the whole loss is
   divided by K (Appendix G scales each unrolled head by 1/K and leaves step 0
   whole).
+* Values are scaled by the range of each node's children, as in mctx, and not
+  of the whole tree.
+* Priorities have the exponents of the run's settings (0.6, and 0.4 rising to 1
+  for the weights).
 * The official network is a 16-block ResNet; ours is what `NetworkConfig` says,
   by default EfficientZero's, so that the two agents differ in what they learn
   from and not in size.
@@ -74,7 +78,7 @@ class Config:
     weight_decay: of SGD (in the gradient) or Adam (decoupled).
     max_gradient_norm: gradients are clipped to it.
     target_period: updates between copies to the target parameters.
-    total_updates: of the whole run, for the temperature of acting.
+    total_updates: while it acts, for the temperature; follows from --steps.
   """
 
   network: NetworkConfig = dataclasses.field(

@@ -114,7 +114,8 @@ def describe(
   # What of the agent depends on the length of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
   lengths = {
-    'total_updates': experiment.updates,
+    # The schedule of acting ends where acting does.
+    'total_updates': experiment.pace.updates(experiment.steps),
     'total_decisions': experiment.steps,
   }
   known = {n: v for n, v in lengths.items() if n in fields}
@@ -170,9 +171,6 @@ def make_env(experiment: Experiment, *, training: bool, num_envs=None):
       options[name] = ast.literal_eval(text)
     except (ValueError, SyntaxError):
       options[name] = text
-  if not training and 'max_episode_steps' in options:
-    # The training cut is not the evaluation's, which has the usual 27,000.
-    options.pop('max_episode_steps')
   return make.make(
     experiment.env_name,
     num_envs or experiment.env.num_envs,

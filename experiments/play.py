@@ -27,8 +27,8 @@ class Row(NamedTuple):
     return_mean: undiscounted, unclipped.
     return_se: standard error over episodes.
     length_mean: decisions.
-    seconds_per_decision: wall time of a batched step over its decisions,
-      compilation excluded.
+    seconds_per_decision: wall time over the counted decisions of all copies,
+      compilation excluded; what is played beyond the counted episodes is in.
   """
 
   checkpoint: str
@@ -124,6 +124,8 @@ def evaluate(
         )
       )
       _compile(env, play, params, key)
+      if isinstance(env, Environment):
+        run(play, episodes)
       start = time.perf_counter()
       played = run(play, episodes)
       seconds = time.perf_counter() - start
@@ -149,7 +151,7 @@ def _compile(env, play, params, key):
   from search.model import Environment
 
   if isinstance(env, Environment):
-    return
+    return  # one program plays all episodes: see `evaluate`
   simulator = env.start(0)
   play(params, key, simulator.reset()).block_until_ready()
   simulator.close()

@@ -113,6 +113,18 @@ def curves_figure(
   _save(figure, path)
 
 
+def one_panel(
+  curves: Mapping[str, Mapping[str, Curve]],
+) -> dict[str, Curve]:
+  """`{y: {label: Curve}}` as one set of curves, y told in words."""
+  words = {'eval_return': 'with search', 'network_return': 'network alone'}
+  return {
+    f'{label}, {words.get(y, y)}': curve
+    for y, groups in curves.items()
+    for label, curve in groups.items()
+  }
+
+
 def write_curves(
   curves: Mapping[str, Mapping[str, Curve]], path: Path, *, x: str
 ) -> None:
@@ -425,6 +437,7 @@ def define_flags() -> None:
   flags.DEFINE_list(
     'y', ['episode_return'], 'columns of metrics.csv, a panel each'
   )
+  flags.DEFINE_bool('together', False, 'all columns in one panel')
   flags.DEFINE_integer('smooth', 1, 'mean over so many rows of metrics.csv', 1)
   flags.mark_flag_as_required('workdirs')
 
@@ -440,7 +453,10 @@ def main() -> None:
     for y in values.y
   }
   out = pathlib.Path(values.out)
-  curves_figure(curves, out, x=values.x)
+  panels = curves
+  if values.together:
+    panels = {'return of an episode': one_panel(curves)}
+  curves_figure(panels, out, x=values.x)
   write_curves(curves, out.with_suffix('.csv'), x=values.x)
   print(f'curves: {out}, {out.with_suffix(".csv")}')
   played = [r.workdir for r in runs if (r.workdir / 'evaluation.csv').exists()]

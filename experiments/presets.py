@@ -53,7 +53,8 @@ class RunConfig:
     queue_size: rows that an asynchronous actor may be ahead.
     publish_every: updates between copies of the parameters for the actor.
     devices: devices that an update is split over.
-    log_every: between rows of metrics.csv.
+    log_every: between rows of metrics.csv; a row is also written wherever the
+      run halts to save or to evaluate.
     checkpoint_every: between checkpoints.
     keep_checkpoints: how many stay.
     evaluate_every: between evaluations while training, with search
@@ -103,6 +104,7 @@ class RunConfig:
       'checkpoint_every',
       'keep_checkpoints',
       'hold_out_every',
+      'evaluate_episodes',
     )
     _at_least(
       self,
@@ -115,9 +117,13 @@ class RunConfig:
       'early_update',
       'final_episodes',
     )
-    if self.decisions_per_update <= 0:
+    if self.decisions_per_update < 1e-3:
       raise ValueError(
-        f'decisions_per_update={self.decisions_per_update}: must be above 0'
+        f'decisions_per_update={self.decisions_per_update}: must be >= 0.001'
+      )
+    if any(n < 0 for n in self.final_simulations):
+      raise ValueError(
+        f'final_simulations={self.final_simulations}: must be 0 or more each'
       )
 
 
@@ -269,7 +275,6 @@ PRESETS = {
       *_ATARI_100K,
       'extra_updates=20000',
       'reanalyze_chunk=704',
-      'env.options=max_episode_steps=3000',
     ),
     source=_EZ_TABLE,
   ),
@@ -284,8 +289,8 @@ PRESETS = {
       'learning_rate=0.2',
       'reanalyze_fraction=0.99',
       'extra_updates=20000',
-      'reanalyze_chunk=762',
-      'env.options=max_episode_steps=3000',
+      'reanalyze_chunk=759',
+      'decay_every=100000',
     ),
     source=_EZ_TABLE + ', which compares with such a MuZero',
   ),

@@ -115,6 +115,7 @@ def _atari(seeds: int) -> Study:
     '--set=checkpoint_every=100',
     '--set=evaluate_every=0',
     '--set=hold_out=32',
+    '--set=env.options=max_episode_steps=3000',
     '--set=final_episodes=0',
   )
   games = ('PongNoFrameskip-v4', 'BreakoutNoFrameskip-v4')
@@ -189,8 +190,8 @@ def _write(path: pathlib.Path, rows: Sequence[dict]) -> None:
 def collect(
   name: str, study: Study, folder: pathlib.Path, results: pathlib.Path
 ) -> None:
-  """Writes `NAME_evaluation.csv`, `NAME_curves.csv`, `NAME_timing.csv`."""
-  evaluations, curves, timings = [], [], []
+  """Writes `NAME_{evaluation,curves,timing,held_out}.csv`."""
+  evaluations, curves, timings, held = [], [], [], []
   for run in study.runs:
     workdir = folder / f'{run.variant}_s{run.seed}'
     if not (workdir / 'timing.csv').exists():
@@ -198,6 +199,7 @@ def collect(
     tag = {'variant': run.variant, 'seed': run.seed}
     evaluations += [tag | row for row in _read(workdir / 'evaluation.csv')]
     timings += [tag | row for row in _read(workdir / 'timing.csv')]
+    held += [tag | row for row in _read(workdir / 'held_out.csv')]
     for row in _read(workdir / 'metrics.csv'):
       kept = {n: row[n] for n in study.curves if row.get(n)}
       if len(kept) > 1:
@@ -205,6 +207,7 @@ def collect(
   _write(results / f'{name}_evaluation.csv', evaluations)
   _write(results / f'{name}_curves.csv', curves)
   _write(results / f'{name}_timing.csv', timings)
+  _write(results / f'{name}_held_out.csv', held)
 
 
 def main() -> None:

@@ -62,13 +62,8 @@ def main() -> None:
     env = build.make_env(experiment, training=True)
     _use_compilation_cache()
     agent = build.make_agent(experiment, env.spec)
+    _check_devices(experiment)
     workdir = pathlib.Path(values.workdir or default_workdir(experiment))
-    device = _device()
-    notes = configs.check_run_config(workdir, experiment.as_dict(), device)
-  if notes is None:
-    configs.write_run_config(workdir, experiment.as_dict(), device)
-  for note in notes or ():
-    print(f'note: {note} since this run began')
   return run(
     experiment,
     env,
@@ -100,6 +95,16 @@ def _device() -> str:
 
   devices = jax.devices()
   return f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})'
+
+
+def _check_devices(experiment: build.Experiment) -> None:
+  import jax
+
+  have = len(jax.devices())
+  if experiment.run.devices > have:
+    raise ValueError(
+      f'devices={experiment.run.devices}: this machine has {have}'
+    )
 
 
 def _show(experiment: build.Experiment) -> None:
@@ -140,7 +145,8 @@ def _announce(experiment, env, agent, workdir) -> None:
     f'{experiment.updates:,} updates of {experiment.run.batch_size} windows, '
     f'seed {experiment.seed}, {_device()}\n'
     f'folder: {workdir}\n'
-    'compiling; the first numbers take a while',
+    f'compiling, then {experiment.run.warmup_decisions:,} decisions before the '
+    'first update: the first numbers take a while',
     flush=True,
   )
 
@@ -245,13 +251,18 @@ def run(
 
   started = time.perf_counter()
   settings = experiment.run
-  _announce(experiment, env, agent, workdir)
-  with configs.user_errors():
-    source = build.make_source(experiment, env, agent)
   key = jax.random.key(experiment.seed)
+  with configs.user_errors():
+    device = _device()
+    notes = configs.check_run_config(workdir, experiment.as_dict(), device)
+    source = build.make_source(experiment, env, agent)
+    _announce(experiment, env, agent, workdir)
+    fresh = loop.init(agent, source, key)
+  if notes is None:
+    configs.write_run_config(workdir, experiment.as_dict(), device)
+  for note in notes or ():
+    print(f'note: {note} since this run began')
   keeper = _Keeper(experiment, source, workdir, key)
-  carry = loop.init(agent, source, key)
-  fresh = carry
   carry = keeper.restore(fresh) or fresh
   if carry is not fresh and source.close is not None:
     source.close(fresh.source)
@@ -261,16 +272,19 @@ def run(
 
   writers = [metrics.csv_writer(workdir / 'metrics.csv', begin or None)]
   if tensorboard:
-    writers.append(metrics.tensorboard_writer(workdir / 'tensorboard'))
+    writers.append(
+      metrics.tensorboard_writer(workdir / 'tensorboard', begin or None)
+    )
   shown = ('episode_return', 'eval_return', 'loss', 'decisions')
   writers.append(metrics.progress(updates, begin, shown))
   writer = metrics.tee(*writers)
   evaluator = _evaluator(experiment, agent)
   held_out = None
   if settings.hold_out:
-    held_out = _held_out(experiment, env, agent, fresh.agent)
+    untrained = loop.init_agent(agent, key)
+    held_out = _HeldOut(experiment, env, agent, untrained)
     if not begin:
-      writer.write(0, held_out(fresh.agent.params))
+      writer.write(0, held_out.losses(untrained.params))
 
   def log(step: int, row: dict[str, float]) -> None:
     keeper.decisions += row.get('decisions', 0.0)
@@ -281,7 +295,7 @@ def run(
     if settings.early_update and step == settings.early_update:
       keeper.save_early(step, agent_state)
     if held_out is not None and step % settings.hold_out_every == 0:
-      found |= held_out(agent_state.params)
+      found |= held_out.losses(agent_state.params)
     if settings.evaluate_every and step % settings.evaluate_every == 0:
       found |= evaluator(agent_state.params, step)
       keeper.save_best(step, found['eval_return'], agent_state)
@@ -313,6 +327,7 @@ def run(
           begin + min(profile, updates - begin),
           workdir / 'profile',
           log,
+          update,
         )
       carry = loop.run(
         agent,
@@ -335,36 +350,61 @@ def run(
         'command goes on from here'
       )
       return
+  if held_out is not None:
+    held_out.compare(carry.agent, workdir / 'held_out.csv')
   seconds = time.perf_counter() - started
   print(f'trained {updates - begin:,} updates in {seconds:.0f} s')
   finish(experiment, agent, workdir)
 
 
-def _held_out(experiment: build.Experiment, env, agent, agent_state):
-  """`(params) -> metrics`: losses on windows that are never trained on.
+class _HeldOut:
+  """Windows that are never trained on, from the untrained network's play.
 
-  Their targets stay as they were recorded when the windows were made, so that
-  figures of different times compare.
+  While training their targets stay as they were recorded, so that figures of
+  different times compare; what they say of policy and value is then that of
+  the untrained search. At the end they are searched again by the trained
+  agent, and both networks are measured by these targets.
   """
-  import jax
 
-  settings = dataclasses.replace(
-    experiment.run, batch_size=experiment.run.hold_out, acting='synchronous'
-  )
-  apart = experiment._replace(run=settings)
-  source = build.make_source(apart, env, agent._replace(refresh=None))
-  key = jax.random.fold_in(jax.random.key(experiment.seed), 2**31 - 2)
-  state = source.init(key)
-  state, batch, _ = source.next(state, agent_state, 0, key)
-  if source.close is not None:
-    source.close(state)
-  losses = jax.jit(agent.evaluate)
+  def __init__(self, experiment: build.Experiment, env, agent, agent_state):
+    import jax
 
-  def evaluate(params):
-    found = losses(params, batch, key)
+    settings = dataclasses.replace(
+      experiment.run, batch_size=experiment.run.hold_out, acting='synchronous'
+    )
+    apart = experiment._replace(run=settings)
+    source = build.make_source(apart, env, agent._replace(refresh=None))
+    self._key = jax.random.fold_in(jax.random.key(experiment.seed), 2**31 - 2)
+    state = source.init(self._key)
+    state, self._batch, _ = source.next(state, agent_state, 0, self._key)
+    if source.close is not None:
+      source.close(state)
+    self._agent, self._untrained = agent, agent_state.params
+    self._losses = jax.jit(agent.evaluate)
+
+  def losses(self, params, batch=None) -> dict[str, float]:
+    """Metrics `held_...` of parameters on the recorded or other targets."""
+    batch = self._batch if batch is None else batch
+    found = self._losses(params, batch, self._key)
     return {f'held_{name}': float(value) for name, value in found.items()}
 
-  return evaluate
+  def compare(self, agent_state, path: pathlib.Path) -> None:
+    """Writes the losses of both networks on the trained agent's targets."""
+    import jax
+
+    refresh = self._agent.refresh or (lambda state, batch, step, key: batch)
+    batch = jax.jit(refresh)(agent_state, self._batch, 0, self._key)
+    rows = {
+      'untrained': self.losses(self._untrained, batch),
+      'trained': self.losses(agent_state.params, batch),
+    }
+    names = list(rows['trained'])
+    lines = [['network', *names]]
+    lines += [
+      [network, *(f'{row[name]:.6g}' for name in names)]
+      for network, row in rows.items()
+    ]
+    configs.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
 
 
 def _common_interval(*intervals: int) -> int:
@@ -374,8 +414,12 @@ def _common_interval(*intervals: int) -> int:
   return math.gcd(*due) if due else 0
 
 
-def _profiled(agent, source, carry, key, steps, folder, log):
-  """Traces updates up to `steps`; they count as part of the run."""
+def _profiled(agent, source, carry, key, steps, folder, log, update):
+  """Traces updates up to `steps`; they count as part of the run.
+
+  Nothing is saved meanwhile, so that simulators of the host do not start
+  afresh where they otherwise would.
+  """
   import jax
 
   from experiments.runtime import loop
@@ -390,6 +434,7 @@ def _profiled(agent, source, carry, key, steps, folder, log):
       steps=steps,
       intervals=loop.Intervals(log=steps),
       hooks=loop.Hooks(log=log),
+      update=update,
     )
   print(f'profile: {folder}')
   return carry

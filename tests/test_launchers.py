@@ -213,6 +213,10 @@ MISTAKES = {
   'choice': ({'settings': ['optimiser=lion']}, 'adam'),
   'range': ({'settings': ['unroll_steps=0']}, 'unroll_steps=0'),
   'search': ({'settings': ['num_simulations=-1']}, 'num_simulations=-1'),
+  'depth': ({'settings': ['max_depth=-1']}, 'max_depth=-1'),
+  'considered': ({'settings': ['max_considered=0']}, 'max_considered=0'),
+  'pace': ({'settings': ['decisions_per_update=1e-4']}, '0.001'),
+  'budgets': ({'settings': ['final_simulations=-1']}, 'final_simulations'),
   'norm': ({'settings': ['norm=group']}, 'layer'),
   'steps': ({'steps': 10}, 'warmup_decisions'),
   'warm-up': ({'settings': ['warmup_decisions=20']}, 'warmup_decisions=20'),
@@ -243,6 +247,49 @@ def test_every_preset_builds(name):
   agent = build.make_agent(experiment, env.spec)
   assert agent.model is not None and experiment.updates > 0
   assert presets.PRESETS[name].source
+  _refresh_fits(experiment, env.spec, agent)
+
+
+def _refresh_fits(experiment, spec, agent):
+  """Reanalysis takes a batch of the preset's own size; nothing is computed."""
+  import jax
+  import jax.numpy as jnp
+
+  from agents.core.types import Experience, Sample, Trajectory
+  from search.model import TimeStep
+
+  size, steps = experiment.run.batch_size, experiment.config.window
+  per_row = lambda dtype: jax.ShapeDtypeStruct((size,), dtype)
+
+  def per_step(shape=(), dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((size, steps, *shape), dtype)
+
+  timestep = TimeStep(
+    observation=per_step(spec.observation.shape, spec.observation.dtype),
+    reward=per_step(),
+    discount=per_step(),
+    is_first=per_step(dtype=jnp.bool_),
+    truncated=per_step(dtype=jnp.bool_),
+  )
+  extras = {
+    'search_policy': per_step((spec.action.num_actions,)),
+    'search_value': per_step(),
+  }
+  drawn = Sample(
+    per_row(jnp.int32),
+    per_row(jnp.int32),
+    per_row(jnp.float32),
+    per_row(jnp.float32),
+  )
+  batch = Trajectory(
+    Experience(timestep, per_step(dtype=jnp.int32), extras),
+    per_step(dtype=jnp.bool_),
+    drawn,
+  )
+  state = jax.eval_shape(agent.init, jax.random.key(0))
+  fresh = jax.eval_shape(agent.refresh, state, batch, 0, jax.random.key(0))
+  shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
+  assert shapes(fresh) == shapes(batch)
 
 
 def test_a_saved_config_is_read_back(finished):

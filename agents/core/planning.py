@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from agents.core import unroll
 from search import policies
@@ -45,7 +46,13 @@ class SearchConfig:
       raise ValueError(
         f'num_simulations={self.num_simulations}: must be 0 or more'
       )
-    for name in ('dirichlet_alpha', 'minmax_delta'):
+    if self.max_considered < 1:
+      raise ValueError(f'max_considered={self.max_considered}: must be >= 1')
+    if self.max_depth < 0:
+      raise ValueError(
+        f'max_depth={self.max_depth}: must be above 0, or 0 for no bound'
+      )
+    for name in ('dirichlet_alpha', 'minmax_delta', 'pb_c_base'):
       value = getattr(self, name)
       if isinstance(value, (int, float)) and value <= 0:
         raise ValueError(f'{name}={value}: must be above 0')
@@ -145,8 +152,8 @@ def research(
     params: usually the target parameters.
     key: consumed.
     timestep: leaves `[B, S, ...]`.
-    chunk: roots searched at once, to bound memory; 0 for all of them. It must
-      divide `B * S`.
+    chunk: roots searched at once, to bound memory; 0 for all of them. The
+      last chunk is filled up with roots that are thrown away.
 
   Returns:
     Action weights float32 `[B, S, A]` and root values float32 `[B, S]`.
@@ -172,11 +179,11 @@ def research(
   if not chunk or num_roots <= chunk:
     result = one((key, roots))
   else:
-    if num_roots % chunk:
-      raise ValueError(
-        f'reanalyze_chunk={chunk}: must divide the {num_roots} roots of a batch'
-      )
-    split = unroll.unflatten_steps(roots, num_roots // chunk)
-    keys = jax.random.split(key, num_roots // chunk)
+    count = -(-num_roots // chunk)
+    spare = count * chunk - num_roots
+    roots = jax.tree.map(lambda x: jnp.concatenate([x, x[:spare]]), roots)
+    split = unroll.unflatten_steps(roots, count)
+    keys = jax.random.split(key, count)
     result = unroll.flatten_steps(jax.lax.map(one, (keys, split)))
+    result = jax.tree.map(lambda x: x[:num_roots], result)
   return unroll.unflatten_steps(result, batch)

@@ -40,7 +40,6 @@ ATARI_100K = {
   'use_fire_reset': False,
   'repeat_action_probability': 0.0,
   'full_action_space': False,
-  'max_episode_steps': 3000,
 }
 # The frames of DQN (Mnih et al. 2015), to be passed as options.
 ATARI_GRAY = {'gray_scale': True, 'img_height': 84, 'img_width': 84}
@@ -106,9 +105,10 @@ def make_envpool(
       depend on it.
     frame_stack: frames in an observation, along its last axis; None takes 4
       for Atari and 1 elsewhere.
-    training: on Atari, a lost life terminates and rewards are clipped (the
-      options `episodic_life` and `reward_clip` override). False is the
-      evaluation protocol. `EpisodeStats` are of true games in both.
+    training: on Atari, a lost life terminates, rewards are clipped and games
+      are cut after 3,000 decisions instead of 27,000 (the options
+      `episodic_life`, `reward_clip`, `max_episode_steps` override). False is
+      the evaluation protocol. `EpisodeStats` are of true games in both.
     **options: envpool's own, e.g. `max_episode_steps=27000`,
       `repeat_action_probability=0.25`, `**ATARI_GRAY`; they override
       `ATARI_100K`.
@@ -132,7 +132,11 @@ def make_envpool(
       raise ValueError(f'env_id={env_id!r}: {e}') from e
     is_atari = 'noop_max' in fields
     if is_atari:
-      protocol = {'episodic_life': training, 'reward_clip': training}
+      protocol = {
+        'episodic_life': training,
+        'reward_clip': training,
+        'max_episode_steps': 3000 if training else 27_000,
+      }
       options = {**ATARI_100K, **protocol, **options}
     _check_options(task, options, fields, num_threads)
     if is_atari:

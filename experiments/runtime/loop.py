@@ -68,15 +68,20 @@ _NO_HOOKS = Hooks()
 
 
 def init(agent: Agent, source: Source, key: chex.PRNGKey) -> Carry:
-  """The carry of step 0.
-
-  The agent's state comes out of a compiled function: its leaves then share no
-  buffers, and donating them is safe.
-  """
-  agent_key, source_key = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
-  state = jax.jit(agent.init)(agent_key)
+  """The carry of step 0."""
+  state = init_agent(agent, key)
   make = jax.jit(source.init) if source.is_pure else source.init
-  return Carry(state, make(source_key), jnp.zeros((), jnp.int32))
+  return Carry(state, make(source_key(key)), jnp.zeros((), jnp.int32))
+
+
+def init_agent(agent: Agent, key: chex.PRNGKey) -> Any:
+  """The agent's state of step 0.
+
+  It comes out of a compiled function: its leaves then share no buffers, and
+  donating them is safe.
+  """
+  agent_key, _ = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
+  return jax.jit(agent.init)(agent_key)
 
 
 def source_key(key: chex.PRNGKey) -> chex.PRNGKey:

@@ -208,7 +208,7 @@ def host_replay(
     flat = state.priority.reshape(-1)
     flat[index] = 0
     np.maximum.at(flat, index, new)
-    state.max_priority = float(max(state.max_priority, *new))
+    state.max_priority = float(new.max(initial=state.max_priority))
     _weigh(state, np.unique(index // streams))
     return state
 
