@@ -109,7 +109,10 @@ def curves_figure(
         )
     axes.set_xlabel('updates' if x == 'step' else x.replace('_', ' '))
     axes.set_ylabel(y.replace('_', ' '))
-    axes.legend(frameon=False, fontsize=8)
+    # Many groups would hide the curves.
+    below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.16)}
+    where = below if len(groups) > 3 else {}
+    axes.legend(frameon=False, fontsize=8, **where)
   _save(figure, path)
 
 
