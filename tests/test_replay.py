@@ -266,6 +266,16 @@ def test_stale_generations_and_bad_priorities_are_dropped(small):
   assert float(state.max_priority) == pytest.approx(2 + EPSILON)
 
 
+def test_a_batch_of_nothing_but_bad_priorities_changes_nothing(small):
+  state = fill(small, one_stream(4))
+  before = np.array(state.priority)
+  state = small.update(
+    state, sample_of([0, 1], [1, 1]), np.full(2, np.nan, np.float32)
+  )
+  np.testing.assert_array_equal(state.priority, before)
+  assert float(state.max_priority) == 1
+
+
 def test_of_duplicates_the_largest_holds(small):
   state = fill(small, one_stream(4))
   for order in ([0.5, 0.25, 0.125], [0.125, 0.5, 0.25]):
