@@ -6,7 +6,6 @@ python -m experiments.play --workdir=runs/NAME --simulations=0,4,16,64
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -123,9 +122,11 @@ def evaluate(
           env, play, params, key=key, num_episodes=count, seed=seed + 1_000_003
         )
       )
-      _compile(env, play, params, key)
+      # First a call that is not timed, so that timings hold no compilation.
       if isinstance(env, Environment):
         run(play, episodes)
+      else:
+        _decide_once(env, play, params, key)
       start = time.perf_counter()
       played = run(play, episodes)
       seconds = time.perf_counter() - start
@@ -146,12 +147,7 @@ def evaluate(
   return rows
 
 
-def _compile(env, play, params, key):
-  """One batched decision, so that timings hold no compilation."""
-  from search.model import Environment
-
-  if isinstance(env, Environment):
-    return  # one program plays all episodes: see `evaluate`
+def _decide_once(env, play, params, key):
   simulator = env.start(0)
   play(params, key, simulator.reset()).block_until_ready()
   simulator.close()
@@ -261,7 +257,7 @@ def main() -> None:
   print_rows(rows)
   out = pathlib.Path(values.out or f'{values.workdir}/play.csv')
   write_rows(out, rows)
-  print(json.dumps({'csv': str(out)}))
+  print(f'results: {out}')
 
 
 def define_flags() -> None:
