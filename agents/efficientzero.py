@@ -54,9 +54,9 @@ from agents.core import losses as terms
 from agents.core.types import Agent, Discrete, Info, Spec, Trajectory
 from agents.core.unroll import (
   Params,
+  consistency,
   flatten_steps,
   learned_model,
-  unflatten_steps,
   unroll,
   visit_temperature,
 )
@@ -308,19 +308,20 @@ def make(
     fresh = round(config.reanalyze_fraction * size)
     policy = extras['search_policy']
     if config.off_policy_correction:
-      weights, value = planning.research(
+      output = planning.research(
         search, model, params, key, timestep, config.reanalyze_chunk
       )
-      policy = policy.at[:fresh].set(weights[:fresh])
+      value = output.value
+      policy = policy.at[:fresh].set(output.action_weights[:fresh])
     else:
       flat = flatten_steps(timestep)
       value = model.root(params, flat, key).value.reshape(size, -1)
       if fresh:
         roots = jax.tree.map(lambda x: x[:fresh, head], timestep)
-        weights, _ = planning.research(
+        output = planning.research(
           search, model, params, key, roots, config.reanalyze_chunk
         )
-        policy = policy.at[:fresh, head].set(weights)
+        policy = policy.at[:fresh, head].set(output.action_weights)
     extras = extras | {'search_policy': policy, 'search_value': value}
     return batch._replace(experience=batch.experience._replace(extras=extras))
 
@@ -362,40 +363,12 @@ def make(
       horizon,
     ), horizon
 
-  def augmented(observation, key):
-    # [B, K + 1, ...]: every observation is drawn its own shift and intensity.
-    images = flatten_steps(observation)
-    if config.augmentation and images.ndim == 4 and images.shape[1] >= 32:
-      shift_key, intensity_key = jax.random.split(key)
-      images = augment.random_shift(shift_key, images)
-      if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 255.0
-      images = augment.random_intensity(intensity_key, images)
-    return unflatten_steps(images, observation.shape[0])
-
-  def consistency(network, statistics, states, successors, train):
-    # Both `[K, B, ...]`: states that were imagined, observations that came.
-    true_states, statistics = networks.represent(
-      network, statistics, flatten_steps(successors), train
-    )
-    projected, statistics = networks.project(
-      network, statistics, true_states, train
-    )
-    ours, statistics = networks.project(
-      network, statistics, flatten_steps(states), train
-    )
-    ours, statistics = networks.predict_projection(
-      network, statistics, ours, train
-    )
-    similarity = losses.consistency(ours, projected)
-    return unflatten_steps(similarity, unrolled), statistics
-
   def loss(network, statistics, batch: Trajectory, key, train=True):
     action_key, image_key = jax.random.split(key)
     target, horizon = make_targets(batch)
     observation = batch.experience.timestep.observation[:, head]
-    if train:
-      observation = augmented(observation, image_key)
+    if train and config.augmentation:
+      observation = augment.observations(image_key, observation)
     decided = target.policy_mask[:, :unrolled] > 0
     action = batch.experience.action[:, :unrolled]
     random = jax.random.randint(action_key, action.shape, 0, num_actions)
@@ -428,7 +401,13 @@ def make(
     if config.consistency:
       successors = jnp.swapaxes(observation[:, 1:], 0, 1)
       similarity, statistics = consistency(
-        network, statistics, out.states, successors, train
+        networks,
+        losses.consistency,
+        network,
+        statistics,
+        out.states,
+        successors,
+        train,
       )
       terms_['consistency'] = similarity * by_step.observation_mask[1:]
 

@@ -263,9 +263,9 @@ def make(
       extras = extras | {'search_value': value}
     if fresh:
       roots = jax.tree.map(lambda x: x[:fresh, head], timestep)
-      weights, _ = planning.research(
+      weights = planning.research(
         search, model, params, key, roots, config.reanalyze_chunk
-      )
+      ).action_weights
       policy = extras['search_policy'].at[:fresh, head].set(weights)
       extras = extras | {'search_policy': policy}
     return batch._replace(experience=batch.experience._replace(extras=extras))

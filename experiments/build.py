@@ -178,6 +178,7 @@ def make_env(experiment: Experiment, *, training: bool, num_envs=None):
     frame_stack=experiment.env.frame_stack,
     num_threads=experiment.env.num_threads,
     options=options,
+    action_bins=experiment.env.action_bins,
   )
 
 

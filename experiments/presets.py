@@ -12,7 +12,7 @@ import difflib
 from typing import Literal, NamedTuple
 
 # Modules of `agents/` that the launcher can train.
-AGENTS = ('efficientzero', 'muzero')
+AGENTS = ('efficientzero', 'muzero', 'sampled_muzero')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +24,20 @@ class EnvConfig:
     num_threads: of envpool; 0 for as many as help.
     frame_stack: frames in an observation; none for the environment's usual.
     options: the environment's own, `name=value` each, with commas between.
+    action_bins: bins a dimension that continuous actions are divided into; 0
+      leaves them.
   """
 
   num_envs: int = 16
   num_threads: int = 0
   frame_stack: int | None = None
   options: tuple[str, ...] = ()
+  action_bins: int = 0
 
   def __post_init__(self):
     _at_least(self, 1, 'num_envs')
+    if self.action_bins < 0 or self.action_bins == 1:
+      raise ValueError(f'action_bins={self.action_bins}: must be 0 or >= 2')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +179,25 @@ _QUICK = (
   'gamma=0.997',
   'target_period=50',
 )
+# Vectors in, a few real numbers out, returns of up to some hundreds.
+_CONTROL = (
+  *_SMALL,
+  *_SMALL_PROJECTOR,
+  'network.latent_size=64',
+  'network.head_hidden=32',
+  'network.observation_scale=symlog',
+  'network.value_bins=101',
+  'learning_rate=1e-3',
+  'warmup_updates=50',
+  'target_period=50',
+  'augmentation=false',
+  'reanalyze_fraction=0.5',
+  'num_samples=20',
+  'num_simulations=20',
+  'evaluate_episodes=10',
+  'final_episodes=20',
+  'final_simulations=10,20,50',
+)
 _ATARI_100K = (
   'env.num_envs=1',
   'batch_size=256',
@@ -263,6 +287,22 @@ PRESETS = {
       'warmup_decisions=1000',
       'decisions_per_update=8',
       'evaluate_every=1000',
+    ),
+    source=_OURS,
+  ),
+  'sampled_muzero_pendulum': Preset(
+    summary='Sampled MuZero swings a pendulum up, compiled into one program',
+    agent='sampled_muzero',
+    env='jax:pendulum',
+    steps=16_000,
+    settings=(
+      *_CONTROL,
+      'env.options=action_repeat=4',
+      'gamma=0.97',
+      'replay_capacity=40000',
+      'warmup_decisions=800',
+      'decisions_per_update=8',
+      'evaluate_every=200',
     ),
     source=_OURS,
   ),

@@ -9,6 +9,7 @@ study's CSVs are written anew under experiments/results/.
 
 import concurrent.futures
 import csv
+import functools
 import io
 import os
 import pathlib
@@ -129,11 +130,33 @@ def _atari(seeds: int) -> Study:
   return Study(tuple(runs), False, ('decisions', 'episode_return', *columns))
 
 
+def _heads(preset: str, seeds: int) -> Study:
+  """Sampled MuZero with each policy head and few or many sampled actions."""
+  shared = (
+    f'--preset={preset}',
+    '--set=final_episodes=100',
+    '--set=final_simulations=20',
+  )
+  runs = [
+    Run(
+      f'{head}_k{samples}',
+      seed,
+      (*shared, f'--set=policy={head}', f'--set=num_samples={samples}'),
+    )
+    for seed in range(seeds)
+    for head in ('gaussian', 'factored')
+    for samples in (20, 5)
+  ]
+  columns = ('decisions', 'eval_return', 'network_return', 'entropy')
+  return Study(tuple(runs), False, columns)
+
+
 STUDIES = {
   'catch': (_catch, 10),
   'catch_search': (_catch_search, 10),
   'catch_ablation': (_ablation, 5),
   'atari': (_atari, 1),
+  'pendulum': (functools.partial(_heads, 'sampled_muzero_pendulum'), 5),
 }
 
 

@@ -51,6 +51,9 @@ class NetworkConfig:
       A vector latent always takes a one-hot vector. One-hot actions enter by
       a layer of their own, initialised by their own fan-in: as columns beside
       a wide latent they hardly count at first.
+    observation_scale: `'symlog'` puts observations that are not uint8 through
+      `sign(x) log(1 + |x|)` first: for vectors of unknown scale (positions
+      beside velocities).
     state_norm: whether latents are scaled to [0, 1], each by its own minimum
       and maximum (MuZero, App. G).
     compute_dtype: of activations and matrix products; parameters,
@@ -74,6 +77,7 @@ class NetworkConfig:
   projector: tuple[int, ...] = (1024, 1024, 1024)
   predictor: tuple[int, ...] = (512,)
   action_encoding: Literal['plane', 'one_hot'] = 'plane'
+  observation_scale: Literal['none', 'symlog'] = 'none'
   state_norm: bool = False
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
 
@@ -121,11 +125,12 @@ class MuZeroNetworks(NamedTuple):
   Attributes:
     init: `(key) -> (params, stats)`.
     represent: `(params, stats, observation [B, ...], train) -> (state
-      [B, ...], stats)`. uint8 frames are divided by 255, floats taken as is.
+      [B, ...], stats)`. uint8 frames are divided by 255, others scaled as the
+      config says.
     dynamics: `(params, stats, state, action int32 [B], train) -> (state,
-      stats)`.
-    predict: `(params, stats, state, train) -> (policy_logits [B, A],
-      value_logits [B, value_bins], stats)`.
+      stats)`; with a `policy_size`, encoded actions float32 `[B, A]`.
+    predict: `(params, stats, state, train) -> (policy_logits [B, A] or
+      [B, policy_size], value_logits [B, value_bins], stats)`.
     reward: `(params, stats, state_tm1, action_tm1, state_t, carry, train) ->
       (reward_logits [B, reward_bins], carry, stats)`, of arriving at
       `state_t`. As in both papers' code only the new state is read.
@@ -151,6 +156,8 @@ def make(
   observation: Any,
   num_actions: int,
   reduce: Callable[[Any], Any] | None = None,
+  *,
+  policy_size: int | None = None,
 ) -> MuZeroNetworks:
   """Builds the networks for one kind of observation.
 
@@ -158,24 +165,35 @@ def make(
     config: sizes and variants.
     observation: anything with `shape` (without batch) and `dtype`:
       `[H, W, C]` for the image torsos, any shape for the vector torso.
-    num_actions: how many actions there are.
+    num_actions: how many actions there are; with a `policy_size`, how many
+      numbers encode one.
     reduce: mean of an array over devices, for batch statistics under `pmap`.
+    policy_size: outputs of the policy head where they are not one logit an
+      action (see `networks.actions`). `dynamics` then takes actions that are
+      encoded already: a layer of their own reads them, as they are beside a
+      vector latent, as constant planes beside an image latent, whatever
+      `action_encoding` says.
 
   Returns:
     The pure functions; nothing is compiled yet.
 
   Raises:
-    ValueError: the torso cannot take this observation, or no actions.
+    ValueError: the torso cannot take this observation, or no actions, or no
+      outputs of the policy head.
   """
   if num_actions < 1:
     raise ValueError(f'num_actions={num_actions}: must be at least 1')
+  if policy_size is not None and policy_size < 1:
+    raise ValueError(f'policy_size={policy_size}: must be at least 1')
   config = dataclasses.replace(config, torso=_choose_torso(config, observation))
-  module = _Module(config, num_actions, reduce)
+  module = _Module(config, num_actions, reduce, policy_size)
   carry_of = functools.partial(_initial_carry, config)
 
   def init(key):
     batch = jnp.zeros((1, *observation.shape), observation.dtype)
     action = jnp.zeros((1,), jnp.int32)
+    if policy_size is not None:
+      action = jnp.zeros((1, num_actions))
     variables = module.init(key, batch, action, carry_of(1))
     params = mlp.randomise(variables['params'], key)
     return params, variables.get('stats', {})
@@ -257,6 +275,7 @@ class _Module(nn.Module):
   config: NetworkConfig
   num_actions: int
   reduce: Callable[[Any], Any] | None = None
+  policy_size: int | None = None
 
   def setup(self):
     config = self.config
@@ -281,7 +300,10 @@ class _Module(nn.Module):
       block = functools.partial(mlp.ResidualMLP, **style)
       self.flatten, self.flatten_norm = linear(), norm()
       self.transition = linear()
-    if self.is_image and config.action_encoding == 'one_hot':
+    self.is_encoded = self.policy_size is not None
+    plane = config.action_encoding == 'plane' and not self.is_encoded
+    self.joins_plane = self.is_image and plane
+    if self.is_image and not plane:
       self.action = resnet.Conv(config.channels, dtype=dtype)
     elif not self.is_image:
       self.action = linear()
@@ -291,7 +313,8 @@ class _Module(nn.Module):
       setattr(self, f'{name}_blocks', blocks)
 
     sizes = {'channels': config.head_channels, 'hidden': config.head_hidden}
-    self.policy_head = heads.Head(self.num_actions, **sizes, **style)
+    outputs = self.policy_size or self.num_actions
+    self.policy_head = heads.Head(outputs, **sizes, **style)
     self.value_head = heads.Head(config.value_bins, **sizes, **style)
     if config.reward == 'reward':
       self.plain_reward = heads.Head(config.reward_bins, **sizes, **style)
@@ -303,6 +326,10 @@ class _Module(nn.Module):
     self.predictor = consistency.Predictor(config.predictor, **style)
 
   def represent(self, observation, train):
+    symlog = self.config.observation_scale == 'symlog'
+    if symlog and observation.dtype != jnp.uint8:
+      x = observation.astype(jnp.float32)
+      observation = jnp.sign(x) * jnp.log1p(jnp.abs(x))
     x = observation.astype(self.config.compute_dtype)
     if observation.dtype == jnp.uint8:
       x = x / 255
@@ -317,7 +344,7 @@ class _Module(nn.Module):
 
   def dynamics(self, state, action, train):
     encoded = self._encode(state, action)
-    if self.is_image and self.config.action_encoding == 'plane':
+    if self.joins_plane:
       x = self.transition(jnp.concatenate([state, encoded], -1))
     else:
       x = self.transition(state) + self.action(encoded)
@@ -329,13 +356,16 @@ class _Module(nn.Module):
 
   def _encode(self, state, action):
     """The action as float32 `[B, H, W, 1 or A]`, or `[B, A]` for a vector."""
-    one_hot = jax.nn.one_hot(action, self.num_actions)
+    if self.is_encoded:
+      encoded = action.astype(jnp.float32)
+    elif self.joins_plane:
+      encoded = (action / self.num_actions).astype(jnp.float32)[:, None]
+    else:
+      encoded = jax.nn.one_hot(action, self.num_actions)
     if not self.is_image:
-      return one_hot
-    if self.config.action_encoding == 'plane':
-      one_hot = (action / self.num_actions).astype(jnp.float32)[:, None]
-    shape = (*state.shape[:3], one_hot.shape[-1])
-    return jnp.broadcast_to(one_hot[:, None, None], shape)
+      return encoded
+    shape = (*state.shape[:3], encoded.shape[-1])
+    return jnp.broadcast_to(encoded[:, None, None], shape)
 
   def _finish(self, state):
     """The latent as everything outside sees it: float32, scaled if asked."""

@@ -75,12 +75,17 @@ class Model(NamedTuple):
       RecurrentFnOutput of [B, C], embedding of [B, C, ...])`, the chance
       outcomes of an action, for exact expectation; None if deterministic or
       unknown.
+    distribution: None where `prior_logits` are those of `A` enumerated
+      actions. Otherwise they are the parameters `[B, P]` of this family of
+      distributions (`networks.actions`), and the actions that `step` takes
+      are drawn from it, `[B, ...]`: see `search.sampled`.
   """
 
   root: Callable[..., mctx.RootFnOutput]
   step: Callable[..., tuple[mctx.RecurrentFnOutput, Any]]
   actions: Callable[..., chex.Array] | None = None
   outcomes: Callable[..., tuple[chex.Array, Any, Any]] | None = None
+  distribution: Any = None
 
 
 class PolicyOutput(NamedTuple):
@@ -89,13 +94,17 @@ class PolicyOutput(NamedTuple):
   Attributes:
     action: `[B]` (or `[B, ...]` for continuous actions), what to do.
     action_weights: float32 `[B, A]`, sums to one: the improved policy, which
-      is the target for the policy network.
+      is the target for the policy network. Over `sampled_actions` where there
+      are any, `[B, K]`, 0 at spare slots.
     value: float32 `[B]`, the planner's estimate of the root's value.
     search_tree: the mctx tree where there is one, else None. It keeps every
       embedding alive: drop it before it leaves a compiled function.
+    sampled_actions: `[B, K, ...]`, the actions that the root chose among;
+      None where all are enumerated.
   """
 
   action: chex.Array
   action_weights: chex.Array
   value: chex.Array
   search_tree: Any = None
+  sampled_actions: chex.Array | None = None

@@ -54,6 +54,7 @@ def puct(
   num_simulations: int,
   *,
   invalid_actions: chex.Array | None = None,
+  root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
   dirichlet_fraction: chex.Numeric = 0.25,
   dirichlet_alpha: chex.Numeric = 0.3,
@@ -78,6 +79,9 @@ def puct(
     recurrent_fn: a `Model.step`.
     num_simulations: simulations for each root, at least 1; static.
     invalid_actions: bool `[B, A]`, True where an action may not be taken.
+    root_qvalues: float `[B, A]`, Qs of the root's actions before their first
+      visit, if they were evaluated beforehand (see `search.sampled`); None
+      for the rule's own idea of an unvisited action.
     max_depth: the most edges from the root to a leaf; static.
     dirichlet_fraction: the noise's share of the root's prior, in [0, 1].
     dirichlet_alpha: the noise's concentration, above 0.
@@ -95,14 +99,20 @@ def puct(
     ValueError: if an argument is out of range.
   """
 
+  root_qvalues = _known_qvalues(root, root_qvalues, invalid_actions)
+
   def select(tree, carry, node_index, is_root):
     children = _children(tree, node_index)
     value = _rows(tree.node_values, node_index)[:, None]
-    qvalues = jnp.where(children.visits > 0, children.qvalues, value)
+    is_visited = children.visits > 0
+    known = root_qvalues if is_root else None
+    unvisited = value if known is None else known
+    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
     low = jnp.min(qvalues, axis=-1, keepdims=True)
     high = jnp.max(qvalues, axis=-1, keepdims=True)
     low, high = jnp.minimum(low, value), jnp.maximum(high, value)
-    qvalues = jnp.where(children.visits > 0, qvalues, low)
+    if known is None:
+      qvalues = jnp.where(is_visited, qvalues, low)
     scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
     count = _rows(tree.node_visits, node_index)[:, None]
     scores += _exploration(children, count, pb_c_init, pb_c_base)
@@ -134,6 +144,7 @@ def efficientzero(
   num_simulations: int,
   *,
   invalid_actions: chex.Array | None = None,
+  root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
   dirichlet_fraction: chex.Numeric = 0.25,
   dirichlet_alpha: chex.Numeric = 0.3,
@@ -172,6 +183,7 @@ def efficientzero(
     ValueError: if an argument is out of range.
   """
   check_range('minmax_delta', minmax_delta, above=0)
+  root_qvalues = _known_qvalues(root, root_qvalues, invalid_actions)
 
   def begin(key, tree):
     del key
@@ -181,6 +193,9 @@ def efficientzero(
     is_visited = tree.children_visits > 0
     low = jnp.min(jnp.where(is_visited, qvalues, jnp.inf), axis=(1, 2))
     high = jnp.max(jnp.where(is_visited, qvalues, -jnp.inf), axis=(1, 2))
+    if root_qvalues is not None:
+      low = jnp.minimum(low, jnp.min(root_qvalues, axis=-1))
+      high = jnp.maximum(high, jnp.max(root_qvalues, axis=-1))
     # Before the first visit all scores are equal, whatever the range.
     is_empty = low > high
     low, high = jnp.where(is_empty, 0, low), jnp.where(is_empty, 0, high)
@@ -196,7 +211,10 @@ def efficientzero(
       mean = total / jnp.maximum(num_visited, 1)
     else:
       mean = (parent_mean + total) / (num_visited + 1)
-    qvalues = jnp.where(is_visited, children.qvalues, mean[:, None])
+    unvisited = mean[:, None]
+    if is_root and root_qvalues is not None:
+      unvisited = root_qvalues
+    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
     scores = (qvalues - low) / jnp.maximum(high - low, minmax_delta)
     count = _rows(tree.node_visits, node_index)[:, None] - 1
     scores = jnp.clip(scores, 0, 1)
@@ -232,6 +250,7 @@ def gumbel(
   num_simulations: int,
   *,
   invalid_actions: chex.Array | None = None,
+  root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
   max_num_considered_actions: int = 16,
   gumbel_scale: chex.Numeric = 1.0,
@@ -266,6 +285,15 @@ def gumbel(
     value_scale=value_scale,
     maxvisit_init=maxvisit_init,
   )
+  root_qvalues = _known_qvalues(root, root_qvalues, invalid_actions)
+  root_qtransform, make_extra = qtransform, mctx.GumbelMuZeroExtraData
+  if root_qvalues is not None:
+    make_extra = functools.partial(_GumbelExtraData, root_qvalues=root_qvalues)
+    root_qtransform = functools.partial(
+      _qtransform_evaluated,
+      value_scale=value_scale,
+      maxvisit_init=maxvisit_init,
+    )
   logits = mask_logits(root.prior_logits, invalid_actions)
   key, gumbel_key = jax.random.split(key)
   if evaluate:
@@ -285,7 +313,7 @@ def gumbel(
         mctx.gumbel_muzero_root_action_selection,
         num_simulations=num_simulations,
         max_num_considered_actions=max_num_considered_actions,
-        qtransform=qtransform,
+        qtransform=root_qtransform,
       ),
       functools.partial(
         mctx.gumbel_muzero_interior_action_selection, qtransform=qtransform
@@ -295,10 +323,10 @@ def gumbel(
     num_simulations=num_simulations,
     max_depth=max_depth,
     invalid_actions=invalid_actions,
-    extra_data=mctx.GumbelMuZeroExtraData(root_gumbel=noise),
+    extra_data=make_extra(root_gumbel=noise),
   )
   visits = tree.children_visits[:, mctx.Tree.ROOT_INDEX]
-  completed = jax.vmap(lambda tree: qtransform(tree, 0))(tree)
+  completed = jax.vmap(lambda tree: root_qtransform(tree, 0))(tree)
   # The floor lets a valid action of logit -inf win against invalid ones.
   top = jnp.max(logits, axis=-1, keepdims=True)
   scores = jnp.maximum(-1e9, noise + (logits - top) + completed)
@@ -393,6 +421,38 @@ def make_planner(
   return planner
 
 
+class _GumbelExtraData(NamedTuple):
+  """Constants of one search, `[B, A]`; mctx reads `root_gumbel`."""
+
+  root_gumbel: chex.Array
+  root_qvalues: chex.Array
+
+
+def _known_qvalues(root, root_qvalues, invalid_actions):
+  """Checked, and neutral where an action is invalid."""
+  if root_qvalues is None:
+    return None
+  if root_qvalues.shape != root.prior_logits.shape:
+    raise ValueError(
+      f'root_qvalues must be [B, A] = {root.prior_logits.shape}, but its '
+      f'shape is {root_qvalues.shape}.'
+    )
+  if invalid_actions is None:
+    return root_qvalues
+  value = root.value[:, None]
+  return jnp.where(as_bool(invalid_actions), value, root_qvalues)
+
+
+def _qtransform_evaluated(tree, node_index, *, value_scale, maxvisit_init):
+  """mctx's completed Qs of one root, whose unvisited Qs were evaluated."""
+  visits = tree.children_visits[node_index]
+  qvalues = tree.qvalues(node_index)
+  qvalues = jnp.where(visits > 0, qvalues, tree.extra_data.root_qvalues)
+  low, high = jnp.min(qvalues), jnp.max(qvalues)
+  scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
+  return (maxvisit_init + jnp.max(visits)) * value_scale * scores
+
+
 class _Children(NamedTuple):
   """Statistics of one node's actions, `[B, A]` each; Q is 0 if unvisited."""
 
@@ -470,7 +530,11 @@ def _search_by_visits(
   check_range('num_simulations', num_simulations, low=1)
   action_key, noise_key, search_key = jax.random.split(key, 3)
   prior = jax.nn.softmax(mask_logits(root.prior_logits, invalid_actions))
-  if not evaluate:
+  # Gamma variates are dear: none are drawn for a share known to be zero.
+  is_quiet = isinstance(dirichlet_fraction, int | float) and (
+    dirichlet_fraction == 0
+  )
+  if not evaluate and not is_quiet:
     noise = dirichlet(noise_key, prior, dirichlet_alpha, invalid_actions)
     prior = (1 - dirichlet_fraction) * prior + dirichlet_fraction * noise
 

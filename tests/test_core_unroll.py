@@ -216,17 +216,16 @@ def test_research_in_chunks(key):
   parts = planning.research(search, model, params, key, timestep, chunk=6)
   # 12 roots by 5: the last chunk is filled up and the filling thrown away.
   uneven = planning.research(search, model, params, key, timestep, chunk=5)
-  assert whole[0].shape == (B, 4, A)
-  assert whole[1].shape == (B, 4)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), parts, whole
-  )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), uneven, whole
-  )
+  assert whole.action_weights.shape == (B, 4, A)
+  assert whole.value.shape == (B, 4)
+  for other in (parts, uneven):
+    for name in ('action_weights', 'value'):
+      np.testing.assert_allclose(
+        getattr(other, name), getattr(whole, name), rtol=1e-5
+      )
   flat = unroll.flatten_steps(timestep)
   root = model.root(params, flat, key)
-  np.testing.assert_allclose(whole[1].reshape(-1), root.value, rtol=1e-5)
+  np.testing.assert_allclose(whole.value.reshape(-1), root.value, rtol=1e-5)
 
 
 @pytest.mark.parametrize('rule', ['efficientzero', 'puct', 'gumbel'])

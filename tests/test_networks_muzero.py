@@ -376,6 +376,45 @@ def test_action_encoding_by_hand(encoding):
 
 
 @pytest.mark.parametrize('spec', [IMAGE, VECTOR])
+def test_encoded_actions_enter_as_one_hot_ones_do(spec):
+  one_hot = dataclasses.replace(TINY, norm='none', action_encoding='one_hot')
+  plane = dataclasses.replace(one_hot, action_encoding='plane')
+  plain = muzero.make(one_hot, spec, A)
+  encoded = muzero.make(plane, spec, A, policy_size=A)
+  params, stats = jax.jit(encoded.init)(jax.random.key(0))
+  want, _ = jax.jit(plain.init)(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, params, want)
+
+  state = jnp.ones((A, 5, 4, 4) if spec is IMAGE else (A, 8))
+  indexed, _ = jax.jit(
+    lambda p: plain.dynamics(p, stats, state, jnp.arange(A), False)
+  )(params)
+  dynamics = jax.jit(lambda a: encoded.dynamics(params, stats, state, a, False))
+  after, _ = dynamics(jnp.eye(A))
+  np.testing.assert_allclose(after, indexed, rtol=1e-5, atol=1e-6)
+  # Not only indices: every number of an encoding counts, whatever its size.
+  half, _ = dynamics(0.5 * jnp.eye(A))
+  assert (np.abs(half - after).reshape(A, -1).max(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize('spec', [IMAGE, VECTOR])
+def test_policy_size_is_the_heads_alone(spec):
+  net = muzero.make(TINY, spec, 2, policy_size=7)
+  params, stats = jax.eval_shape(net.init, jax.random.key(0))
+  width = 4 if spec is IMAGE else 8
+  assert params['action']['kernel'].shape[-2:] == (2, width)
+  outputs, _ = jax.eval_shape(
+    lambda *inputs: _everything(net, *inputs, True),
+    params,
+    stats,
+    _spec((B, *spec.shape)),
+    _spec((B, 2)),
+  )
+  assert outputs['policy'].shape == (B, 7)
+  assert outputs['next_state'].shape == outputs['state'].shape
+
+
+@pytest.mark.parametrize('spec', [IMAGE, VECTOR])
 def test_actions_and_blocks_matter(spec):
   config = dataclasses.replace(TINY, norm='none', blocks=2)
   net = muzero.make(config, spec, A)
@@ -403,12 +442,32 @@ def test_frames_are_scaled_and_latents_too():
   np.testing.assert_allclose(state.max((1, 2, 3)), [1] * B, atol=1e-6)
 
 
+def test_symlog_of_observations():
+  config = dataclasses.replace(TINY, norm='none')
+  symlog = dataclasses.replace(config, observation_scale='symlog')
+  nets = [muzero.make(c, VECTOR, A) for c in (config, symlog)]
+  params, stats = jax.jit(nets[0].init)(jax.random.key(0))
+  plain, scaled = (
+    jax.jit(lambda o, net=net: net.represent(params, stats, o, False)[0])
+    for net in nets
+  )
+  observation = np.float32([[-1e4, -1, -1e-3, 0, 0.5, 300]])
+  by_hand = [[-9.21044, -0.693147, -9.99500e-4, 0, 0.405465, 5.70711]]
+  np.testing.assert_allclose(
+    scaled(observation), plain(np.float32(by_hand)), rtol=1e-4, atol=1e-5
+  )
+  # Frames have a scale of their own.
+  frames = np.uint8([[0, 1, 50, 100, 200, 255]])
+  np.testing.assert_allclose(scaled(frames), plain(frames), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
     ({'torso': 'resnet'}, "torso='resnet': must be one of 'auto', 'atari'"),
     ({'norm': 'group'}, "norm='group': must be one of 'batch', 'layer'"),
     ({'compute_dtype': 'float16'}, "compute_dtype='float16': must be one of"),
+    ({'observation_scale': 'log'}, "observation_scale='log': must be one of"),
     ({'channels': 0}, 'channels=0: must be at least 1'),
     ({'channels': 5}, 'channels=5: must be even'),
     ({'channels': 8.0}, 'channels=8.0: must be at least 1, integer'),
@@ -440,3 +499,5 @@ def test_observations_that_do_not_fit_are_refused(torso, shape, message):
     muzero.make(config, _spec(shape), A)
   with pytest.raises(ValueError, match='num_actions=0: must be at least 1'):
     muzero.make(TINY, VECTOR, 0)
+  with pytest.raises(ValueError, match='policy_size=0: must be at least 1'):
+    muzero.make(TINY, VECTOR, A, policy_size=0)

@@ -56,3 +56,29 @@ def random_intensity(
   noise = jax.random.normal(key, (images.shape[0], 1, 1, 1))
   factor = 1.0 + scale * jnp.clip(noise, -2.0, 2.0)
   return images * factor.astype(images.dtype)
+
+
+def observations(key: chex.PRNGKey, observation: chex.Array) -> chex.Array:
+  """Shifts and scales every image of a batch of windows, each by its own draw.
+
+  Only images with sides of 32 pixels or more are changed: a board is not
+  shifted.
+
+  Args:
+    key: consumed.
+    observation: `[B, T, ...]`; uint8 images are brought to [0, 1].
+
+  Returns:
+    `[B, T, ...]`.
+
+  Source: EfficientZero (Ye 2021), Appendix A.1.
+  """
+  if observation.ndim != 5 or observation.shape[2] < 32:
+    return observation
+  images = observation.reshape((-1,) + observation.shape[2:])
+  shift_key, intensity_key = jax.random.split(key)
+  images = random_shift(shift_key, images)
+  if images.dtype == jnp.uint8:
+    images = images.astype(jnp.float32) / 255.0
+  images = random_intensity(intensity_key, images)
+  return images.reshape(observation.shape)

@@ -24,6 +24,34 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   return -jnp.sum(jax.lax.stop_gradient(labels) * log_probs, axis=-1)
 
 
+def sampled_kl(log_probs: chex.Array, weights: chex.Array) -> chex.Array:
+  """KL divergence of a search's weights from a policy, on sampled actions.
+
+  `sum_k w_k (log w_k - log pi(a_k))`, the projection of the sample-based
+  improvement `beta_hat / beta * f` onto the policies that the network can
+  express: the correction is in the weights already, through the priors of the
+  search. Actions drawn twice have one slot with all their weight; spare slots
+  weigh 0 and count for nothing.
+
+  Args:
+    log_probs: float32 `[B, K]`, the policy's, of the sampled actions; for a
+      real-valued action a log-density, so that the result can be negative.
+    weights: float32 `[B, K]`, sum to 1; no gradient flows into them.
+
+  Returns:
+    float32 `[B]`.
+
+  Source: Sampled MuZero (Hubert 2021), section 5.
+  """
+  chex.assert_rank([log_probs, weights], 2)
+  chex.assert_equal_shape([log_probs, weights])
+  weights = jax.lax.stop_gradient(weights)
+  # What a spare slot holds must not matter, not even if it is not finite.
+  log_probs = jnp.where(weights > 0, log_probs, 0.0)
+  entropy = jax.scipy.special.xlogy(weights, weights)
+  return jnp.sum(entropy - weights * log_probs, axis=-1)
+
+
 def negative_cosine(
   prediction: chex.Array, target: chex.Array, epsilon: float = 1e-5
 ) -> chex.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import unroll
-from search import policies
+from search import policies, sampled
 from search.model import Model, PolicyOutput, TimeStep
 
 
@@ -29,6 +29,12 @@ class SearchConfig:
       `efficientzero`).
     max_considered: actions that Gumbel's sequential halving starts with.
     max_depth: greatest depth of a leaf; 0 for no bound.
+    num_samples: K, actions drawn at every node where they are sampled; it and
+      the fields below are for such agents only.
+    sample_temperature: tau; they are drawn from the policy to the power 1/tau.
+    replacement: draw independently; else distinct actions of an enumerated
+      set.
+    evaluate_root: evaluate the root's actions before the search.
   """
 
   rule: Literal['efficientzero', 'puct', 'gumbel'] = 'efficientzero'
@@ -40,6 +46,10 @@ class SearchConfig:
   minmax_delta: float = 0.01
   max_considered: int = 16
   max_depth: int = 0
+  num_samples: int = 20
+  sample_temperature: float = 1.0
+  replacement: bool = True
+  evaluate_root: bool = True
 
   def __post_init__(self):
     if self.num_simulations < 0:
@@ -52,7 +62,14 @@ class SearchConfig:
       raise ValueError(
         f'max_depth={self.max_depth}: must be above 0, or 0 for no bound'
       )
-    for name in ('dirichlet_alpha', 'minmax_delta', 'pb_c_base'):
+    if self.num_samples < 1:
+      raise ValueError(f'num_samples={self.num_samples}: must be >= 1')
+    for name in (
+      'dirichlet_alpha',
+      'minmax_delta',
+      'pb_c_base',
+      'sample_temperature',
+    ):
       value = getattr(self, name)
       if isinstance(value, (int, float)) and value <= 0:
         raise ValueError(f'{name}={value}: must be above 0')
@@ -64,40 +81,57 @@ class SearchConfig:
 Searcher = Callable[..., PolicyOutput]
 
 
-def make_search(config: SearchConfig) -> Searcher:
+def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
   """The search that a config names.
 
   Args:
     config: see `SearchConfig`.
+    distribution: the model's, whose actions are sampled; None where they are
+      enumerated.
 
   Returns:
     `(params, key, root, recurrent_fn, *, invalid_actions=None, evaluate=False,
     temperature=1.0) -> PolicyOutput`. With `evaluate` there is no noise and
     the most visited action is taken.
   """
-  shared: dict[str, Any] = {}
+  sampling: dict[str, Any] = {}
+  if distribution is not None:
+    sampling = {
+      'distribution': distribution,
+      'num_samples': config.num_samples,
+      'sample_temperature': config.sample_temperature,
+      'replacement': config.replacement,
+    }
   if config.num_simulations == 0:
-    return functools.partial(policies.raw)
-  shared['num_simulations'] = config.num_simulations
-  shared['max_depth'] = config.max_depth or None
+    if distribution is None:
+      return policies.raw
+    return functools.partial(sampled.raw, **sampling)
+  noise = {
+    'dirichlet_fraction': config.dirichlet_fraction,
+    'dirichlet_alpha': config.dirichlet_alpha,
+  }
+  own: dict[str, Any] = {
+    'num_simulations': config.num_simulations,
+    'max_depth': config.max_depth or None,
+  }
   if config.rule == 'gumbel':
-    return functools.partial(
-      _without_temperature,
-      policies.gumbel,
-      max_num_considered_actions=config.max_considered,
-      **shared,
-    )
-  shared.update(
-    dirichlet_fraction=config.dirichlet_fraction,
-    dirichlet_alpha=config.dirichlet_alpha,
-    pb_c_init=config.pb_c_init,
-    pb_c_base=config.pb_c_base,
-  )
-  if config.rule == 'efficientzero':
-    return functools.partial(
-      policies.efficientzero, minmax_delta=config.minmax_delta, **shared
-    )
-  return functools.partial(policies.puct, **shared)
+    rule = policies.gumbel
+    own['max_num_considered_actions'] = config.max_considered
+  else:
+    rule = policies.puct
+    own |= {'pb_c_init': config.pb_c_init, 'pb_c_base': config.pb_c_base}
+    if config.rule == 'efficientzero':
+      rule = policies.efficientzero
+      own['minmax_delta'] = config.minmax_delta
+    if distribution is None:
+      own |= noise
+  search = rule
+  if distribution is not None:
+    sampling['evaluate_root'] = config.evaluate_root
+    search = functools.partial(sampled.search, rule=rule, **noise, **sampling)
+  if config.rule == 'gumbel':
+    search = functools.partial(_without_temperature, search)
+  return functools.partial(search, **own)
 
 
 def _without_temperature(search, *args, temperature=1.0, **kwargs):
@@ -116,9 +150,9 @@ def make_planner(config: SearchConfig, *, evaluate: bool) -> Callable:
   Returns:
     The planner; its output holds no tree.
   """
-  search = make_search(config)
 
   def planner(model: Model, params: Any, key, timestep: TimeStep):
+    search = make_search(config, model.distribution)
     root_key, search_key = jax.random.split(key)
     root = model.root(params, timestep, root_key)
     output = search(
@@ -141,10 +175,11 @@ def research(
   key: chex.PRNGKey,
   timestep: TimeStep,
   chunk: int = 0,
-) -> tuple[chex.Array, chex.Array]:
+) -> PolicyOutput:
   """Searches again, with fresh parameters, where old data was recorded.
 
-  Exploration noise is on, as when the data was made.
+  Exploration noise is on, as when the data was made; where actions are
+  sampled, they are sampled again.
 
   Args:
     search: from `make_search`.
@@ -156,7 +191,7 @@ def research(
       last chunk is filled up with roots that are thrown away.
 
   Returns:
-    Action weights float32 `[B, S, A]` and root values float32 `[B, S]`.
+    `PolicyOutput` without a tree, leaves `[B, S, ...]`.
 
   Source: MuZero Reanalyze (Schrittwieser 2020), Appendix H.
   """
@@ -174,7 +209,7 @@ def research(
       model.step,
       invalid_actions=roots.invalid_actions,
     )
-    return output.action_weights, output.value
+    return output._replace(search_tree=None)
 
   if not chunk or num_roots <= chunk:
     result = one((key, roots))

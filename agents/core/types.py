@@ -21,9 +21,16 @@ class ArraySpec(NamedTuple):
 
 
 class Discrete(NamedTuple):
-  """`num_actions` enumerable actions, int32 scalars in `[0, num_actions)`."""
+  """`num_actions` enumerable actions, int32 scalars in `[0, num_actions)`.
+
+  Attributes:
+    num_actions: how many.
+    factors: sizes of the independent choices that an action is made of, in C
+      order; () for one choice.
+  """
 
   num_actions: int
+  factors: tuple[int, ...] = ()
 
 
 class Continuous(NamedTuple):
@@ -55,6 +62,34 @@ class Spec(NamedTuple):
   frame_stack: int = 1
   masks_actions: bool = False
   name: str = 'environment'
+
+
+def check_bounds(spec: Spec) -> None:
+  """Refuses continuous actions without finite bounds; discrete ones pass.
+
+  Agents that scale, sample or divide actions within their bounds call it.
+
+  Raises:
+    ValueError: a bound is NaN or infinite, or a low one is not below its high
+      one.
+  """
+  if isinstance(spec.action, Discrete):
+    return
+  bounds = {'low': spec.action.low, 'high': spec.action.high}
+  for field, value in bounds.items():
+    bad = ~np.isfinite(value)
+    if bad.any():
+      raise ValueError(
+        f'{spec.name}: action bound {field}={value[bad][0]:g} must be finite; '
+        'rescale the actions to [-1, 1] in a wrapper of the environment'
+      )
+  bad = spec.action.low >= spec.action.high
+  if bad.any():
+    raise ValueError(
+      f'{spec.name}: action bound low={spec.action.low[bad][0]:g} must be '
+      f'below high={spec.action.high[bad][0]:g}; drop the actions without a '
+      'choice in a wrapper of the environment'
+    )
 
 
 class Experience(NamedTuple):

@@ -72,7 +72,7 @@ def unroll(
     params: their parameters.
     statistics: their batch statistics.
     state: `[B, ...]`, the represented first observation.
-    action: int32 `[B, K]`.
+    action: int32 `[B, K]`, or `[B, K, ...]` as `networks.dynamics` takes them.
     train: whether batch statistics are used and updated.
     reset_every: steps between resets of the value prefix's recurrent state;
       None where rewards are predicted one by one.
@@ -81,7 +81,6 @@ def unroll(
   Returns:
     `Unrolled`.
   """
-  chex.assert_rank(action, 2)
   policy_0, value_0, statistics = networks.predict(
     params, statistics, state, train
   )
@@ -108,7 +107,7 @@ def unroll(
     return (state_t, carry, statistics), (policy, value, reward, state_t)
 
   (_, _, statistics), (policy, value, reward, states) = jax.lax.scan(
-    body, (state, initial, statistics), (action.T, reset)
+    body, (state, initial, statistics), (jnp.swapaxes(action, 0, 1), reset)
   )
   return Unrolled(
     policy_logits=jnp.concatenate([policy_0[None], policy]),
@@ -119,11 +118,50 @@ def unroll(
   )
 
 
+def consistency(
+  networks: MuZeroNetworks,
+  similarity: Any,
+  params: Any,
+  statistics: Any,
+  states: chex.Array,
+  successors: chex.Array,
+  train: bool,
+) -> tuple[chex.Array, Any]:
+  """Compares imagined states with those of the observations that came.
+
+  Args:
+    networks: the functions.
+    similarity: `(prediction [N, P], target [N, P]) -> [N]`, a loss.
+    params: their parameters.
+    statistics: their batch statistics.
+    states: `[K, B, ...]`, imagined.
+    successors: `[K, B, ...]`, observations.
+    train: whether batch statistics are used and updated.
+
+  Returns:
+    The loss float32 `[K, B]`, and the statistics.
+
+  Source: EfficientZero (Ye 2021), equation 2.
+  """
+  true_states, statistics = networks.represent(
+    params, statistics, flatten_steps(successors), train
+  )
+  targets, statistics = networks.project(params, statistics, true_states, train)
+  ours, statistics = networks.project(
+    params, statistics, flatten_steps(states), train
+  )
+  ours, statistics = networks.predict_projection(
+    params, statistics, ours, train
+  )
+  return unflatten_steps(similarity(ours, targets), states.shape[0]), statistics
+
+
 def learned_model(
   networks: MuZeroNetworks,
   *,
   gamma: chex.Numeric,
   prefix_horizon: int | None = None,
+  distribution: Any = None,
 ) -> Model:
   """The `Model` of a learned latent model, for any planner.
 
@@ -133,6 +171,8 @@ def learned_model(
       states behind it are trained towards value and reward 0.
     prefix_horizon: steps between resets of the value prefix; None where
       rewards are predicted one by one.
+    distribution: of the actions, where the policy head puts out its
+      parameters; None where it puts out logits of enumerated actions.
 
   Returns:
     `Model` whose values are in raw units.
@@ -196,9 +236,9 @@ def learned_model(
     )
 
   if prefix_horizon is None:
-    return Model(root=root, step=plain_step)
+    return Model(root=root, step=plain_step, distribution=distribution)
   step = value_prefix.recurrent_fn(prefix_step, prefix_horizon)
-  return Model(root=root, step=step)
+  return Model(root=root, step=step, distribution=distribution)
 
 
 def flatten_steps(tree: Any) -> Any:

@@ -15,16 +15,34 @@ terminates and rewards are clipped to [-1, 1].
 Departure: we stack frames ourselves. envpool's stack runs on over a lost
 life; ours starts anew at every first step, as in EfficientZero's games.
 
+DeepMind Control and MuJoCo: envpool's `frame_skip` is how many physics steps
+make one simulator step (by default the task's own control interval). It sums
+no rewards (the suite's is of the state after the last one), and
+`max_episode_steps` counts simulator steps whatever it is. To repeat actions,
+use `action_repeat`.
+
+Images of them (`from_pixels=True`) are drawn by OpenGL through EGL. envpool's
+own copy of that library does not find Mesa's drivers, and the process dies;
+the system's, loaded before envpool is imported, does. Where it still fails, a
+trial in a process of its own finds out, and the answer is a ValueError.
+
 After a lost life envpool plays the no-ops of a reset. What they earn belongs
 to no time step, so returns under `training=True` may miss a point here and
 there; scores to report come from `training=False`.
 """
 
+import ctypes
 import difflib
+import functools
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import warnings
 from typing import Any
 
+import jax
 import numpy as np
 
 from agents.core.types import Spec
@@ -54,6 +72,15 @@ _OURS = (
   'frame_stack',
   'max_num_players',
   'gym_reset_return_info',
+)
+
+# Options of all of MuJoCo's tasks that are in no list of fields.
+_DRAWING = (
+  'from_pixels',
+  'render_mode',
+  'render_width',
+  'render_height',
+  'render_camera_id',
 )
 
 
@@ -94,6 +121,7 @@ def make_envpool(
   num_threads: int = 0,
   frame_stack: int | None = None,
   training: bool = True,
+  action_repeat: int = 1,
   **options: Any,
 ) -> host.HostEnvironment:
   """`num_envs` copies of one of envpool's environments.
@@ -109,6 +137,9 @@ def make_envpool(
       are cut after 3,000 decisions instead of 27,000 (the options
       `episodic_life`, `reward_clip`, `max_episode_steps` override). False is
       the evaluation protocol. `EpisodeStats` are of true games in both.
+    action_repeat: simulator steps a decision, their rewards summed; the last
+      decision of an episode may be shorter. `max_episode_steps` counts
+      simulator steps, lengths in `EpisodeStats` decisions.
     **options: envpool's own, e.g. `max_episode_steps=27000`,
       `repeat_action_probability=0.25`, `**ATARI_GRAY`; they override
       `ATARI_100K`.
@@ -118,11 +149,14 @@ def make_envpool(
 
   Raises:
     ValueError: unknown environment or option, a value out of range, a game
-      for several players, an action or observation space that does not fit.
+      for several players, an action or observation space that does not fit,
+      images of MuJoCo's where they cannot be drawn.
   """
+  host.check_num_envs(num_envs)
+  if options.get('from_pixels'):
+    _load_renderer()
   import envpool
 
-  host.check_num_envs(num_envs)
   task = resolve_id(env_id)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # envpool casts its bounds to float32.
@@ -139,9 +173,15 @@ def make_envpool(
       }
       options = {**ATARI_100K, **protocol, **options}
     _check_options(task, options, fields, num_threads)
+    if not isinstance(action_repeat, int) or action_repeat < 1:
+      raise ValueError(
+        f'{task}: action_repeat={action_repeat!r} must be an integer >= 1'
+      )
     if is_atari:
       options['stack_num'] = 1
     spec = envpool.make_spec(task, **options)
+    if options.get('from_pixels'):
+      _try_renderer()
     observation_space, action_space = spec.observation_space, spec.action_space
   if spec.config.max_num_players > 1:
     raise ValueError(
@@ -204,8 +244,8 @@ def make_envpool(
 
     def step(action):
       action = host.check_action(action, our_spec, num_envs)
-      observation, reward, ended, cut, info = pool.step(
-        action.astype(action_dtype)
+      observation, reward, ended, cut, info = _step_pool(
+        pool, action.astype(action_dtype), action_repeat, last
       )
       over = info['terminated'].astype(bool) if is_atari else ended
       ended = ended | over
@@ -219,6 +259,78 @@ def make_envpool(
   return host.HostEnvironment(our_spec, num_envs, start)
 
 
+def _step_pool(pool, action, times, last):
+  """envpool's step, repeated by those whose episode goes on.
+
+  `last`, bool `[E]`: whose step is a dummy, which is not repeated.
+  """
+  observation, reward, ended, cut, info = pool.step(action)
+  live = ~last
+  for _ in range(times - 1):
+    live = live & ~(ended | cut)
+    some = np.flatnonzero(live).astype(np.int32)
+    if not some.size:
+      break
+    news = pool.step(action[some], some)
+    some = news[4]['env_id']
+    total = reward[some] + news[1]
+
+    def put(old, new, some=some):
+      old[some] = new
+
+    jax.tree.map(put, (observation, reward, ended, cut, info), tuple(news))
+    reward[some] = total
+  return observation, reward, ended, cut, info
+
+
+_RENDERER = 'libEGL.so.1'
+_TRIAL = f"""
+import ctypes
+ctypes.CDLL('{_RENDERER}', mode=ctypes.RTLD_GLOBAL)
+import envpool
+envpool.make_gymnasium(
+  'CartpoleSwingup-v1', num_envs=1, from_pixels=True, render_width=8,
+  render_height=8,
+).reset()
+"""
+
+
+@functools.cache
+def _load_renderer() -> None:
+  """Loads the system's EGL in front of envpool's own, once a process."""
+  if _RENDERER in os.environ.get('LD_PRELOAD', ''):
+    return
+  if 'envpool' in sys.modules:
+    raise ValueError(
+      'from_pixels=True: envpool was imported before the renderer; make the '
+      f'first such environment earlier or set LD_PRELOAD={_RENDERER}'
+    )
+  try:
+    ctypes.CDLL(_RENDERER, mode=ctypes.RTLD_GLOBAL)
+  except OSError as error:
+    raise ValueError(
+      f'from_pixels=True: needs OpenGL through EGL, install libegl1 ({error})'
+    ) from error
+
+
+@functools.cache
+def _try_renderer() -> None:
+  """Draws one image in a process of its own, which may die of it."""
+  trial = subprocess.run(
+    [sys.executable, '-c', _TRIAL],
+    capture_output=True,
+    text=True,
+    cwd=tempfile.gettempdir(),  # MuJoCo leaves a log of errors behind.
+  )
+  if trial.returncode:
+    lines = (trial.stderr + trial.stdout).strip().splitlines()
+    reason = lines[-1] if lines else f'exit status {trial.returncode}'
+    raise ValueError(
+      f'from_pixels=True: images cannot be drawn on this machine ({reason}); '
+      'install libegl1 and a driver (libgl1-mesa-dri draws on the CPU)'
+    )
+
+
 def _check_options(task, options, fields, num_threads):
   """Refuses what envpool would ignore, abort on or crash on."""
   for name, value in options.items():
@@ -227,7 +339,7 @@ def _check_options(task, options, fields, num_threads):
         f'{task}: option {name} cannot be passed; use num_envs, frame_stack '
         'and the seed of start'
       )
-    if name not in fields and name not in ('from_pixels', 'render_mode'):
+    if name not in fields and name not in _DRAWING:
       known = ', '.join(sorted(f for f in fields if f not in _OURS))
       raise ValueError(f'{task}: unknown option {name}; known are {known}')
     if name in (
@@ -236,6 +348,8 @@ def _check_options(task, options, fields, num_threads):
       'img_height',
       'img_width',
       'max_episode_steps',
+      'render_width',
+      'render_height',
     ) and not (isinstance(value, int) and value >= 1):
       raise ValueError(f'{task}: {name}={value!r} must be an integer >= 1')
     if name == 'repeat_action_probability' and not 0 <= value <= 1:

@@ -151,11 +151,9 @@ def action_spec(space: Any, name: str) -> Discrete | Continuous:
   if kind == 'Discrete':
     return Discrete(int(space.n))
   if kind == 'Box' and np.issubdtype(space.dtype, np.floating):
-    return Continuous(
-      tuple(space.shape),
-      space.low.astype(np.float32),
-      space.high.astype(np.float32),
-    )
+    with np.errstate(over='ignore'):  # Beyond float32 is unbounded.
+      low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    return Continuous(tuple(space.shape), low, high)
   raise ValueError(
     f'{name}: action space {space} is not supported, must be Discrete or a '
     'Box of floats'

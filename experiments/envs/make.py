@@ -16,6 +16,7 @@ def make(
   frame_stack: int | None = None,
   num_threads: int = 0,
   options: Mapping[str, Any] | None = None,
+  action_bins: int = 0,
 ) -> Environment | HostEnvironment:
   """Finds and describes an environment; nothing is simulated yet.
 
@@ -29,13 +30,25 @@ def make(
     frame_stack: frames in an observation; None for the environment's usual.
     num_threads: of envpool; 0 for as many as help.
     options: the environment's own.
+    action_bins: bins a dimension that continuous actions are divided into
+      (`discretise`); 0 leaves them.
 
   Returns:
     An `Environment` for `jax:` names, else a `HostEnvironment`.
 
   Raises:
-    ValueError: an unknown name or option, or a space that no agent can take.
+    ValueError: an unknown name or option, a space that no agent can take, or
+      actions that cannot be divided.
   """
+  env = _make(name, num_envs, training, frame_stack, num_threads, options)
+  if action_bins:
+    from experiments.envs.discretise import discretise
+
+    env = discretise(env, action_bins)
+  return env
+
+
+def _make(name, num_envs, training, frame_stack, num_threads, options):
   options = dict(options or {})
   kind, colon, rest = name.partition(':')
   if not colon:
@@ -62,9 +75,21 @@ def make(
     )
   if frame_stack not in (None, 1):
     raise ValueError(f'frame_stack={frame_stack}: {name} has no frames')
-  from experiments.envs import cartpole, catch
+  from experiments.envs import (
+    cartpole,
+    catch,
+    pendulum,
+    point_mass,
+    swingup,
+  )
 
-  makers = {'catch': catch.make_catch, 'cartpole': cartpole.make_cartpole}
+  makers = {
+    'catch': catch.make_catch,
+    'cartpole': cartpole.make_cartpole,
+    'pendulum': pendulum.make_pendulum,
+    'point_mass': point_mass.make_point_mass,
+    'swingup': swingup.make_swingup,
+  }
   if rest not in makers:
     near = difflib.get_close_matches(rest, makers, 1)
     hint = f'; did you mean jax:{near[0]}?' if near else ''

@@ -1,0 +1,43 @@
+"""Action repeat for pure environments."""
+
+import jax
+import jax.numpy as jnp
+
+from search.model import Environment
+
+
+def repeat_action(env: Environment, times: int) -> Environment:
+  """An environment whose every decision is `times` steps of another one.
+
+  Rewards are summed; the other fields are the last step's. The last decision
+  of an episode stops where the episode does, so it may be shorter.
+
+  Args:
+    env: the environment of single steps.
+    times: steps a decision; with 1, `env` itself is returned.
+
+  Raises:
+    ValueError: `times` is not an integer of at least 1.
+  """
+  if not isinstance(times, int) or times < 1:
+    raise ValueError(
+      f'{env.spec.name}: action_repeat={times!r} must be an integer of at '
+      'least 1'
+    )
+  if times == 1:
+    return env
+
+  def step(state, action, key):
+    def once(carry, key):
+      _, timestep = carry
+      after, new = env.step(carry[0], action, key)
+      new = new._replace(reward=timestep.reward + new.reward)
+      over = timestep.is_last()
+      pick = lambda old, new: jnp.where(over, old, new)
+      return jax.tree.map(pick, carry, (after, new)), None
+
+    keys = jax.random.split(key, times)
+    first = env.step(state, action, keys[0])
+    return jax.lax.scan(once, first, keys[1:])[0]
+
+  return env._replace(step=step)
