@@ -31,6 +31,7 @@ Departures and choices:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -90,7 +91,8 @@ class Config:
       search; without it a fixed horizon and the target network's value.
     off_policy_fraction: share of all decisions that costs one step.
     reanalyze_fraction: share of policy targets searched again.
-    reanalyze_chunk: roots searched at once, to bound memory; 0 for all.
+    reanalyze_chunk: roots searched at once, to bound memory; 0 for all. Each
+      has `num_samples` states when its actions are evaluated.
     augmentation: random shift and intensity of image observations with sides
       of 32 pixels or more.
     reward_weight: of the reward or prefix loss.
@@ -106,6 +108,7 @@ class Config:
     weight_decay: decoupled.
     max_gradient_norm: gradients are clipped to it.
     target_period: updates between copies to the target parameters.
+    temperature: of acting at first; it falls to a half of it and a quarter.
     total_updates: while it acts, for the temperature; follows from --steps.
     total_decisions: of the whole run, for the off-policy horizon; follows from
       --steps.
@@ -145,6 +148,7 @@ class Config:
   weight_decay: float = 1e-4
   max_gradient_norm: float = 5.0
   target_period: int = 200
+  temperature: float = 1.0
   total_updates: int = 100_000
   total_decisions: int = 100_000
 
@@ -233,6 +237,11 @@ def make_distribution(config: Config, spec: Spec) -> ActionDistribution:
       raise ValueError(
         f'policy=factored: the {action.num_actions} actions of {name} are not '
         'made of several choices; use flat'
+      )
+    if math.prod(action.factors) != action.num_actions:
+      raise ValueError(
+        f'{name}: factors={action.factors} make {math.prod(action.factors)} '
+        f'actions, must make {action.num_actions}'
       )
     distribution = actions.factored_index(action.factors)
   else:
@@ -353,7 +362,8 @@ def make(
       model.root(params, timestep, root_key),
       model.step,
       invalid_actions=timestep.invalid_actions,
-      temperature=visit_temperature(params.step, config.total_updates),
+      temperature=config.temperature
+      * visit_temperature(params.step, config.total_updates),
     )
     extras = {
       'search_policy': output.action_weights,

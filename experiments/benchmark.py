@@ -1,6 +1,9 @@
 """Measures search, learner and acting on this machine.
 
 python -m experiments.benchmark --what=search,learner,acting --out=results.csv
+python -m experiments.benchmark --what=sampled --out=sampled.csv
+
+`sampled` is the search over sampled actions beside that over enumerated ones.
 
 What is compared is measured in turns, A B C A B C ..., in one process, and
 summarised by medians. Compiling is never in. Speeds are given by wall second
@@ -53,7 +56,7 @@ def main() -> None:
   values = flags.FLAGS
   from experiments import benchmark_agent, benchmark_search
 
-  known = ('search', 'learner', 'acting')
+  known = ('search', 'sampled', 'learner', 'acting')
   for what in values.what:
     if what not in known:
       raise UserError(f'what={what}: must be of {", ".join(known)}')
@@ -72,6 +75,8 @@ def main() -> None:
 
   if 'search' in values.what:
     done(benchmark_search.search_rows(sizes))
+  if 'sampled' in values.what:
+    done(benchmark_search.sampled_rows(sizes))
   if 'learner' in values.what:
     done(benchmark_agent.learner_rows(experiment, sizes))
   if 'acting' in values.what:

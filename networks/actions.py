@@ -28,7 +28,7 @@ _MEAN_LIMIT = 5.0
 _LOG_TINY = float(np.log(np.finfo(np.float32).tiny))
 _MASKED = np.finfo(np.float32).min
 _MAX_INT = np.iinfo(np.int32).max
-# Above this many bins a binary search is cheaper than comparing with all.
+# Up to so many bins all are compared with.
 _COMPARE_ALL = 64
 
 
@@ -101,7 +101,9 @@ def tanh_gaussian(
   `5 tanh(mean / 5)`; `std = min_std + softplus(raw_std + c)` with the `c` for
   which a head at zero gives `init_std`. Squashed actions keep a distance of
   1e-6 from the unit box's bounds, in samples and in densities, so that
-  densities and their gradients are finite.
+  densities and their gradients are finite. What lies beyond is drawn at the
+  bound itself and has the density there, not its mass: tempered, and with a
+  mean beyond 4, such samples weigh up to twice what they should.
 
   `mode` is the squashed mean (the median). `entropy` is exact for the normal
   and estimates the squashing's share. `temper` takes the power with respect
@@ -268,7 +270,9 @@ def factored_index(factors: tuple[int, ...]) -> ActionDistribution:
     )
   digits_of = functools.partial(_unravel, factors)
   family = _categoricals(factors, digits_of, functools.partial(_ravel, factors))
-  return family._replace(encode=functools.partial(_one_hots, factors))
+  return family._replace(
+    encode=functools.partial(_one_hots, factors), identity=lambda x: x
+  )
 
 
 def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
@@ -525,16 +529,48 @@ def _pick(table, digits):
 
 def _invert_cdf(probs, uniforms):
   """Which of `probs [B, F, n]` each of `uniforms [B, K, F]` hits, int32."""
-  bins = probs.shape[-1]
-  # A parallel sum may rise by a rounding error where a probability is zero,
-  # or fall: neither may make that action possible.
-  total = jnp.where(probs > 0, jnp.cumsum(probs, -1), 0)
-  total = jax.lax.cummax(total, axis=2)
-  target = uniforms.swapaxes(1, 2) * total[..., -1:]
-  method = 'compare_all' if bins <= _COMPARE_ALL else 'scan_unrolled'
-  find = functools.partial(jnp.searchsorted, side='right', method=method)
-  index = jax.vmap(jax.vmap(find))(total, target)
-  return jnp.minimum(index, bins - 1).astype(jnp.int32).swapaxes(1, 2)
+  bins, uniforms = probs.shape[-1], uniforms.swapaxes(1, 2)
+  if bins <= _COMPARE_ALL:
+    total = _running_sum(probs)
+    target = uniforms * total[..., -1:]
+    return _first_above(probs, total, target).swapaxes(1, 2)
+  # Many bins: first which block of about sqrt(n) of them, then which in it.
+  width = math.isqrt(bins - 1) + 1
+  pad = -bins % width
+  blocks = jnp.pad(probs, ((0, 0), (0, 0), (0, pad)))
+  blocks = blocks.reshape(*probs.shape[:2], -1, width)
+  mass = blocks.sum(-1)
+  total = _running_sum(mass)
+  target = uniforms * total[..., -1:]
+  block = _first_above(mass, total, target)
+  rest = target - jnp.take_along_axis(total - mass, block, -1)
+  row = jnp.take_along_axis(blocks, block[..., None], 2)
+  place = _first_above(row, _running_sum(row), rest[..., None])[..., 0]
+  return (block * width + place).swapaxes(1, 2)
+
+
+def _running_sum(x):
+  """Cumulative sum over a short last axis, as a product: XLA's is slow."""
+  ones = np.tri(x.shape[-1], dtype=np.float32).T
+  return jnp.dot(x, ones, precision='highest')
+
+
+def _first_above(probs, total, target):
+  """First of `n` with probability whose total exceeds each target, int32.
+
+  A sum may rise or fall by a rounding error where a probability is zero;
+  neither makes that one possible.
+
+  Args:
+    probs, total: `[..., n]`.
+    target: `[..., K]`.
+  """
+  index = np.arange(probs.shape[-1], dtype=np.int32)[:, None]
+  index = jnp.broadcast_to(index, (*probs.shape, 1))
+  is_possible = probs[..., None] > 0
+  is_above = is_possible & (total[..., None] > target[..., None, :])
+  first = jnp.min(jnp.where(is_above, index, _MAX_INT), -2)
+  return jnp.minimum(first, jnp.max(jnp.where(is_possible, index, 0), -2))
 
 
 def _dirichlet(key, logits, alpha):

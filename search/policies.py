@@ -99,7 +99,7 @@ def puct(
     ValueError: if an argument is out of range.
   """
 
-  root_qvalues = _known_qvalues(root, root_qvalues, invalid_actions)
+  root_qvalues = _checked(root_qvalues, root)
 
   def select(tree, carry, node_index, is_root):
     children = _children(tree, node_index)
@@ -108,6 +108,10 @@ def puct(
     known = root_qvalues if is_root else None
     unvisited = value if known is None else known
     qvalues = jnp.where(is_visited, children.qvalues, unvisited)
+    if is_root:
+      # The value is in the range anyway, so it may stand for what is invalid.
+      is_invalid = as_bool(tree.root_invalid_actions)
+      qvalues = jnp.where(is_invalid, value, qvalues)
     low = jnp.min(qvalues, axis=-1, keepdims=True)
     high = jnp.max(qvalues, axis=-1, keepdims=True)
     low, high = jnp.minimum(low, value), jnp.maximum(high, value)
@@ -183,7 +187,7 @@ def efficientzero(
     ValueError: if an argument is out of range.
   """
   check_range('minmax_delta', minmax_delta, above=0)
-  root_qvalues = _known_qvalues(root, root_qvalues, invalid_actions)
+  root_qvalues = _checked(root_qvalues, root)
 
   def begin(key, tree):
     del key
@@ -194,8 +198,12 @@ def efficientzero(
     low = jnp.min(jnp.where(is_visited, qvalues, jnp.inf), axis=(1, 2))
     high = jnp.max(jnp.where(is_visited, qvalues, -jnp.inf), axis=(1, 2))
     if root_qvalues is not None:
-      low = jnp.minimum(low, jnp.min(root_qvalues, axis=-1))
-      high = jnp.maximum(high, jnp.max(root_qvalues, axis=-1))
+      # What was evaluated counts until the tree knows better.
+      known = jnp.where(is_visited[:, 0], qvalues[:, 0], root_qvalues)
+      is_valid = ~as_bool(tree.root_invalid_actions)
+      least = jnp.min(known, axis=-1, where=is_valid, initial=jnp.inf)
+      most = jnp.max(known, axis=-1, where=is_valid, initial=-jnp.inf)
+      low, high = jnp.minimum(low, least), jnp.maximum(high, most)
     # Before the first visit all scores are equal, whatever the range.
     is_empty = low > high
     low, high = jnp.where(is_empty, 0, low), jnp.where(is_empty, 0, high)
@@ -285,7 +293,7 @@ def gumbel(
     value_scale=value_scale,
     maxvisit_init=maxvisit_init,
   )
-  root_qvalues = _known_qvalues(root, root_qvalues, invalid_actions)
+  root_qvalues = _checked(root_qvalues, root)
   root_qtransform, make_extra = qtransform, mctx.GumbelMuZeroExtraData
   if root_qvalues is not None:
     make_extra = functools.partial(_GumbelExtraData, root_qvalues=root_qvalues)
@@ -407,6 +415,12 @@ def make_planner(
     raise ValueError(f'make_planner({name}): {error}.') from None
 
   def planner(model, params, key, timestep):
+    if model.distribution is not None and 'distribution' not in kwargs:
+      raise ValueError(
+        'model.distribution: the actions of this model are sampled, not '
+        'enumerated; plan with search.sampled.search and '
+        'distribution=model.distribution'
+      )
     root_key, search_key = jax.random.split(key)
     root = model.root(params, timestep, root_key)
     return search_fn(
@@ -428,8 +442,8 @@ class _GumbelExtraData(NamedTuple):
   root_qvalues: chex.Array
 
 
-def _known_qvalues(root, root_qvalues, invalid_actions):
-  """Checked, and neutral where an action is invalid."""
+def _checked(root_qvalues, root):
+  """The Qs, checked; what stands at invalid actions must not count."""
   if root_qvalues is None:
     return None
   if root_qvalues.shape != root.prior_logits.shape:
@@ -437,10 +451,7 @@ def _known_qvalues(root, root_qvalues, invalid_actions):
       f'root_qvalues must be [B, A] = {root.prior_logits.shape}, but its '
       f'shape is {root_qvalues.shape}.'
     )
-  if invalid_actions is None:
-    return root_qvalues
-  value = root.value[:, None]
-  return jnp.where(as_bool(invalid_actions), value, root_qvalues)
+  return root_qvalues
 
 
 def _qtransform_evaluated(tree, node_index, *, value_scale, maxvisit_init):
@@ -448,8 +459,11 @@ def _qtransform_evaluated(tree, node_index, *, value_scale, maxvisit_init):
   visits = tree.children_visits[node_index]
   qvalues = tree.qvalues(node_index)
   qvalues = jnp.where(visits > 0, qvalues, tree.extra_data.root_qvalues)
-  low, high = jnp.min(qvalues), jnp.max(qvalues)
+  is_valid = ~as_bool(tree.root_invalid_actions)
+  low = jnp.min(qvalues, where=is_valid, initial=jnp.inf)
+  high = jnp.max(qvalues, where=is_valid, initial=-jnp.inf)
   scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
+  scores = jnp.where(is_valid, scores, 0)
   return (maxvisit_init + jnp.max(visits)) * value_scale * scores
 
 

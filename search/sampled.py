@@ -19,6 +19,8 @@ its first visit (the paper's Appendix A; reported as very important).
 
 Choices of ours:
 - An evaluation at the root is no visit: the policy target counts visits only.
+- `with_mode` lets the policy's mode take the place of the root's first draw,
+  for play without exploration: few samples may all lie far from it.
 - `replacement=False` draws K *distinct* actions of an enumerated set (Gumbel
   top-k) and divides by their inclusion probabilities (Kool et al. 2019)
   instead of by beta. With K = A that is every action, each with prior pi: the
@@ -38,13 +40,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import mctx
+import numpy as np
 
 from search import policies
 from search._root import as_bool, check_range, sample
 from search.model import PolicyOutput
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
-# Numbers that the nodes below the root draw from, in multiples of K.
+# What distributions give for the logarithm of zero.
+_LOG_TINY = float(np.log(np.finfo(np.float32).tiny))
+# The fewest numbers that nodes below the root draw from, in multiples of K.
 _POOL = 64
 
 
@@ -112,9 +117,13 @@ def merge(identity: chex.Array) -> chex.Array:
     sums to K.
   """
   chex.assert_rank(identity, 2)
+  size = identity.shape[1]
   same = identity[:, :, None] == identity[:, None, :]
-  is_first = jnp.argmax(same, axis=-1) == jnp.arange(identity.shape[1])[None]
-  return jnp.where(is_first, jnp.sum(same, axis=-1), 0).astype(jnp.float32)
+  # One sum for both questions, how often and whether before: an earlier equal
+  # weighs more than all counts. Over the middle axis, which vectorises.
+  before = np.tri(size, size, -1, dtype=np.int32).T
+  total = jnp.sum(jnp.where(same, 1 + (size + 1) * before[None], 0), axis=1)
+  return jnp.where(total > size, 0, total).astype(jnp.float32)
 
 
 def prior_logits(
@@ -144,6 +153,7 @@ def propose(
   dirichlet_alpha: chex.Numeric = 0.3,
   invalid_actions: chex.Array | None = None,
   draws: chex.Array | None = None,
+  with_mode: bool = False,
 ) -> Proposal:
   """Draws the action set of a node.
 
@@ -160,6 +170,7 @@ def propose(
     invalid_actions: bool `[B, A]`; None for none.
     draws: float32 `[B, K, R]`, random numbers of `distribution.draw`; None to
       draw them here.
+    with_mode: the first draw is the mode of pi (with replacement only).
 
   Returns:
     `Proposal`.
@@ -192,11 +203,14 @@ def propose(
       proposal = distribution.mixture(proposal, noise, dirichlet_fraction)
     actions, log_beta = distribution.distinct(keys[1], proposal, num_samples)
     log_pi = distribution.log_prob(parameters, actions)
-    counts = jnp.ones_like(log_pi)
+    # What has no probability is there only for want of others.
+    counts = (log_pi > _LOG_TINY).astype(log_pi.dtype)
   else:
     if draws is None:
       draws = distribution.draw(keys[1], (parameters.shape[0], num_samples))
     actions = distribution.sample(draws, proposal)
+    if with_mode:
+      actions = actions.at[:, 0].set(distribution.mode(parameters))
     if noise is not None:
       others = distribution.noise_sample(keys[2], noise, num_samples)
       shape = actions.shape[:2]
@@ -251,9 +265,9 @@ def slot_recurrent_fn(
     replacement: as in `propose`.
     pool: float32 `[M, R]`, random numbers of `distribution.draw`, from which
       each node takes K in a row from an independent random place. A node's
-      own set is distributed as it should be; sets of different nodes may
-      share numbers, in exchange for a search without a normal variate a slot.
-      None draws afresh at each node.
+      own set is distributed as it should be; sets of different nodes, of other
+      rows too, may share numbers, in exchange for a search that does not draw
+      a variate a slot. None draws afresh at each node.
 
   Returns:
     `(params, key, slot int32 [B], SampledEmbedding) ->
@@ -295,6 +309,7 @@ def search(
   sample_temperature: chex.Numeric = 1.0,
   replacement: bool = True,
   evaluate_root: bool = True,
+  with_mode: bool = False,
   dirichlet_fraction: chex.Numeric = 0.25,
   dirichlet_alpha: chex.Numeric = 0.3,
   invalid_actions: chex.Array | None = None,
@@ -317,6 +332,7 @@ def search(
     sample_temperature: tau of the proposal `pi ** (1 / tau)`.
     replacement: draw independently; False for K distinct actions.
     evaluate_root: evaluate the root's actions before the search.
+    with_mode: the root's first draw is the policy's mode.
     dirichlet_fraction: the noise's share of the root's pi and beta, in [0, 1].
     dirichlet_alpha: the noise's concentration, above 0.
     invalid_actions: bool `[B, A]`, for enumerated sets only.
@@ -344,6 +360,7 @@ def search(
     dirichlet_fraction=0 if evaluate else dirichlet_fraction,
     dirichlet_alpha=dirichlet_alpha,
     invalid_actions=invalid_actions,
+    with_mode=with_mode,
     **shared,
   )
   qvalues = None
@@ -353,7 +370,9 @@ def search(
     )
   pool = None
   if replacement:
-    pool = distribution.draw(pool_key, (_POOL * num_samples,))
+    # It grows with the batch, so that rows share little of their luck.
+    size = num_samples * max(_POOL, root.value.shape[0])
+    pool = distribution.draw(pool_key, (size,))
   step = slot_recurrent_fn(
     recurrent_fn, distribution, num_samples, pool=pool, **shared
   )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents import efficientzero, muzero
+from agents import efficientzero, muzero, sampled_muzero
 from agents.core import planning
 from agents.core.types import (
   Agent,
@@ -33,6 +33,9 @@ END = 2  # where those two windows end
 
 VECTOR = Spec(ArraySpec((4,), np.float32), Discrete(A), masks_actions=True)
 IMAGE = Spec(ArraySpec((6, 5, 2), np.uint8), Discrete(A))
+LOW, HIGH = np.float32([-2, 0.5]), np.float32([-1, 3])
+BOX = Spec(ArraySpec((4,), np.float32), Continuous((2,), LOW, HIGH))
+JOINT = VECTOR._replace(action=Discrete(9, factors=(3, 3)))
 NETWORK = NetworkConfig(
   torso='vector',
   latent_size=8,
@@ -73,6 +76,19 @@ def ez(spec=VECTOR, **changes):
   return efficientzero, config, spec
 
 
+def sampled(spec=BOX, **changes):
+  own = {
+    'search': dataclasses.replace(SAMPLES, rule='puct'),
+    'learning_rate': 0.03,
+    'total_decisions': 100,
+    'prefix_horizon': 2,
+    'entropy_samples': 4,
+  }
+  config = sampled_muzero.Config(**{**SHARED, **own, **changes})
+  return sampled_muzero, config, spec
+
+
+SAMPLES = planning.SearchConfig(num_simulations=4, num_samples=5)
 gumbel = planning.SearchConfig(rule='gumbel', num_simulations=4)
 puct = planning.SearchConfig(rule='puct', num_simulations=4)
 vector_latent = dataclasses.replace(SMALL_IMAGE, latent='vector', norm='layer')
@@ -88,6 +104,27 @@ AGENTS = {
   'efficientzero image': ez(IMAGE, network=SMALL_IMAGE),
   'efficientzero image -augmentation': ez(
     IMAGE, network=vector_latent, augmentation=False
+  ),
+  'sampled_muzero': sampled(),
+  'sampled_efficientzero': sampled(
+    search=SAMPLES,
+    policy='factored',
+    bins=3,
+    network=BATCH_NORM,
+    value_prefix=True,
+    consistency=True,
+    off_policy_correction=True,
+  ),
+  'sampled_muzero joint': sampled(
+    JOINT,
+    policy='flat',
+    search=dataclasses.replace(SAMPLES, replacement=False),
+  ),
+  'sampled_muzero image gumbel -reanalyze': sampled(
+    IMAGE._replace(action=BOX.action),
+    network=SMALL_IMAGE,
+    search=dataclasses.replace(SAMPLES, rule='gumbel'),
+    reanalyze_fraction=0.0,
   ),
 }
 
@@ -111,6 +148,10 @@ def make_agent(module, config, spec, **changes):
   return module.make(config, module.make_networks(config, spec), losses, spec)
 
 
+def is_sampled(config):
+  return isinstance(config, sampled_muzero.Config)
+
+
 def make_observation(spec, rng, *leading):
   shape = (*leading, *spec.observation.shape)
   if spec.observation.dtype == np.uint8:
@@ -118,7 +159,21 @@ def make_observation(spec, rng, *leading):
   return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def make_batch(spec, length, seed=0):
+def make_actions(config, spec, rng, *leading):
+  """Actions `[*leading, ...]` that the agent could have taken."""
+  if not isinstance(spec.action, Continuous):
+    drawn = rng.integers(0, spec.action.num_actions, leading)
+    return jnp.asarray(drawn, jnp.int32)
+  size = spec.action.low.size
+  share = rng.random((*leading, size))
+  if config.policy == 'factored':
+    share = rng.integers(0, config.bins, (*leading, size)) / (config.bins - 1)
+  low, high = spec.action.low, spec.action.high
+  return jnp.asarray(low + (high - low) * share, jnp.float32)
+
+
+def make_batch(config, spec, seed=0):
+  length = config.window
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   valid = np.ones((B, length), bool)
@@ -131,7 +186,7 @@ def make_batch(spec, length, seed=0):
   is_first[[TERMINATED, TRUNCATED], END + 1] = True
   invalid = None
   if spec.masks_actions:
-    invalid = rng.random((B, length, A)) < 0.3
+    invalid = rng.random((B, length, spec.action.num_actions)) < 0.3
     invalid[..., 0] = False
     invalid = jnp.asarray(invalid)
   timestep = TimeStep(
@@ -142,11 +197,15 @@ def make_batch(spec, length, seed=0):
     truncated=jnp.asarray(truncated),
     invalid_actions=invalid,
   )
+  slots = config.search.num_samples if is_sampled(config) else A
   extras = {
-    'search_policy': jax.nn.softmax(normal(B, length, A)),
+    'search_policy': jax.nn.softmax(normal(B, length, slots)),
     'search_value': normal(B, length),
   }
-  action = jnp.asarray(rng.integers(0, A, (B, length)), jnp.int32)
+  action = make_actions(config, spec, rng, B, length)
+  if is_sampled(config):
+    drawn = make_actions(config, spec, rng, B, length, slots)
+    extras['sampled_actions'] = drawn
   sample = Sample(
     index=jnp.arange(B, dtype=jnp.int32),
     generation=jnp.ones(B, jnp.int32),
@@ -194,7 +253,7 @@ def built(request):
     spec=spec,
     agent=agent,
     state=jax.jit(agent.init)(jax.random.key(1)),
-    batch=make_batch(spec, config.window),
+    batch=make_batch(config, spec),
     update=jax.jit(update),
     evaluate=jax.jit(agent.evaluate),
     refresh=agent.refresh and jax.jit(agent.refresh),
@@ -229,29 +288,55 @@ def assert_close(got, want, tolerance=1e-5):
   )
 
 
+def weights_by_action(config, spec, extras):
+  """Search weights `[B, num_actions]` of an enumerated set."""
+  weights = np.asarray(extras['search_policy'])
+  if not is_sampled(config):
+    return weights
+  each = jax.nn.one_hot(extras['sampled_actions'], spec.action.num_actions)
+  return (weights[..., None] * np.asarray(each)).sum(-2)
+
+
 def test_actions_are_legal(built, key):
   timestep = jax.tree.map(lambda x: x[:, 0], built.batch.experience.timestep)
-  mask = timestep.invalid_actions
+  spec, mask = built.spec.action, timestep.invalid_actions
   if mask is not None:
     mask = jnp.array([[0, 0, 0], [1, 0, 1], [0, 1, 1], [1, 1, 0]], bool)
+    mask = jnp.tile(mask, (1, spec.num_actions // A))
     timestep = timestep._replace(invalid_actions=mask)
+  is_real = isinstance(spec, Continuous)
+  shape, slots = (spec.shape if is_real else ()), A
+  names = {'search_policy', 'search_value'}
+  if is_sampled(built.config):
+    slots = built.config.search.num_samples
+    names |= {'sampled_actions'}
   act = jax.jit(built.agent.act)
   params = shaken(built.state).params
   seen = set()
   for i in range(8):
     action, extras = act(params, jax.random.fold_in(key, i), timestep)
-    assert (action.shape, action.dtype) == ((B,), jnp.int32)
-    assert set(extras) == {'search_policy', 'search_value'}
+    assert action.shape == (B, *shape)
+    assert action.dtype == (jnp.float32 if is_real else jnp.int32)
+    assert set(extras) == names
     weights, value = extras['search_policy'], extras['search_value']
-    assert (weights.shape, weights.dtype) == ((B, A), jnp.float32)
+    assert (weights.shape, weights.dtype) == ((B, slots), jnp.float32)
     assert (value.shape, value.dtype) == ((B,), jnp.float32)
     np.testing.assert_allclose(weights.sum(-1), np.ones(B), rtol=1e-5)
     assert np.isfinite(value).all()
-    assert ((action >= 0) & (action < A)).all()
+    low, high = (spec.low, spec.high) if is_real else (0, spec.num_actions - 1)
+    for x in (action, extras.get('sampled_actions', action)):
+      x = np.asarray(x)
+      assert (x >= low).all() and (x <= high).all()
+    if 'sampled_actions' in extras:
+      drawn = np.asarray(extras['sampled_actions'])
+      assert drawn.shape == (B, slots, *shape) and drawn.dtype == action.dtype
+      is_chosen = (drawn == np.asarray(action)[:, None]).reshape(B, slots, -1)
+      assert (is_chosen.all(-1) & (np.asarray(weights) > 0)).any(-1).all()
     if mask is not None:
       assert not mask[np.arange(B), action].any()
-      assert (np.asarray(weights)[np.asarray(mask)] == 0).all()
-    seen.add(int(action[0]))
+      by_action = weights_by_action(built.config, built.spec, extras)
+      assert (by_action[np.asarray(mask)] == 0).all()
+    seen.add(np.asarray(action[0]).tobytes())
   assert len(seen) > 1  # it explores
 
 
@@ -285,7 +370,7 @@ def test_update_lowers_the_loss(built, key):
 
 # Both are slow and the same code in all variants of an agent.
 one_of_each = pytest.mark.parametrize(
-  'built', ['muzero', 'efficientzero'], indirect=True
+  'built', ['muzero', 'efficientzero', 'sampled_muzero'], indirect=True
 )
 
 
@@ -360,9 +445,9 @@ def test_importance_weights_enter_linearly(built, key):
   assert info.metrics['gradient_norm'] == 0
 
 
-def overwritten(batch, spec):
+def overwritten(batch, config, spec):
   """Other contents behind the ends of episodes."""
-  other = make_batch(spec, batch.valid.shape[1], seed=9)
+  other = make_batch(config, spec, seed=9)
 
   def replace(old, new):
     mask = batch.valid.reshape(batch.valid.shape + (1,) * (old.ndim - 2))
@@ -374,7 +459,7 @@ def overwritten(batch, spec):
 
 
 def test_rows_behind_an_end_do_not_matter(built, key):
-  batch = overwritten(built.batch, built.spec)
+  batch = overwritten(built.batch, built.config, built.spec)
   params = shaken(built.state).params
   assert_equal(
     built.evaluate(params, batch, key),
@@ -416,7 +501,7 @@ def test_refresh_changes_targets_alone(built, key):
     return
   state = shaken(built.state)
   fresh = built.refresh(state, built.batch, 0, key)
-  names = ('search_policy', 'search_value')
+  names = set(fresh.experience.extras)
   zero = {name: jnp.zeros(()) for name in names}
   assert_equal(
     replace_extras(fresh, **zero), replace_extras(built.batch, **zero)
@@ -427,7 +512,8 @@ def test_refresh_changes_targets_alone(built, key):
   assert_equal(built.refresh(other, built.batch, 0, key), fresh)
   other = state._replace(target_params=shaken(state, 5).target_params)
   extras = built.refresh(other, built.batch, 0, key).experience.extras
-  assert (extras['search_value'] != fresh.experience.extras[names[1]]).any()
+  name = 'search_value'
+  assert (extras[name] != fresh.experience.extras[name]).any()
 
 
 def test_refresh_searches_its_fraction(built, key):
@@ -444,7 +530,8 @@ def test_refresh_searches_its_fraction(built, key):
   np.testing.assert_allclose(policy.sum(-1), np.ones((B, K + 1)), rtol=1e-5)
   if built.spec.masks_actions:
     mask = built.batch.experience.timestep.invalid_actions[:searched, : K + 1]
-    assert (np.asarray(policy[:searched])[np.asarray(mask)] == 0).all()
+    by_action = weights_by_action(built.config, built.spec, fresh)
+    assert (by_action[:searched, : K + 1][np.asarray(mask)] == 0).all()
 
 
 def test_values_come_from_the_target_network_or_a_search(built, key):
@@ -462,6 +549,30 @@ def test_values_come_from_the_target_network_or_a_search(built, key):
     np.testing.assert_allclose(difference, np.zeros((B, K + N + 1)), atol=1e-5)
 
 
+def test_reanalysis_draws_actions_again(built, key):
+  if not is_sampled(built.config):
+    return
+  state, batch = shaken(built.state), built.batch
+  one, two = (
+    built.refresh(state, batch, 0, jax.random.fold_in(key, i)).experience.extras
+    for i in range(2)
+  )
+  searched = round(built.config.reanalyze_fraction * B)
+  steps = K + 1
+  stored = batch.experience.extras['sampled_actions']
+  for new, old in ((one, stored), (two, stored), (one, two)):
+    new = new['sampled_actions']
+    old = old if old is stored else old['sampled_actions']
+    differs = np.asarray(new != old).reshape(*new.shape[:2], -1).any(-1)
+    assert not differs[searched:].any()
+    if searched:
+      # Where few actions are valid, distinct ones are the same again.
+      least = 0.9 if built.config.search.replacement else 0.5
+      assert differs[:searched, :steps].mean() > least
+  again = built.refresh(state, batch, 0, jax.random.fold_in(key, 0))
+  assert_equal(again.experience.extras, one)
+
+
 # From here on: single agents.
 
 
@@ -470,15 +581,15 @@ def test_horizon_follows_the_age_only_with_the_correction(key):
     module, config, spec = ez(off_policy_correction=correct)
     agent = make_agent(module, config, spec)
     state = agent.init(key)
-    batch = make_batch(spec, config.window)
+    batch = make_batch(config, spec)
     got = jax.jit(agent.evaluate)(state.params, batch, key)
     assert got['horizon'] == want
 
 
-@pytest.mark.parametrize('which', ['muzero', 'efficientzero'])
+@pytest.mark.parametrize('which', ['muzero', 'efficientzero', 'sampled_muzero'])
 def test_a_term_can_be_replaced(which, key):
   module, config, spec = AGENTS[which]
-  batch = make_batch(spec, config.window)
+  batch = make_batch(config, spec)
   constant = lambda logits, target: jnp.full(target.shape[:1], 2.0)
   metrics = []
   for changes in ({}, {'policy': constant}):
@@ -498,12 +609,103 @@ def test_loss_is_the_weighted_sum_of_its_terms(key):
     module, config, spec = AGENTS[which]
     agent = make_agent(module, config, spec)
     state = shaken(jax.jit(agent.init)(key))
-    batch = make_batch(spec, config.window)._replace(sample=None)
+    batch = make_batch(config, spec)._replace(sample=None)
     got = jax.jit(agent.evaluate)(state.params, batch, key)
     want = got['loss_policy'] + 0.25 * got['loss_value'] + got['loss_reward']
     if which == 'efficientzero':
       want += 2.0 * got['loss_consistency']
     np.testing.assert_allclose(got['loss'], want / K, rtol=1e-5)
+
+
+def test_sampled_loss_is_the_weighted_sum_of_its_terms(key):
+  module, config, spec = AGENTS['sampled_efficientzero']
+  config = dataclasses.replace(config, entropy_weight=0.25)
+  agent = make_agent(module, config, spec)
+  state = shaken(jax.jit(agent.init)(key))
+  batch = make_batch(config, spec)._replace(sample=None)
+  got = jax.jit(agent.evaluate)(state.params, batch, key)
+  want = got['loss_policy'] + 0.25 * got['loss_value'] + got['loss_reward']
+  want += 2.0 * got['loss_consistency'] + 0.25 * got['loss_entropy']
+  np.testing.assert_allclose(got['loss'], want / K, rtol=1e-5)
+  # The bonus is a loss of minus the entropy of each decision's policy.
+  decisions = 4 + 2 + 2 + 4
+  np.testing.assert_allclose(
+    got['loss_entropy'], -got['entropy'] * decisions / B, rtol=1e-5
+  )
+
+
+def test_untrained_sampled_policies_by_hand(key):
+  # A head at zero is uniform over 3 * 3 bins; a Gaussian has mean 0, std 1.
+  decisions = 4 + 2 + 2 + 4
+  for which in ('sampled_efficientzero', 'sampled_muzero'):
+    module, config, spec = AGENTS[which]
+    agent = make_agent(module, config, spec)
+    batch = make_batch(config, spec)
+    params = jax.jit(agent.init)(key).params
+    got = jax.jit(agent.evaluate)(params, batch, key)
+    x = jax.tree.map(lambda x: np.float64(x[:, : K + 1]), batch.experience)
+    w, a = x.extras['search_policy'], x.extras['sampled_actions']
+    if which == 'sampled_muzero':
+      u = np.arctanh(2 * (a - LOW) / np.float64(HIGH - LOW) - 1)
+      normal = -0.5 * u**2 - 0.5 * np.log(2 * np.pi)
+      log_probs = (normal - np.log1p(-(np.tanh(u) ** 2))).sum(-1)
+    else:
+      log_probs = np.full(w.shape, -np.log(9))
+      np.testing.assert_allclose(got['entropy'], np.log(9), rtol=1e-5)
+    each = (w * (np.log(w) - log_probs)).sum(-1)
+    # Two windows end at step 2, where nothing was decided.
+    each[[TERMINATED, TRUNCATED], END:] = 0
+    assert np.count_nonzero(each) == decisions
+    np.testing.assert_allclose(got['loss_policy'], each.sum() / B, rtol=1e-4)
+
+
+def test_sampled_policy_loss_by_hand_along_the_unroll(key):
+  module, config, spec = sampled(unroll_steps=1)
+  agent = make_agent(module, config, spec)
+  params = shaken(jax.jit(agent.init)(key)).params
+  batch = make_batch(config, spec)
+
+  @jax.jit
+  def heads(params):
+    timestep = jax.tree.map(lambda x: x[:, 0], batch.experience.timestep)
+    root = agent.model.root(params, timestep, key)
+    action = batch.experience.action[:, 0]
+    step, _ = agent.model.step(params, key, action, root.embedding)
+    return root.prior_logits, step.prior_logits
+
+  x = batch.experience.extras
+  total = 0.0
+  for i, logits in enumerate(heads(params)):
+    mean, raw = np.split(np.float64(logits), 2, -1)
+    mean = 5 * np.tanh(mean / 5)
+    std = 0.1 + np.log1p(np.exp(raw + np.log(np.expm1(0.9))))
+    a = np.float64(x['sampled_actions'][:, i])
+    u = np.arctanh(2 * (a - LOW) / np.float64(HIGH - LOW) - 1)
+    z = (u - mean[:, None]) / std[:, None]
+    normal = -0.5 * z**2 - 0.5 * np.log(2 * np.pi) - np.log(std)[:, None]
+    log_probs = (normal - np.log1p(-(np.tanh(u) ** 2))).sum(-1)
+    w = np.float64(x['search_policy'][:, i])
+    total += (w * (np.log(w) - log_probs)).sum()
+  got = jax.jit(agent.evaluate)(params, batch, key)['loss_policy']
+  np.testing.assert_allclose(got, total / B, rtol=1e-4)
+
+
+@pytest.mark.parametrize('which', ['sampled_muzero', 'sampled_efficientzero'])
+def test_an_entropy_bonus_keeps_entropy(which, key):
+  module, config, spec = AGENTS[which]
+  batch = make_batch(config, spec)
+
+  @jax.jit
+  @jax.vmap
+  def entropy(weight):
+    swept = dataclasses.replace(config, entropy_weight=weight)
+    agent = make_agent(module, swept, spec)
+    step = lambda state, k: (agent.update(state, batch, k)[0], None)
+    state, _ = jax.lax.scan(step, agent.init(key), jax.random.split(key, 15))
+    return agent.evaluate(state.params, batch, key)['entropy']
+
+  none, some, much = entropy(jnp.float32([0, 1, 10]))
+  assert none + 0.02 < some < much
 
 
 def test_untrained_losses_by_hand(key):
@@ -512,7 +714,7 @@ def test_untrained_losses_by_hand(key):
     module, config, spec = AGENTS[which]
     agent = make_agent(module, config, spec)
     params = jax.jit(agent.init)(key).params
-    batch = make_batch(spec, config.window)
+    batch = make_batch(config, spec)
     got = jax.jit(agent.evaluate)(params, batch, key)
     policies, values, rewards = 4 + 2 + 2 + 4, 4 + 4 + 2 + 4, 3 + 3 + 2 + 3
     for name, count, size in (
@@ -527,7 +729,7 @@ def test_untrained_losses_by_hand(key):
 
 def test_a_sweep_vmaps_over_floats_of_the_config(key):
   module, config, spec = AGENTS['efficientzero']
-  batch = make_batch(spec, config.window)
+  batch = make_batch(config, spec)
   state = shaken(jax.jit(make_agent(module, config, spec).init)(key))
 
   @jax.jit
@@ -557,7 +759,7 @@ def test_a_sweep_vmaps_over_floats_of_the_config(key):
 
 
 def test_bad_arguments_are_refused():
-  for make in (mz, ez):
+  for make in (mz, ez, sampled):
     for name, value in (
       ('gamma', 1.5),
       ('unroll_steps', 0),
@@ -587,3 +789,57 @@ def test_environments_that_do_not_fit_are_refused():
     two = {'a': spec.observation, 'b': spec.observation}
     with pytest.raises(ValueError, match='one observation array; Two'):
       module.make_networks(config, spec._replace(observation=two, name='Two'))
+
+  module, config, spec = AGENTS['sampled_muzero']
+  two = {'a': spec.observation, 'b': spec.observation}
+  with pytest.raises(ValueError, match='one observation array; Two'):
+    module.make_networks(config, spec._replace(observation=two, name='Two'))
+
+
+def bounds(low, high):
+  action = Continuous((2,), np.float32([-1, low]), np.float32([1, high]))
+  return BOX._replace(action=action, name='Arm')
+
+
+@pytest.mark.parametrize(
+  ('spec', 'changes', 'message'),
+  [
+    (bounds(-np.inf, 1), {}, 'Arm: action bound low=-inf must be finite'),
+    (bounds(0, np.inf), {}, 'Arm: action bound high=inf must be finite'),
+    (bounds(np.nan, 1), {}, 'Arm: action bound low=nan must be finite'),
+    (bounds(0, np.nan), {'policy': 'factored'}, 'high=nan must be finite'),
+    (bounds(2, 2), {}, 'low=2 must be below high=2'),
+    (BOX, {'policy': 'flat'}, r'policy=flat: .*continuous.*\(2,\); use gauss'),
+    (VECTOR, {}, 'policy=gaussian: .* 3 discrete actions; use flat'),
+    (VECTOR, {'policy': 'factored'}, 'policy=factored: the 3 .* use flat'),
+    (JOINT, {'policy': 'factored'}, 'policy=factored: .* masks actions'),
+    (BOX, {'policy': 'factored', 'bins': 1}, 'bins=1: must be at least 2'),
+    (
+      BOX,
+      {'search': dataclasses.replace(SAMPLES, replacement=False)},
+      'replacement=False: needs a flat categorical',
+    ),
+    (
+      VECTOR,
+      {
+        'policy': 'flat',
+        'search': dataclasses.replace(SAMPLES, replacement=False),
+      },
+      'num_samples=5: without replacement at most the 3 actions',
+    ),
+  ],
+)
+def test_policies_that_do_not_fit_are_refused(spec, changes, message):
+  module, config, _ = sampled(**changes)
+  with pytest.raises(ValueError, match=message) as caught:
+    module.make_networks(config, spec)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [('num_samples', 0), ('sample_temperature', 0), ('dirichlet_fraction', 2)],
+)
+def test_bad_searches_over_samples_are_refused(name, value):
+  with pytest.raises(ValueError, match=f'{name}={value}'):
+    dataclasses.replace(SAMPLES, **{name: value})

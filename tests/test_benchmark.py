@@ -223,6 +223,37 @@ def test_wide_embeddings_change_no_search():
   assert found[0].sum(-1).tolist() == [6] * 4
 
 
+def test_paths_are_counted_by_hand():
+  # 0 - 1 - 2 - 3, and a star.
+  parents = np.array([[-1, 0, 1, 2], [-1, 0, 0, 0]])
+  assert benchmark_search.mean_path(parents) == (1 + 2 + 3 + 1 + 1 + 1) / 6
+
+
+@pytest.mark.parametrize('kind', ['table', 'network'])
+def test_sampled_searches_beside_the_plain_one(kind):
+  sizes = measure.QUICK._replace(repeats=1)
+  name = 'factored, 7 bins x 6 dimensions'
+  chosen = {name: benchmark_search.families()[name]}
+  rows = benchmark_search._sampled(sizes, kind, chosen)
+  names = ['puct, 20 enumerated actions', name, f'{name}, root evaluated']
+  assert [row.name for row in rows] == names
+  assert all(row.median > 0 and 'paths of' in row.note for row in rows)
+  assert rows[0].ratio == 1 and rows[1].ratio > 0
+
+
+def test_sampled_tables_tell_actions_apart():
+  family = benchmark_search.families()['tanh-Gaussian, 6 dimensions']
+  distribution = benchmark_search._distribution(family)
+  params, root, step = benchmark_search.sampled_table(0, 64, distribution)
+  draws = distribution.draw(jax.random.key(0), (64, 2))
+  actions = distribution.sample(draws, root.prior_logits)
+  first, second = (
+    step(params, None, actions[:, i], root.embedding)[0].reward
+    for i in range(2)
+  )
+  assert np.mean(np.asarray(first) == np.asarray(second)) < 0.1
+
+
 def test_launcher(tmp_path):
   out = tmp_path / 'results/benchmark.csv'
   cache = pathlib.Path(__file__).resolve().parent.parent / '.jax_cache'
@@ -277,5 +308,5 @@ def test_launcher_errors_are_one_line():
   )
   assert done.returncode == 2
   assert done.stderr == (
-    'error: what=serch: must be of search, learner, acting\n'
+    'error: what=serch: must be of search, sampled, learner, acting\n'
   )

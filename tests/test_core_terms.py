@@ -186,6 +186,31 @@ def test_cross_entropy_by_hand():
   np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
 
 
+def test_sampled_kl_by_hand():
+  weights = jnp.float32(
+    [[0.5, 0.25, 0.25, 0], [1, 0, 0, 0], [0.75, 0.25, 0, 0]]
+  )
+  pi = np.float32([[0.5, 0.25, 0.25, 0.9], [0.2, 0.1, 0.1, 0.6], [2, 4, 1, 1]])
+  log_probs = jnp.log(pi)
+  got = losses.sampled_kl(log_probs, weights)
+  want = [0, np.log(5), 0.75 * np.log(0.75 / 2) + 0.25 * np.log(0.25 / 4)]
+  # The last row has densities, and so is negative.
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+  gradient = jax.grad(lambda *x: losses.sampled_kl(*x).sum(), argnums=(0, 1))
+  by_policy, by_weights = gradient(log_probs, weights)
+  np.testing.assert_array_equal(by_policy, -weights)
+  np.testing.assert_array_equal(by_weights, np.zeros((3, 4)))
+
+
+def test_sampled_kl_ignores_what_spare_slots_hold():
+  weights = jnp.float32([[0.5, 0.5, 0, 0]])
+  log_probs = jnp.float32([[-1, -2, -np.inf, np.nan]])
+  got = losses.sampled_kl(log_probs, weights)
+  np.testing.assert_allclose(got, [1.5 - np.log(2)], rtol=1e-6)
+  gradient = jax.grad(lambda x: losses.sampled_kl(x, weights)[0])(log_probs)
+  np.testing.assert_array_equal(gradient, [[-0.5, -0.5, 0, 0]])
+
+
 def test_negative_cosine_by_hand():
   p = jnp.float32([[3, 4], [1, 0], [1, 1], [0, 0]])
   z = jnp.float32([[6, 8], [0, 2], [-5, -5], [1, 0]])
@@ -333,3 +358,33 @@ def test_random_intensity_scales_whole_images(key):
   # A clipped normal: 4.6% lie at the bounds, the deviation is 0.95 * 0.05.
   assert 0.03 < np.mean(np.abs(each - 1) > 0.0999) < 0.06
   assert 0.045 < each.std() < 0.05
+
+
+def test_observations_change_large_images_alone(key):
+  rng = np.random.default_rng(0)
+  small = jnp.asarray(rng.integers(0, 256, (2, 3, 10, 5, 1)), jnp.uint8)
+  vectors = jnp.asarray(rng.normal(size=(2, 3, 40)), jnp.float32)
+  for same in (small, vectors):
+    got = augment.observations(key, same)
+    assert got.dtype == same.dtype
+    np.testing.assert_array_equal(got, same)
+
+  # Every image of every window has its own shift and its own factor.
+  images = np.full((2, 3, 32, 32, 1), 51, np.uint8)
+  images[:, :, 16, 16] = 204
+  got = np.asarray(jax.jit(augment.observations)(key, jnp.asarray(images)))
+  assert got.shape == images.shape and got.dtype == np.float32
+  places, factors = set(), set()
+  for image in got.reshape(6, 32, 32):
+    y, x = np.unravel_index(image.argmax(), image.shape)
+    factor = image[y, x] / 0.8
+    assert abs(y - 16) <= 4 and abs(x - 16) <= 4 and 0.9 <= factor <= 1.1
+    want = np.full((32, 32), 0.2 * factor)
+    want[y, x] = 0.8 * factor
+    np.testing.assert_allclose(image, want, rtol=1e-5)
+    places.add((y, x))
+    factors.add(round(float(factor), 5))
+  assert len(places) > 3 and len(factors) > 3
+  # Floats are taken as they are.
+  floats = np.asarray(augment.observations(key, jnp.float32(images)))
+  np.testing.assert_allclose(floats, got * 255, rtol=1e-5)

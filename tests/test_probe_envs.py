@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents import efficientzero, muzero
+from agents import efficientzero, muzero, sampled_muzero
 from agents.core import planning, replay
-from agents.core.types import ArraySpec, Discrete, Spec
+from agents.core.types import ArraySpec, Continuous, Discrete, Spec
 from experiments.runtime import loop, sources
 from experiments.runtime.sources import Pace
 from networks.muzero import NetworkConfig
@@ -177,3 +177,95 @@ def test_a_better_action_is_found(module):
   assert prior[1] > 0.75
   # It explores, and so earns a little less than 1.
   assert 0.6 < value < 1.05
+
+
+TARGETS = (-1.0, 0.5)  # the best action where the sign is -1, and where it is 1
+BOX = Spec(
+  ArraySpec((2,), np.float32),
+  Continuous((1,), np.float32([-1.5]), np.float32([1.5])),
+  name='Target',
+)
+
+
+def make_target():
+  """One decision of one number, the reward is minus its squared distance.
+
+  The target depends on the sign that is observed, `[1, sign]`.
+  """
+
+  def timestep(sign, reward, is_first):
+    return TimeStep(
+      observation=jnp.stack([1.0, sign]),
+      reward=jnp.float32(reward),
+      discount=jnp.float32(is_first),
+      is_first=jnp.asarray(is_first),
+      truncated=jnp.asarray(False),
+    )
+
+  def reset(key):
+    sign = jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+    return sign, timestep(sign, 0.0, True)
+
+  def step(sign, action, key):
+    del key
+    target = jnp.where(sign > 0, TARGETS[1], TARGETS[0])
+    return sign, timestep(sign, -((action[0] - target) ** 2), False)
+
+  return Environment(reset, step, BOX)
+
+
+@pytest.mark.parametrize('policy', ['gaussian', 'factored'])
+def test_a_real_action_is_found(policy):
+  updates, module = 500, sampled_muzero
+  config = module.Config(
+    network=NetworkConfig(
+      latent_size=16,
+      blocks=0,
+      norm='layer',
+      value_bins=11,
+      reward_bins=11,
+      head_hidden=(16,),
+    ),
+    search=planning.SearchConfig(rule='puct', num_simulations=8, num_samples=8),
+    policy=policy,
+    gamma=GAMMA,
+    unroll_steps=1,
+    td_steps=1,
+    value_weight=1.0,
+    learning_rate=0.01,
+    warmup_updates=0,
+    weight_decay=0.0,
+    target_period=20,
+    total_updates=updates,
+  )
+  networks = module.make_networks(config, BOX)
+  agent = module.make(config, networks, module.make_losses(), BOX)
+  inner = sources.from_env(make_target(), agent, 4)
+  kept = replay.device_replay(1024, 32, config.window)
+  windows = sources.replayed(
+    inner, kept, Pace(4, 64, Fraction(4)), total_updates=updates
+  )
+  source = sources.reanalyzed(windows, agent)
+  planner = planning.make_planner(config.search, evaluate=True)
+  key = jax.random.key(0)
+
+  def returns(params):
+    # 64 episodes of each sign, with search and without noise.
+    num = 64
+    sign = jnp.repeat(jnp.float32([-1, 1]), num)
+    one = jnp.ones(2 * num)
+    timestep = TimeStep(
+      jnp.stack([one, sign], -1), 0 * one, one, one > 0, one < 0
+    )
+    action = planner(agent.model, params, key, timestep).action[:, 0]
+    target = jnp.repeat(jnp.float32(TARGETS), num)
+    return -jnp.square(action - target).reshape(2, num).mean(1)
+
+  carry = loop.init(agent, source, key)
+  returns = jax.jit(returns)
+  # The middle, where a Gaussian starts, is off by the target.
+  assert (returns(carry.agent.params) < -0.2).all()
+  train = jax.jit(loop.compile_interval(agent, source))
+  carry = train(carry, key, updates)[0]
+  after = returns(carry.agent.params)
+  assert (after > -0.05).all(), after

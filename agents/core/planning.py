@@ -21,7 +21,9 @@ class SearchConfig:
   Attributes:
     rule: which rule selects, expands and decides.
     num_simulations: simulations a decision; 0 acts with the network alone.
-    dirichlet_fraction: share of noise in the root's prior when exploring.
+    dirichlet_fraction: share of noise in the root's prior when exploring;
+      where actions are sampled it is part of what they are sampled from, under
+      every rule, else rule `gumbel` has none.
     dirichlet_alpha: concentration of that noise.
     pb_c_init: c_1 of PUCT.
     pb_c_base: c_2 of PUCT.
@@ -92,7 +94,8 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
   Returns:
     `(params, key, root, recurrent_fn, *, invalid_actions=None, evaluate=False,
     temperature=1.0) -> PolicyOutput`. With `evaluate` there is no noise and
-    the most visited action is taken.
+    the most visited action is taken; where actions are sampled the policy's
+    mode is one of them.
   """
   sampling: dict[str, Any] = {}
   if distribution is not None:
@@ -128,10 +131,15 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
   search = rule
   if distribution is not None:
     sampling['evaluate_root'] = config.evaluate_root
-    search = functools.partial(sampled.search, rule=rule, **noise, **sampling)
+    search = functools.partial(_sampled, rule=rule, **noise, **sampling)
   if config.rule == 'gumbel':
     search = functools.partial(_without_temperature, search)
   return functools.partial(search, **own)
+
+
+def _sampled(*args, evaluate=False, **kwargs):
+  # Who plays to win has the policy's mode among the actions.
+  return sampled.search(*args, evaluate=evaluate, with_mode=evaluate, **kwargs)
 
 
 def _without_temperature(search, *args, temperature=1.0, **kwargs):

@@ -177,6 +177,10 @@ def make_envpool(
       raise ValueError(
         f'{task}: action_repeat={action_repeat!r} must be an integer >= 1'
       )
+    if is_atari and action_repeat > 1:
+      raise ValueError(
+        f'{task}: action_repeat={action_repeat} must be 1, Atari has frame_skip'
+      )
     if is_atari:
       options['stack_num'] = 1
     spec = envpool.make_spec(task, **options)
