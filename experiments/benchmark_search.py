@@ -6,7 +6,7 @@ sampled actions beside our plain search over 20 enumerated ones.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -236,7 +236,7 @@ class Family(NamedTuple):
     action: an `agents.core.types` spec.
   """
 
-  policy: str
+  policy: Literal['gaussian', 'factored', 'flat']
   action: Any
 
 
@@ -341,7 +341,8 @@ def sampled_network(
     distribution = sampled_muzero.make_distribution(config, spec)
   model = unroll.learned_model(networks, gamma=0.997, distribution=distribution)
   key = jax.random.key(seed)
-  params = unroll.Params(*jax.jit(networks.init)(key), jnp.zeros((), jnp.int32))
+  weights, statistics = jax.jit(networks.init)(key)
+  params = unroll.Params(weights, statistics, jnp.zeros((), jnp.int32))
   seen = np.random.default_rng(seed).normal(size=(batch, 24))
   zeros, no = jnp.zeros(batch), jnp.zeros(batch, bool)
   timestep = TimeStep(jnp.asarray(seen, jnp.float32), zeros, zeros + 1, no, no)

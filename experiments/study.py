@@ -135,7 +135,7 @@ def _heads(preset: str, seeds: int) -> Study:
   shared = (
     f'--preset={preset}',
     '--set=final_episodes=100',
-    '--set=final_simulations=20',
+    '--set=final_simulations=32',
   )
   runs = [
     Run(
@@ -151,12 +151,37 @@ def _heads(preset: str, seeds: int) -> Study:
   return Study(tuple(runs), False, columns)
 
 
+def _samples(seeds: int) -> Study:
+  """How many of 81 joint actions need be sampled, all of them at the end."""
+  shared = (
+    '--preset=sampled_muzero_point_mass',
+    '--set=env.action_bins=3',
+    '--set=final_episodes=200',
+    '--set=final_simulations=32',
+  )
+  variants: dict[str, tuple[str, ...]] = {
+    f'k{samples}': (f'--set=num_samples={samples}',)
+    for samples in (2, 5, 10, 20, 50)
+  }
+  variants['all'] = ('--set=num_samples=81', '--set=replacement=false')
+  runs = [
+    Run(name, seed, (*shared, *arguments))
+    for seed in range(seeds)
+    for name, arguments in variants.items()
+  ]
+  columns = ('decisions', 'eval_return', 'network_return', 'entropy')
+  return Study(tuple(runs), False, columns)
+
+
 STUDIES = {
   'catch': (_catch, 10),
   'catch_search': (_catch_search, 10),
   'catch_ablation': (_ablation, 5),
   'atari': (_atari, 1),
   'pendulum': (functools.partial(_heads, 'sampled_muzero_pendulum'), 5),
+  'swingup': (functools.partial(_heads, 'sampled_muzero_swingup'), 5),
+  'ball_in_cup': (functools.partial(_heads, 'sampled_muzero_ball_in_cup'), 5),
+  'samples': (_samples, 5),
 }
 
 

@@ -108,6 +108,33 @@ def test_a_run_leaves_what_it_promises(finished):
   assert 340 <= float(metrics[-1]['decisions']) <= 400
 
 
+def test_a_run_over_sampled_actions(tmp_path):
+  workdir = tmp_path / 'pendulum'
+  done = launch(
+    'train',
+    *TINY,
+    '--preset=sampled_muzero_pendulum',
+    '--steps=160',
+    '--set=num_samples=3',
+    '--set=policy=factored',
+    '--set=final_episodes=2',
+    f'--workdir={workdir}',
+  )
+  assert 'sampled_muzero on jax:pendulum' in done.stdout
+  table = rows(workdir / 'evaluation.csv')
+  assert [r['simulations'] for r in table if r['checkpoint'] == 'final'] == [
+    '0',
+    '2',
+  ]
+  # An episode is 50 decisions of 4 steps, each worth -16.3 to 0.
+  assert all(-3300 < float(r['return_mean']) < 0 for r in table)
+  metrics = rows(workdir / 'metrics.csv')
+  assert int(metrics[-1]['step']) == 24  # (160 - 64) / 4
+  # Three draws from 7 bins.
+  assert 0 < float(metrics[-1]['target_entropy']) <= np.log(3) + 1e-6
+  assert 0 < float(metrics[-1]['entropy']) <= np.log(7) + 1e-6
+
+
 def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
   whole, _ = finished
   workdir = tmp_path / 'cut'
@@ -255,7 +282,7 @@ def _refresh_fits(experiment, spec, agent):
   import jax
   import jax.numpy as jnp
 
-  from agents.core.types import Experience, Sample, Trajectory
+  from agents.core.types import Continuous, Experience, Sample, Trajectory
   from search.model import TimeStep
 
   size, steps = experiment.run.batch_size, experiment.config.window
@@ -271,10 +298,14 @@ def _refresh_fits(experiment, spec, agent):
     is_first=per_step(dtype=jnp.bool_),
     truncated=per_step(dtype=jnp.bool_),
   )
-  extras = {
-    'search_policy': per_step((spec.action.num_actions,)),
-    'search_value': per_step(),
-  }
+  extras, action = {'search_value': per_step()}, per_step(dtype=jnp.int32)
+  if isinstance(spec.action, Continuous):
+    action = per_step(spec.action.shape)
+    slots = (experiment.config.search.num_samples,)
+    extras['sampled_actions'] = per_step((*slots, *spec.action.shape))
+  else:
+    slots = (spec.action.num_actions,)
+  extras['search_policy'] = per_step(slots)
   drawn = Sample(
     per_row(jnp.int32),
     per_row(jnp.int32),
@@ -282,7 +313,7 @@ def _refresh_fits(experiment, spec, agent):
     per_row(jnp.float32),
   )
   batch = Trajectory(
-    Experience(timestep, per_step(dtype=jnp.int32), extras),
+    Experience(timestep, action, extras),
     per_step(dtype=jnp.bool_),
     drawn,
   )

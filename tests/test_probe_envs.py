@@ -214,9 +214,11 @@ def make_target():
   return Environment(reset, step, BOX)
 
 
-@pytest.mark.parametrize('policy', ['gaussian', 'factored'])
+@pytest.mark.parametrize(
+  'policy', ['gaussian', pytest.param('factored', marks=pytest.mark.slow)]
+)
 def test_a_real_action_is_found(policy):
-  updates, module = 500, sampled_muzero
+  updates, module = 1000, sampled_muzero
   config = module.Config(
     network=NetworkConfig(
       latent_size=16,
@@ -261,11 +263,13 @@ def test_a_real_action_is_found(policy):
     target = jnp.repeat(jnp.float32(TARGETS), num)
     return -jnp.square(action - target).reshape(2, num).mean(1)
 
-  carry = loop.init(agent, source, key)
-  returns = jax.jit(returns)
-  # The middle, where a Gaussian starts, is off by the target.
-  assert (returns(carry.agent.params) < -0.2).all()
-  train = jax.jit(loop.compile_interval(agent, source))
-  carry = train(carry, key, updates)[0]
-  after = returns(carry.agent.params)
-  assert (after > -0.05).all(), after
+  @jax.jit
+  def before_and_after(key):
+    carry = loop.init(agent, source, key)
+    carry = carry._replace(step=jnp.zeros((), jnp.int32))
+    trained = loop.compile_interval(agent, source)(carry, key, updates)[0]
+    return returns(carry.agent.params), returns(trained.agent.params)
+
+  before, after = before_and_after(key)
+  # The mode at first is the middle or an end, off by 0.5 or more.
+  assert (before < -0.2).all() and (after > -0.05).all(), (before, after)
