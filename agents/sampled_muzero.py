@@ -95,6 +95,9 @@ class Config:
       has `num_samples` states when its actions are evaluated.
     augmentation: random shift and intensity of image observations with sides
       of 32 pixels or more.
+    reward_scale: rewards are multiplied by it before anything is learned from
+      them. Bins stand at the integers: where rewards are a small part of one,
+      what actions differ by is lost in the noise of the heads.
     reward_weight: of the reward or prefix loss.
     value_weight: of the value loss.
     policy_weight: of the policy loss.
@@ -135,6 +138,7 @@ class Config:
   reanalyze_fraction: float = 1.0
   reanalyze_chunk: int = 0
   augmentation: bool = True
+  reward_scale: float = 1.0
   reward_weight: float = 1.0
   value_weight: float = 0.25
   policy_weight: float = 1.0
@@ -433,7 +437,7 @@ def make(
       return target
 
     return jax.vmap(one)(
-      timestep.reward,
+      config.reward_scale * timestep.reward,
       timestep.discount,
       timestep.truncated,
       batch.valid,

@@ -152,18 +152,20 @@ def _heads(preset: str, seeds: int) -> Study:
 
 
 def _samples(seeds: int) -> Study:
-  """How many of 81 joint actions need be sampled, all of them at the end."""
+  """How many of 51 torques need be sampled; all of them at the end."""
   shared = (
-    '--preset=sampled_muzero_point_mass',
-    '--set=env.action_bins=3',
-    '--set=final_episodes=200',
+    '--preset=sampled_muzero_pendulum',
+    '--steps=10000',
+    '--set=env.action_bins=51',
+    '--set=policy=flat',
+    '--set=final_episodes=100',
     '--set=final_simulations=32',
   )
   variants: dict[str, tuple[str, ...]] = {
     f'k{samples}': (f'--set=num_samples={samples}',)
     for samples in (2, 5, 10, 20, 50)
   }
-  variants['all'] = ('--set=num_samples=81', '--set=replacement=false')
+  variants['all'] = ('--set=num_samples=51', '--set=replacement=false')
   runs = [
     Run(name, seed, (*shared, *arguments))
     for seed in range(seeds)
@@ -181,7 +183,7 @@ STUDIES = {
   'pendulum': (functools.partial(_heads, 'sampled_muzero_pendulum'), 5),
   'swingup': (functools.partial(_heads, 'sampled_muzero_swingup'), 5),
   'ball_in_cup': (functools.partial(_heads, 'sampled_muzero_ball_in_cup'), 5),
-  'samples': (_samples, 5),
+  'samples': (_samples, 3),
 }
 
 

@@ -322,6 +322,12 @@ def test_inner_nodes_draw_from_the_tempered_policy():
   error = shares.std(0, ddof=1) / math.sqrt(num_keys)
   assert (abs(shares.mean(0) - beta) < 4 * error).all()
   assert (error < 0.02).all()
+  # Nodes of a search and rows of a batch have sets of their own.
+  for one, other in (
+    (drawn[:, 0], drawn[:, 1]),
+    (drawn[:, :, 0], drawn[:, :, 1]),
+  ):
+    assert (one != other).any((-1, -2)).mean() > 0.9
   # Slots of a node are independent: pairs agree as often as they should.
   pairs = np.einsum('nbsia,nbsja->nij', drawn, drawn) / drawn[0, ..., 0, 0].size
   off = ~np.eye(num_samples, dtype=bool)
