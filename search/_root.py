@@ -135,3 +135,23 @@ def check_range(
     raise ValueError(f'{name} must be at most {high}, but is {value}.')
   if above is not None and not value > above:
     raise ValueError(f'{name} must be above {above}, but is {value}.')
+
+
+def checked_qvalues(root_qvalues: Any, root: Any) -> Any:
+  """Evaluated Qs `[B, A]` or None, as they came.
+
+  Args:
+    root_qvalues: what stands at invalid actions must not count.
+    root: whose `prior_logits` are `[B, A]`.
+
+  Raises:
+    ValueError: if the shapes differ.
+  """
+  if root_qvalues is None:
+    return None
+  if root_qvalues.shape != root.prior_logits.shape:
+    raise ValueError(
+      f'root_qvalues must be [B, A] = {root.prior_logits.shape}, but its '
+      f'shape is {root_qvalues.shape}.'
+    )
+  return root_qvalues
