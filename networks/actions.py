@@ -21,15 +21,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from networks._numerics import (
+  MASKED,
+  MAX_INT,
+  dirichlet,
+  hash_bits,
+  inverse_softplus,
+  invert_cdf,
+  is_masked,
+  log1mexp,
+  log_slope,
+  one_hots,
+  pick,
+  ravel,
+  safe_log,
+  split_logits,
+  unravel,
+)
+
 # How close to its bounds a squashed action may come.
 _EDGE = 1 - 1e-6
 # Softly bounds the mean before the squashing: tanh(5) is 1 - 9e-5.
 _MEAN_LIMIT = 5.0
 _LOG_TINY = float(np.log(np.finfo(np.float32).tiny))
-_MASKED = np.finfo(np.float32).min
-_MAX_INT = np.iinfo(np.int32).max
-# Up to so many bins all are compared with.
-_COMPARE_ALL = 64
 
 
 class ActionDistribution(NamedTuple):
@@ -133,7 +147,7 @@ def tanh_gaussian(
     )
   if noise_bins < 1:
     raise ValueError(f'noise_bins={noise_bins}: must be at least 1')
-  shift = lambda: _inverse_softplus(jnp.float32(init_std - min_std))
+  shift = lambda: inverse_softplus(jnp.float32(init_std - min_std))
 
   def moments(parameters):
     mean, raw = jnp.split(parameters, 2, -1)
@@ -155,7 +169,7 @@ def tanh_gaussian(
     x = jnp.arctanh(box.clip(box.to_box(actions)))
     z = (x - mean[:, None]) / std[:, None]
     normal = -0.5 * (z**2 + math.log(2 * math.pi)) - jnp.log(std)[:, None]
-    return (normal - _log_slope(x)).sum(-1)
+    return (normal - log_slope(x)).sum(-1)
 
   def mode(parameters):
     return box.to_units(jnp.tanh(moments(parameters)[0]))
@@ -163,32 +177,32 @@ def tanh_gaussian(
   def entropy(draws, parameters):
     _, std = moments(parameters)
     normal = 0.5 * (1 + math.log(2 * math.pi)) + jnp.log(std)
-    return (normal + _log_slope(inner(draws, parameters)).mean(1)).sum(-1)
+    return (normal + log_slope(inner(draws, parameters)).mean(1)).sum(-1)
 
   def temper(parameters, temperature):
     mean, _ = jnp.split(parameters, 2, -1)
     std = moments(parameters)[1] * jnp.sqrt(temperature)
-    raw = _inverse_softplus(jnp.maximum(std - min_std, 1e-6)) - shift()
+    raw = inverse_softplus(jnp.maximum(std - min_std, 1e-6)) - shift()
     return jnp.concatenate([mean, raw], -1)
 
   def identity(actions):
-    return _hash(box.flatten(actions))
+    return hash_bits(box.flatten(actions))
 
   def noise(key, parameters, alpha):
     logits = jnp.zeros((parameters.shape[0], box.size, noise_bins))
-    return _dirichlet(key, logits, alpha)
+    return dirichlet(key, logits, alpha)
 
   def noise_sample(key, noise, num_samples):
     shape = (2, noise.shape[0], num_samples, box.size)
     which, where = jax.random.uniform(key, shape)
-    index = _invert_cdf(noise, which)
+    index = invert_cdf(noise, which)
     return box.to_units(2 * (index + where) / noise_bins - 1)
 
   def noise_log_prob(noise, actions):
     position = (box.clip(box.to_box(actions)) + 1) * (noise_bins / 2)
     index = jnp.minimum(position.astype(jnp.int32), noise_bins - 1)
-    log_density = _safe_log(noise) + math.log(noise_bins / 2)
-    return _pick(log_density, index).sum(-1)
+    log_density = safe_log(noise) + math.log(noise_bins / 2)
+    return pick(log_density, index).sum(-1)
 
   return ActionDistribution(
     num_parameters=2 * box.size,
@@ -263,15 +277,15 @@ def factored_index(factors: tuple[int, ...]) -> ActionDistribution:
     ValueError: a factor is empty, or joint indices would not fit int32.
   """
   _check_factors(factors)
-  if math.prod(factors) > _MAX_INT:
+  if math.prod(factors) > MAX_INT:
     raise ValueError(
       f'factors={factors}: {math.prod(factors)} joint actions do not fit'
       ' int32; use factored_bins, whose actions are vectors'
     )
-  digits_of = functools.partial(_unravel, factors)
-  family = _categoricals(factors, digits_of, functools.partial(_ravel, factors))
+  digits_of = functools.partial(unravel, factors)
+  family = _categoricals(factors, digits_of, functools.partial(ravel, factors))
   return family._replace(
-    encode=functools.partial(_one_hots, factors), identity=lambda x: x
+    encode=functools.partial(one_hots, factors), identity=lambda x: x
   )
 
 
@@ -299,7 +313,7 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
   Raises:
     ValueError: there are no actions, or the factors do not make them.
   """
-  if not 1 <= num_actions <= _MAX_INT:
+  if not 1 <= num_actions <= MAX_INT:
     raise ValueError(f'num_actions={num_actions}: must be at least 1, int32')
   factors = tuple(factors) or (num_actions,)
   _check_factors(factors)
@@ -312,12 +326,12 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
   )
 
   def mask(parameters, invalid):
-    return jnp.where(invalid, _MASKED, parameters)
+    return jnp.where(invalid, MASKED, parameters)
 
   def mixture(parameters, noise, fraction):
     probs = jax.nn.softmax(parameters)
-    mixed = _safe_log((1 - fraction) * probs + fraction * noise[:, 0])
-    return jnp.where(_is_masked(parameters), _MASKED, mixed)
+    mixed = safe_log((1 - fraction) * probs + fraction * noise[:, 0])
+    return jnp.where(is_masked(parameters), MASKED, mixed)
 
   def distinct(key, parameters, num_samples):
     if not 1 <= num_samples <= num_actions:
@@ -331,8 +345,8 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
         jnp.arange(num_actions, dtype=jnp.int32), shape
       )
       return actions, jnp.zeros(shape)
-    masked = _is_masked(parameters)
-    log_probs = jnp.where(masked, _MASKED, jax.nn.log_softmax(parameters))
+    masked = is_masked(parameters)
+    log_probs = jnp.where(masked, MASKED, jax.nn.log_softmax(parameters))
     perturbed = log_probs + jax.random.gumbel(key, log_probs.shape)
     # Without the barrier XLA merges the slices below into this one, no longer
     # sees a top-k and sorts everything: 30 times slower on a CPU.
@@ -343,11 +357,11 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
     pick = lambda x: jnp.take_along_axis(x, actions, -1)
     # Bounded where q is 1 in float32 already, lest its gradient be NaN.
     rate = jnp.exp(jnp.minimum(pick(log_probs) - largest[:, -1:], 5.0))
-    return actions, jnp.where(pick(masked), 0.0, _log1mexp(rate))
+    return actions, jnp.where(pick(masked), 0.0, log1mexp(rate))
 
   return family._replace(
     encoded_size=sum(factors),
-    encode=functools.partial(_one_hots, factors),
+    encode=functools.partial(one_hots, factors),
     mask=mask,
     mixture=mixture,
     distinct=distinct,
@@ -360,7 +374,7 @@ def _categoricals(sizes, to_digits, from_digits) -> ActionDistribution:
   `encode` is None and for the caller to put in.
   """
   num_actions = math.prod(sizes)
-  split = functools.partial(_split, sizes)
+  split = functools.partial(split_logits, sizes)
 
   def log_probs(parameters):
     log_p = jax.nn.log_softmax(split(parameters))
@@ -371,10 +385,10 @@ def _categoricals(sizes, to_digits, from_digits) -> ActionDistribution:
 
   def sample(draws, parameters):
     probs = jax.lax.stop_gradient(jax.nn.softmax(split(parameters)))
-    return from_digits(_invert_cdf(probs, draws))
+    return from_digits(invert_cdf(probs, draws))
 
   def log_prob(parameters, actions):
-    return _pick(log_probs(parameters), to_digits(actions)).sum(-1)
+    return pick(log_probs(parameters), to_digits(actions)).sum(-1)
 
   def mode(parameters):
     return from_digits(split(parameters).argmax(-1).astype(jnp.int32))
@@ -385,22 +399,22 @@ def _categoricals(sizes, to_digits, from_digits) -> ActionDistribution:
     return -(probs * log_probs(parameters)).sum((1, 2))
 
   def temper(parameters, temperature):
-    masked = _is_masked(parameters)
+    masked = is_masked(parameters)
     return jnp.where(masked, parameters, parameters / temperature)
 
   def identity(actions):
     digits = to_digits(actions)
-    return _ravel(sizes, digits) if num_actions <= _MAX_INT else _hash(digits)
+    return ravel(sizes, digits) if num_actions <= MAX_INT else hash_bits(digits)
 
   def noise(key, parameters, alpha):
-    return _dirichlet(key, split(parameters), alpha)
+    return dirichlet(key, split(parameters), alpha)
 
   def noise_sample(key, noise, num_samples):
     draws = draw(key, (noise.shape[0], num_samples))
-    return from_digits(_invert_cdf(noise, draws))
+    return from_digits(invert_cdf(noise, draws))
 
   def noise_log_prob(noise, actions):
-    return _pick(_safe_log(noise), to_digits(actions)).sum(-1)
+    return pick(safe_log(noise), to_digits(actions)).sum(-1)
 
   return ActionDistribution(
     num_parameters=sum(sizes),
@@ -481,138 +495,3 @@ def _box(low, high) -> _Box:
 def _check_factors(factors):
   if not factors or min(factors) < 1:
     raise ValueError(f'factors={factors}: needs sizes of at least 1')
-
-
-def _is_masked(logits):
-  return logits <= _MASKED / 2
-
-
-def _safe_log(probs):
-  return jnp.log(jnp.maximum(probs, np.finfo(np.float32).tiny))
-
-
-def _inverse_softplus(x):
-  return x + jnp.log(-jnp.expm1(-x))
-
-
-def _log1mexp(x):
-  """`log(1 - exp(-x))` for positive x, exact at both ends."""
-  small = x < math.log(2)
-  near = jnp.log(-jnp.expm1(-jnp.where(small, x, 1.0)))
-  far = jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, x)))
-  return jnp.where(small, near, far)
-
-
-def _log_slope(x):
-  """`log(1 - tanh(x)^2)`, each component alone, without cancellation."""
-  return 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
-
-
-def _split(sizes, parameters):
-  """`[..., P]` to `[..., F, n]`, shorter factors padded by masked logits."""
-  leading, longest = parameters.shape[:-1], max(sizes)
-  if len(set(sizes)) == 1:
-    return parameters.reshape(*leading, len(sizes), longest)
-  column, size = np.arange(longest)[None], np.asarray(sizes)[:, None]
-  start = np.cumsum((0, *sizes[:-1]))[:, None]
-  logits = parameters[..., start + np.minimum(column, size - 1)]
-  return jnp.where(
-    jnp.broadcast_to(column < size, logits.shape), logits, _MASKED
-  )
-
-
-def _pick(table, digits):
-  """Entries `[B, K, F]` of `table [B, F, n]` at `digits [B, K, F]`."""
-  index = digits.swapaxes(1, 2)
-  return jnp.take_along_axis(table, index, -1).swapaxes(1, 2)
-
-
-def _invert_cdf(probs, uniforms):
-  """Which of `probs [B, F, n]` each of `uniforms [B, K, F]` hits, int32."""
-  bins, uniforms = probs.shape[-1], uniforms.swapaxes(1, 2)
-  if bins <= _COMPARE_ALL:
-    total = _running_sum(probs)
-    target = uniforms * total[..., -1:]
-    return _first_above(probs, total, target).swapaxes(1, 2)
-  # Many bins: first which block of about sqrt(n) of them, then which in it.
-  width = math.isqrt(bins - 1) + 1
-  pad = -bins % width
-  blocks = jnp.pad(probs, ((0, 0), (0, 0), (0, pad)))
-  blocks = blocks.reshape(*probs.shape[:2], -1, width)
-  mass = blocks.sum(-1)
-  total = _running_sum(mass)
-  target = uniforms * total[..., -1:]
-  block = _first_above(mass, total, target)
-  rest = target - jnp.take_along_axis(total - mass, block, -1)
-  row = jnp.take_along_axis(blocks, block[..., None], 2)
-  place = _first_above(row, _running_sum(row), rest[..., None])[..., 0]
-  return (block * width + place).swapaxes(1, 2)
-
-
-def _running_sum(x):
-  """Cumulative sum over a short last axis, as a product: XLA's is slow."""
-  ones = np.tri(x.shape[-1], dtype=np.float32).T
-  return jnp.dot(x, ones, precision='highest')
-
-
-def _first_above(probs, total, target):
-  """First of `n` with probability whose total exceeds each target, int32.
-
-  A sum may rise or fall by a rounding error where a probability is zero;
-  neither makes that one possible.
-
-  Args:
-    probs, total: `[..., n]`.
-    target: `[..., K]`.
-  """
-  index = np.arange(probs.shape[-1], dtype=np.int32)[:, None]
-  index = jnp.broadcast_to(index, (*probs.shape, 1))
-  is_possible = probs[..., None] > 0
-  is_above = is_possible & (total[..., None] > target[..., None, :])
-  first = jnp.min(jnp.where(is_above, index, _MAX_INT), -2)
-  return jnp.minimum(first, jnp.max(jnp.where(is_possible, index, 0), -2))
-
-
-def _dirichlet(key, logits, alpha):
-  """Dirichlet(alpha) weights `[B, F, n]`; masked logits get none."""
-  log_gamma = jax.random.loggamma(key, alpha, logits.shape)
-  return jax.nn.softmax(jnp.where(_is_masked(logits), _MASKED, log_gamma))
-
-
-def _ravel(sizes, digits):
-  """Digits `[..., F]` to joint indices `[...]` in C order."""
-  strides = np.cumprod((1, *sizes[:0:-1]), dtype=np.int64)[::-1]
-  strides = jnp.broadcast_to(strides.astype(np.int32), digits.shape)
-  return (digits * strides).sum(-1, dtype=jnp.int32)
-
-
-def _unravel(sizes, actions):
-  """Joint indices `[...]` in C order to digits `[..., F]`."""
-  digits = jnp.unravel_index(actions.astype(jnp.int32), sizes)
-  return jnp.stack(digits, -1)
-
-
-def _one_hots(sizes, actions):
-  """Joint indices `[...]` to one one-hot vector a factor, side by side."""
-  digits = _unravel(sizes, actions)
-  hot = [jax.nn.one_hot(digits[..., i], n) for i, n in enumerate(sizes)]
-  return jnp.concatenate(hot, -1)
-
-
-def _hash(x):
-  """A 32-bit hash int32 `[...]` of numbers `[..., D]`, 0 equal to -0."""
-  if x.dtype != jnp.int32:
-    x = jnp.where(x == 0, 0, x).astype(jnp.float32)
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  # Each number is mixed with its own place, so that places do not commute.
-  place = _mix(jnp.arange(1, x.shape[-1] + 1, dtype=jnp.uint32))
-  mixed = _mix(bits ^ jnp.broadcast_to(place, bits.shape))
-  mixed = _mix(mixed.sum(-1, dtype=jnp.uint32))
-  return jax.lax.bitcast_convert_type(mixed, jnp.int32)
-
-
-def _mix(x):
-  """The finaliser of MurmurHash3: a bijection of uint32 that spreads bits."""
-  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
