@@ -71,17 +71,34 @@ def learning_curves(
     groups[run.label].append(read_column(run.workdir, x, y))
   curves = {}
   for label, columns in groups.items():
-    start = max(xs[0] for xs, _ in columns)
-    end = min(xs[-1] for xs, _ in columns)
-    if end < start:
+    smoothed = [(xs, _smoothed(ys, smooth)) for xs, ys in columns]
+    curve = mean_curve(smoothed, points=points)
+    if curve is None:
       raise UserError(f'{label}: its runs have no {x} in common')
-    grid = np.linspace(start, end, points if end > start else 1)
-    values = np.stack(
-      [np.interp(grid, xs, _smoothed(ys, smooth)) for xs, ys in columns]
-    )
-    low, high = bootstrap_interval([values], lambda s: np.mean(s[0], axis=0))
-    curves[label] = Curve(grid, np.mean(values, 0), low, high, len(values))
+    curves[label] = curve
   return curves
+
+
+def mean_curve(
+  columns: Sequence[tuple[np.ndarray, np.ndarray]], *, points: int = 200
+) -> Curve | None:
+  """The mean of several runs over the part that they have in common.
+
+  Args:
+    columns: `(xs, ys)` of each run, xs rising.
+    points: of the grid.
+
+  Returns:
+    The curve with its bootstrapped 95% interval; None if nothing is common.
+  """
+  start = max(xs[0] for xs, _ in columns)
+  end = min(xs[-1] for xs, _ in columns)
+  if end < start:
+    return None
+  grid = np.linspace(start, end, points if end > start else 1)
+  values = np.stack([np.interp(grid, xs, ys) for xs, ys in columns])
+  low, high = bootstrap_interval([values], lambda s: np.mean(s[0], axis=0))
+  return Curve(grid, np.mean(values, 0), low, high, len(values))
 
 
 def _smoothed(values: np.ndarray, width: int) -> np.ndarray:

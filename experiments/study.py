@@ -260,6 +260,32 @@ def collect(
   _write(results / f'{name}_held_out.csv', held)
 
 
+def draw(
+  curves: pathlib.Path, out: pathlib.Path, columns: Sequence[str]
+) -> None:
+  """A panel for each of `columns` of a curves' CSV, a line for each variant."""
+  import numpy as np
+
+  from experiments import plots
+
+  panels = {}
+  for column in columns:
+    runs: dict[str, dict[str, list]] = {}
+    for row in _read(curves):
+      if row.get(column):
+        seeds = runs.setdefault(row['variant'], {})
+        point = float(row['decisions']), float(row[column])
+        seeds.setdefault(row['seed'], []).append(point)
+    lines = {
+      variant: plots.mean_curve(
+        [tuple(np.transpose(points)) for points in seeds.values()]
+      )
+      for variant, seeds in runs.items()
+    }
+    panels[column] = {n: line for n, line in lines.items() if line is not None}
+  plots.curves_figure(panels, out, x='decisions')
+
+
 def main() -> None:
   """Runs the study that the flags name."""
   from absl import flags
@@ -277,6 +303,11 @@ def main() -> None:
       future.result()
       collect(values.study, study, folder, results)
       print(f'{done} of {len(study.runs)} runs', flush=True)
+  returns = [n for n in study.curves if n.endswith('_return')]
+  curves = results / f'{values.study}_curves.csv'
+  if curves.exists() and returns:
+    draw(curves, results / f'{values.study}_curves.png', returns)
+    print(f'figure: {results / values.study}_curves.png')
 
 
 def define_flags() -> None:
