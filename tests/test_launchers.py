@@ -298,14 +298,19 @@ def _refresh_fits(experiment, spec, agent):
     is_first=per_step(dtype=jnp.bool_),
     truncated=per_step(dtype=jnp.bool_),
   )
-  extras, action = {'search_value': per_step()}, per_step(dtype=jnp.int32)
-  if isinstance(spec.action, Continuous):
-    action = per_step(spec.action.shape)
-    slots = (experiment.config.search.num_samples,)
-    extras['sampled_actions'] = per_step((*slots, *spec.action.shape))
+  is_sampled = experiment.agent_name == 'sampled_muzero'
+  action, kind = per_step(dtype=jnp.int32), spec.action
+  if isinstance(kind, Continuous):
+    action = per_step(kind.shape)
+  if is_sampled:
+    slots = experiment.config.search.num_samples
   else:
-    slots = (spec.action.num_actions,)
-  extras['search_policy'] = per_step(slots)
+    slots = kind.num_actions
+  extras = {'search_value': per_step(), 'search_policy': per_step((slots,))}
+  if is_sampled:
+    extras['sampled_actions'] = per_step(
+      (slots, *action.shape[2:]), action.dtype
+    )
   drawn = Sample(
     per_row(jnp.int32),
     per_row(jnp.int32),
