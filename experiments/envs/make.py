@@ -76,14 +76,22 @@ def _make(name, num_envs, training, frame_stack, num_threads, options):
   if frame_stack not in (None, 1):
     raise ValueError(f'frame_stack={frame_stack}: {name} has no frames')
   from experiments.envs import (
+    acrobot,
+    breakout,
     cartpole,
     catch,
+    connect_four,
+    mountain_car,
     pendulum,
     point_mass,
     swingup,
   )
 
   makers = {
+    'acrobot': acrobot.make_acrobot,
+    'breakout': breakout.make_breakout,
+    'connect_four': connect_four.make_connect_four,
+    'mountain_car': mountain_car.make_mountain_car,
     'catch': catch.make_catch,
     'cartpole': cartpole.make_cartpole,
     'pendulum': pendulum.make_pendulum,
