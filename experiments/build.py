@@ -151,10 +151,9 @@ def _check(experiment: Experiment) -> None:
     raise ValueError(
       f'replay_capacity={run.replay_capacity}: must be at least {need}'
     )
-  if run.batch_size % run.devices:
+  if run.acting_devices and run.acting == 'synchronous':
     raise ValueError(
-      f'batch_size={run.batch_size}: must be a multiple of devices='
-      f'{run.devices}'
+      f'acting_devices={run.acting_devices}: needs acting=asynchronous'
     )
 
 
@@ -196,27 +195,130 @@ def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
   )
 
 
-def make_source(experiment: Experiment, env, agent):
-  """The source of an experiment: environment, replay, reanalysis."""
-  from agents.core import replay as device
+class Layout(NamedTuple):
+  """Which devices do what.
+
+  Attributes:
+    mesh: the devices that learn, of all processes.
+    acting: devices of this process that act only; () for none.
+    parts: shares of environments and replay, see `runtime.parts`.
+  """
+
+  mesh: Any
+  acting: tuple[Any, ...]
+  parts: int
+
+
+def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
+  """The devices of an experiment.
+
+  Args:
+    experiment: from `describe`.
+    saved_parts: of the checkpoint that the run goes on from; 0 for none.
+
+  Raises:
+    ValueError: there are not so many devices, or they cannot share the work.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+  from experiments.runtime import parts
+
+  run, learning, acting = experiment.run, [], ()
+  for process in range(jax.process_count()):
+    own = jax.local_devices(process)
+    spare = len(own) - run.acting_devices
+    wanted = run.devices or spare
+    if spare < 1 or wanted > spare:
+      and_ = f', acting_devices={run.acting_devices}'
+      raise ValueError(
+        f'devices={run.devices}{and_ if run.acting_devices else ""}: '
+        f'this machine has {len(own)}'
+      )
+    learning += own[:wanted]
+    if run.acting_devices and process == jax.process_index():
+      acting = tuple(own[-run.acting_devices :])
+  mesh = meshes.make_mesh(learning)
+  sizes = {
+    'num_envs': experiment.env.num_envs,
+    'batch_size': run.batch_size,
+    'replay_capacity': run.replay_capacity,
+  }
+  number = parts.choose(run.parts, saved_parts, sizes, mesh)
+  if run.batch_size % mesh.size:
+    raise ValueError(
+      f'batch_size={run.batch_size}: must be a multiple of the {mesh.size} '
+      'devices'
+    )
+  return Layout(mesh, acting, number)
+
+
+def make_source(
+  experiment: Experiment,
+  env,
+  agent,
+  layout: Layout | None = None,
+  stopping: Callable[[], bool] = lambda: False,
+):
+  """The source of an experiment: environment, replay, reanalysis.
+
+  Args:
+    experiment: from `describe`.
+    env: from `make_env`, with as many copies as a part has.
+    agent: from `make_agent`.
+    layout: from `make_layout`; None for one device and one part.
+    stopping: ends the wait for the rows before the first update; see
+      `sources.replayed`.
+  """
+  from experiments.runtime import mesh as meshes
+  from experiments.runtime import parts, sources
+  from search.model import Environment
+
+  if layout is None:
+    return sources.reanalyzed(_make_part(experiment, env, agent), agent)
+  mesh, number = layout.mesh, layout.parts
+  if isinstance(env, Environment):
+    source = _make_part(experiment, env, agent, number)
+    if number > 1 or mesh.size > 1:
+      source = parts.stacked(source, number, mesh)
+    return sources.reanalyzed(source, agent)
+  acting = layout.acting or (None,)
+  some = [
+    _make_part(
+      experiment, env, agent, number, acting[i % len(acting)], stopping
+    )
+    for i in range(len(parts.held(number)))
+  ]
+  source = parts.hosted(some, number, mesh, experiment.run.batch_size)
+  compiled = None
+  if agent.refresh is not None and mesh.size > 1:
+    compiled = meshes.compile_refresh(agent, mesh)
+  return sources.reanalyzed(source, agent, compiled)
+
+
+def _make_part(
+  experiment: Experiment,
+  env,
+  agent,
+  number=1,
+  device=None,
+  stopping: Callable[[], bool] = lambda: False,
+):
+  """The environments and the replay of one of so many equal parts."""
+  from agents.core import replay as core
   from experiments.runtime import host, replay, sources
   from search.model import Environment
 
   run = experiment.run
-  if isinstance(env, Environment) and run.devices > 1:
-    raise ValueError(
-      f'devices={run.devices}: {experiment.env_name} is compiled into one '
-      'program on one device; several take an environment of the host'
-    )
   shared = {
-    'capacity': run.replay_capacity,
-    'batch_size': run.batch_size,
+    'capacity': run.replay_capacity // number,
+    'batch_size': run.batch_size // number,
     'window': experiment.config.window,
     'alpha': run.replay_alpha,
   }
   if isinstance(env, Environment):
-    inner = sources.from_env(env, agent, experiment.env.num_envs)
-    memory = device.device_replay(**shared)
+    inner = sources.from_env(env, agent, experiment.env.num_envs // number)
+    memory = core.device_replay(**shared)
   else:
     inner = host.from_host(
       env,
@@ -224,17 +326,18 @@ def make_source(experiment: Experiment, env, agent):
       mode=run.acting,
       publish_every=run.publish_every,
       queue_size=run.queue_size,
+      device=device,
     )
     memory = replay.host_replay(
       **shared,
       frame_stack=env.spec.frame_stack,
       compress=run.compress_replay,
     )
-  source = sources.replayed(
+  return sources.replayed(
     inner,
     memory,
     experiment.pace,
     total_updates=experiment.updates,
     beta=(run.replay_beta, 1.0),
+    stopping=stopping,
   )
-  return sources.reanalyzed(source, agent)

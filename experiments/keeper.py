@@ -1,7 +1,24 @@
 """What a run keeps in its folder, and how it comes back from there."""
 
+import contextlib
 import pathlib
 from typing import Any
+
+import numpy as np
+
+
+def saved_parts(workdir: pathlib.Path) -> int:
+  """How many parts a run's experience was begun with; 0 if nothing is saved."""
+  from experiments.runtime import checkpoint
+
+  if not (workdir / 'checkpoints').is_dir():
+    return 0
+  saved = checkpoint.open(workdir / 'checkpoints', read_only=True)
+  try:
+    found = saved.peek()
+  finally:
+    saved.close()
+  return 0 if found is None else found[1].get('parts', 1)
 
 
 class Keeper:
@@ -15,7 +32,7 @@ class Keeper:
     decisions: taken so far; saved, so that a resumed run counts on.
   """
 
-  def __init__(self, experiment, source, workdir: pathlib.Path, key):
+  def __init__(self, experiment, source, parts: int, workdir, key):
     from experiments.runtime import checkpoint
 
     self._source, self._key = source, key
@@ -34,16 +51,31 @@ class Keeper:
     self._facts: list[dict] = []
     self._most = experiment.run.keep_checkpoints + 1
     self.decisions = 0.0
+    self._parts = parts
 
   def save(self, carry) -> None:
     """Saves the carry and the newest parameters."""
+    from experiments.runtime import integrity
+
     step = int(carry.step)
-    extra: dict[str, Any] = {'phase': 0, 'decisions': self.decisions}
+    extra: dict[str, Any] = {
+      'phase': 0,
+      'decisions': self.decisions,
+      'parts': self._parts,
+    }
     arrays = carry.source
     if self._source.save is not None:
-      arrays, extra['source'] = self._source.save(carry.source, self._replay)
+      carry = carry._replace(step=np.asarray(step, np.int32))
+      with integrity.saving(step, self._replay):
+        arrays, extra['source'] = self._source.save(
+          carry.source, self._replay, step
+        )
     self._latest.save(step, carry._replace(source=arrays), extra)
-    self._params['final'].save(step, carry.agent.params, {})
+    final = self._params['final']
+    # Counted: a run that lost its newest checkpoint comes to a step again.
+    number = final.latest_step()
+    number = 0 if number is None else number + 1
+    final.save(number, carry.agent.params, {'step': step})
     if self._source.prune is not None:
       self._facts = [*self._facts, extra['source']][-self._most :]
       self._source.prune(self._replay, self._facts)
@@ -60,32 +92,33 @@ class Keeper:
 
   def restore(self, carry):
     """The saved carry in the place of a fresh one, or None."""
-    from experiments.runtime import loop
+    from experiments.runtime import config, loop
 
     found = self._latest.peek()
     if found is None:
       return None
-    _, extra = found
     source = self._source
     template = carry
     if source.template is not None:
-      template = carry._replace(source=source.template())
+      # The step is the host's own; all processes have the same.
+      step = np.zeros((), np.int32)
+      template = carry._replace(source=source.template(), step=step)
     restored = self._latest.restore(template)
     assert restored is not None
     carry, extra = restored
     self.decisions = extra['decisions']
     if source.load is not None:
-      state = source.load(
-        carry.source, extra['source'], self._replay, loop.source_key(self._key)
-      )
+      key = loop.source_key(self._key)
+      with config.user_errors():  # rows that are gone or garbled
+        state = source.load(carry.source, extra['source'], self._replay, key)
       self._facts = [extra['source']]
       carry = carry._replace(source=state)
     return carry
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self._latest.close()
-    for keeper in self._params.values():
-      keeper.close()
-    if self._best is not None:
-      self._best.close()
+    # All are closed even if one fails.
+    with contextlib.ExitStack() as stack:
+      for keeper in (self._latest, *self._params.values(), self._best):
+        if keeper is not None:
+          stack.callback(keeper.close)

@@ -57,7 +57,14 @@ class RunConfig:
       and is bitwise reproducible; environments in JAX are always so.
     queue_size: rows that an asynchronous actor may be ahead.
     publish_every: updates between copies of the parameters for the actor.
-    devices: devices that an update is split over.
+    devices: that an update is split over, of each process; 0 for all but the
+      acting ones.
+    acting_devices: of each process that act only, apart from those that learn
+      (asynchronous acting); 0 acts on the learning ones.
+    parts: shares of environments and replay that devices and processes hold,
+      fixed when a run begins; 0 for as many as devices where that divides
+      num_envs, batch_size and replay_capacity.
+    parallel: how an update is split over devices, `jit` or `pmap`.
     log_every: between rows of metrics.csv; a row is also written wherever the
       run halts to save or to evaluate.
     checkpoint_every: between checkpoints.
@@ -84,7 +91,10 @@ class RunConfig:
   acting: Literal['asynchronous', 'synchronous'] = 'asynchronous'
   queue_size: int = 4
   publish_every: int = 1
-  devices: int = 1
+  devices: int = 0
+  acting_devices: int = 0
+  parts: int = 0
+  parallel: Literal['jit', 'pmap'] = 'jit'
   log_every: int = 50
   checkpoint_every: int = 1000
   keep_checkpoints: int = 2
@@ -104,7 +114,6 @@ class RunConfig:
       'warmup_decisions',
       'queue_size',
       'publish_every',
-      'devices',
       'log_every',
       'checkpoint_every',
       'keep_checkpoints',
@@ -117,6 +126,9 @@ class RunConfig:
       'replay_alpha',
       'replay_beta',
       'extra_updates',
+      'devices',
+      'acting_devices',
+      'parts',
       'evaluate_every',
       'hold_out',
       'early_update',

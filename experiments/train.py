@@ -8,10 +8,11 @@ import os
 import pathlib
 import shutil
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from experiments import build, play, presets
-from experiments.keeper import Keeper
+from experiments import assess, build, play, presets
+from experiments.keeper import Keeper, saved_parts
 from experiments.runtime import config as configs
 
 
@@ -42,11 +43,26 @@ def define_flags() -> None:
     'profile', 0, 'updates to trace for the profiler into WORKDIR/profile', 0
   )
   flags.DEFINE_bool('tensorboard', False, 'write TensorBoard events, too')
+  flags.DEFINE_string(
+    'distributed',
+    None,
+    'several processes, each started with the same command: auto (a TPU pod, '
+    'Slurm or the like tells), HOST:PORT of process 0, or none; see '
+    'experiments/recipes',
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'how many, with --distributed=HOST:PORT', 1
+  )
+  flags.DEFINE_integer(
+    'process_id', None, 'which of them, with --distributed=HOST:PORT', 0
+  )
 
 
 def main() -> None:
   """Trains as the flags say."""
   from absl import flags
+
+  from experiments.runtime import distributed
 
   values = flags.FLAGS
   with configs.user_errors():
@@ -60,15 +76,13 @@ def main() -> None:
     )
     if values.show:
       return _show(experiment)
-    env = build.make_env(experiment, training=True)
+    distributed.initialize(
+      values.distributed, values.num_processes, values.process_id
+    )
     _use_compilation_cache()
-    agent = build.make_agent(experiment, env.spec)
-    _check_devices(experiment)
     workdir = pathlib.Path(values.workdir or default_workdir(experiment))
   return run(
     experiment,
-    env,
-    agent,
     workdir,
     profile=values.profile,
     tensorboard=values.tensorboard,
@@ -98,16 +112,6 @@ def _device() -> str:
   return f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})'
 
 
-def _check_devices(experiment: build.Experiment) -> None:
-  import jax
-
-  have = len(jax.devices())
-  if experiment.run.devices > have:
-    raise ValueError(
-      f'devices={experiment.run.devices}: this machine has {have}'
-    )
-
-
 def _show(experiment: build.Experiment) -> None:
   from rich.console import Console
   from rich.table import Table
@@ -132,19 +136,28 @@ def _show(experiment: build.Experiment) -> None:
   Console().print(table)
 
 
-def _announce(experiment, env, agent, workdir) -> None:
+def _announce(experiment, layout, env, agent, workdir) -> None:
   import jax
   import numpy as np
+
+  from experiments.runtime import distributed
 
   state = jax.eval_shape(agent.init, jax.random.key(0))
   size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
   shape = getattr(env.spec.observation, 'shape', env.spec.observation)
+  _, processes = distributed.process()
+  deal = f'{layout.mesh.size} learn'
+  if layout.acting:
+    deal += f', {len(layout.acting) * processes} act'
   print(
     f'{experiment.agent_name} on {experiment.env_name}: observations {shape}, '
     f'{env.spec.action}\n'
     f'{size:,} parameters, {experiment.steps:,} decisions, '
     f'{experiment.updates:,} updates of {experiment.run.batch_size} windows, '
-    f'seed {experiment.seed}, {_device()}\n'
+    f'seed {experiment.seed}\n'
+    f'{_device()}, {processes} process{"es" if processes > 1 else ""}: {deal}, '
+    f'{layout.parts} part{"s" if layout.parts > 1 else ""} of environments and '
+    'replay\n'
     f'folder: {workdir}\n'
     f'compiling, then {experiment.run.warmup_decisions:,} decisions before the '
     'first update: the first numbers take a while',
@@ -152,10 +165,56 @@ def _announce(experiment, env, agent, workdir) -> None:
   )
 
 
+# May differ when a run is resumed.
+_FREE = ('run.devices', 'run.acting_devices')
+
+
+class _Trainer(NamedTuple):
+  """What a run is made of once it is known who does what."""
+
+  agent: Any
+  source: Any
+  env: Any
+  layout: build.Layout
+  update: Callable | None
+  interval: Callable | None
+
+
+def _make(
+  experiment: build.Experiment, saved_parts: int, asked: Callable[[], bool]
+) -> _Trainer:
+  from experiments.runtime import distributed, mesh
+
+  layout = build.make_layout(experiment, saved_parts)
+  env = build.make_env(
+    experiment,
+    training=True,
+    num_envs=experiment.env.num_envs // layout.parts,
+  )
+  how = experiment.run.parallel
+  agent = build.make_agent(experiment, env.spec)
+  # One process alone need not vote, and may leave while it fills its replay.
+  alone = distributed.process()[1] == 1
+  stopping = asked if alone else lambda: False
+  source = build.make_source(experiment, env, agent, layout, stopping)
+  update = interval = None
+  if source.is_pure and how == 'pmap':
+    raise ValueError(
+      f'parallel=pmap: {experiment.env_name} is compiled into one program with '
+      'the agent; take parallel=jit'
+    )
+  if layout.mesh.size > 1 or how == 'pmap':
+    if source.is_pure:
+      interval = mesh.compile_interval(agent, source, layout.mesh)
+    else:
+      reduce = mesh.pmean if how == 'pmap' else None
+      learner = build.make_agent(experiment, env.spec, reduce)
+      update = mesh.compile_update(learner, layout.mesh, how)
+  return _Trainer(agent, source, env, layout, update, interval)
+
+
 def run(
   experiment: build.Experiment,
-  env: Any,
-  agent: Any,
   workdir: pathlib.Path,
   *,
   profile: int = 0,
@@ -163,52 +222,81 @@ def run(
 ) -> None:
   """Trains in a folder, from its last checkpoint if it has one.
 
+  Where several processes run it together, all compute and all save; the first
+  one writes and prints.
+
   Args:
     experiment: from `build.describe`.
-    env: from `build.make_env`.
-    agent: from `build.make_agent`.
     workdir: the run's folder; its config.json is there.
     profile: updates to trace.
     tensorboard: whether to write events.
   """
-  import jax
-
-  from experiments.runtime import checkpoint, loop, mesh, metrics
+  from experiments.runtime import checkpoint, distributed
 
   started = time.perf_counter()
+  with checkpoint.graceful_exit() as asked:
+    trained = _train(experiment, workdir, profile, tensorboard, asked)
+  distributed.shutdown()
+  if not distributed.is_main():
+    return
+  if trained.end < experiment.updates:
+    print(
+      f'stopped at update {trained.end:,} of {experiment.updates:,}; the same '
+      'command goes on from here'
+    )
+    return
+  seconds = time.perf_counter() - started
+  print(f'trained {trained.end - trained.begin:,} updates in {seconds:.0f} s')
+  finish(experiment, trained.agent, workdir)
+
+
+class _Trained(NamedTuple):
+  """An agent that has been trained from one update to another."""
+
+  agent: Any
+  begin: int
+  end: int
+
+
+def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
+  import jax
+
+  from experiments.runtime import distributed, loop, mesh
+
   settings = experiment.run
   key = jax.random.key(experiment.seed)
+  is_main = distributed.is_main()
   with configs.user_errors():
     device = _device()
-    notes = configs.check_run_config(workdir, experiment.as_dict(), device)
-    source = build.make_source(experiment, env, agent)
-    _announce(experiment, env, agent, workdir)
-    fresh = loop.init(agent, source, key)
-  if notes is None:
-    configs.write_run_config(workdir, experiment.as_dict(), device)
-  for note in notes or ():
-    print(f'note: {note} since this run began')
-  keeper = Keeper(experiment, source, workdir, key)
+    notes = configs.check_run_config(
+      workdir, experiment.as_dict(), device, _FREE
+    )
+    # Whatever is refused is refused by all, before the first one writes.
+    distributed.barrier('config')
+    trainer = _make(experiment, saved_parts(workdir), asked)
+    agent, source = trainer.agent, trainer.source
+    if is_main:
+      _announce(experiment, trainer.layout, trainer.env, agent, workdir)
+    fresh = mesh.init(agent, source, key, trainer.layout.mesh)
+  if is_main:
+    if notes is None:
+      configs.write_run_config(workdir, experiment.as_dict(), device)
+    for note in notes or ():
+      print(f'note: {note} since this run began')
+  keeper = Keeper(experiment, source, trainer.layout.parts, workdir, key)
   carry = keeper.restore(fresh) or fresh
   if carry is not fresh and source.close is not None:
     source.close(fresh.source)
   begin, updates = int(carry.step), experiment.updates
-  if begin:
+  if begin and is_main:
     print(f'resumed at update {begin:,} of {updates:,}', flush=True)
 
-  writers = [metrics.csv_writer(workdir / 'metrics.csv', begin or None)]
-  if tensorboard:
-    writers.append(
-      metrics.tensorboard_writer(workdir / 'tensorboard', begin or None)
-    )
-  shown = ('episode_return', 'eval_return', 'loss', 'decisions')
-  writers.append(metrics.progress(updates, begin, shown))
-  writer = metrics.tee(*writers)
-  evaluator = _evaluator(experiment, agent)
+  writer = _writer(workdir, updates, begin, tensorboard)
+  evaluator = assess.evaluator(experiment, agent)
   held_out = None
   if settings.hold_out:
     untrained = loop.init_agent(agent, key)
-    held_out = _HeldOut(experiment, env, agent, untrained)
+    held_out = assess.HeldOut(experiment, agent, untrained)
     if not begin:
       writer.write(0, held_out.losses(untrained.params))
 
@@ -223,7 +311,8 @@ def run(
     if held_out is not None and step % settings.hold_out_every == 0:
       found |= held_out.losses(agent_state.params)
     if settings.evaluate_every and step % settings.evaluate_every == 0:
-      found |= evaluator(agent_state.params, step)
+      # All play the same episodes; one's figures decide for all.
+      found |= distributed.of_main(evaluator(agent_state.params, step))
       keeper.save_best(step, found['eval_return'], agent_state)
     return found
 
@@ -237,100 +326,57 @@ def run(
     checkpoint=settings.checkpoint_every,
     evaluate=every,
   )
-  update = None
-  if settings.devices > 1:
-    update = mesh.compile_update(
-      agent, mesh.make_mesh(jax.devices()[: settings.devices])
-    )
-  with checkpoint.graceful_exit() as stopping:
-    try:
-      if profile and begin < updates:
-        carry = _profiled(
-          agent,
-          source,
-          carry,
-          key,
-          begin + min(profile, updates - begin),
-          workdir / 'profile',
-          log,
-          update,
-        )
-      carry = loop.run(
+  compiled = {'update': trainer.update, 'interval': trainer.interval}
+  sum_counts = distributed.sum_over_processes
+  # A vote makes all wait for each other, so it is not taken at every update.
+  stopping = distributed.stopping(asked, every=16)
+  try:
+    if profile and begin < updates:
+      carry = _profiled(
         agent,
         source,
         carry,
-        key=key,
-        steps=updates,
-        intervals=intervals,
-        hooks=loop.Hooks(log, keeper.save, evaluate, stopping),
-        update=update,
+        key,
+        begin + min(profile, updates - begin),
+        workdir / 'profile',
+        loop.Hooks(log=log, sum_counts=sum_counts),
+        compiled,
       )
-    finally:
-      if source.close is not None:
-        source.close(carry.source)
-      writer.close()
-      keeper.close()
-    if int(carry.step) < updates:
-      print(
-        f'stopped at update {int(carry.step):,} of {updates:,}; the same '
-        'command goes on from here'
-      )
-      return
-  if held_out is not None:
-    held_out.compare(carry.agent, workdir / 'held_out.csv')
-  seconds = time.perf_counter() - started
-  print(f'trained {updates - begin:,} updates in {seconds:.0f} s')
-  finish(experiment, agent, workdir)
-
-
-class _HeldOut:
-  """Windows that are never trained on, from the untrained network's play.
-
-  While training their targets stay as they were recorded, so that figures of
-  different times compare; what they say of policy and value is then that of
-  the untrained search. At the end they are searched again by the trained
-  agent, and both networks are measured by these targets.
-  """
-
-  def __init__(self, experiment: build.Experiment, env, agent, agent_state):
-    import jax
-
-    settings = dataclasses.replace(
-      experiment.run, batch_size=experiment.run.hold_out, acting='synchronous'
+    carry = loop.run(
+      agent,
+      source,
+      carry,
+      key=key,
+      steps=updates,
+      intervals=intervals,
+      hooks=loop.Hooks(log, keeper.save, evaluate, stopping, sum_counts),
+      **compiled,
     )
-    apart = experiment._replace(run=settings)
-    source = build.make_source(apart, env, agent._replace(refresh=None))
-    self._key = jax.random.fold_in(jax.random.key(experiment.seed), 2**31 - 2)
-    state = source.init(self._key)
-    state, self._batch, _ = source.next(state, agent_state, 0, self._key)
+  finally:
     if source.close is not None:
-      source.close(state)
-    self._agent, self._untrained = agent, agent_state.params
-    self._losses = jax.jit(agent.evaluate)
+      source.close(carry.source)
+    writer.close()
+    keeper.close()
+  end = int(carry.step)
+  if held_out is not None and end == updates:
+    held_out.compare(carry.agent, workdir / 'held_out.csv', is_main)
+  return _Trained(agent, begin, end)
 
-  def losses(self, params, batch=None) -> dict[str, float]:
-    """Metrics `held_...` of parameters on the recorded or other targets."""
-    batch = self._batch if batch is None else batch
-    found = self._losses(params, batch, self._key)
-    return {f'held_{name}': float(value) for name, value in found.items()}
 
-  def compare(self, agent_state, path: pathlib.Path) -> None:
-    """Writes the losses of both networks on the trained agent's targets."""
-    import jax
+def _writer(workdir: pathlib.Path, updates: int, begin: int, tensorboard: bool):
+  """Where metrics go: files and the terminal of the first process."""
+  from experiments.runtime import distributed, metrics
 
-    refresh = self._agent.refresh or (lambda state, batch, step, key: batch)
-    batch = jax.jit(refresh)(agent_state, self._batch, 0, self._key)
-    rows = {
-      'untrained': self.losses(self._untrained, batch),
-      'trained': self.losses(agent_state.params, batch),
-    }
-    names = list(rows['trained'])
-    lines = [['network', *names]]
-    lines += [
-      [network, *(f'{row[name]:.6g}' for name in names)]
-      for network, row in rows.items()
-    ]
-    configs.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
+  if not distributed.is_main():
+    return metrics.tee()
+  writers = [metrics.csv_writer(workdir / 'metrics.csv', begin or None)]
+  if tensorboard:
+    writers.append(
+      metrics.tensorboard_writer(workdir / 'tensorboard', begin or None)
+    )
+  shown = ('episode_return', 'eval_return', 'loss', 'decisions')
+  writers.append(metrics.progress(updates, begin, shown))
+  return metrics.tee(*writers)
 
 
 def _common_interval(*intervals: int) -> int:
@@ -340,7 +386,7 @@ def _common_interval(*intervals: int) -> int:
   return math.gcd(*due) if due else 0
 
 
-def _profiled(agent, source, carry, key, steps, folder, log, update):
+def _profiled(agent, source, carry, key, steps, folder, hooks, compiled):
   """Traces updates up to `steps`; they count as part of the run.
 
   Nothing is saved meanwhile, so that simulators of the host do not start
@@ -359,50 +405,11 @@ def _profiled(agent, source, carry, key, steps, folder, log, update):
       key=key,
       steps=steps,
       intervals=loop.Intervals(log=steps),
-      hooks=loop.Hooks(log=log),
-      update=update,
+      hooks=hooks,
+      **compiled,
     )
   print(f'profile: {folder}')
   return carry
-
-
-def _evaluator(experiment: build.Experiment, agent):
-  """`(params, step) -> metrics`: whole episodes with and without search."""
-  import jax
-
-  from agents.core import planning
-  from experiments.runtime import evaluate as playing
-  from search.model import Environment
-
-  search = experiment.config.search
-  players = {
-    prefix: playing.player(
-      planning.make_planner(config, evaluate=True), agent.model
-    )
-    for prefix, config in (
-      ('eval', search),
-      ('network', dataclasses.replace(search, num_simulations=0)),
-    )
-  }
-  episodes = experiment.run.evaluate_episodes
-  env = build.make_env(experiment, training=False, num_envs=min(episodes, 32))
-
-  def evaluate(params, step):
-    key = jax.random.fold_in(jax.random.key(experiment.seed), step)
-    shared = {'key': key, 'num_episodes': episodes}
-    found = {}
-    for prefix, act in players.items():
-      if isinstance(env, Environment):
-        played = playing.on_device(env, act, params, **shared)
-      else:
-        played = playing.on_host(env, act, params, seed=step, **shared)
-      summary = played.summary()
-      found |= {
-        name.replace('eval', prefix, 1): x for name, x in summary.items()
-      }
-    return found
-
-  return evaluate
 
 
 def finish(experiment: build.Experiment, agent, workdir: pathlib.Path) -> None:

@@ -175,7 +175,7 @@ def test_restart_begins_afresh_and_a_load_begins_there(mode, agent, key):
   state = source.restart(state, 10)
   assert log.open == 1
   assert log.seeds[0] != log.seeds[1]
-  arrays, facts = source.save(state, None)
+  arrays, facts = source.save(state, None, 0)
   assert jax.tree.structure(arrays) == jax.tree.structure(source.template())
   rows = take(source, state, 2, start=10)
   assert rows[0][0].timestep.is_first.all()

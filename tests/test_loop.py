@@ -188,7 +188,7 @@ def test_stopping_saves_and_leaves(key):
     # It is asked before each interval, on the host behind each update, too.
     asked, saved = [], []
 
-    def stopping(asked=asked, is_pure=is_pure):
+    def stopping(step, asked=asked, is_pure=is_pure):
       asked.append(None)
       return len(asked) > (2 if is_pure else 4)
 
@@ -539,7 +539,7 @@ def test_an_envpool_run_resumes_bitwise(simulated, tmp_path):
   directory = tmp_path / 'replay'
 
   def save(carry):
-    arrays, facts = source.save(carry.source, directory)
+    arrays, facts = source.save(carry.source, directory, int(carry.step))
     step = int(carry.step)
     checkpoints.save(step, carry._replace(source=arrays), {'source': facts})
 

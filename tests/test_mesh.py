@@ -55,19 +55,21 @@ class State(NamedTuple):
   x: Any
 
 
-def make_agent(module):
+def make_agent(module, **keywords):
   config = module.Config(**SHARED)
-  networks = module.make_networks(config, SPEC)
-  return module.make(config, networks, module.make_losses(), SPEC)
+  networks = module.make_networks(config, SPEC, keywords.get('reduce'))
+  losses = module.make_losses()
+  return module.make(config, networks, losses, SPEC, **keywords)
 
 
-def make_batch(size, length=5):
+def make_batch(size, length=5, ends=True):
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   valid = np.ones((size, length), bool)
-  valid[0, 2:] = False  # windows are not alike
   discount = np.ones((size, length), np.float32)
-  discount[0, 1] = 0
+  if ends:  # windows are not alike
+    valid[0, 2:] = False
+    discount[0, 1] = 0
   timestep = TimeStep(
     observation=normal(size, length, 4),
     reward=normal(size, length),
@@ -118,6 +120,55 @@ def test_two_devices_equal_one(module, key):
     (want, want_info),
   )
   assert len(got.params.step.sharding.device_set) == 2
+
+
+def test_pmap_equals_one_device(key):
+  # Without ends an update draws nothing. SGD, and a network whose BatchNorm
+  # takes the statistics of all devices.
+  batch = make_batch(16, ends=False)
+  single = jax.jit(make_agent(efficientzero).update)
+  agent = make_agent(efficientzero, reduce=mesh.pmean)
+  update = mesh.compile_update(agent, mesh.make_mesh(), 'pmap')
+  make = lambda: shaken(jax.jit(make_agent(efficientzero).init)(key))
+  state = make()
+  got, got_info = update(state, batch, key)
+  want, want_info = single(make(), batch, key)
+  assert want_info.metrics['gradient_norm'] > 0.1
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    (got, got_info),
+    (want, want_info),
+  )
+  assert state.params.step.is_deleted()
+  got, _ = update(got, batch, jax.random.fold_in(key, 1))
+  assert got.params.step == 2
+  with pytest.raises(ValueError, match=r'batch_size=3: .* of the 2 devices'):
+    update(got, make_batch(3), key)
+
+
+def test_how_is_refused():
+  agent = make_agent(muzero)
+  with pytest.raises(ValueError, match=r"how='xmap': must be 'jit' or 'pmap'"):
+    mesh.compile_update(agent, mesh.make_mesh(), 'xmap')
+  with pytest.raises(ValueError, match=r'state_sharding: .* need how=jit'):
+    mesh.compile_update(
+      agent, mesh.make_mesh(), 'pmap', mesh.split(mesh.make_mesh())
+    )
+
+
+def test_the_state_may_be_sharded(key):
+  # As experts are: a leaf split over devices stays so, and counts the same.
+  def update(state, batch, key):
+    return state._replace(x=state.x + jnp.mean(batch)), Info({}, None)
+
+  agent = Agent(lambda key: State(jnp.zeros(()), jnp.arange(4.0)), None, update)
+  two = mesh.make_mesh()
+  sharding = State(mesh.replicated(two), mesh.split(two))
+  state = jax.jit(agent.init, out_shardings=sharding)(key)
+  step = mesh.compile_update(agent, two, state_sharding=sharding)
+  state, _ = step(state, np.float32([1, 3]), key)
+  np.testing.assert_array_equal(state.x, np.arange(4) + 2.0)
+  assert state.x.sharding.spec == mesh.split(two).spec
 
 
 def test_the_state_is_donated(key):

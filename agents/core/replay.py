@@ -183,6 +183,39 @@ def weights(mass: chex.Array, beta: chex.Numeric) -> chex.Array:
   return (mass.min() / mass) ** beta
 
 
+def scale(
+  mass: chex.Array, total: chex.Numeric, beta: chex.Numeric
+) -> chex.Array:
+  """What makes weights of several replays comparable, float `[B]`.
+
+  A replay that is one of several parts is drawn from as often as the others,
+  whatever its total mass M. To expect what one replay of all rows would give,
+  a row drawn with m / M needs a weight in proportion to M m ** -beta, which is
+  `weights` times M times the batch's smallest m ** -beta.
+
+  Args:
+    mass: priority ** alpha of the drawn rows, `[B]`, positive.
+    total: M, the sum over all rows of this replay that may be drawn.
+    beta: exponent, 0 for none.
+  """
+  return (total * mass.min() ** -beta) * mass**0
+
+
+def joined_weights(drawn: Sample) -> Sample:
+  """Weights of a batch that was drawn from several replays, the largest 1.
+
+  Args:
+    drawn: `[B]` rows of all of them, with `scale`.
+
+  Returns:
+    The same with `weight` comparable and `scale` None.
+  """
+  assert drawn.scale is not None
+  # Through logarithms nothing overflows.
+  log = jnp.log(drawn.weight) + jnp.log(drawn.scale)
+  return drawn._replace(weight=jnp.exp(log - jnp.max(log)), scale=None)
+
+
 def device_replay(
   capacity: int,
   batch_size: int,
@@ -286,6 +319,7 @@ def device_replay(
       index=index,
       generation=order // size + 1,
       weight=weights(flat[index], beta),
+      scale=scale(flat[index], cdf[-1], beta),
       age=((state.count - 1 - order) * streams).astype(jnp.float32),
     )
     return Trajectory(experience, valid, drawn)

@@ -117,12 +117,16 @@ class Sample(NamedTuple):
     weight: float32 `[B]`, importance weights, at most 1.
     age: float32 `[B]`, decisions that the source has taken since the row was
       written.
+    scale: float32 `[B]`, alike in one drawing: `weight * scale` compares with
+      drawings from other replays that are parts of the same experience; None
+      where there is one replay only.
   """
 
   index: chex.Array
   generation: chex.Array
   weight: chex.Array
   age: chex.Array
+  scale: chex.Array | None = None
 
 
 class Transition(NamedTuple):

@@ -6,18 +6,25 @@ kill at any moment leaves the steps before it as they were. Each step holds
 - `meta/data.json`: the schema's version, one line for each leaf of the carry
   (path, dtype, shape; the value itself of Python numbers and strings) and the
   caller's `extra`, readable without knowing the carry;
-- `leaves`: the arrays.
+- `leaves`: the arrays;
+- `meta/sums.json`: size and CRC-32 of every file of these two.
+
+The sums are checked when a folder is opened, for orbax itself notices neither
+a changed byte of an array nor every missing file. A newest step that is
+damaged is set aside as `N.corrupt` and the one before it taken.
 
 The tree's structure comes from a template on restoring, leaf by leaf checked
 against what was saved. That also lets leaves through that orbax refuses:
 numpy scalars, bytes, zero-size arrays, empty containers.
 
 With several processes, `jax.Array`s are saved by all of them together, numpy
-arrays by the first alone: what is local to a host needs a folder a host.
+arrays by the first alone: what is local to a host needs a folder a host. The
+first process alone checks for damage, and tells the others which step it is.
 """
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -28,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.runtime import integrity
 from experiments.runtime.config import UserError
 
 SCHEMA = 1
@@ -71,12 +79,18 @@ def open(
     read_only: for a reader beside a running writer: makes no folder and does
       not tidy up unfinished steps, which are the writer's.
 
+  Prints one line for each damaged step that it passes over.
+
   Raises:
     UserError: `keep` below 1, or nothing to read.
+    Damaged: (from `restore`, `peek`, `latest_step`) every step is damaged;
+      they are set aside if something is saved nevertheless.
     UserError: (from `restore`, `peek`) written by a newer release or by
       another program; (from `restore`) a template of another structure,
       shape or dtype; (from `save`) a leaf that is no array, number, string
       or bytes.
+    UserError: (from all, for the save before) it could not be written: the
+      disk is full or refuses. The steps before it are whole.
   """
   if keep < 1:
     raise UserError(f'keep is {keep}, must be at least 1')
@@ -85,11 +99,18 @@ def open(
     raise UserError(f'no checkpoints in {root}')
   from orbax.checkpoint import v1 as ocp
 
+  logging.getLogger('absl').addFilter(integrity.is_news)
+  newest, hopeless = integrity.settle(root, read_only)
   training: Any = ocp.training  # its own types do not fit each other
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
   context = ocp.Context()
   context.checkpointables.registry = registry
+  writing: int | None = None
+  # Called by the writing thread when all is written, before the renaming.
+  context.async_options.post_finalization_callback = lambda: integrity.seal(
+    root, writing
+  )
   keeper = training.Checkpointer(
     root,
     context=context,
@@ -97,11 +118,27 @@ def open(
     cleanup_tmp_directories=not read_only,
   )
 
+  def wait() -> None:
+    with integrity.saving(writing, root):
+      keeper.wait()
+
   def latest_step() -> int | None:
-    keeper.wait()  # a step being written counts as there, but cannot be read
+    wait()  # a step being written counts as there, but cannot be read
+    if hopeless:
+      raise integrity.Damaged(hopeless)
+    if read_only:
+      return newest  # damaged ones are still in their place
     return keeper.latest.step if keeper.latest else None
 
   def save(step: int, carry: Any, extra: dict[str, Any] | None = None) -> None:
+    import jax
+
+    nonlocal hopeless, writing
+    wait()
+    if hopeless:
+      integrity.set_all_aside(root)
+      keeper.reload()
+      hopeless = None
     if any(saved.step == step for saved in keeper.checkpoints):
       return
     entries, arrays = _pack(carry)
@@ -110,7 +147,17 @@ def open(
     items = {'meta': json.loads(json.dumps(meta))}
     if arrays:  # orbax fails on an empty tree
       items['leaves'] = arrays
-    keeper.save_checkpointables_async(step, items, force=True)
+    writing = step
+    with integrity.saving(step, root):
+      keeper.save_checkpointables_async(step, items, force=True)
+      if jax.process_count() > 1:
+        # orbax names its barriers by the step, whatever the folder: of two
+        # saves on their way at once one would meet the other's.
+        keeper.wait()
+
+  def close() -> None:
+    with integrity.saving(writing, root):
+      keeper.close()
 
   def read_meta(step: int) -> dict[str, Any]:
     where = f'the checkpoint {root}/{step}'
@@ -152,9 +199,7 @@ def open(
     carry = _flatten(template)[2].unflatten(leaves)
     return carry, meta['extra']
 
-  return Checkpoints(
-    save, peek, restore, latest_step, keeper.wait, keeper.close
-  )
+  return Checkpoints(save, peek, restore, latest_step, wait, close)
 
 
 class Best(NamedTuple):
@@ -183,24 +228,31 @@ def best(directory: str | os.PathLike, read_only: bool = False) -> Best:
     found = checkpoints.peek()
     return None if found is None else found[1]['metric']
 
-  held = metric()
+  lost = False
+  try:
+    held = metric()
+  except integrity.Damaged as error:
+    if read_only:
+      raise
+    print(f'note: {error}; the next best takes its place', flush=True)
+    held, lost = None, True
 
   def save(
     step: int, metric: float, params: Any, extra: dict[str, Any] | None = None
   ) -> bool:
-    nonlocal held
+    nonlocal held, lost
     metric = float(metric)
     if math.isnan(metric) or (held is not None and metric <= held):
       return False
     # Counted, not named by the step: a run that was killed may come to an
     # earlier step than the best one of its lost future.
-    number = checkpoints.latest_step()
+    number = None if lost else checkpoints.latest_step()
     checkpoints.save(
       0 if number is None else number + 1,
       params,
       {**(extra or {}), 'step': int(step), 'metric': metric},
     )
-    held = metric
+    held, lost = metric, False
     return True
 
   return Best(save, lambda: held, checkpoints.restore, checkpoints.close)

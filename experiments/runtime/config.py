@@ -283,15 +283,37 @@ def _attribute_docs(cls: type) -> dict[str, str]:
   return {name: ' '.join(doc.split()) for name, doc in entries}
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """Makes the disk's refusal to take a file one line for people.
+
+  Raises:
+    UserError: the block met an `OSError`.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'cannot write {path}: {error.strerror}; make room, then the same '
+      'command goes on from the last checkpoint'
+    ) from error
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file at once or not at all, whatever ends the process."""
+  write_bytes(path, text.encode('utf-8'))
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
   """Writes a file at once or not at all, whatever ends the process."""
   path = pathlib.Path(path)
   unfinished = path.with_name(path.name + '.tmp')
-  with open(unfinished, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(unfinished, path)
+  with writing(path):
+    with open(unfinished, 'wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def made_with(device: str | None = None) -> dict[str, Any]:
@@ -370,8 +392,15 @@ def check_run_config(
   workdir: str | os.PathLike,
   config: Mapping[str, Any],
   device: str | None = None,
+  free: Sequence[str] = (),
 ) -> list[str] | None:
   """Whether a folder may go on with this config.
+
+  Args:
+    workdir: the run's folder.
+    config: as for `write_run_config`.
+    device: likewise.
+    free: paths of settings that may change during a run (`run.devices`).
 
   Returns:
     None where there is no run yet; else what it was made with that is
@@ -385,7 +414,11 @@ def check_run_config(
     return None
   saved = read_run_config(workdir)
   then = saved.pop('made_with', {})
-  differences = _changes(saved, _plain(config))
+  differences = [
+    change
+    for change in _changes(saved, _plain(config))
+    if change.partition(' ')[0] not in free
+  ]
   if differences:
     raise UserError(
       f'{workdir} holds another run: {"; ".join(differences)}. '

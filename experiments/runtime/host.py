@@ -72,12 +72,14 @@ class _Stream:
 class _Actor:
   """A thread that acts ahead of the learner into a bounded queue."""
 
-  def __init__(self, stream: _Stream, key: chex.PRNGKey, size: int):
+  def __init__(self, stream: _Stream, key: chex.PRNGKey, size: int, device):
     self._stream, self._base, self._size = stream, key, size
+    self._device = device
     self._key = jax.random.fold_in(key, stream.started_at)
     self._published: tuple[Any, int] | None = None
     self._rows = 0
     self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
 
   @property
   def started_at(self) -> int:
@@ -85,7 +87,8 @@ class _Actor:
 
   def publish(self, params, step: int) -> None:
     # The learner donates its buffers: actors read a copy of their own.
-    self._published = (jax.tree.map(jnp.copy, params), step)
+    params = jax.tree.map(jnp.copy, jax.device_put(params, self._device))
+    self._published = (params, step)
 
   def start(self) -> None:
     self._queue: queue.Queue = queue.Queue(self._size)
@@ -111,6 +114,7 @@ class _Actor:
         self._rows += 1
         self._put((row, counts, version))
     except BaseException as error:  # the learner raises it
+      self._error = error
       self._put(error)
 
   def take(self):
@@ -132,6 +136,8 @@ class _Actor:
     # Rows still in the queue are dropped: the replay takes a row that is
     # followed by a first one for the last of a truncated episode.
     self.stop()
+    if self._error is not None:  # it would be dropped with the queue
+      raise self._error
     self._stream.restart(step)
     self._rows = 0
     self._key = jax.random.fold_in(self._base, step)
@@ -148,6 +154,7 @@ def from_host(
   mode: Literal['synchronous', 'asynchronous'] = 'asynchronous',
   publish_every: int = 1,
   queue_size: int = 4,
+  device: Any = None,
 ) -> Source:
   """Fresh experience from simulators of the host, one row a call.
 
@@ -158,6 +165,8 @@ def from_host(
     publish_every: updates between copies of the parameters for the actor
       (asynchronous only).
     queue_size: rows that the actor may be ahead (asynchronous only).
+    device: where the network acts (asynchronous only); None where the
+      parameters are.
 
   Returns:
     A source of `Experience` rows `[E, ...]` of numpy arrays. When
@@ -184,7 +193,7 @@ def from_host(
     stream = _Stream(env, act, stream_key, step)
     if mode == 'synchronous':
       return stream
-    return _Actor(stream, actor_key, queue_size)
+    return _Actor(stream, actor_key, queue_size, device)
 
   def next_(state, agent_state, step, key):
     if mode == 'synchronous':
@@ -202,8 +211,8 @@ def from_host(
     state.restart(step)
     return state
 
-  def save(state, directory):
-    del directory
+  def save(state, directory, step):
+    del directory, step
     # Simulators cannot be saved: a run starts them afresh when it saves, and
     # they start at the same seed again when it is resumed.
     return {}, {'started_at': state.started_at}

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.core.types import Agent
-from experiments.runtime.sources import Source
+from experiments.runtime.config import UserError
+from experiments.runtime.sources import Source, Stopped
 
 
 class Carry(NamedTuple):
@@ -54,34 +55,74 @@ class Hooks(NamedTuple):
     log: `(step, metrics: dict of floats)`.
     save: `(carry)`, at checkpoints and at the end.
     evaluate: `(step, agent_state) -> metrics`.
-    stopping: `() -> bool`, asked at every step on the host and at every
-      interval of a pure run; True saves and leaves.
+    stopping: `(step) -> bool`, asked after every step on the host and every
+      interval of a pure run; True saves and leaves. Several processes must
+      get the same answer at the same step.
+    sum_counts: `(counts) -> counts`, adds up the counts of a source on the
+      host over all processes.
   """
 
   log: Callable[[int, dict[str, float]], None] | None = None
   save: Callable[[Carry], None] | None = None
   evaluate: Callable[[int, Any], dict[str, float]] | None = None
-  stopping: Callable[[], bool] | None = None
+  stopping: Callable[[int], bool] | None = None
+  sum_counts: Callable[[dict[str, float]], dict[str, float]] | None = None
 
 
 _NO_HOOKS = Hooks()
 
 
-def init(agent: Agent, source: Source, key: chex.PRNGKey) -> Carry:
-  """The carry of step 0."""
-  state = init_agent(agent, key)
-  make = jax.jit(source.init) if source.is_pure else source.init
-  return Carry(state, make(source_key(key)), jnp.zeros((), jnp.int32))
+class Diverged(UserError):
+  """A metric or a parameter is not finite: the run cannot go on from there."""
 
 
-def init_agent(agent: Agent, key: chex.PRNGKey) -> Any:
+class Watch(NamedTuple):
+  """The first update with a number that is not finite.
+
+  Attributes:
+    step: int32, its number, counted from 1; 0 if there was none.
+    values: dict of float32 scalars, its metrics, gauges and counts; those of
+      the last update if there was none.
+  """
+
+  step: Any
+  values: dict[str, Any]
+
+
+def init(
+  agent: Agent,
+  source: Source,
+  key: chex.PRNGKey,
+  shardings: Carry | None = None,
+) -> Carry:
+  """The carry of step 0.
+
+  Args:
+    agent: the agent.
+    source: where its batches come from.
+    key: the run's key.
+    shardings: of the carry's parts, where it lies on several devices; see
+      `runtime.mesh.init`.
+  """
+  where = shardings or Carry(None, None, None)
+  state = init_agent(agent, key, where.agent)
+  make = source.init
+  if source.is_pure:
+    make = jax.jit(source.init, out_shardings=where.source)
+  step = jnp.zeros((), jnp.int32)
+  if where.step is not None and source.is_pure:
+    step = jax.device_put(step, where.step)
+  return Carry(state, make(source_key(key)), step)
+
+
+def init_agent(agent: Agent, key: chex.PRNGKey, sharding: Any = None) -> Any:
   """The agent's state of step 0.
 
   It comes out of a compiled function: its leaves then share no buffers, and
   donating them is safe.
   """
   agent_key, _ = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
-  return jax.jit(agent.init)(agent_key)
+  return jax.jit(agent.init, out_shardings=sharding)(agent_key)
 
 
 def source_key(key: chex.PRNGKey) -> chex.PRNGKey:
@@ -116,32 +157,92 @@ def step(
 
 
 def compile_interval(agent: Agent, source: Source) -> Callable:
-  """A compiled `(carry, key, num_steps) -> (carry, means, counts)`.
+  """A compilable `(carry, key, num_steps) -> (carry, means, counts)`.
 
   One program serves every number of steps, so that an uneven last interval
   compiles nothing. It can be vmapped over carries and keys, with one shared
-  step.
+  step. A number that is not finite shows in the means: nothing is raised.
+  """
+  watched = watched_interval(agent, source)
+  return lambda carry, key, num_steps: watched(carry, key, num_steps)[:3]
+
+
+def watched_interval(agent: Agent, source: Source) -> Callable:
+  """`compile_interval` with a fourth result, the interval's `Watch`.
+
+  It tells which update diverged first, and in what; for `run`, which raises.
   """
   one = functools.partial(step, agent, source)
 
   def interval(carry: Carry, key, num_steps):
     _, means, counts = jax.eval_shape(one, carry, key)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.float32), (means, counts)
+    zeros = lambda tree: jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32), tree
     )
+    watch = Watch(jnp.zeros((), jnp.int32), zeros(means | counts))
 
     def body(_, scanned):
-      carry, sums = scanned
+      carry, sums, watch = scanned
       carry, means, counts = one(carry, key)
       sums = jax.tree.map(jnp.add, sums, (means, counts))
-      return carry, sums
+      return carry, sums, _look(watch, carry.step, means | counts)
 
-    carry, (means, counts) = jax.lax.fori_loop(
-      0, num_steps, body, (carry, zeros)
+    carry, (means, counts), watch = jax.lax.fori_loop(
+      0, num_steps, body, (carry, zeros((means, counts)), watch)
     )
-    return carry, jax.tree.map(lambda x: x / num_steps, means), counts
+    means = jax.tree.map(lambda x: x / num_steps, means)
+    return carry, means, counts, watch
 
   return interval
+
+
+def _look(watch: Watch, step, values) -> Watch:
+  """What was found so far, or this update where nothing was yet."""
+  values = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+  finite = [jnp.isfinite(x).all() for x in values.values()]
+  bad = ~jnp.stack(finite).all() if finite else False
+  unset = watch.step == 0
+  return Watch(
+    jnp.where(unset & bad, step, watch.step),
+    jax.tree.map(
+      lambda new, old: jnp.where(unset, new, old), values, watch.values
+    ),
+  )
+
+
+def _check_numbers(step: int, values: dict[str, Any]) -> None:
+  """Raises `Diverged` if an update's numbers are not all finite."""
+  bad = {n: float(x) for n, x in values.items() if not np.isfinite(x)}
+  if bad:
+    what = ', '.join(f'{name} is {x}' for name, x in sorted(bad.items()))
+    raise Diverged(f'{what} at update {step}; nothing since then was saved')
+
+
+@jax.jit
+def _are_finite(leaves):
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+
+
+def _check_params(step: int, params: Any) -> None:
+  """Raises `Diverged` if the parameters after an update are not all finite.
+
+  The metrics of the update that spoils them may still be finite.
+  """
+  floats = {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+  }
+  if not floats:
+    return
+  finite = np.asarray(_are_finite(list(floats.values())))
+  bad = [name or 'params' for name, ok in zip(floats, finite) if not ok]
+  if bad:
+    more = f' and {len(bad) - 1} more' if len(bad) > 1 else ''
+    raise Diverged(
+      f'the parameters {bad[0]}{more} are not finite after update {step}; they '
+      'were not saved'
+    )
 
 
 def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
@@ -162,20 +263,26 @@ def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
 
 def _host_interval(agent, source, update, stopping, carry, key, num_steps):
   gathered: list[dict[str, Any]] = []
+  counted: list[dict[str, Any]] = []
   sums: dict[str, float] = {}
   carry = carry._replace(step=int(carry.step))
   for _ in range(num_steps):
     carry, means, counts = step(agent, source, carry, key, update)
     gathered.append(means)
+    counted.append(counts)
     for name, value in counts.items():
       sums[name] = sums.get(name, 0.0) + float(value)
-    if stopping is not None and stopping():
+    if stopping is not None and stopping(int(carry.step)):
       break
   names = sorted({name for means in gathered for name in means})
   means = {}
   for name in names:
     values = [np.asarray(m[name], np.float32) for m in gathered if name in m]
     means[name] = float(np.mean(values))
+  if not np.isfinite([*means.values(), *sums.values()]).all():
+    first = carry.step - len(gathered) + 1
+    for i, row in enumerate(zip(gathered, counted)):
+      _check_numbers(first + i, row[0] | row[1])
   carry = carry._replace(step=jnp.asarray(carry.step, jnp.int32))
   return carry, means, sums, len(gathered)
 
@@ -190,6 +297,7 @@ def run(
   intervals: Intervals,
   hooks: Hooks = _NO_HOOKS,
   update: Callable | None = None,
+  interval: Callable | None = None,
 ) -> Carry:
   """Runs updates until the carry's step is `steps`.
 
@@ -202,30 +310,51 @@ def run(
     intervals: how often what happens.
     hooks: what happens.
     update: a compiled update (from `runtime.mesh`); None compiles one.
+    interval: a compiled interval of a pure source (from `runtime.mesh`); None
+      compiles one.
 
   Returns:
     The last carry.
+
+  Raises:
+    Diverged: a metric, gauge, count or parameter is not finite; at the end of
+      the interval, before anything of it is evaluated, logged or saved.
+
+  An exception, of an environment too, passes through and nothing more is
+  saved: what it left half done must not become a checkpoint. The last one
+  stays, and the same command goes on from it.
   """
   if source.is_pure:
-    compiled = jax.jit(compile_interval(agent, source), donate_argnums=0)
+    compiled = interval or jax.jit(
+      watched_interval(agent, source), donate_argnums=0
+    )
   else:
     update = update or jax.jit(agent.update, donate_argnums=0)
     compiled = None
   done = int(carry.step)
   saved = None
-  stop = hooks.stopping or (lambda: False)
-  while done < steps and not stop():
+  stop = hooks.stopping or (lambda step: False)
+  while done < steps and not stop(done):
     start = time.perf_counter()
     due = intervals.next_stop(done, steps) - done
     if compiled is not None:
-      carry, means, counts = compiled(carry, key, due)
-      means, counts = jax.device_get((means, counts))
+      carry, means, counts, *watch = compiled(carry, key, due)
+      means, counts, watch = jax.device_get((means, counts, watch))
+      for found in watch:
+        _check_numbers(int(found.step), found.values)
     else:
-      carry, means, counts, due = _host_interval(
-        agent, source, update, hooks.stopping, carry, key, due
-      )
+      try:
+        carry, means, counts, due = _host_interval(
+          agent, source, update, hooks.stopping, carry, key, due
+        )
+      except Stopped:
+        return carry
+      if hooks.sum_counts is not None:
+        counts = hooks.sum_counts(counts)
     seconds = time.perf_counter() - start
     done = int(carry.step)
+    _check_numbers(done, means | counts)
+    _check_params(done, carry.agent.params)
     metrics = _summary(means, counts, seconds, due)
     if intervals.evaluate and done % intervals.evaluate == 0 and hooks.evaluate:
       metrics |= hooks.evaluate(done, carry.agent)

@@ -1,49 +1,113 @@
-"""Learner steps over several devices.
+"""Learner steps over several devices, of one process or of many.
 
-No agent contains a collective: a batch is split over the mesh's `data` axis,
-the state is replicated, and the compiler inserts the sums, so that one device
-and several give the same numbers.
+No agent contains a collective. `jit` (the default): a batch is split over the
+mesh's `data` axis, the state is replicated, and the compiler inserts the sums;
+one device and several give the same numbers up to rounding, batch statistics
+included, because the program's mean is the whole batch's. `pmap`: each device
+runs `update` on its own rows; the means that a `reduce` of `agent.make` takes
+(gradients, statistics, metrics) make the parameters agree, while a BatchNorm
+normalises by the statistics of all devices only where its network was made
+with the same `reduce`. Keys are folded with the device's index there, so that
+it equals one device for updates that draw nothing.
+
+Every process calls the same functions in the same order.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from agents.core.types import Agent
+from agents.core.types import Agent, Info
+from experiments.runtime import loop
+from experiments.runtime.sources import Source
+
+AXIS = 'data'
+How = Literal['jit', 'pmap']
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh with one axis, `data`, over all or given devices."""
-  devices = list(devices or jax.devices())
-  # The default axis type has changed between releases of jax.
-  return jax.make_mesh(
-    (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
-  )
+  """A mesh with one axis, `data`, over all or given devices.
+
+  They are ordered by process, so that a process holds consecutive rows of a
+  batch; `jax.make_mesh` may order them otherwise.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  devices.sort(key=lambda device: (device.process_index, device.id))
+  return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def compile_update(agent: Agent, mesh: Mesh) -> Callable:
+def pmean(tree: Any) -> Any:
+  """The mean over devices: `reduce` of `agent.make` where `how` is pmap."""
+  return jax.lax.pmean(tree, AXIS)
+
+
+def local_devices(mesh: Mesh) -> list[Any]:
+  """The mesh's devices that belong to this process, in order."""
+  return [d for d in mesh.devices if d.process_index == jax.process_index()]
+
+
+def local(tree: Any) -> Any:
+  """A replicated tree as arrays of one device of this process.
+
+  What acts or plays on its own needs them: a program over arrays of all
+  processes has to be run by all of them together.
+  """
+
+  def one(x):
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+      return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = jax.random.key_data(x).addressable_data(0)
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return x.addressable_data(0)
+
+  return jax.tree.map(one, tree)
+
+
+def split(mesh: Mesh) -> NamedSharding:
+  """Rows divided over the mesh."""
+  return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def compile_update(
+  agent: Agent, mesh: Mesh, how: How = 'jit', state_sharding: Any = None
+) -> Callable:
   """`agent.update` compiled over a mesh, its state donated.
 
   Args:
-    agent: the agent.
+    agent: the agent; for `pmap`, made with `reduce=pmean`.
     mesh: from `make_mesh`.
+    how: see the module's docstring.
+    state_sharding: shardings of the state, a prefix of its tree; None
+      replicates it. `jit` only.
 
   Returns:
     `(state, batch, key) -> (state, info)`; leaves of the batch are split
     along their first axis, which the number of devices must divide.
 
   Raises:
-    ValueError: by the returned function, if it does not divide.
+    ValueError: another `how`; a sharded state or several processes with
+      `pmap`; by the returned function, a batch that does not divide.
   """
-  replicated = NamedSharding(mesh, PartitionSpec())
-  split = NamedSharding(mesh, PartitionSpec('data'))
-  compiled = jax.jit(
-    agent.update,
-    donate_argnums=0,
-    in_shardings=(replicated, split, replicated),
-    out_shardings=replicated,
+  if how not in ('jit', 'pmap'):
+    raise ValueError(f"how={how!r}: must be 'jit' or 'pmap'")
+  if how == 'pmap' and state_sharding is not None:
+    raise ValueError('state_sharding: experts over devices need how=jit')
+  if how == 'pmap' and jax.process_count() > 1:
+    raise ValueError(f'how=pmap: {jax.process_count()} processes need how=jit')
+  compiled = (
+    _jitted(agent, mesh, state_sharding)
+    if how == 'jit'
+    else _pmapped(agent, mesh)
   )
 
   def update(state, batch, key):
@@ -52,8 +116,81 @@ def compile_update(agent: Agent, mesh: Mesh) -> Callable:
       raise ValueError(
         f'batch_size={size}: must be a multiple of the {mesh.size} devices'
       )
-    # What a program over the mesh has made (reanalysis) lies elsewhere, and
-    # jit would refuse to move it.
-    return compiled(state, jax.device_put(batch, split), key)
+    return compiled(state, batch, key)
 
   return update
+
+
+def _jitted(agent, mesh, state_sharding):
+  whole, rows = replicated(mesh), split(mesh)
+  state_sharding = whole if state_sharding is None else state_sharding
+  compiled = jax.jit(
+    agent.update,
+    donate_argnums=0,
+    in_shardings=(state_sharding, rows, whole),
+    out_shardings=(state_sharding, whole),
+  )
+
+  def update(state, batch, key):
+    # What a program over the mesh has made (reanalysis) lies elsewhere, and
+    # jit would refuse to move it.
+    return compiled(state, jax.device_put(batch, rows), key)
+
+  return update
+
+
+def _pmapped(agent, mesh):
+  def one(state, batch, key):
+    key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    state, info = agent.update(state, batch, key)
+    return state, info.metrics, info.priorities
+
+  compiled = jax.pmap(
+    one,
+    axis_name=AXIS,
+    in_axes=(None, 0, None),
+    out_axes=(None, None, 0),
+    devices=list(mesh.devices),
+    donate_argnums=0,
+  )
+
+  def update(state, batch, key):
+    rows = lambda x: x.reshape(mesh.size, -1, *x.shape[1:])
+    state, metrics, priorities = compiled(state, jax.tree.map(rows, batch), key)
+    if priorities is not None:
+      priorities = priorities.reshape(-1)
+    return state, Info(metrics, priorities)
+
+  return update
+
+
+def compile_refresh(agent: Agent, mesh: Mesh) -> Callable:
+  """`agent.refresh` compiled over a mesh: the batch split, the state whole."""
+  assert agent.refresh is not None
+  whole, rows = replicated(mesh), split(mesh)
+  return jax.jit(
+    agent.refresh, in_shardings=(whole, rows, whole, whole), out_shardings=rows
+  )
+
+
+def init(agent: Agent, source: Source, key: Any, mesh: Mesh) -> loop.Carry:
+  """`loop.init` over a mesh: the agent whole everywhere, a pure source split.
+
+  The state of a pure source must come from `parts.stacked`, whose leaves all
+  have the parts in front.
+  """
+  whole = replicated(mesh)
+  shardings = loop.Carry(whole, split(mesh), whole)
+  return loop.init(agent, source, key, shardings)
+
+
+def compile_interval(agent: Agent, source: Source, mesh: Mesh) -> Callable:
+  """`loop.watched_interval` of a pure source over a mesh, its carry donated."""
+  whole = replicated(mesh)
+  carry = loop.Carry(whole, split(mesh), whole)
+  return jax.jit(
+    loop.watched_interval(agent, source),
+    donate_argnums=0,
+    in_shardings=(carry, whole, whole),
+    out_shardings=(carry, whole, whole, whole),
+  )

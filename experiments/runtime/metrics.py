@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from experiments.runtime.config import UserError, write_text
+from experiments.runtime.config import UserError, write_text, writing
 
 
 class Writer(NamedTuple):
@@ -70,7 +70,7 @@ def csv_writer(
     if new:
       columns = columns + new
       write_text(path, _csv_text(columns, _read(path, None)[1]))
-    with open(path, 'a', encoding='utf-8', newline='') as file:
+    with writing(path), open(path, 'a', encoding='utf-8', newline='') as file:
       file.write(_csv_line(cells.get(name, '') for name in columns))
 
   return Writer(write, lambda: None)

@@ -192,6 +192,7 @@ def host_replay(
       index=index.astype(np.int32),
       generation=(order // size + 1).astype(np.int32),
       weight=core.weights(mass[index], float(beta)).astype(np.float32),
+      scale=core.scale(mass[index], cdf[-1], float(beta)).astype(np.float32),
       age=((state.count - 1 - order) * streams).astype(np.float32),
     )
     experience, valid = _assemble(rows, frame_stack)

@@ -22,6 +22,10 @@ from experiments.runtime import replay as host_replay
 from search.model import Environment, TimeStep
 
 
+class Stopped(Exception):
+  """The user asked to stop before the first update; nothing is worth saving."""
+
+
 class Measures(NamedTuple):
   """What a source tells about one call of `next`.
 
@@ -48,9 +52,9 @@ class Source(NamedTuple):
     restart: `(source_state, step) -> source_state`: simulators on the host
       start afresh from a seed derived from the step; None where all state is
       in the pytree.
-    save: `(source_state, directory) -> (arrays, facts)`: a pytree of arrays,
-      a dict that JSON can hold, and large data appended to files in the
-      directory; None for a pure source, whose state is saved as it is.
+    save: `(source_state, directory, step) -> (arrays, facts)`: a pytree of
+      arrays, a dict that JSON can hold, and large data appended to files in
+      the directory; None for a pure source, whose state is saved as it is.
     load: `(arrays, facts, directory, key) -> source_state`, the inverse.
     template: `() -> arrays`, of the shapes that `save` returns.
     prune: `(directory, list of facts)`: drops files that none of them needs.
@@ -218,6 +222,7 @@ def replayed(
   *,
   total_updates: int,
   beta: tuple[float, float] = (0.4, 1.0),
+  stopping: Callable[[], bool] = lambda: False,
 ) -> Source:
   """Keeps an inner source's rows and hands out sampled windows.
 
@@ -227,6 +232,8 @@ def replayed(
     pace: when to take how many rows.
     total_updates: over which `beta` rises.
     beta: exponent of the importance weights at the start and at the end.
+    stopping: asked on the host at every row before the first update, of which
+      there may be many; True raises `Stopped`.
 
   Returns:
     A source of `Trajectory`s, pure if both parts are. A pure one's `init`
@@ -278,6 +285,9 @@ def replayed(
     counts: dict[str, float] = {}
     gauges: dict[str, Any] = {}
     for i in range(pace.rows_due(step)):
+      # Later a half-done call would leave rows that no checkpoint knows.
+      if step == 0 and stopping():
+        raise Stopped
       inner_state, row, measures = inner.next(
         state.inner, agent_state, step, jax.random.fold_in(act_key, i)
       )
@@ -305,9 +315,9 @@ def replayed(
   if is_pure:
     return source
 
-  def save(state: Replayed, directory):
+  def save(state: Replayed, directory, step):
     assert inner.save is not None
-    arrays, facts = inner.save(state.inner, directory)
+    arrays, facts = inner.save(state.inner, directory, step)
     meta = host_replay.save(state.replay, directory)
     arrays = {'inner': arrays, 'priority': meta.pop('priority')}
     meta = jax.tree.map(lambda x: np.asarray(x).tolist(), meta)
@@ -347,19 +357,24 @@ def replayed(
   )
 
 
-def reanalyzed(inner: Source, agent: Agent) -> Source:
+def reanalyzed(
+  inner: Source, agent: Agent, compiled: Callable | None = None
+) -> Source:
   """Hands each batch through the agent's `refresh`, if it has one.
 
   Args:
     inner: a source of batches.
     agent: whose `refresh(state, batch, step, key)` makes new targets.
+    compiled: that function compiled over a mesh, for a source on the host.
 
   Returns:
     A source of the same batches with fresh targets.
   """
   if agent.refresh is None:
     return inner
-  refresh = agent.refresh if inner.is_pure else jax.jit(agent.refresh)
+  refresh = agent.refresh
+  if not inner.is_pure:
+    refresh = compiled or jax.jit(refresh)
 
   def next_(state, agent_state, step, key):
     inner_key, refresh_key = jax.random.split(key)

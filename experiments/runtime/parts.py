@@ -1,0 +1,394 @@
+"""Experience in parts, so that devices and processes hold and sample their own.
+
+A run has a fixed number of parts. Each has a share of the environments, of
+the replay's capacity and of the batch, its own keys and its own folder. What
+a part does depends on its number and on nothing else, so that the same parts
+dealt to other devices or processes give the same numbers.
+
+On the host the parts are dealt to the processes in equal consecutive blocks:
+of N parts, process p of P holds p N / P to (p + 1) N / P - 1. Within a process
+they are dealt likewise to its learning devices, where their windows are put
+together, and round robin to acting devices. A run may therefore go on with
+any number of processes that divides its parts, if all can read its folder.
+Pure parts are stacked along a leading axis that is split over the devices.
+
+One replay of everything is expected to give what the parts give: a row's
+importance weight carries its part's total priority (`agents.core.replay`'s
+`scale`), and ages count the decisions of all parts. New rows get the largest
+priority seen in their own part.
+
+Axes: `N` parts, `B` windows of a batch.
+"""
+
+import io
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from agents.core.replay import joined_weights
+from agents.core.types import Info, Sample, Trajectory
+from experiments.runtime import config as configs
+from experiments.runtime import mesh as meshes
+from experiments.runtime.sources import Measures, Source
+
+
+def choose(wanted: int, saved: int, sizes: dict[str, int], mesh: Mesh) -> int:
+  """How many parts a run has.
+
+  Args:
+    wanted: by the person; 0 for any.
+    saved: what the run's checkpoint has; 0 for none.
+    sizes: what is divided, by the field's name.
+    mesh: whose processes share the parts.
+
+  Returns:
+    `wanted`, or `saved`, or else the largest number up to the mesh's devices
+    that divides all sizes and is a multiple of the processes.
+
+  Raises:
+    ValueError: it does not divide, or differs from what is saved.
+  """
+  processes = len({d.process_index for d in mesh.devices})
+  if wanted and saved and wanted != saved:
+    raise ValueError(f'parts={wanted}: this run was begun with {saved}')
+  number = wanted or saved
+  if not number:
+    fitting = [
+      n
+      for n in range(processes, mesh.size + 1, processes)
+      if not any(size % n for size in sizes.values())
+    ]
+    number = max(fitting, default=processes)
+  for name, size in sizes.items():
+    if size % number:
+      raise ValueError(
+        f'{name}={size}: must be a multiple of the {number} parts that '
+        f'{processes} processes share'
+        if processes > 1
+        else f'{name}={size}: must be a multiple of parts={number}'
+      )
+  if number % processes:
+    raise ValueError(
+      f'parts={number}: {processes} processes cannot share them equally; take '
+      'a number of processes that divides it'
+    )
+  return number
+
+
+def held(number: int) -> range:
+  """The parts that this process holds."""
+  share = number // jax.process_count()
+  first = jax.process_index() * share
+  return range(first, first + share)
+
+
+def part_key(key: Any, part: Any, number: int) -> Any:
+  """A part's key; a single part has the run's own."""
+  return key if number == 1 else jax.random.fold_in(key, part)
+
+
+class _Acting(NamedTuple):
+  """What acting sees of an agent's state."""
+
+  params: Any
+
+
+class State(NamedTuple):
+  """State of `hosted`, mutable as its parts are.
+
+  Attributes:
+    parts: the state of each part that this process holds.
+    drawn: `Sample` of each in the last batch.
+  """
+
+  parts: list[Any]
+  drawn: list[Sample]
+
+
+def hosted(
+  parts: Sequence[Source], number: int, mesh: Mesh, batch_size: int
+) -> Source:
+  """Parts on the host as one source of global batches.
+
+  Args:
+    parts: of those that this process holds, in order; each makes windows of
+      `batch_size / number`.
+    number: N, of all processes.
+    mesh: over which a batch is split.
+    batch_size: B.
+
+  Returns:
+    A source of `Trajectory`s whose leaves are split over the mesh, part by
+    part. Its counts are those of this process.
+
+  Raises:
+    ValueError: a batch that the devices cannot share.
+  """
+  if batch_size % mesh.size:
+    raise ValueError(
+      f'batch_size={batch_size}: must be a multiple of the {mesh.size} devices'
+    )
+  numbers = held(number)
+  devices = meshes.local_devices(mesh)
+  home = [devices[i * len(devices) // len(parts)] for i in range(len(parts))]
+  joined = _join(mesh, number)
+  # Of the whole batch, the same on all processes.
+  age = jax.jit(jnp.mean, out_shardings=meshes.replicated(mesh))
+
+  def keys(key):
+    return [part_key(key, k, number) for k in numbers]
+
+  def init(key):
+    states = [part.init(k) for part, k in zip(parts, keys(key))]
+    return State(states, [])
+
+  def next_(state: State, agent_state, step, key):
+    acting = _Acting(meshes.local(agent_state.params))
+    states, batches, measures = [], [], []
+    for part, old, device, k in zip(parts, state.parts, home, keys(key)):
+      with jax.default_device(device):
+        new, batch, measured = part.next(old, acting, step, k)
+      states.append(new)
+      batches.append(batch)
+      measures.append(measured)
+    state = State(states, [batch.sample for batch in batches])
+    batch, measured = joined(batches), _together(measures)
+    if number > 1:
+      measured.gauges['replay_age'] = age(batch.sample.age)
+    return state, batch, measured
+
+  def feedback(state: State, batch, info):
+    del batch
+    if info.priorities is None:
+      return state
+    priorities = np.asarray(info.priorities)
+    size = batch_size // number
+    states = []
+    for k, part, old, drawn in zip(numbers, parts, state.parts, state.drawn):
+      own = Info({}, priorities[k * size : (k + 1) * size])
+      batch = Trajectory(None, None, drawn)  # type: ignore[arg-type]
+      states.append(part.feedback(old, batch, own))
+    return State(states, state.drawn)
+
+  def save(state: State, directory, step):
+    for k, part, old in zip(numbers, parts, state.parts):
+      assert part.save is not None
+      folder = _folder(directory, k)
+      _write(_file(folder, step), *part.save(old, folder, step))
+    return {}, {'parts': number, 'step': step}
+
+  def load(arrays, facts, directory, key):
+    del arrays
+    states = []
+    for k, part, part_key in zip(numbers, parts, keys(key)):
+      assert part.load is not None and part.template is not None
+      folder = _folder(directory, k)
+      saved, own = _read(_file(folder, facts['step']), part.template())
+      states.append(part.load(saved, own, folder, part_key))
+    return State(states, [])
+
+  def prune(directory, facts):
+    steps = [one['step'] for one in facts]
+    for k, part in zip(numbers, parts):
+      folder = _folder(directory, k)
+      for path in folder.glob('state_*.npz'):
+        step = int(path.stem.partition('_')[2])
+        if step < max(steps) and step not in steps:
+          path.unlink(missing_ok=True)
+      if part.prune is not None:
+        kept = [_file(folder, step) for step in steps]
+        part.prune(folder, [_facts(path) for path in kept if path.exists()])
+
+  def restart(state: State, step):
+    states = [
+      old if part.restart is None else part.restart(old, step)
+      for part, old in zip(parts, state.parts)
+    ]
+    return State(states, state.drawn)
+
+  def close(state: State):
+    for part, old in zip(parts, state.parts):
+      if part.close is not None:
+        part.close(old)
+
+  return Source(
+    init,
+    next_,
+    feedback,
+    lambda: None,
+    is_pure=False,
+    restart=restart,
+    save=save,
+    load=load,
+    template=dict,
+    prune=prune,
+    close=close,
+  )
+
+
+def _join(mesh: Mesh, number: int) -> Callable[[list[Trajectory]], Trajectory]:
+  """Puts the parts' windows together, split over the mesh."""
+  rows = meshes.split(mesh)
+  devices = meshes.local_devices(mesh)
+  weigh = jax.jit(lambda drawn: _weigh(drawn, number), out_shardings=rows)
+
+  def spread(*leaves):
+    size, left = divmod(len(leaves), len(devices))
+    if left:  # more devices than parts, or an uneven deal
+      whole = np.concatenate([np.asarray(x) for x in leaves])
+      pieces = np.split(whole, len(devices))
+    elif size == 1:
+      pieces = leaves
+    else:
+      pieces = [
+        jnp.concatenate([jax.device_put(x, device) for x in some])
+        for some, device in zip(_groups(leaves, size), devices)
+      ]
+    shape = (leaves[0].shape[0] * number, *leaves[0].shape[1:])
+    pieces = [jax.device_put(x, d) for x, d in zip(pieces, devices)]
+    return jax.make_array_from_single_device_arrays(shape, rows, pieces)
+
+  def join(batches: list[Trajectory]) -> Trajectory:
+    batch = batches[0]
+    assert batch.sample is not None
+    if number == 1 and mesh.size == 1:
+      return batch._replace(sample=batch.sample._replace(scale=None))
+    batch = jax.tree.map(spread, *batches)
+    return batch._replace(sample=weigh(batch.sample))
+
+  return join
+
+
+def _groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+  return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _weigh(drawn: Sample, number: int) -> Sample:
+  if number == 1:
+    return drawn._replace(scale=None)
+  # A part has seen its share of the decisions.
+  return joined_weights(drawn._replace(age=drawn.age * number))
+
+
+def _together(measures: list[Measures]) -> Measures:
+  """Sums of the counts and means of the gauges."""
+  if len(measures) == 1:
+    return measures[0]
+  counts: dict[str, float] = {}
+  gauges: dict[str, list[float]] = {}
+  for measured in measures:
+    for name, value in measured.counts.items():
+      counts[name] = counts.get(name, 0.0) + float(value)
+    for name, value in measured.gauges.items():
+      gauges.setdefault(name, []).append(float(value))
+  means = {name: sum(xs) / len(xs) for name, xs in gauges.items()}
+  return Measures(counts, means)
+
+
+def _folder(directory, part: int) -> pathlib.Path:
+  return pathlib.Path(directory) / f'part_{part:04d}'
+
+
+def _file(folder: pathlib.Path, step: int) -> pathlib.Path:
+  return folder / f'state_{step:012d}.npz'
+
+
+def _write(path: pathlib.Path, arrays: Any, facts: dict[str, Any]) -> None:
+  content = {
+    jax.tree_util.keystr(name): np.asarray(x)
+    for name, x in jax.tree_util.tree_leaves_with_path(arrays)
+  }
+  content['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+  buffer = io.BytesIO()
+  np.savez(buffer, **content)
+  configs.write_bytes(path, buffer.getvalue())
+
+
+def _facts(path: pathlib.Path) -> dict[str, Any]:
+  with np.load(path) as data:
+    return json.loads(data['facts'].tobytes())
+
+
+def _read(path: pathlib.Path, template: Any) -> tuple[Any, dict[str, Any]]:
+  try:
+    with np.load(path) as data:
+      facts = json.loads(data['facts'].tobytes())
+      leaves, tree = jax.tree_util.tree_flatten_with_path(template)
+      arrays = [data[jax.tree_util.keystr(name)] for name, _ in leaves]
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    raise configs.UserError(f'replay: cannot read {path}: {error}') from error
+  return jax.tree_util.tree_unflatten(tree, arrays), facts
+
+
+def stacked(part: Source, number: int, mesh: Mesh) -> Source:
+  """Pure parts as one pure source of global batches.
+
+  Args:
+    part: a pure source of windows, one part's share.
+    number: N.
+    mesh: over which the parts are split; its size must divide N.
+
+  Returns:
+    A pure source of `Trajectory`s. All leaves of its state are `[N, ...]`, to
+    be split over the mesh; what a part does needs no other device.
+
+  Raises:
+    ValueError: the devices cannot share the parts equally.
+  """
+  if number % mesh.size:
+    raise ValueError(
+      f'parts={number}: must be a multiple of the {mesh.size} devices'
+    )
+  rows, whole = PartitionSpec(meshes.AXIS), PartitionSpec()
+
+  def everywhere(function, *in_specs):
+    # Nothing is differentiated here, and no value is the same on all devices.
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=rows,
+      check_vma=False,
+    )
+
+  def init(key):
+    keys = jax.vmap(lambda k: part_key(key, k, number))(jnp.arange(number))
+    return jax.vmap(part.init)(keys)
+
+  def next_(state, agent_state, step, key):
+    def some(state, numbers, agent_state, step, key):
+      one = lambda s, k: part.next(
+        s, agent_state, step, part_key(key, k, number)
+      )
+      return jax.vmap(one)(state, numbers)
+
+    state, batch, measures = everywhere(some, rows, rows, whole, whole, whole)(
+      state, jnp.arange(number), agent_state, step, key
+    )
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    batch = batch._replace(sample=_weigh(batch.sample, number))
+    batch = jax.lax.with_sharding_constraint(batch, meshes.split(mesh))
+    counts = jax.tree.map(lambda x: jnp.sum(x, 0), measures.counts)
+    gauges = jax.tree.map(lambda x: jnp.mean(x, 0), measures.gauges)
+    gauges['replay_age'] = jnp.mean(batch.sample.age)
+    return state, batch, Measures(counts, gauges)
+
+  def feedback(state, batch, info):
+    def some(state, sample, priorities):
+      one = lambda s, drawn, p: part.feedback(
+        s, Trajectory(None, None, drawn), Info({}, p)
+      )
+      return jax.vmap(one)(state, sample, priorities)
+
+    apart = lambda x: x.reshape(number, -1, *x.shape[1:])
+    sample, priorities = jax.tree.map(apart, (batch.sample, info.priorities))
+    return everywhere(some, rows, rows, rows)(state, sample, priorities)
+
+  return Source(init, next_, feedback, lambda: None, is_pure=True)
