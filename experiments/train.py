@@ -261,7 +261,7 @@ class _Trained(NamedTuple):
 def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   import jax
 
-  from experiments.runtime import distributed, loop, mesh
+  from experiments.runtime import distributed, loop, mesh, watch
 
   settings = experiment.run
   key = jax.random.key(experiment.seed)
@@ -300,9 +300,14 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
     if not begin:
       writer.write(0, held_out.losses(untrained.params))
 
+  compiled_since, waited = watch.compilations(), 0.0
+
   def log(step: int, row: dict[str, float]) -> None:
+    nonlocal waited
     keeper.decisions += row.get('decisions', 0.0)
-    writer.write(step, row | {'decisions': keeper.decisions})
+    waited += row.get('wait_seconds', 0.0)
+    row |= {'decisions': keeper.decisions, 'compiled': compiled_since()}
+    writer.write(step, row)
 
   def evaluate(step: int, agent_state) -> dict[str, float]:
     found = {}
@@ -330,6 +335,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   sum_counts = distributed.sum_over_processes
   # A vote makes all wait for each other, so it is not taken at every update.
   stopping = distributed.stopping(asked, every=16)
+  start = time.perf_counter()
   try:
     if profile and begin < updates:
       carry = _profiled(
@@ -357,9 +363,15 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
       source.close(carry.source)
     writer.close()
     keeper.close()
-  end = int(carry.step)
+  end, seconds = int(carry.step), time.perf_counter() - start
   if held_out is not None and end == updates:
     held_out.compare(carry.agent, workdir / 'held_out.csv', is_main)
+  if is_main:
+    peaks = watch.peak_memory().items()
+    used = ', '.join(f'{x / 1e9:.2f} GB of the {name}' for name, x in peaks)
+    # Every process has waited for its own actors.
+    share = waited / distributed.process()[1] / max(seconds, 1e-9)
+    print(f'waited for experience: {share:.1%} of the time; memory: {used}')
   return _Trained(agent, begin, end)
 
 

@@ -42,8 +42,8 @@ TINY = (
     )
   ),
 )
-# Wall time differs from run to run.
-CLOCKS = ('updates_per_second', 'wait_seconds')
+# Wall time differs from run to run; a resumed one compiles again.
+CLOCKS = ('updates_per_second', 'wait_seconds', 'compiled')
 
 
 def command(module, *flags):
@@ -106,6 +106,20 @@ def test_a_run_leaves_what_it_promises(finished):
   assert int(metrics[-1]['step']) == 84  # (400 - 64) / 4
   # Decisions exclude the ignored actions on last steps, one in ten on Catch.
   assert 340 <= float(metrics[-1]['decisions']) <= 400
+
+
+def test_nothing_is_compiled_after_the_warm_up(finished):
+  workdir, done = finished
+  with open(workdir / 'metrics.csv', newline='') as file:
+    counts = {
+      int(r['step']): float(r['compiled']) for r in csv.DictReader(file)
+    }
+  assert counts[5] > 0
+  # The first checkpoint, at 20, is part of the warm-up.
+  later = [count for step, count in counts.items() if step > 40]
+  assert later and not any(later)
+  assert 'waited for experience' in done.stdout
+  assert 'GB of the process' in done.stdout
 
 
 def test_a_run_over_sampled_actions(tmp_path):

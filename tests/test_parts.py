@@ -37,7 +37,7 @@ UPDATES = 10
 
 def describe(env, *settings):
   return build.describe(
-    'muzero_catch', env=env, steps=400, settings=(*TINY, *settings)
+    'muzero_cartpole', env=env, steps=400, settings=(*TINY, *settings)
   )
 
 
@@ -92,7 +92,7 @@ def train(env, key, first=0, count=2, steps=UPDATES, workdir=None):
   return np.array(table), jax.device_get(carry.agent.params.network)
 
 
-@pytest.mark.parametrize('env', ['jax:catch', 'Catch-v0'])
+@pytest.mark.parametrize('env', ['jax:cartpole', 'CartPole-v1'])
 def test_two_devices_give_what_one_gives(env, key):
   want, want_network = train(env, key, count=1)
   got, got_network = train(env, key)
@@ -106,7 +106,7 @@ def test_two_devices_give_what_one_gives(env, key):
   )
 
 
-@pytest.mark.parametrize('env', ['jax:catch', 'Catch-v0'])
+@pytest.mark.parametrize('env', ['jax:cartpole', 'CartPole-v1'])
 def test_a_run_goes_on_with_another_number_of_devices(env, key, tmp_path):
   whole, _ = train(env, key, workdir=tmp_path / 'a')
   assert saved_parts(tmp_path / 'b') == 0
@@ -115,6 +115,19 @@ def test_a_run_goes_on_with_another_number_of_devices(env, key, tmp_path):
   rest, _ = train(env, key, count=1, workdir=tmp_path / 'b')
   np.testing.assert_allclose(rest, whole[-len(rest) :], rtol=2e-4)
   np.testing.assert_array_equal(rest[:, -1], whole[-len(rest) :, -1])
+
+
+def size(tree):
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_a_compiled_run_holds_one_copy_of_its_state(key):
+  layout, agent, source, compiled = trainer('jax:cartpole', 0, 1)
+  carry = mesh.init(agent, source, key, layout.mesh)
+  program = compiled['interval'].lower(carry, key, 5).compile()
+  memory = program.memory_analysis()
+  # All of it is written in place.
+  assert memory.alias_size_in_bytes >= size(carry)
 
 
 def test_parts_are_as_good_as_one_replay():
@@ -205,17 +218,19 @@ def test_parts_that_do_not_fit_are_refused(
 
 
 def test_more_devices_than_exist_are_refused():
-  experiment = describe('Catch-v0', 'devices=3')
+  experiment = describe('CartPole-v1', 'devices=3')
   with pytest.raises(ValueError, match=r'devices=3: this machine has 2'):
     build.make_layout(experiment)
-  experiment = describe('Catch-v0', 'acting=asynchronous', 'acting_devices=2')
+  experiment = describe(
+    'CartPole-v1', 'acting=asynchronous', 'acting_devices=2'
+  )
   with pytest.raises(ValueError, match=r'acting_devices=2: this machine has 2'):
     build.make_layout(experiment)
 
 
 def test_acting_devices_act_and_the_others_learn(key):
   experiment = describe(
-    'Catch-v0', 'acting=asynchronous', 'acting_devices=1', 'parts=2'
+    'CartPole-v1', 'acting=asynchronous', 'acting_devices=1', 'parts=2'
   )
   layout = build.make_layout(experiment)
   assert list(layout.mesh.devices) == jax.devices()[:1]

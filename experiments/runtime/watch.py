@@ -1,0 +1,49 @@
+"""What a run costs besides its updates: compilations, memory, waiting."""
+
+import resource
+import sys
+from collections.abc import Callable
+
+
+def compilations() -> Callable[[], int]:
+  """Counts the programs that JAX compiles, or loads from its cache, from now.
+
+  Returns:
+    `() -> int`, how many since it was asked last. In a run that has warmed up
+    it must be 0: more means that something is traced again and again.
+  """
+  import jax
+
+  counted = 0
+
+  def listen(event: str, seconds: float, **_) -> None:
+    nonlocal counted
+    del seconds
+    counted += event == '/jax/core/compile/backend_compile_duration'
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  told = 0
+
+  def since() -> int:
+    nonlocal told
+    new, told = counted - told, counted
+    return new
+
+  return since
+
+
+def peak_memory() -> dict[str, float]:
+  """Most bytes in use so far: of this process, and of its first device.
+
+  A device that does not tell is left out (CPUs: theirs are the process's).
+  """
+  import jax
+
+  # Linux counts in kilobytes, macOS in bytes.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  found = {'process': float(peak)}
+  told = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in told:
+    found['device'] = float(told['peak_bytes_in_use'])
+  return found
