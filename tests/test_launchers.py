@@ -261,7 +261,10 @@ MISTAKES = {
   'norm': ({'settings': ['norm=group']}, 'layer'),
   'steps': ({'steps': 10}, 'warmup_decisions'),
   'warm-up': ({'settings': ['warmup_decisions=20']}, 'warmup_decisions=20'),
-  'devices': ({'settings': ['devices=3']}, 'batch_size=64'),
+  'layout': (
+    {'settings': ['acting_devices=1', 'acting=synchronous']},
+    'acting_devices=1: needs acting=asynchronous',
+  ),
   'actions': ({'env': 'Pendulum-v1'}, 'discrete actions'),
   'option': ({'settings': ['env.options=colour=1']}, 'colour'),
   'not an option': ({'settings': ['env.options=colour']}, 'name=value'),

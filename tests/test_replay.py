@@ -187,7 +187,10 @@ def test_host_and_device_draw_the_same(both, key):
     step_key = jax.random.fold_in(key, t)
     x, y = device.sample(a, step_key, 0.7), there.sample(b, step_key, 0.7)
     np.testing.assert_allclose(x.sample.weight, y.sample.weight, rtol=1e-5)
-    weightless = lambda z: z._replace(sample=z.sample._replace(weight=None))
+    np.testing.assert_allclose(x.sample.scale, y.sample.scale, rtol=1e-5)
+    weightless = lambda z: z._replace(
+      sample=z.sample._replace(weight=None, scale=None)
+    )
     jax.tree.map(np.testing.assert_array_equal, weightless(x), weightless(y))
     priorities = 3 * jax.random.normal(step_key, (BATCH,))
     a = device.update(a, x.sample, priorities)

@@ -176,18 +176,21 @@ def compile_refresh(agent: Agent, mesh: Mesh) -> Callable:
 def init(agent: Agent, source: Source, key: Any, mesh: Mesh) -> loop.Carry:
   """`loop.init` over a mesh: the agent whole everywhere, a pure source split.
 
-  The state of a pure source must come from `parts.stacked`, whose leaves all
-  have the parts in front.
+  On several devices a pure source must come from `parts.stacked`: all leaves of
+  its state have the parts in front.
   """
+  return loop.init(agent, source, key, _carry_sharding(mesh))
+
+
+def _carry_sharding(mesh: Mesh) -> loop.Carry:
   whole = replicated(mesh)
-  shardings = loop.Carry(whole, split(mesh), whole)
-  return loop.init(agent, source, key, shardings)
+  # On one device a source need not be stacked.
+  return loop.Carry(whole, split(mesh) if mesh.size > 1 else whole, whole)
 
 
 def compile_interval(agent: Agent, source: Source, mesh: Mesh) -> Callable:
   """`loop.watched_interval` of a pure source over a mesh, its carry donated."""
-  whole = replicated(mesh)
-  carry = loop.Carry(whole, split(mesh), whole)
+  whole, carry = replicated(mesh), _carry_sharding(mesh)
   return jax.jit(
     loop.watched_interval(agent, source),
     donate_argnums=0,

@@ -100,6 +100,12 @@ class _Acting(NamedTuple):
   params: Any
 
 
+class _Only(NamedTuple):
+  """What the feedback of a part sees of its windows."""
+
+  sample: Sample
+
+
 class State(NamedTuple):
   """State of `hosted`, mutable as its parts are.
 
@@ -160,7 +166,7 @@ def hosted(
       measures.append(measured)
     state = State(states, [batch.sample for batch in batches])
     batch, measured = joined(batches), _together(measures)
-    if number > 1:
+    if number > 1 and batch.sample is not None:
       measured.gauges['replay_age'] = age(batch.sample.age)
     return state, batch, measured
 
@@ -173,8 +179,7 @@ def hosted(
     states = []
     for k, part, old, drawn in zip(numbers, parts, state.parts, state.drawn):
       own = Info({}, priorities[k * size : (k + 1) * size])
-      batch = Trajectory(None, None, drawn)  # type: ignore[arg-type]
-      states.append(part.feedback(old, batch, own))
+      states.append(part.feedback(old, _Only(drawn), own))
     return State(states, state.drawn)
 
   def save(state: State, directory, step):
@@ -307,7 +312,7 @@ def _write(path: pathlib.Path, arrays: Any, facts: dict[str, Any]) -> None:
   }
   content['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   buffer = io.BytesIO()
-  np.savez(buffer, **content)
+  np.savez(buffer, allow_pickle=False, **content)
   configs.write_bytes(path, buffer.getvalue())
 
 
@@ -382,9 +387,7 @@ def stacked(part: Source, number: int, mesh: Mesh) -> Source:
 
   def feedback(state, batch, info):
     def some(state, sample, priorities):
-      one = lambda s, drawn, p: part.feedback(
-        s, Trajectory(None, None, drawn), Info({}, p)
-      )
+      one = lambda s, drawn, p: part.feedback(s, _Only(drawn), Info({}, p))
       return jax.vmap(one)(state, sample, priorities)
 
     apart = lambda x: x.reshape(number, -1, *x.shape[1:])

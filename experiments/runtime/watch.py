@@ -16,9 +16,9 @@ def compilations() -> Callable[[], int]:
 
   counted = 0
 
-  def listen(event: str, seconds: float, **_) -> None:
+  def listen(event: str, duration_secs: float, **kwargs) -> None:
     nonlocal counted
-    del seconds
+    del duration_secs, kwargs
     counted += event == '/jax/core/compile/backend_compile_duration'
 
   jax.monitoring.register_event_duration_secs_listener(listen)
