@@ -1,15 +1,20 @@
-"""Measures search, learner and acting on this machine.
+"""Measures search, learner, acting and scaling on this machine.
 
-python -m experiments.benchmark --what=search,learner,acting --out=results.csv
-python -m experiments.benchmark --what=sampled --out=sampled.csv
+python -m experiments.benchmark --suite=search,learner,acting --out=results.csv
+python -m experiments.benchmark --suite=sampled --out=sampled.csv
+python -m experiments.benchmark --suite=scale --out=scale.csv
 
-`sampled` is the search over sampled actions beside that over enumerated ones.
+`sampled` is the search over sampled actions beside that over enumerated ones;
+`scale` is many seeds in one program and updates over devices, beside what the
+machine can do at most, with a figure beside the CSV.
 
 What is compared is measured in turns, A B C A B C ..., in one process, and
 summarised by medians. Compiling is never in. Speeds are given by wall second
 and by CPU second of the whole process (all its threads); on a machine that
 others use, the latter is the one to trust. On an accelerator it says little.
 """
+
+import pathlib
 
 from experiments import build, presets
 from experiments.measure import (
@@ -23,6 +28,7 @@ from experiments.measure import (
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
+_SUITES = ('search', 'sampled', 'learner', 'acting', 'scale')
 _PONG = (
   # Sizes that two cores can carry; the network and the search are full-size.
   'env.num_envs=4',
@@ -37,13 +43,20 @@ def define_flags() -> None:
   """The flags of `python -m experiments.benchmark`."""
   from absl import flags
 
-  flags.DEFINE_list('what', ['search', 'learner', 'acting'], 'what to measure')
+  flags.DEFINE_list(
+    'suite', ['search', 'learner', 'acting'], f'of {", ".join(_SUITES)}'
+  )
+  flags.DEFINE_alias('what', 'suite')
   flags.DEFINE_string('out', 'benchmark.csv', 'the CSV')
   flags.DEFINE_integer('repeats', 9, 'of every measurement', 1)
   flags.DEFINE_bool('quick', False, 'tiny sizes, to see that it runs')
   flags.DEFINE_string(
-    'preset', presets.DEFAULT, 'whose learner and environment'
+    'preset',
+    None,
+    f'whose learner and environment; none for {presets.DEFAULT}, and for those '
+    'that scale usually measures',
   )
+  flags.DEFINE_list('seeds', [], 'of scale, in one program: 1,64,1024')
   flags.DEFINE_multi_string(
     'set', [], 'field=value of the preset, repeatable: --set=batch_size=32'
   )
@@ -54,15 +67,25 @@ def main() -> None:
   from absl import flags
 
   values = flags.FLAGS
-  from experiments import benchmark_agent, benchmark_search
+  from experiments import (
+    benchmark_agent,
+    benchmark_figure,
+    benchmark_scale,
+    benchmark_search,
+  )
 
-  known = ('search', 'sampled', 'learner', 'acting')
-  for what in values.what:
-    if what not in known:
-      raise UserError(f'what={what}: must be of {", ".join(known)}')
+  for suite in values.suite:
+    if suite not in _SUITES:
+      raise UserError(f'suite={suite}: must be of {", ".join(_SUITES)}')
   sizes = (QUICK if values.quick else Sizes())._replace(repeats=values.repeats)
   with configs.user_errors():
-    experiment = build.describe(values.preset, settings=values.set)
+    experiment = build.describe(
+      values.preset or presets.DEFAULT, settings=values.set
+    )
+    if 'scale' in values.suite:
+      seeds = _integers('seeds', values.seeds)
+      scale = benchmark_scale.sizes_here(values.quick, seeds, values.repeats)
+      chosen = benchmark_scale.cases(values.preset, values.set, scale)
     pong = build.describe('efficientzero_atari', settings=_PONG)
   about = machine()
   print(', '.join(f'{name}: {value}' for name, value in about.items()))
@@ -73,19 +96,32 @@ def main() -> None:
     print_rows(measured)
     write_rows(values.out, rows, about)
 
-  if 'search' in values.what:
+  if 'search' in values.suite:
     done(benchmark_search.search_rows(sizes))
-  if 'sampled' in values.what:
+  if 'sampled' in values.suite:
     done(benchmark_search.sampled_rows(sizes))
-  if 'learner' in values.what:
+  if 'learner' in values.suite:
     done(benchmark_agent.learner_rows(experiment, sizes))
-  if 'acting' in values.what:
+  if 'acting' in values.suite:
     done(benchmark_agent.acting_rows(experiment, sizes))
     if not values.quick:
       done(
         benchmark_agent.acting_rows(pong, sizes._replace(steps=100, updates=8))
       )
+  if 'scale' in values.suite:
+    for measured in benchmark_scale.scale_rows(chosen, scale):
+      done(measured)
+    picture = pathlib.Path(values.out).with_suffix('.png')
+    benchmark_figure.scale_figure(rows, picture)
+    print(f'figure: {picture}')
   print(f'results: {values.out}')
+
+
+def _integers(name: str, texts: list[str]) -> list[int]:
+  for text in texts:
+    if not text.isdecimal():
+      raise UserError(f'{name}={text}: must be integers with commas between')
+  return [int(text) for text in texts]
 
 
 if __name__ == '__main__':

@@ -308,5 +308,5 @@ def test_launcher_errors_are_one_line():
   )
   assert done.returncode == 2
   assert done.stderr == (
-    'error: what=serch: must be of search, sampled, learner, acting\n'
+    'error: suite=serch: must be of search, sampled, learner, acting, scale\n'
   )
