@@ -79,7 +79,7 @@ def main() -> None:
     distributed.initialize(
       values.distributed, values.num_processes, values.process_id
     )
-    _use_compilation_cache()
+    use_compilation_cache()
     workdir = pathlib.Path(values.workdir or default_workdir(experiment))
   return run(
     experiment,
@@ -95,7 +95,8 @@ def default_workdir(experiment: build.Experiment) -> str:
   return f'runs/{experiment.name}_{env}_s{experiment.seed}'
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder, if none is set."""
   import jax
 
   # Compiling takes most of a short run; the next one finds it done.

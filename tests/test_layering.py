@@ -47,6 +47,7 @@ HEAVY = {
   'optax',
   'orbax',
   'pgx',
+  'ray',
   'rich',
   'rlax',
   'scipy',

@@ -122,7 +122,7 @@ def on_device(
   Returns:
     `Episodes`.
   """
-  returns, lengths = _device_episodes(
+  returns, lengths = device_episodes(
     env.reset, env.step, play, num_episodes, max_steps, params, key
   )
   return Episodes(
@@ -132,7 +132,20 @@ def on_device(
 
 # Not the whole environment: a spec may hold arrays, which have no hash.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _device_episodes(reset, step_env, play, num, max_steps, params, key):
+def device_episodes(
+  reset: Callable,
+  step_env: Callable,
+  play: Callable,
+  num: int,
+  max_steps: int,
+  params: Any,
+  key: chex.PRNGKey,
+) -> tuple[chex.Array, chex.Array]:
+  """What `on_device` compiles; it may be traced and vmapped.
+
+  Returns:
+    Returns float32 `[num]` and lengths int32 `[num]`.
+  """
   reset_key, key = jax.random.split(key)
   env_state, timestep = jax.vmap(reset)(jax.random.split(reset_key, num))
 

@@ -1,0 +1,432 @@
+"""Sweeps: one program, processes, a cluster; what is finished stays."""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import build, sweep_engines, sweep_plan, sweep_program
+from experiments.runtime import evaluate, loop, mesh
+from experiments.sweep_engines import Job
+from experiments.sweep_plan import Row
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENT = dict(
+  os.environ,
+  JAX_PLATFORMS='cpu',
+  # What is compiled here need not be compiled again there.
+  JAX_NUM_CPU_DEVICES='2',
+  JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
+)
+TINY = (
+  'env.num_envs=4',
+  'warmup_decisions=64',
+  'decisions_per_update=4',
+  'replay_capacity=400',
+  'batch_size=8',
+  'num_simulations=2',
+  'network.latent_size=8',
+  'network.blocks=1',
+  'network.torso=vector',
+  'network.norm=layer',
+  'network.head_hidden=4',
+  'network.value_bins=5',
+  'network.reward_bins=5',
+  'network.projector=4,4',
+  'network.predictor=4',
+  'unroll_steps=2',
+  'td_steps=2',
+  'log_every=5',
+  'evaluate_every=10',
+  'evaluate_episodes=8',
+  'reanalyze_fraction=0',
+)
+STEPS = 112  # 12 updates: the last interval is a short one
+SHARED = {'env': 'jax:catch', 'steps': STEPS, 'fixed': TINY}
+
+
+@pytest.fixture(scope='module')
+def plan():
+  return sweep_plan.make_plan(
+    'muzero_catch', grid=['learning_rate=1e-3,1e-2,1e38'], **SHARED
+  )
+
+
+@pytest.fixture(scope='module')
+def program(plan):
+  # Three rows on two devices; the last one diverges.
+  part = sweep_engines.Part(
+    pathlib.Path('none'),
+    (Row(0, 0), Row(1, 3), Row(2, 0)),
+    ('agent.learning_rate',),
+  )
+  return sweep_engines.program_of(plan, part)
+
+
+@pytest.fixture(scope='module')
+def points(program, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('whole')
+  return sweep_program.run(program, folder, mesh=mesh.make_mesh())
+
+
+def alone(experiment):
+  """The curve of one run by the plain loop, as the launcher runs it."""
+  from agents.core import planning
+
+  env = build.make_env(experiment, training=True)
+  agent = build.make_agent(experiment, env.spec)
+  source = build.make_source(experiment, env, agent)
+  key = jax.random.key(experiment.seed)
+  curve = []
+
+  def played(step, state):
+    planner = planning.make_planner(experiment.config.search, evaluate=True)
+    return evaluate.on_device(
+      env,
+      evaluate.player(planner, agent.model),
+      state.params,
+      key=jax.random.fold_in(key, step),
+      num_episodes=8,
+    ).summary()
+
+  loop.run(
+    agent,
+    source,
+    loop.init(agent, source, key),
+    key=key,
+    steps=experiment.updates,
+    intervals=loop.Intervals(log=5, evaluate=10),
+    hooks=loop.Hooks(
+      log=lambda step, row: curve.append((step, row)), evaluate=played
+    ),
+  )
+  return curve
+
+
+def test_a_row_is_the_run_of_the_same_seed_alone(plan, points):
+  curve = alone(plan.describe(Row(1, 3)))
+  assert [p.step for p in points] == [step for step, _ in curve]
+  assert [p.step for p in points] == [5, 10, 12]
+  decisions = 0
+  for point, (step, want) in zip(points, curve):
+    got = {name: x[1] for name, x in point.metrics.items()}
+    assert got.pop('finite') == 1
+    want.pop('updates_per_second')
+    decisions += want.pop('decisions')
+    assert got.pop('decisions') == decisions
+    if step == 12:  # a run alone does not evaluate at its end
+      assert np.isfinite(got['eval_return'])
+      want |= {n: got[n] for n in got if n.startswith('eval')}
+    got = {n: x for n, x in got.items() if n in want or np.isfinite(x)}
+    got = {n: x for n, x in got.items() if not n.startswith('network')}
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+      # The order of sums within a product is the compiler's.
+      np.testing.assert_allclose(
+        value, want[name], rtol=1e-4, atol=1e-5, err_msg=name
+      )
+
+
+def test_rows_differ_in_their_float(points):
+  first, second = points[-1].metrics['gradient_norm'][:2]
+  assert abs(first - second) > 1e-3
+
+
+def test_a_row_of_nans_is_kept_as_such(points):
+  last = points[-1].metrics
+  assert last['finite'].tolist() == [1, 1, 0]
+  assert np.isnan(last['eval_return'][2])
+  assert np.isfinite(last['eval_return'][:2]).all()
+
+
+def test_stopped_and_run_again_equals_uninterrupted(program, points, tmp_path):
+  two = mesh.make_mesh()
+  stopped = sweep_program.run(
+    program, tmp_path, mesh=two, stopping=lambda: True
+  )
+  assert stopped is None
+  steps = []
+  again = sweep_program.run(
+    program, tmp_path, mesh=two, report=lambda step, row: steps.append(step)
+  )
+  assert steps == [10, 12]
+  for got, want in zip(again, points, strict=True):
+    assert got.step == want.step
+    for name in want.metrics:
+      np.testing.assert_array_equal(got.metrics[name], want.metrics[name])
+  sweep_program.forget(tmp_path)
+  assert not any(tmp_path.iterdir())
+
+
+def test_what_changes_shapes_is_another_program(tmp_path):
+  mine = ('num_simulations', 'reanalyze_fraction')
+  fixed = [s for s in TINY if not s.startswith(mine)]
+  swept = sweep_plan.make_plan(
+    'muzero_catch',
+    grid=[
+      'gamma=0.9,0.99',
+      'num_simulations=1,2',
+      'reanalyze_fraction=0,0.5',
+    ],
+    **SHARED | {'fixed': fixed},
+  )
+  rows = sweep_plan.rows(swept, 2)
+  found = sweep_engines.parts(swept, rows, tmp_path, max_rows=3)
+  # A fraction is a number of searches; gamma and the seed are traced.
+  assert {part.traced for part in found} == {('agent.gamma',)}
+  assert [len(part.rows) for part in found] == [3, 1] * 4
+  assert sorted(row for part in found for row in part.rows) == sorted(rows)
+  for part in found:
+    values = {swept.settings[row.setting][1:] for row in part.rows}
+    assert len(values) == 1
+
+
+@pytest.mark.parametrize(
+  ('preset', 'env', 'floats'),
+  [
+    (
+      'efficientzero_catch',
+      'jax:catch',
+      ('off_policy_fraction', 'consistency_weight', 'replay_alpha'),
+    ),
+    (
+      'sampled_muzero_pendulum',
+      'jax:pendulum',
+      ('min_std', 'temperature', 'sample_temperature', 'replay_beta'),
+    ),
+  ],
+)
+def test_floats_of_agents_search_and_replay_are_traced(preset, env, floats):
+  settings = [
+    s
+    for s in TINY
+    if preset.startswith('eff') or not s.startswith('network.lstm')
+  ]
+  swept = sweep_plan.make_plan(preset, env=env, steps=STEPS, fixed=settings)
+  experiment = swept.describe(Row(0, 0))
+  paths = tuple(sweep_plan.find_path(experiment, name) for name in floats)
+  assert sweep_program.traceable(experiment, paths) == paths
+
+
+def run_sweep(*flags, check=True):
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.sweep', *flags],
+    cwd=ROOT,
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  if check:
+    assert done.returncode == 0, done.stdout + done.stderr
+  return done
+
+
+def read(path):
+  with open(path, newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def test_the_launcher_sweeps_goes_on_and_refuses(tmp_path):
+  flags = (
+    '--preset=muzero_catch',
+    '--env=jax:catch',
+    f'--steps={STEPS}',
+    *(f'--set={s}' for s in TINY),
+    '--grid=learning_rate=1e-3,3e-3,1e-2,3e-2',
+    f'--workdir={tmp_path}',
+  )
+  done = run_sweep(*flags, '--seeds=1')
+  assert 'best: learning_rate=' in done.stdout
+  assert '--set=learning_rate=' in done.stdout
+  first = read(tmp_path / 'sweep.csv')
+  rates = ['1e-3', '3e-3', '1e-2', '3e-2']
+  assert [r['learning_rate'] for r in first] == rates
+  assert (tmp_path / 'sweep.png').exists()
+  assert not (tmp_path / 'programs' / '000' / 'checkpoints').exists()
+
+  run_sweep(*flags, '--seeds=2')
+  second = read(tmp_path / 'sweep.csv')
+  assert [r for r in second if r['seed'] == '0'] == first
+  assert [r['status'] for r in second] == ['done'] * 8
+  assert [r['seeds'] for r in read(tmp_path / 'summary.csv')] == ['2'] * 4
+  curves = read(tmp_path / 'curves.csv')
+  assert len(curves) == 8 * 3
+  assert {r['step'] for r in curves if r['network_return']} == {'10', '12'}
+
+  done = run_sweep(*flags, '--grid=gamma=0.9,0.99', check=False)
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  assert 'fields' in done.stderr and 'holds another run' in done.stderr
+
+
+def test_vmap_needs_a_pure_environment(tmp_path):
+  done = run_sweep(
+    '--engine=vmap',
+    '--env=Catch-v0',
+    f'--workdir={tmp_path}/none',
+    check=False,
+  )
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: engine=vmap: Catch-v0')
+
+
+def test_help_needs_no_jax():
+  broken = dict(ENVIRONMENT, PYTHONPATH=str(ROOT / 'tests' / 'without_jax'))
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.sweep', '--help'],
+    cwd=ROOT,
+    env=broken,
+    capture_output=True,
+    text=True,
+  )
+  assert 'Traceback' not in done.stdout + done.stderr
+  assert '--grid' in done.stdout
+
+
+def test_rows_of_the_host_run_as_processes(tmp_path):
+  done = run_sweep(
+    '--preset=muzero_catch',
+    f'--steps={STEPS}',
+    *(f'--set={s}' for s in TINY),
+    '--set=final_episodes=4',
+    '--set=acting=synchronous',
+    '--seeds=2',
+    '--at_once=1',
+    f'--workdir={tmp_path}',
+  )
+  assert 'engine processes' in done.stdout
+  table = read(tmp_path / 'sweep.csv')
+  assert [r['seed'] for r in table] == ['0', '1']
+  for row, name in zip(table, ('s000_seed0', 's000_seed1')):
+    played = read(tmp_path / 'rows' / name / 'evaluation.csv')
+    assert [r['simulations'] for r in played] == ['0', '2']
+    assert float(row['network_return']) == float(played[0]['return_mean'])
+    assert float(row['eval_return']) == float(played[1]['return_mean'])
+
+
+# Stands in for a training: notes that it was called, and ends as it is told.
+_STAND_IN = """
+import pathlib, sys, time
+folder, ends = pathlib.Path(sys.argv[1]), sys.argv[2].split(',')
+folder.mkdir(parents=True, exist_ok=True)
+calls = len(list(folder.glob('call*')))
+(folder / f'call{calls}').touch()
+if ends[0] == 'wait':
+  time.sleep(600)
+print('last words')
+sys.exit(int(ends[min(calls, len(ends) - 1)]))
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+  monkeypatch.setattr(
+    sweep_engines,
+    '_train_command',
+    lambda arguments: [sys.executable, '-c', _STAND_IN, *arguments],
+  )
+
+
+def make_job(tmp_path, number, ends):
+  folder = tmp_path / str(number)
+  return Job(Row(number, 0), folder, (str(folder), ends), updates=0)
+
+
+def calls(job):
+  return len(list(job.folder.glob('call*')))
+
+
+def test_a_process_that_dies_is_tried_again_a_few_times(stand_in, tmp_path):
+  todo = [
+    make_job(tmp_path, i, ends) for i, ends in enumerate(['1,0', '1', '2'])
+  ]
+  reported = []
+  shared = {
+    'at_once': 3,
+    'retries': 2,
+    'stopping': lambda: False,
+    'report': reported.append,
+  }
+  failed = sweep_engines.processes(todo, **shared)
+  assert [calls(job) for job in todo] == [2, 3, 1]
+  assert sorted(failed) == [Row(1, 0), Row(2, 0)]
+  assert failed[Row(1, 0)].startswith('exit code 1, last words (see ')
+  assert sorted(reported) == [1, 2, 3]
+  # What has finished is not run again.
+  sweep_engines.processes(todo[:1], **shared)
+  assert calls(todo[0]) == 2
+
+
+def test_stopping_ends_the_processes(stand_in, tmp_path):
+  todo = [make_job(tmp_path, i, 'wait') for i in range(3)]
+  failed = sweep_engines.processes(
+    todo,
+    at_once=2,
+    retries=2,
+    stopping=lambda: calls(todo[0]) + calls(todo[1]) == 2,
+    report=lambda ended: None,
+  )
+  assert failed == {} and [calls(job) for job in todo] == [1, 1, 0]
+  assert not any(map(sweep_engines.has_ended, todo))
+
+
+@pytest.mark.slow
+def test_rows_run_on_a_cluster_and_survive_a_machine(tmp_path):
+  pytest.importorskip('ray')
+  script = tmp_path / 'cluster.py'
+  script.write_text(_CLUSTER)
+  flags = (
+    '--preset=muzero_catch',
+    '--steps=400',
+    *(f'--set={s}' for s in TINY),
+    '--set=checkpoint_every=10',
+    '--set=final_episodes=4',
+    '--set=acting=synchronous',
+    '--seeds=2',
+    '--engine=ray',
+    f'--workdir={tmp_path}/sweep',
+  )
+  done = subprocess.run(
+    [sys.executable, str(script), str(tmp_path / 'sweep'), *flags],
+    cwd=ROOT,
+    env=ENVIRONMENT | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert 'a machine is gone' in done.stdout
+  table = read(tmp_path / 'sweep' / 'sweep.csv')
+  assert [r['status'] for r in table] == ['done', 'done']
+  assert all(-1 <= float(r['eval_return']) <= 1 for r in table)
+
+
+# Two machines of one processor each; one goes while both train.
+_CLUSTER = """
+import pathlib, subprocess, sys, time
+from ray.cluster_utils import Cluster
+
+rows = pathlib.Path(sys.argv[1]) / 'rows'
+cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
+lost = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+sweep = subprocess.Popen([
+  sys.executable, '-m', 'experiments.sweep', *sys.argv[2:],
+  f'--ray_address={cluster.address}',
+])
+deadline = time.monotonic() + 600
+while len(list(rows.glob('*/metrics.csv'))) < 2:
+  assert sweep.poll() is None and time.monotonic() < deadline
+  time.sleep(0.1)
+cluster.remove_node(lost, allow_graceful=False)
+print('a machine is gone', flush=True)
+code = sweep.wait()
+cluster.shutdown()
+sys.exit(code)
+"""
