@@ -238,6 +238,12 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
     learning += own[:wanted]
     if run.acting_devices and process == jax.process_index():
       acting = tuple(own[-run.acting_devices :])
+  each = {len(jax.local_devices(p)) for p in range(jax.process_count())}
+  if len(each) > 1:
+    raise ValueError(
+      f'devices={run.devices}: processes have {sorted(each)} devices; all must '
+      'have as many'
+    )
   mesh = meshes.make_mesh(learning)
   sizes = {
     'num_envs': experiment.env.num_envs,
@@ -245,6 +251,12 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
     'replay_capacity': run.replay_capacity,
   }
   number = parts.choose(run.parts, saved_parts, sizes, mesh)
+  if len(acting) > len(parts.held(number)):
+    raise ValueError(
+      f'acting_devices={run.acting_devices}: a process holds '
+      f'{len(parts.held(number))} parts only; take more, parts='
+      f'{len(acting) * jax.process_count()} say'
+    )
   if run.batch_size % mesh.size:
     raise ValueError(
       f'batch_size={run.batch_size}: must be a multiple of the {mesh.size} '
@@ -278,11 +290,18 @@ def make_source(
     return sources.reanalyzed(_make_part(experiment, env, agent), agent)
   mesh, number = layout.mesh, layout.parts
   if isinstance(env, Environment):
+    if layout.acting:
+      raise ValueError(
+        f'acting_devices={len(layout.acting)}: {experiment.env_name} acts in '
+        'the same program as it learns; take 0'
+      )
     source = _make_part(experiment, env, agent, number)
     if number > 1 or mesh.size > 1:
       source = parts.stacked(source, number, mesh)
     return sources.reanalyzed(source, agent)
   acting = layout.acting or (None,)
+  if mesh.size > 1 and experiment.run.acting == 'asynchronous':
+    acting = layout.acting or tuple(meshes.local_devices(mesh))
   some = [
     _make_part(
       experiment, env, agent, number, acting[i % len(acting)], stopping

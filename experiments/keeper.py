@@ -78,7 +78,9 @@ class Keeper:
     final.save(number, carry.agent.params, {'step': step})
     if self._source.prune is not None:
       self._facts = [*self._facts, extra['source']][-self._most :]
-      self._source.prune(self._replay, self._facts)
+      # After a resume older steps may still be there.
+      if len(self._facts) == self._most:
+        self._source.prune(self._replay, self._facts)
 
   def save_early(self, step: int, agent_state) -> None:
     """Keeps the parameters to compare with at the end, if the run asks."""
@@ -91,29 +93,39 @@ class Keeper:
       self._best.save(step, metric, agent_state.params)
 
   def restore(self, carry):
-    """The saved carry in the place of a fresh one, or None."""
-    from experiments.runtime import config, loop
+    """The saved carry in the place of a fresh one, or None.
 
-    found = self._latest.peek()
-    if found is None:
-      return None
-    source = self._source
-    template = carry
+    Where the rows beside a checkpoint are damaged the one before it is taken.
+    """
+    from experiments.runtime import distributed, loop
+
+    source, template = self._source, carry
     if source.template is not None:
       # The step is the host's own; all processes have the same.
       step = np.zeros((), np.int32)
       template = carry._replace(source=source.template(), step=step)
-    restored = self._latest.restore(template)
-    assert restored is not None
-    carry, extra = restored
-    self.decisions = extra['decisions']
-    if source.load is not None:
-      key = loop.source_key(self._key)
-      with config.user_errors():  # rows that are gone or garbled
+    key = loop.source_key(self._key)
+    while True:
+      restored = self._latest.restore(template)
+      if restored is None:
+        return None
+      carry, extra = restored
+      self.decisions = extra['decisions']
+      if source.load is None:
+        return carry
+      state, trouble = None, ''
+      try:
         state = source.load(carry.source, extra['source'], self._replay, key)
-      self._facts = [extra['source']]
-      carry = carry._replace(source=state)
-    return carry
+      except ValueError as error:  # rows that are gone or garbled
+        trouble = str(error)
+      # One process's rows may be damaged; all must go back together.
+      bad = distributed.sum_over_processes({'bad': float(bool(trouble))})
+      if not bad['bad']:
+        self._facts = [extra['source']]
+        return carry._replace(source=state)
+      if state is not None and source.close is not None:
+        source.close(state)
+      self._latest.reject(trouble or 'the rows of another process are')
 
   def close(self) -> None:
     """Waits for what is being written."""

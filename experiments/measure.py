@@ -27,7 +27,8 @@ class Row(NamedTuple):
   """One line of the results.
 
   Attributes:
-    what: `search`, `learner` or `acting`.
+    what: `search`, `learner`, `acting`, `seeds`, `devices`, `memory` or
+      `roofline`.
     name: what was measured.
     setting: its sizes.
     unit: of the next numbers.

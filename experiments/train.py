@@ -3,6 +3,7 @@
 Running the same command again resumes the run in its folder.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -237,6 +238,11 @@ def run(
   started = time.perf_counter()
   with checkpoint.graceful_exit() as asked:
     trained = _train(experiment, workdir, profile, tensorboard, asked)
+  players = None
+  if trained.end == experiment.updates and experiment.run.final_episodes:
+    # Reading is done together, too; playing is not.
+    names = [n for n in ('early', 'final') if (workdir / n).is_dir()]
+    players = play.load_params(str(workdir), trained.agent, names)
   distributed.shutdown()
   if not distributed.is_main():
     return
@@ -248,7 +254,8 @@ def run(
     return
   seconds = time.perf_counter() - started
   print(f'trained {trained.end - trained.begin:,} updates in {seconds:.0f} s')
-  finish(experiment, trained.agent, workdir)
+  if players is not None:
+    finish(experiment, trained.agent, workdir, players)
 
 
 class _Trained(NamedTuple):
@@ -284,10 +291,17 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
       configs.write_run_config(workdir, experiment.as_dict(), device)
     for note in notes or ():
       print(f'note: {note} since this run began')
+  distributed.barrier('written')
+  if not (workdir / 'config.json').exists():
+    raise configs.UserError(
+      f'workdir={workdir}: process {distributed.process()[0]} does not see '
+      'what process 0 wrote there; it must be a folder that all share'
+    )
   keeper = Keeper(experiment, source, trainer.layout.parts, workdir, key)
   carry = keeper.restore(fresh) or fresh
   if carry is not fresh and source.close is not None:
     source.close(fresh.source)
+  del fresh  # or its state would stay beside the restored one
   begin, updates = int(carry.step), experiment.updates
   if begin and is_main:
     print(f'resumed at update {begin:,} of {updates:,}', flush=True)
@@ -300,6 +314,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
     held_out = assess.HeldOut(experiment, agent, untrained)
     if not begin:
       writer.write(0, held_out.losses(untrained.params))
+    del untrained
 
   compiled_since, waited = watch.compilations(), 0.0
 
@@ -345,8 +360,9 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
         carry,
         key,
         begin + min(profile, updates - begin),
-        workdir / 'profile',
-        loop.Hooks(log=log, sum_counts=sum_counts),
+        workdir / 'profile' if is_main else None,
+        intervals._replace(checkpoint=0),
+        loop.Hooks(log, None, evaluate, stopping, sum_counts),
         compiled,
       )
     carry = loop.run(
@@ -399,8 +415,12 @@ def _common_interval(*intervals: int) -> int:
   return math.gcd(*due) if due else 0
 
 
-def _profiled(agent, source, carry, key, steps, folder, hooks, compiled):
+def _profiled(
+  agent, source, carry, key, steps, folder, intervals, hooks, compiled
+):
   """Traces updates up to `steps`; they count as part of the run.
+
+  `folder` is None in processes that do not write.
 
   Nothing is saved meanwhile, so that simulators of the host do not start
   afresh where they otherwise would.
@@ -409,39 +429,53 @@ def _profiled(agent, source, carry, key, steps, folder, hooks, compiled):
 
   from experiments.runtime import loop
 
-  shutil.rmtree(folder, ignore_errors=True)
-  with jax.profiler.trace(str(folder)):
+  trace = contextlib.nullcontext()
+  if folder is not None:
+    shutil.rmtree(folder, ignore_errors=True)
+    trace = jax.profiler.trace(str(folder))
+  with trace:
     carry = loop.run(
       agent,
       source,
       carry,
       key=key,
       steps=steps,
-      intervals=loop.Intervals(log=steps),
+      intervals=intervals,
       hooks=hooks,
       **compiled,
     )
-  print(f'profile: {folder}')
+  if folder is not None:
+    print(f'profile: {folder}')
   return carry
 
 
-def finish(experiment: build.Experiment, agent, workdir: pathlib.Path) -> None:
-  """Plays without search and with more and more of it; table and figure."""
-  settings = experiment.run
-  if not settings.final_episodes:
-    return
+def finish(
+  experiment: build.Experiment,
+  agent: Any,
+  workdir: pathlib.Path,
+  players: dict[str, Any],
+) -> None:
+  """Plays without search and with more and more of it; table and figure.
+
+  Args:
+    experiment: from `build.describe`.
+    agent: from `build.make_agent`.
+    workdir: the run's folder.
+    players: parameters by the checkpoint's name, from `play.load_params`.
+  """
   from experiments import plots
+
+  settings = experiment.run
 
   print('playing the trained network without and with search', flush=True)
   env = build.make_env(
     experiment, training=False, num_envs=min(settings.final_episodes, 50)
   )
-  names = [n for n in ('early', 'final') if (workdir / n).is_dir()]
   rows = play.evaluate(
     experiment,
     env,
     agent,
-    play.load_params(str(workdir), agent, names),
+    players,
     simulations=(0, *settings.final_simulations),
     episodes=settings.final_episodes,
     seed=experiment.seed,

@@ -35,7 +35,8 @@ TRAIN = (
       'log_every=5',
       'checkpoint_every=10',
       'early_update=0',
-      'final_episodes=0',
+      'final_episodes=2',
+      'final_simulations=2',
       'acting=synchronous',
     )
   ),
@@ -131,5 +132,6 @@ def test_it_goes_on_with_two_processes(runs, tmp_path):
     status = together(tmp_path / 'two', file).wait(600)
   log = (tmp_path / 'log').read_text()
   assert status == 0, log
+  assert (tmp_path / 'two' / 'evaluation.png').exists()
   assert '[0] resumed at update' in log and '[1] resumed' not in log
   assert_equal(losses(tmp_path / 'two'), losses(folder / 'one'))

@@ -13,6 +13,7 @@ from agents.core.types import Sample
 from experiments import build
 from experiments.keeper import Keeper, saved_parts
 from experiments.runtime import loop, mesh, parts
+from experiments.runtime.config import UserError
 
 TINY = (
   'env.num_envs=4',
@@ -115,6 +116,31 @@ def test_a_run_goes_on_with_another_number_of_devices(env, key, tmp_path):
   rest, _ = train(env, key, count=1, workdir=tmp_path / 'b')
   np.testing.assert_allclose(rest, whole[-len(rest) :], rtol=2e-4)
   np.testing.assert_array_equal(rest[:, -1], whole[-len(rest) :, -1])
+
+
+def test_damaged_rows_fall_back_to_the_checkpoint_before(key, tmp_path, capsys):
+  env = 'CartPole-v1'
+  whole, _ = train(env, key, workdir=tmp_path)
+  saved = sorted(
+    int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.is_dir()
+  )
+  newest = max((tmp_path / 'replay' / 'part_0001').glob('rows_*'))
+  content = bytearray(newest.read_bytes())
+  middle = len(content) // 2
+  content[middle : middle + 200] = bytes(200)
+  newest.write_bytes(content)
+  rest, _ = train(env, key, workdir=tmp_path)
+  told = capsys.readouterr().out
+  assert f'/{saved[-1]} is damaged (replay: cannot read segment' in told
+  assert f'step {saved[-2]} is taken' in told
+  np.testing.assert_array_equal(rest, whole[-len(rest) :])
+  assert (tmp_path / 'checkpoints' / f'{saved[-1]}.corrupt').is_dir()
+  # What was set aside is saved again.
+  assert (tmp_path / 'checkpoints' / str(saved[-1])).is_dir()
+  for path in (tmp_path / 'replay' / 'part_0000').glob('rows_*'):
+    path.unlink()
+  with pytest.raises(UserError, match=r'the only checkpoint in .* is damaged'):
+    train(env, key, workdir=tmp_path)
 
 
 def size(tree):
@@ -226,6 +252,29 @@ def test_more_devices_than_exist_are_refused():
   )
   with pytest.raises(ValueError, match=r'acting_devices=2: this machine has 2'):
     build.make_layout(experiment)
+
+
+@pytest.mark.parametrize(
+  'env, settings, words',
+  [
+    ('jax:cartpole', ('acting_devices=1', 'parts=1'), r'take 0'),
+    (
+      'CartPole-v1',
+      ('acting_devices=1', 'parts=1', 'devices=1'),
+      None,
+    ),
+  ],
+)
+def test_acting_devices_that_cannot_act_are_refused(env, settings, words):
+  experiment = describe(env, 'acting=asynchronous', *settings)
+  layout = build.make_layout(experiment)
+  if words is None:
+    assert len(layout.acting) == 1
+    return
+  made = build.make_env(experiment, training=True, num_envs=4)
+  agent = build.make_agent(experiment, made.spec)
+  with pytest.raises(ValueError, match=words):
+    build.make_source(experiment, made, agent, layout)
 
 
 def test_acting_devices_act_and_the_others_learn(key):

@@ -56,6 +56,8 @@ class Checkpoints(NamedTuple):
       `jax.Array`s with their sharding.
     latest_step: `() -> int` or None. Like all that reads, it waits for the
       save before.
+    reject: `(why) -> None`, sets the latest step aside, with a printed line,
+      for what its owner keeps beside it is damaged. All processes call it.
     wait: `() -> None`, until the last save is complete; raises what it met.
     close: `() -> None`, waits and lets go of the folder.
   """
@@ -64,6 +66,7 @@ class Checkpoints(NamedTuple):
   peek: Callable[[], tuple[int, dict[str, Any]] | None]
   restore: Callable[[Any], tuple[Any, dict[str, Any]] | None]
   latest_step: Callable[[], int | None]
+  reject: Callable[[str], None]
   wait: Callable[[], None]
   close: Callable[[], None]
 
@@ -85,6 +88,7 @@ def open(
     UserError: `keep` below 1, or nothing to read.
     Damaged: (from `restore`, `peek`, `latest_step`) every step is damaged;
       they are set aside if something is saved nevertheless.
+    UserError: (from `reject`) there is no step before it.
     UserError: (from `restore`, `peek`) written by a newer release or by
       another program; (from `restore`) a template of another structure,
       shape or dtype; (from `save`) a leaf that is no array, number, string
@@ -199,7 +203,25 @@ def open(
     carry = _flatten(template)[2].unflatten(leaves)
     return carry, meta['extra']
 
-  return Checkpoints(save, peek, restore, latest_step, wait, close)
+  def reject(why: str) -> None:
+    step = latest_step()
+    assert step is not None
+    older = [saved.step for saved in keeper.checkpoints if saved.step < step]
+    if not older:
+      raise UserError(
+        f'the only checkpoint in {root}, step {step}, is damaged ({why}): put '
+        'back a copy of it, or delete the run to begin it anew'
+      )
+    integrity.set_one_aside(root, step)
+    keeper.reload()
+    if integrity.is_first():
+      print(
+        f'note: the checkpoint {root}/{step} is damaged ({why}): it is set '
+        f'aside as {step}.corrupt, step {max(older)} is taken',
+        flush=True,
+      )
+
+  return Checkpoints(save, peek, restore, latest_step, reject, wait, close)
 
 
 class Best(NamedTuple):

@@ -155,7 +155,8 @@ def _agreed(values: list[int]) -> list[int]:
   return multihost_utils.broadcast_one_to_all(np.array(values)).tolist()
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+  """Whether this process is the one that renames and prints."""
   import jax
 
   return jax.process_index() == 0
@@ -163,9 +164,16 @@ def _is_first() -> bool:
 
 def set_all_aside(root: pathlib.Path) -> None:
   """Renames every step to `N.corrupt`: the caller begins anew."""
-  if _is_first():
+  if is_first():
     _set_aside(root, _steps(root))
   _agreed([0])  # nobody goes on before it is done
+
+
+def set_one_aside(root: pathlib.Path, step: int) -> None:
+  """Renames a step to `N.corrupt`; all processes call it."""
+  if is_first():
+    _set_aside(root, [step])
+  _agreed([0])
 
 
 def settle(
@@ -186,7 +194,7 @@ def settle(
   """
   damaged: dict[int, str] = {}
   newest = -1
-  if read_only or _is_first():
+  if read_only or is_first():
     for step in _steps(root):
       why = _damage(root / str(step))
       if why is None:

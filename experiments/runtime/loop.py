@@ -331,8 +331,8 @@ def run(
   else:
     update = update or jax.jit(agent.update, donate_argnums=0)
     compiled = None
-  done = int(carry.step)
-  saved = None
+  # Where nothing is done there is nothing to save.
+  done = saved = int(carry.step)
   stop = hooks.stopping or (lambda step: False)
   while done < steps and not stop(done):
     start = time.perf_counter()

@@ -15,13 +15,16 @@ Pure parts are stacked along a leading axis that is split over the devices.
 One replay of everything is expected to give what the parts give: a row's
 importance weight carries its part's total priority (`agents.core.replay`'s
 `scale`), and ages count the decisions of all parts. New rows get the largest
-priority seen in their own part.
+priority seen in their own part. A batch's rows come part by part, so that what
+an agent does with its first rows only (a share that is searched again) falls
+to the first parts; parts are alike in distribution.
 
 Axes: `N` parts, `B` windows of a batch.
 """
 
 import io
 import json
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
@@ -327,7 +330,13 @@ def _read(path: pathlib.Path, template: Any) -> tuple[Any, dict[str, Any]]:
       facts = json.loads(data['facts'].tobytes())
       leaves, tree = jax.tree_util.tree_flatten_with_path(template)
       arrays = [data[jax.tree_util.keystr(name)] for name, _ in leaves]
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+  except (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    zipfile.BadZipFile,
+  ) as error:
     raise configs.UserError(f'replay: cannot read {path}: {error}') from error
   return jax.tree_util.tree_unflatten(tree, arrays), facts
 
@@ -349,7 +358,8 @@ def stacked(part: Source, number: int, mesh: Mesh) -> Source:
   """
   if number % mesh.size:
     raise ValueError(
-      f'parts={number}: must be a multiple of the {mesh.size} devices'
+      f'parts={number}: must be a multiple of the {mesh.size} devices that the '
+      f'environment is compiled for; take devices={math.gcd(number, mesh.size)}'
     )
   rows, whole = PartitionSpec(meshes.AXIS), PartitionSpec()
 

@@ -387,35 +387,38 @@ def _write_segment(directory, state, start, stop, token):
 
 
 def _read_segment(directory, state, start, stop, token, oldest):
+  path = _path(directory, start, stop, token)
+  try:
+    with np.load(path) as data:
+      _fill(path, data, state, start, stop, oldest)
+  except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    raise ValueError(f'replay: cannot read segment {path.name}: {e}') from e
+
+
+def _fill(path, data, state, start, stop, oldest):
   size = state.mass.shape[0]
   skip = max(oldest - start, 0)
   slots = np.arange(start + skip, stop) % size
-  path = _path(directory, start, stop, token)
-  try:
-    data = np.load(path)
-  except (OSError, ValueError, zipfile.BadZipFile) as e:
-    raise ValueError(f'replay: cannot read segment {path.name}: {e}') from e
-  with data:
-    for key, column in jax.tree_util.tree_leaves_with_path(state.rows):
-      name = _name(key)
-      packed = isinstance(column, ZlibColumn)
-      if name not in data or packed != (f'{name}:sizes' in data):
-        raise ValueError(
-          f'replay: segment {path.name} was saved without {name}, or with '
-          'another setting of compress'
-        )
-      values = data[name]
-      if packed:
-        sizes = data[f'{name}:sizes']
-        ends = np.cumsum(sizes.reshape(-1))
-        parts = np.empty(sizes.size, object)
-        for i, (end, n) in enumerate(zip(ends, sizes.reshape(-1))):
-          parts[i] = values[end - n : end].tobytes()
-        column.blobs[slots] = parts.reshape(sizes.shape)[skip:]
-        continue
-      if values.shape[1:] != column.shape[1:] or values.dtype != column.dtype:
-        raise ValueError(
-          f'replay: {name} was saved as {values.dtype}{values.shape[1:]}, must '
-          f'be {column.dtype}{column.shape[1:]}'
-        )
-      column[slots] = values[skip:]
+  for key, column in jax.tree_util.tree_leaves_with_path(state.rows):
+    name = _name(key)
+    packed = isinstance(column, ZlibColumn)
+    if name not in data or packed != (f'{name}:sizes' in data):
+      raise ValueError(
+        f'replay: segment {path.name} was saved without {name}, or with '
+        'another setting of compress'
+      )
+    values = data[name]
+    if packed:
+      sizes = data[f'{name}:sizes']
+      ends = np.cumsum(sizes.reshape(-1))
+      parts = np.empty(sizes.size, object)
+      for i, (end, n) in enumerate(zip(ends, sizes.reshape(-1))):
+        parts[i] = values[end - n : end].tobytes()
+      column.blobs[slots] = parts.reshape(sizes.shape)[skip:]
+      continue
+    if values.shape[1:] != column.shape[1:] or values.dtype != column.dtype:
+      raise ValueError(
+        f'replay: {name} was saved as {values.dtype}{values.shape[1:]}, must '
+        f'be {column.dtype}{column.shape[1:]}'
+      )
+    column[slots] = values[skip:]
