@@ -10,6 +10,7 @@ alone afterwards, so that the same command goes on where the last one ended.
 """
 
 import collections
+import importlib
 import json
 import math
 import pathlib
@@ -386,8 +387,9 @@ def on_ray(
     UserError: Ray is not installed, or there is no cluster.
   """
   try:
-    import ray
-    from ray import exceptions
+    # By name, for a checker of types without it.
+    ray = importlib.import_module('ray')
+    exceptions = importlib.import_module('ray.exceptions')
   except ImportError as error:
     raise configs.UserError(
       'engine=ray needs Ray: pip install "ray>=2.50"'

@@ -518,7 +518,11 @@ def test_connect_four_plays_like_envpools(rules):
   # Rows of observations and rewards go by a game's two player numbers. Which
   # number begins is drawn; the board says 0 for who began, 1 for the other.
   theirs = envpool.make(
-    'ConnectFour-v1', env_type='gymnasium', num_envs=COPIES, seed=7
+    'ConnectFour-v1',
+    env_type='gymnasium',
+    num_envs=COPIES,
+    seed=7,
+    num_threads=1,  # with more, games of two players come in any order
   )
   _, info = theirs.reset()
   rng = np.random.default_rng(0)
@@ -528,6 +532,7 @@ def test_connect_four_plays_like_envpools(rules):
   for _ in range(250):
     column = (rng.random((COPIES, 7)) + legal).argmax(1).astype(np.int32)
     observation, reward, done, _, info = theirs.step(column)
+    np.testing.assert_array_equal(info['env_id'], copies)
     begins = over  # The step behind an end is not played.
     board, won, over, legal, views = jax.tree.map(
       np.asarray, rules(board, column)
