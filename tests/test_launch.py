@@ -512,7 +512,9 @@ def test_jobset_tells_the_pods_where_they_are(tmp_path):
   assert variable['OUTPLAY_NUM_PROCESSES']['value'] == '4'
   dry = recipe('jobset.sh', *flags, DRY_RUN='1', **variables)
   assert yaml.safe_load(dry.stdout) == manifest
-  assert recipe('jobset.sh', '--workdir=/tmp/a', **variables).returncode == 2
+  assert (
+    recipe('jobset.sh', '--workdir=/elsewhere/a', **variables).returncode == 2
+  )
 
 
 SRUN = """
