@@ -254,27 +254,20 @@ def test_more_devices_than_exist_are_refused():
     build.make_layout(experiment)
 
 
-@pytest.mark.parametrize(
-  'env, settings, words',
-  [
-    ('jax:cartpole', ('acting_devices=1', 'parts=1'), r'take 0'),
-    (
-      'CartPole-v1',
-      ('acting_devices=1', 'parts=1', 'devices=1'),
-      None,
-    ),
-  ],
-)
-def test_acting_devices_that_cannot_act_are_refused(env, settings, words):
-  experiment = describe(env, 'acting=asynchronous', *settings)
+def test_acting_devices_that_cannot_act_are_refused(monkeypatch):
+  shared = ('acting=asynchronous', 'acting_devices=1', 'parts=1')
+  experiment = describe('jax:cartpole', *shared)
   layout = build.make_layout(experiment)
-  if words is None:
-    assert len(layout.acting) == 1
-    return
-  made = build.make_env(experiment, training=True, num_envs=4)
-  agent = build.make_agent(experiment, made.spec)
-  with pytest.raises(ValueError, match=words):
-    build.make_source(experiment, made, agent, layout)
+  env = build.make_env(experiment, training=True)
+  agent = build.make_agent(experiment, env.spec)
+  with pytest.raises(ValueError, match=r'acting_devices=1: .* take 0'):
+    build.make_source(experiment, env, agent, layout)
+  # Two would act for one part.
+  three = [*jax.devices(), jax.devices()[1]]
+  monkeypatch.setattr(jax, 'local_devices', lambda process=0: three)
+  experiment = describe('CartPole-v1', *shared, 'acting_devices=2')
+  with pytest.raises(ValueError, match=r'acting_devices=2: .* 1 parts only'):
+    build.make_layout(experiment)
 
 
 def test_acting_devices_act_and_the_others_learn(key):

@@ -198,7 +198,8 @@ def scale(
     total: M, the sum over all rows of this replay that may be drawn.
     beta: exponent, 0 for none.
   """
-  return (total * mass.min() ** -beta) * mass**0
+  one_each = mass**0  # numpy's or JAX's, as `mass` is
+  return total * mass.min() ** -beta * one_each
 
 
 def joined_weights(drawn: Sample) -> Sample:

@@ -140,7 +140,7 @@ def open(
     nonlocal hopeless, writing
     wait()
     if hopeless:
-      integrity.set_all_aside(root)
+      integrity.set_aside(root)
       keeper.reload()
       hopeless = None
     if any(saved.step == step for saved in keeper.checkpoints):
@@ -212,7 +212,7 @@ def open(
         f'the only checkpoint in {root}, step {step}, is damaged ({why}): put '
         'back a copy of it, or delete the run to begin it anew'
       )
-    integrity.set_one_aside(root, step)
+    integrity.set_aside(root, step)
     keeper.reload()
     if integrity.is_first():
       print(

@@ -162,18 +162,11 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def set_all_aside(root: pathlib.Path) -> None:
-  """Renames every step to `N.corrupt`: the caller begins anew."""
+def set_aside(root: pathlib.Path, step: int | None = None) -> None:
+  """Renames a step, or every one, to `N.corrupt`; all processes call it."""
   if is_first():
-    _set_aside(root, _steps(root))
+    _set_aside(root, _steps(root) if step is None else [step])
   _agreed([0])  # nobody goes on before it is done
-
-
-def set_one_aside(root: pathlib.Path, step: int) -> None:
-  """Renames a step to `N.corrupt`; all processes call it."""
-  if is_first():
-    _set_aside(root, [step])
-  _agreed([0])
 
 
 def settle(
