@@ -68,8 +68,11 @@ def _lines(axes, rows, y: Callable, label: Callable) -> None:
 
 def _roofline(axes, rows: Sequence[Row]) -> None:
   """FLOP/s over FLOP a byte, by wall second."""
-  peak = next(r.median for r in rows if r.name.startswith('matrix'))
-  bandwidth = next(r.median for r in rows if r.name.startswith('triad'))
+  roofs: dict[str, list[float]] = {}
+  for row in rows:
+    if row.name.startswith(('matrix', 'triad')):
+      # Of several measurements in one setting the first stands for all.
+      roofs.setdefault(row.setting, []).append(row.median)
   moved = {(r.name, r.setting): r.median for r in rows if r.unit == 'GB/s'}
   points: dict[str, list[tuple[float, float]]] = {}
   for row in rows:
@@ -78,9 +81,12 @@ def _roofline(axes, rows: Sequence[Row]) -> None:
       case = row.name.partition(',')[0]
       points.setdefault(case, []).append((intensity, row.median))
   xs = [x for group in points.values() for x, _ in group]
-  last = 4 * max(*xs, peak / bandwidth)
+  roofs = {name: of for name, of in roofs.items() if len(of) > 1}
+  last = 4 * max([*xs, *(of[0] / of[1] for of in roofs.values())])
   ends = np.geomspace(min(xs) / 4, last, 500)
-  axes.plot(ends, np.minimum(peak, ends * bandwidth), color='black', lw=1)
+  for (setting, (peak, bandwidth, *_)), style in zip(roofs.items(), ('-', ':')):
+    height = np.minimum(peak, ends * bandwidth)
+    axes.plot(ends, height, style, color='black', lw=1, label=setting)
   for name, group in points.items():
     axes.plot(*zip(*group), 'o', ms=4, label=name)
   axes.set(xscale='log', yscale='log')

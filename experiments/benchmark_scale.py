@@ -1,12 +1,14 @@
 """How training scales: seeds in one program, devices, and the machine's roof.
 
 Seeds: one program that trains N seeds, beside the program of one seed. Agent
-updates a second count those of all seeds. Devices: the data-parallel update
-with the batch fixed (strong) and with the batch a device fixed (weak). Where
-there are only CPUs the devices are virtual ones of one machine, and measure
-what dividing the work costs, not what it gains. Roofline: every program's
-operations and bytes beside the largest rates that were measured in the same
-run (Williams 2009).
+updates a second count those of all seeds. On a CPU this is done on one core:
+with more, the program of one seed spends a varying share of its CPU time in
+waiting for work (from none to half of it), and a ratio says little. Devices:
+the data-parallel update with the batch fixed (strong) and with the batch a
+device fixed (weak). Where there are only CPUs the devices are virtual ones of
+one machine, and measure what dividing the work costs, not what it gains.
+Roofline: every program's operations and bytes beside the largest rates that
+were measured in the same process (Williams 2009).
 """
 
 import concurrent.futures
@@ -177,7 +179,7 @@ def scale_rows(
   )
   yield rows
   for case in chosen:
-    yield from seed_rows(case, roof, sizes)
+    yield from seed_rows_here(case, roof, sizes)
   yield scaling_rows(chosen[min(1, len(chosen) - 1)], roof, sizes)
 
 
@@ -264,6 +266,43 @@ def update_work(case: Case) -> Work:
   )
   pace = case.experiment.pace
   return work(jaxpr, float(pace.decisions_per_update / pace.num_envs))
+
+
+def seed_rows_here(
+  case: Case, roof: Roof, sizes: ScaleSizes
+) -> Iterator[list[Row]]:
+  """`seed_rows` on an accelerator, or else on one core of the CPU."""
+  import jax
+
+  if jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):
+    yield from seed_rows(case, roof, sizes)
+    return
+  # How many threads there are is settled before the first use of jax.
+  with _process(_one_core) as pool:
+    yield pool.submit(_seed_rows_of_one_core, case, sizes).result()
+
+
+def _one_core() -> None:
+  os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def _seed_rows_of_one_core(case: Case, sizes: ScaleSizes) -> list[Row]:
+  roof, rows = measure_roof(
+    sizes.matrix, sizes.triad, sizes.repeats, sizes.least_seconds
+  )
+  for some in seed_rows(case, roof, sizes):
+    rows += some
+  return [row._replace(setting=f'{row.setting}, one core') for row in rows]
+
+
+def _process(initializer: Callable, *args: Any):
+  """A process of its own, set up before its first use of jax."""
+  return concurrent.futures.ProcessPoolExecutor(
+    1,
+    multiprocessing.get_context('spawn'),
+    initializer=initializer,
+    initargs=args,
+  )
 
 
 def seed_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> Iterator[list[Row]]:
@@ -386,12 +425,7 @@ def scaling_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> list[Row]:
   if jax.default_backend() != 'cpu':
     return device_rows(case, roof, sizes)
   # How many CPU devices there are is settled before the first use of jax.
-  with concurrent.futures.ProcessPoolExecutor(
-    1,
-    multiprocessing.get_context('spawn'),
-    initializer=_make_virtual,
-    initargs=(max(sizes.devices),),
-  ) as pool:
+  with _process(_make_virtual, max(sizes.devices)) as pool:
     return pool.submit(device_rows, case, roof, sizes).result()
 
 

@@ -216,6 +216,7 @@ def test_launcher(tmp_path):
   found = {(row['what'], row['name'], row['unit']): row for row in rows}
   speed = found['seeds', '2 seeds', 'updates/s']
   assert float(speed['median']) > 0 and float(speed['ratio_cpu']) > 0
+  assert speed['setting'].endswith(', one core')
   assert ('seeds', '2 seeds', 'seconds to compile') in found
   one, two = (
     found['memory', f'{name}, state', 'MB a seed']
