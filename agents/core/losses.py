@@ -52,6 +52,59 @@ def sampled_kl(log_probs: chex.Array, weights: chex.Array) -> chex.Array:
   return jnp.sum(entropy - weights * log_probs, axis=-1)
 
 
+def double_q_residual(
+  q_tm1: chex.Array,
+  r_t: chex.Array,
+  discount_t: chex.Array,
+  target_q_t: chex.Array,
+  q_t: chex.Array,
+  weight: chex.Numeric = 0.5,
+) -> chex.Array:
+  """Temporal difference and residual error of one critic, mixed (DQRA).
+
+  `w (q - (r + d sg(min fbar')))^2 + (1 - w) (q - (r + d q'))^2`. The first
+  term has a target network's value, the second the critic's own, and its
+  gradient flows through both sides.
+
+  Args:
+    q_tm1: float32 `[B]`, of what was done.
+    r_t: float32 `[B]`.
+    discount_t: float32 `[B]`, gamma in it, 0 at termination.
+    target_q_t: float32 `[B]`, of the target networks, the least of them; no
+      gradient flows into it.
+    q_t: float32 `[B]`, of the same critic at the next state and the policy's
+      action there.
+    weight: w, in [0, 1]: 1 is temporal difference alone, 0 the residual.
+
+  Returns:
+    float32 `[B]`.
+
+  Source: ATAC (Cheng et al. 2022), section 4.2; official code, `q_eval_mode`.
+  """
+  chex.assert_rank([q_tm1, r_t, discount_t, target_q_t, q_t], 1)
+  chex.assert_equal_shape([q_tm1, r_t, discount_t, target_q_t, q_t])
+  target = jax.lax.stop_gradient(r_t + discount_t * target_q_t)
+  difference = jnp.square(q_tm1 - target)
+  residual = jnp.square(q_tm1 - (r_t + discount_t * q_t))
+  return weight * difference + (1.0 - weight) * residual
+
+
+def expectile(x: chex.Array, tau: chex.Numeric) -> chex.Array:
+  """Asymmetric square `|tau - 1(x < 0)| x^2`.
+
+  Args:
+    x: float32 `[B]`, target less prediction.
+    tau: in (0, 1); above 0.5 what lies above the prediction counts more.
+
+  Returns:
+    float32 `[B]`.
+
+  Source: IQL (Kostrikov et al. 2021), equation 5.
+  """
+  chex.assert_rank(x, 1)
+  return jnp.where(x < 0, 1.0 - tau, tau) * jnp.square(x)
+
+
 def negative_cosine(
   prediction: chex.Array, target: chex.Array, epsilon: float = 1e-5
 ) -> chex.Array:

@@ -116,6 +116,46 @@ def scale_gradient(x: Any, factor: float) -> Any:
   return jax.tree.map(one, x)
 
 
+def track(new: Any, old: Any, rate: chex.Numeric) -> Any:
+  """`rate new + (1 - rate) old`, on a pytree; `rate` may be traced."""
+  return jax.tree.map(lambda n, o: rate * n + (1.0 - rate) * o, new, old)
+
+
+def adam(rate: chex.Numeric) -> optax.GradientTransformation:
+  """Adam with a constant learning rate, which may be traced."""
+  return optax.chain(optax.scale_by_adam(), optax.scale(-rate))
+
+
+def project_kernels(
+  params: Any, radius: chex.Numeric, stacked: bool = False
+) -> Any:
+  """Each layer's matrix onto the Frobenius ball: `W min(1, radius / |W|)`.
+
+  Biases and all else stay.
+
+  Args:
+    params: of a network, its matrices named `kernel`.
+    radius: of the ball, above 0; may be traced.
+    stacked: whether the first axis counts members of an ensemble, each of
+      which is projected on its own.
+
+  Source: ATAC (Cheng et al. 2022), Algorithm 2; official code,
+  `l2_projection`.
+  """
+
+  def one(path, x):
+    if getattr(path[-1], 'key', None) != 'kernel':
+      return x
+    axes = tuple(range(1 if stacked else 0, x.ndim))
+    square = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+    # Where it is small enough nothing changes, not by a rounding error either.
+    outside = square > radius**2
+    norm = jnp.sqrt(jnp.where(outside, square, 1.0))
+    return x * jnp.where(outside, radius / norm, 1.0)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def periodic(new: Any, old: Any, step: chex.Array, period: int) -> Any:
   """`new` where `step` is a multiple of `period`, else `old`, on a pytree."""
   due = step % period == 0

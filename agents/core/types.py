@@ -55,6 +55,8 @@ class Spec(NamedTuple):
       stores single frames: the last `C / frame_stack` channels.
     masks_actions: whether time steps carry `invalid_actions`.
     name: the environment's name, for error messages.
+    statistics: mean and standard deviation `[F]` of a data set's observations,
+      their leaves laid end to end; None where nothing is known beforehand.
   """
 
   observation: Any
@@ -62,6 +64,7 @@ class Spec(NamedTuple):
   frame_stack: int = 1
   masks_actions: bool = False
   name: str = 'environment'
+  statistics: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def check_bounds(spec: Spec) -> None:
@@ -139,6 +142,8 @@ class Transition(NamedTuple):
     discount_t: float32 `[B]`, 0 at termination, else 1.
     o_t: observation pytree, `[B, ...]`, the true next one.
     sample: where the rows came from; None for a fixed dataset.
+    o_0: observation pytree, `[B, ...]`, first ones of episodes drawn on their
+      own; None where the source has none.
   """
 
   o_tm1: Any
@@ -147,6 +152,19 @@ class Transition(NamedTuple):
   discount_t: chex.Array
   o_t: Any
   sample: Sample | None = None
+  o_0: Any = None
+
+
+class Mixed(NamedTuple):
+  """Transitions of the environment and of a learned model, a batch each.
+
+  Attributes:
+    real: from the environment or the data set, `[B]` rows.
+    model: imagined, `[M]` rows.
+  """
+
+  real: Transition
+  model: Transition
 
 
 class Trajectory(NamedTuple):
@@ -181,6 +199,22 @@ class Info(NamedTuple):
   priorities: chex.Array | None = None
 
 
+class Phase(NamedTuple):
+  """A part of a run with an agent of its own.
+
+  Attributes:
+    name: a word.
+    agent: who learns in it.
+    updates: how many; None for all that are left.
+    transfer: `(state of the phase before) -> state`; None in the first.
+  """
+
+  name: str
+  agent: 'Agent'
+  updates: int | None = None
+  transfer: Callable[[Any], Any] | None = None
+
+
 class Agent(NamedTuple):
   """An agent: pure functions over a state that is a pytree.
 
@@ -195,6 +229,7 @@ class Agent(NamedTuple):
       with the state's target parameters (reanalyze); None without.
     model: the learned `Model`, for planners; None without.
     evaluate: `(params, batch, key) -> metrics`, losses on held-out data.
+    exploit: like `act`, without exploring; None where a planner plays.
   """
 
   init: Callable[[chex.PRNGKey], Any]
@@ -203,3 +238,4 @@ class Agent(NamedTuple):
   refresh: Callable[..., Any] | None = None
   model: Model | None = None
   evaluate: Callable[..., dict[str, chex.Array]] | None = None
+  exploit: Callable[..., tuple[chex.Array, dict[str, chex.Array]]] | None = None
