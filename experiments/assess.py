@@ -1,10 +1,12 @@
 """What is measured of an agent while it trains, besides its losses."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
-from experiments import build
+from experiments import build, offline
 from experiments.runtime import config as configs
 
 
@@ -65,25 +67,54 @@ class HeldOut:
       configs.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
 
 
-def evaluator(experiment: build.Experiment, agent) -> Callable:
-  """`(params, step) -> metrics`: whole episodes with and without search."""
+def players(experiment: build.Experiment, agent) -> dict[str, Callable]:
+  """Who plays in an evaluation, by the prefix of its metrics.
+
+  Args:
+    experiment: what is run.
+    agent: an agent with a model plays with search (`eval`) and without
+      (`network`); one with `exploit` just plays (`eval`).
+
+  Returns:
+    `(params, key, timestep) -> action` each, which may be traced; none for
+    what only learns.
+  """
+  from agents.core import planning
+
+  if agent.exploit is not None:
+    exploit = agent.exploit
+    return {'eval': lambda *args: exploit(*args)[0]}
+  if agent.act is None:
+    return {}
+  search = experiment.config.search
+  found = {}
+  for prefix, config in (
+    ('eval', search),
+    ('network', dataclasses.replace(search, num_simulations=0)),
+  ):
+    planner = planning.make_planner(config, evaluate=True)
+    found[prefix] = functools.partial(_plan, planner, agent.model)
+  return found
+
+
+def _plan(planner, model, params, key, timestep):
+  return planner(model, params, key, timestep).action
+
+
+def evaluator(experiment: build.Experiment, agent) -> Callable | None:
+  """`(params, step) -> metrics`: whole episodes of everyone in `players`.
+
+  None where nobody plays, or there is nothing to play in.
+  """
   import jax
 
-  from agents.core import planning
   from experiments.runtime import evaluate as playing
   from experiments.runtime import mesh
   from search.model import Environment
 
-  search = experiment.config.search
-  players = {
-    prefix: playing.player(
-      planning.make_planner(config, evaluate=True), agent.model
-    )
-    for prefix, config in (
-      ('eval', search),
-      ('network', dataclasses.replace(search, num_simulations=0)),
-    )
-  }
+  acting = {n: jax.jit(f) for n, f in players(experiment, agent).items()}
+  if not (acting and experiment.env_name):
+    return None
   episodes = experiment.run.evaluate_episodes
   env = build.make_env(experiment, training=False, num_envs=min(episodes, 32))
 
@@ -92,7 +123,7 @@ def evaluator(experiment: build.Experiment, agent) -> Callable:
     key = jax.random.fold_in(jax.random.key(experiment.seed), step)
     shared = {'key': key, 'num_episodes': episodes}
     found = {}
-    for prefix, act in players.items():
+    for prefix, act in acting.items():
       if isinstance(env, Environment):
         played = playing.on_device(env, act, params, **shared)
       else:
@@ -101,6 +132,67 @@ def evaluator(experiment: build.Experiment, agent) -> Callable:
       found |= {
         name.replace('eval', prefix, 1): x for name, x in summary.items()
       }
+    if experiment.dataset:
+      about = offline.opened(experiment.dataset).about
+      score = offline.score(about, found['eval_return'])
+      found |= {} if score is None else {'eval_score': score}
     return found
 
   return evaluate
+
+
+class Watcher:
+  """What is written and measured while a run goes on.
+
+  Attributes:
+    waited: seconds that the learner waited for experience.
+    held_out: windows that are never trained on, or None.
+  """
+
+  def __init__(self, experiment, trainer, keeper, writer, begin, key):
+    from experiments.runtime import loop, watch
+
+    self._experiment, self._keeper, self._writer = experiment, keeper, writer
+    self._several = len(trainer.stages) > 1
+    self._compiled_since, self.waited = watch.compilations(), 0.0
+    self.enter(trainer.stages[keeper.phase])
+    self.held_out = None
+    if experiment.run.hold_out:
+      agent = trainer.stages[0].agent
+      untrained = loop.init_agent(agent, key)
+      self.held_out = HeldOut(experiment, agent, untrained)
+      if not begin:
+        writer.write(0, self.held_out.losses(untrained.params))
+
+  def enter(self, stage: Any) -> None:
+    """From here on a phase's agent is measured."""
+    self._stage = stage
+    self._evaluator = evaluator(self._experiment, stage.agent)
+
+  def log(self, step: int, row: dict[str, float]) -> None:
+    """Writes a row of metrics."""
+    keeper = self._keeper
+    keeper.decisions += row.get('decisions', 0.0)
+    self.waited += row.get('wait_seconds', 0.0)
+    row |= {'compiled': self._compiled_since()}
+    if not self._experiment.dataset:
+      row |= {'decisions': keeper.decisions}
+    if self._several:
+      row |= {'phase': float(keeper.phase)}
+    self._writer.write(step, row)
+
+  def evaluate(self, step: int, agent_state) -> dict[str, float]:
+    """Measures an agent where that is due."""
+    from experiments.runtime import distributed
+
+    settings, found = self._experiment.run, {}
+    if settings.early_update and step == settings.early_update:
+      self._keeper.save_early(step, agent_state)
+    if self.held_out is not None and step % settings.hold_out_every == 0:
+      found |= self.held_out.losses(agent_state.params)
+    every = settings.evaluate_every
+    if self._evaluator is not None and every and step % every == 0:
+      # All play the same episodes; one's figures decide for all.
+      found |= distributed.of_main(self._evaluator(agent_state.params, step))
+      self._keeper.save_best(step, found['eval_return'], agent_state)
+    return found

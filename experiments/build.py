@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from experiments import presets
+from experiments import offline, presets
 from experiments.presets import EnvConfig, Preset, RunConfig
 
 
@@ -20,12 +20,13 @@ class Experiment(NamedTuple):
   Attributes:
     name: the preset's.
     agent_name: a module of `agents/`.
-    env_name: for `experiments.envs.make`.
-    steps: decisions.
+    env_name: for `experiments.envs.make`; '' where a data set has none.
+    steps: decisions; updates where it learns from a data set.
     seed: the run's.
     config: the agent's `Config`.
     env: `EnvConfig`.
     run: `RunConfig`.
+    dataset: what `experiments.data.open_dataset` opens; '' for none.
   """
 
   name: str
@@ -36,6 +37,7 @@ class Experiment(NamedTuple):
   config: Any
   env: EnvConfig
   run: RunConfig
+  dataset: str = ''
 
   def as_dict(self) -> dict[str, Any]:
     """What config.json holds."""
@@ -60,6 +62,8 @@ class Experiment(NamedTuple):
   @property
   def updates(self) -> int:
     """Updates of the whole run."""
+    if self.dataset:
+      return self.steps
     return self.pace.updates(self.steps) + self.run.extra_updates
 
 
@@ -71,6 +75,7 @@ def describe(
   steps: int | None = None,
   seed: int = 0,
   settings: Sequence[str] = (),
+  dataset: str | None = None,
 ) -> Experiment:
   """A preset with changes.
 
@@ -79,9 +84,10 @@ def describe(
     agent: another agent; the preset's settings for fields that it does not
       have are then left out.
     env: another environment.
-    steps: other decisions.
+    steps: other decisions (or updates on a data set).
     seed: of the run.
     settings: `field=value`.
+    dataset: to learn from, instead of from play.
 
   Returns:
     `Experiment`; nothing is made or compiled yet.
@@ -104,20 +110,26 @@ def describe(
     name=preset_name,
     agent_name=agent_name,
     env_name=env or preset.env,
+    dataset=dataset or '',
     steps=preset.steps if steps is None else steps,
     seed=seed,
     config=sections['agent'],
     env=sections['env'],
     run=sections['run'],
   )
-  _check(experiment)
+  if dataset or not experiment.env_name:
+    experiment = offline.complete(experiment, env)
+  else:
+    _check(experiment)
   # What of the agent depends on the length of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
-  lengths = {
-    # The schedule of acting ends where acting does.
-    'total_updates': experiment.pace.updates(experiment.steps),
-    'total_decisions': experiment.steps,
-  }
+  lengths = {'total_updates': experiment.updates}
+  if not dataset:
+    lengths = {
+      # The schedule of acting ends where acting does.
+      'total_updates': experiment.pace.updates(experiment.steps),
+      'total_decisions': experiment.steps,
+    }
   known = {n: v for n, v in lengths.items() if n in fields}
   config = dataclasses.replace(experiment.config, **known)
   return experiment._replace(config=config)
@@ -140,11 +152,12 @@ def _check(experiment: Experiment) -> None:
       f'steps={experiment.steps}: must be above warmup_decisions='
       f'{run.warmup_decisions}'
     )
-  need = (experiment.config.window + 1) * envs
+  window = window_of(experiment.config)
+  need = (window + 1) * envs
   if run.warmup_decisions < need:
     raise ValueError(
       f'warmup_decisions={run.warmup_decisions}: must be at least {need}, so '
-      f'that {envs} environments have a window of {experiment.config.window} '
+      f'that {envs} environments have a window of {window} '
       'steps each'
     )
   if run.replay_capacity < need:
@@ -155,6 +168,11 @@ def _check(experiment: Experiment) -> None:
     raise ValueError(
       f'acting_devices={run.acting_devices}: needs acting=asynchronous'
     )
+
+
+def window_of(config: Any) -> int:
+  """Steps of what an agent learns from; single transitions take two."""
+  return getattr(config, 'window', 2)
 
 
 def make_env(experiment: Experiment, *, training: bool, num_envs=None):
@@ -193,6 +211,36 @@ def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
   return module.make(
     experiment.config, networks, module.make_losses(), spec, **keywords
   )
+
+
+def make_phases(experiment: Experiment, spec, reduce: Callable | None = None):
+  """The phases of an experiment: of most agents there is one.
+
+  Returns:
+    Tuple of `Phase`; all but the last one say how many updates they take.
+
+  Raises:
+    ValueError: if the agent cannot take the spec, or nothing is left for the
+      last phase.
+  """
+  from agents.core.types import Phase
+
+  module = importlib.import_module(f'agents.{experiment.agent_name}')
+  if not hasattr(module, 'make_phases'):
+    return (Phase('train', make_agent(experiment, spec, reduce)),)
+  networks = module.make_networks(experiment.config, spec, reduce)
+  keywords = {} if reduce is None else {'reduce': reduce}
+  phases = module.make_phases(
+    experiment.config, networks, module.make_losses(), spec, **keywords
+  )
+  before = sum(phase.updates or 0 for phase in phases[:-1])
+  if before >= experiment.updates:
+    names = ' and '.join(phase.name for phase in phases[:-1])
+    raise ValueError(
+      f'steps={experiment.updates}: must be above the {before} updates of '
+      f'{names}'
+    )
+  return phases
 
 
 class Layout(NamedTuple):
@@ -332,7 +380,7 @@ def _make_part(
   shared = {
     'capacity': run.replay_capacity // number,
     'batch_size': run.batch_size // number,
-    'window': experiment.config.window,
+    'window': window_of(experiment.config),
     'alpha': run.replay_alpha,
   }
   if isinstance(env, Environment):
@@ -352,7 +400,7 @@ def _make_part(
       frame_stack=env.spec.frame_stack,
       compress=run.compress_replay,
     )
-  return sources.replayed(
+  source = sources.replayed(
     inner,
     memory,
     experiment.pace,
@@ -360,3 +408,8 @@ def _make_part(
     beta=(run.replay_beta, 1.0),
     stopping=stopping,
   )
+  if hasattr(experiment.config, 'window'):
+    return source
+  from experiments.runtime import offline as transitions
+
+  return transitions.transitions(source)

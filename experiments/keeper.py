@@ -2,23 +2,40 @@
 
 import contextlib
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-def saved_parts(workdir: pathlib.Path) -> int:
-  """How many parts a run's experience was begun with; 0 if nothing is saved."""
+class Saved(NamedTuple):
+  """What a run's newest checkpoint tells before it is read.
+
+  Attributes:
+    step: updates done.
+    parts: that its experience was begun with; 0 if nothing is saved.
+    phase: which of the run's phases it belongs to.
+  """
+
+  step: int = 0
+  parts: int = 0
+  phase: int = 0
+
+
+def peek(workdir: pathlib.Path) -> Saved:
+  """Of the run in a folder; all 0 if nothing is saved."""
   from experiments.runtime import checkpoint
 
   if not (workdir / 'checkpoints').is_dir():
-    return 0
+    return Saved()
   saved = checkpoint.open(workdir / 'checkpoints', read_only=True)
   try:
     found = saved.peek()
   finally:
     saved.close()
-  return 0 if found is None else found[1].get('parts', 1)
+  if found is None:
+    return Saved()
+  step, extra = found
+  return Saved(step, extra.get('parts', 1), extra.get('phase', 0))
 
 
 class Keeper:
@@ -30,12 +47,14 @@ class Keeper:
 
   Attributes:
     decisions: taken so far; saved, so that a resumed run counts on.
+    phase: which one's carry is kept.
   """
 
-  def __init__(self, experiment, source, parts: int, workdir, key):
+  def __init__(self, experiment, source, parts: int, workdir, key, phase=0):
     from experiments.runtime import checkpoint
 
-    self._source, self._key = source, key
+    self.enter(phase, source)
+    self._key = key
     self._replay = workdir / 'replay'
     self._latest = checkpoint.open(
       workdir / 'checkpoints', keep=experiment.run.keep_checkpoints
@@ -53,13 +72,17 @@ class Keeper:
     self.decisions = 0.0
     self._parts = parts
 
+  def enter(self, phase: int, source) -> None:
+    """From here on a phase's carry is kept, whose source this is."""
+    self.phase, self._source = phase, source
+
   def save(self, carry) -> None:
     """Saves the carry and the newest parameters."""
     from experiments.runtime import integrity
 
     step = int(carry.step)
     extra: dict[str, Any] = {
-      'phase': 0,
+      'phase': self.phase,
       'decisions': self.decisions,
       'parts': self._parts,
     }

@@ -101,18 +101,11 @@ def evaluate(
   """
   import jax
 
-  from agents.core import planning
   from experiments.runtime import evaluate as playing
   from search.model import Environment
 
-  search = experiment.config.search
   rows = []
-  for budget in simulations:
-    chosen = dataclasses.replace(search, num_simulations=budget)
-    if rule is not None:
-      chosen = dataclasses.replace(chosen, rule=rule)
-    planner = planning.make_planner(chosen, evaluate=True)
-    play = playing.player(planner, agent.model)
+  for label, budget, play in _planners(experiment, agent, simulations, rule):
     for name, params in checkpoints.items():
       key = jax.random.fold_in(jax.random.key(seed), 7)
       run = lambda play, count, params=params, key=key: (
@@ -134,7 +127,7 @@ def evaluate(
       rows.append(
         Row(
           checkpoint=name,
-          planner=chosen.rule if budget else 'network',
+          planner=label,
           simulations=budget,
           episodes=len(played.returns),
           return_mean=summary['eval_return'],
@@ -145,6 +138,34 @@ def evaluate(
       )
   rows.sort(key=lambda row: list(checkpoints).index(row.checkpoint))
   return rows
+
+
+def _planners(experiment, agent, simulations, rule):
+  """Name, budget and compiled function of everyone who plays."""
+  import jax
+
+  from agents.core import planning
+  from experiments.runtime import evaluate as playing
+
+  if agent.exploit is not None:
+    if rule is not None or any(simulations):
+      raise configs.UserError(
+        f'simulations={",".join(map(str, simulations))}: '
+        f'{experiment.agent_name} has no model to search in; take 0'
+      )
+    exploit = agent.exploit
+    return [('policy', 0, jax.jit(lambda *args: exploit(*args)[0]))]
+  found = []
+  for budget in simulations:
+    chosen = dataclasses.replace(
+      experiment.config.search, num_simulations=budget
+    )
+    if rule is not None:
+      chosen = dataclasses.replace(chosen, rule=rule)
+    planner = planning.make_planner(chosen, evaluate=True)
+    label = chosen.rule if budget else 'network'
+    found.append((label, budget, playing.player(planner, agent.model)))
+  return found
 
 
 def _decide_once(env, play, params, key):
@@ -173,6 +194,8 @@ def load_experiment(workdir: str) -> build.Experiment:
       steps=saved['steps'],
       seed=saved['seed'],
       settings=settings,
+      # Whoever plays needs its rows no more.
+      dataset=saved.get('dataset') or None,
     )
   except KeyError as error:
     raise configs.UserError(
@@ -238,11 +261,12 @@ def main() -> None:
   with configs.user_errors():
     experiment = load_experiment(values.workdir)
     names = values.checkpoint or ['final']
-    budgets = [int(n) for n in values.simulations]
     env = build.make_env(
       experiment, training=False, num_envs=values.num_envs or None
     )
     agent = build.make_agent(experiment, env.spec)
+    usual = ['0'] if agent.exploit is not None else ['0', '16']
+    budgets = [int(n) for n in values.simulations or usual]
     checkpoints = load_params(values.workdir, agent, names)
     rows = evaluate(
       experiment,
@@ -275,7 +299,9 @@ def define_flags() -> None:
     "the search's rule; the agent's own if left out",
   )
   flags.DEFINE_list(
-    'simulations', ['0', '16'], 'budgets a decision; 0 is the network alone'
+    'simulations',
+    None,
+    'budgets a decision, 0 and 16 if left out; 0 is the network alone',
   )
   flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1)
   flags.DEFINE_integer('num_envs', 0, "copies at once; 0 for the run's own", 0)

@@ -31,6 +31,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_enum('agent', None, presets.AGENTS, 'another agent')
   flags.DEFINE_string('env', None, 'another environment, as for train')
+  flags.DEFINE_string(
+    'dataset', None, 'to learn from instead of from play, as for train'
+  )
   flags.DEFINE_multi_string('set', [], 'field=value of every row, repeatable')
   flags.DEFINE_integer('steps', None, 'decisions; the preset has its own', 1)
   flags.DEFINE_integer('seeds', 4, 'of every setting: 0, 1, ...', 1)
@@ -56,7 +59,7 @@ def define_flags() -> None:
     'engine',
     'auto',
     ['auto', 'vmap', 'processes', 'ray'],
-    'auto is vmap on a pure-JAX environment, else processes',
+    'auto is vmap on a pure-JAX environment or a data set, else processes',
   )
   flags.DEFINE_integer('max_rows', 64, 'rows in one program', 1)
   flags.DEFINE_float(
@@ -88,6 +91,7 @@ def main() -> None:
       random=values.random,
       samples=values.samples,
       seed=values.sweep_seed,
+      dataset=values.dataset,
     )
     engine = choose_engine(plan, values.engine)
     rows = sweep_plan.rows(plan, values.seeds)
@@ -125,6 +129,9 @@ def choose_engine(plan: sweep_plan.Plan, asked: str) -> str:
   """
   from search.model import Environment
 
+  if plan.dataset:
+    # Every row's agent is made when it is found out what may be traced.
+    return 'vmap' if asked == 'auto' else asked
   envs = {}
   for i in range(len(plan.settings)):
     experiment = plan.describe(sweep_plan.Row(i, 0))

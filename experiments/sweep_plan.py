@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     fields: what is swept, in the words of the command line.
     settings: a value for each field, as text.
     logarithmic: fields that were drawn from a logarithmic range.
+    dataset: to learn from instead of from play, or None.
   """
 
   preset: str
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
   fields: tuple[str, ...]
   settings: tuple[tuple[str, ...], ...]
   logarithmic: tuple[str, ...] = ()
+  dataset: str | None = None
 
   def assignments(self, setting: int) -> list[str]:
     """`field=value` for what is swept."""
@@ -67,11 +69,13 @@ class Plan(NamedTuple):
       steps=self.steps,
       seed=row.seed,
       settings=[*self.fixed, *self.assignments(row.setting)],
+      dataset=self.dataset,
     )
 
   def arguments(self, row: Row) -> list[str]:
     """Flags of `experiments.train` that train the row alone."""
-    named = {'agent': self.agent, 'env': self.env, 'steps': self.steps}
+    names = ('agent', 'env', 'steps', 'dataset')
+    named = {name: getattr(self, name) for name in names}
     settings = [*self.fixed, *self.assignments(row.setting)]
     return [
       f'--preset={self.preset}',
@@ -92,6 +96,7 @@ def make_plan(
   random: Sequence[str] = (),
   samples: int = 0,
   seed: int = 0,
+  dataset: str | None = None,
 ) -> Plan:
   """The product of grids and of sampled settings, all of them checked.
 
@@ -107,6 +112,7 @@ def make_plan(
       `samples` times; what is drawn twice is kept once.
     samples: how many settings are drawn.
     seed: of the drawing: the same one draws the same settings.
+    dataset: see `Plan`.
 
   Raises:
     ValueError: one line on what is wrong with which field or value.
@@ -133,6 +139,7 @@ def make_plan(
     logarithmic=tuple(
       text.partition('=')[0].strip() for text in random if '=log:' in text
     ),
+    dataset=dataset,
   )
   _check(plan)
   return plan

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import build, sweep_plan
+from experiments import assess, build, offline, sweep_plan
 
 
 class Program(NamedTuple):
@@ -35,69 +35,150 @@ class Program(NamedTuple):
 
 
 class Functions(NamedTuple):
-  """One row, or all of them, as functions that may be traced.
+  """A phase of one row, or of all of them, as functions that may be traced.
 
   Attributes:
-    init: `(values [F], seed) -> carry`.
+    end: number of updates at which the phase ends.
+    init: `(values [F], seed, shared) -> carry`; `shared` is what `load` gave.
+    enter: `(values, carry, shared) -> carry`, from that of the phase before,
+      without its source; None in the first.
     interval: `(values, carry, seed, num_steps) -> (carry, means, counts)`, see
       `loop.compile_interval`.
     evaluate: `(values, params, seed, step) -> {prefix: (returns [E], lengths
-      [E])}`, whole episodes with search (`eval`) and without (`network`).
+      [E])}`, whole episodes of everyone in `assess.players` on the device;
+      None where nobody plays, or on the host.
+    act: `(values, params, key, timestep) -> {prefix: action}` for simulators
+      of the host; None without.
+    load: `() -> ` rows of the data set that all rows share, None without.
+    axes: of the carry, see `Source.axes`.
   """
 
+  end: int
   init: Callable[..., Any]
+  enter: Callable[..., Any] | None
   interval: Callable[..., Any]
-  evaluate: Callable[..., Any]
+  evaluate: Callable[..., Any] | None
+  act: Callable[..., Any] | None
+  load: Callable[[], Any]
+  axes: Any
 
 
 def row_functions(
   experiment: build.Experiment, paths: Sequence[str]
-) -> Functions:
-  """The functions of one row.
+) -> tuple[Functions, ...]:
+  """The functions of one row, for each phase.
 
   Args:
-    experiment: on a pure-JAX environment; its seed is not looked at.
+    experiment: on a pure-JAX environment or a data set; its seed is not
+      looked at.
     paths: of the fields that take the place of its own.
   """
   import jax
 
-  from agents.core import planning
-  from experiments.runtime import evaluate as playing
   from experiments.runtime import loop
+
+  make = _made_offline if experiment.dataset else _made_online
+  made, ends, axes = make(experiment, paths)
+  load = lambda: None
+  if experiment.dataset:
+    rows = offline.rows_of(offline.opened(experiment.dataset))
+    load = lambda: jax.tree.map(jax.numpy.asarray, rows)
+
+  def functions(number):
+    def init(values, seed, shared):
+      agent, source, _ = made(values, number)
+      key = jax.random.key(seed)
+      if shared is None:
+        return loop.init(agent, source, key)
+      assert source.fill is not None
+      state = loop.init_agent(agent, key)
+      return loop.Carry(state, source.fill(shared), jax.numpy.int32(0))
+
+    def enter(values, carry, shared):
+      _, source, transfer = made(values, number)
+      assert transfer is not None and source.fill is not None
+      state = transfer(carry.agent)
+      return loop.Carry(state, source.fill(shared), carry.step)
+
+    def interval(values, carry, seed, num_steps):
+      agent, source, _ = made(values, number)
+      run = loop.compile_interval(agent, source)
+      return run(carry, jax.random.key(seed), num_steps)
+
+    return Functions(
+      ends[number],
+      init,
+      enter if number else None,
+      interval,
+      *_players(experiment, paths, made, number),
+      load,
+      loop.Carry(0, axes[number], None),
+    )
+
+  return tuple(functions(number) for number in range(len(ends)))
+
+
+def _own(experiment, paths, values):
+  for path, value in zip(paths, values):
+    experiment = sweep_plan.put(experiment, path, value)
+  return experiment
+
+
+def _made_online(experiment, paths):
+  """`(values, phase) -> (agent, source, transfer)`, the phases' ends, axes."""
+  env = build.make_env(experiment, training=True)
+
+  def made(values, number):
+    del number
+    own = _own(experiment, paths, values)
+    agent = build.make_agent(own, env.spec)
+    return agent, build.make_source(own, env, agent), None
+
+  return made, [experiment.updates], [0]
+
+
+def _made_offline(experiment, paths):
+  dataset = offline.opened(experiment.dataset)
+  stage = None
+  if experiment.env_name:
+    stage = build.make_env(experiment, training=False, num_envs=1)
+  spec = offline.spec_of(dataset, stage and stage.spec)
+
+  def made(values, number):
+    own = _own(experiment, paths, values)
+    phase = build.make_phases(own, spec)[number]
+    source = offline.make_source(own, dataset, phase)
+    return phase.agent, source, phase.transfer
+
+  ends, axes, end = [], [], 0
+  for phase in build.make_phases(experiment, spec):
+    end = experiment.updates if phase.updates is None else end + phase.updates
+    ends.append(end)
+    axes.append(offline.make_source(experiment, dataset, phase).axes)
+  return made, ends, axes
+
+
+def _players(experiment, paths, made, number):
+  """`Functions.evaluate` and `Functions.act` of a phase."""
+  import jax
+
+  from experiments.runtime import evaluate as playing
   from search.model import Environment
 
-  env = build.make_env(experiment, training=True)
-  stage = build.make_env(experiment, training=False)
-  assert isinstance(stage, Environment)
+  agent, *_ = made(_values(experiment, paths), number)
+  if not (experiment.env_name and assess.players(experiment, agent)):
+    return None, None
+  stage = build.make_env(experiment, training=False, num_envs=1)
 
-  def made(values):
-    own = experiment
-    for path, value in zip(paths, values):
-      own = sweep_plan.put(own, path, value)
-    agent = build.make_agent(own, env.spec)
-    return own, agent, build.make_source(own, env, agent)
-
-  def init(values, seed):
-    _, agent, source = made(values)
-    return loop.init(agent, source, jax.random.key(seed))
-
-  def interval(values, carry, seed, num_steps):
-    _, agent, source = made(values)
-    run = loop.compile_interval(agent, source)
-    return run(carry, jax.random.key(seed), num_steps)
+  def players(values):
+    own = _own(experiment, paths, values)
+    return assess.players(own, made(values, number)[0])
 
   def evaluate(values, params, seed, step):
-    own, agent, _ = made(values)
+    assert isinstance(stage, Environment)
     key = jax.random.fold_in(jax.random.key(seed), step)
-    alone = sweep_plan.put(own, 'agent.search.num_simulations', 0)
-    found = {}
-    for prefix, player in (('eval', own), ('network', alone)):
-      planner = planning.make_planner(player.config.search, evaluate=True)
-
-      def play(params, key, timestep, planner=planner):
-        return planner(agent.model, params, key, timestep).action
-
-      found[prefix] = playing.device_episodes(
+    return {
+      prefix: playing.device_episodes(
         stage.reset,
         stage.step,
         play,
@@ -106,9 +187,18 @@ def row_functions(
         params,
         key,
       )
-    return found
+      for prefix, play in players(values).items()
+    }
 
-  return Functions(init, interval, evaluate)
+  def act(values, params, key, timestep):
+    found = players(values)
+    return {n: play(params, key, timestep) for n, play in found.items()}
+
+  return (evaluate, None) if isinstance(stage, Environment) else (None, act)
+
+
+def _values(experiment, paths):
+  return [sweep_plan.get(experiment, path) for path in paths]
 
 
 def traceable(
@@ -130,15 +220,21 @@ def traceable(
   import jax.numpy as jnp
 
   def trace(tried):
-    functions = row_functions(experiment, tried)
+    phases = row_functions(experiment, tried)
 
-    def everything(values, seed):
-      carry = functions.init(values, seed)
-      carry, *_ = functions.interval(values, carry, seed, 1)
-      return functions.evaluate(values, carry.agent.params, seed, 0)
+    def everything(values, seed, shared):
+      carry, played = phases[0].init(values, seed, shared), []
+      for phase in phases:
+        if phase.enter is not None:
+          carry = phase.enter(values, carry, shared)
+        carry, *_ = phase.interval(values, carry, seed, 1)
+        if phase.evaluate is not None:
+          played.append(phase.evaluate(values, carry.agent.params, seed, 0))
+      return played
 
     floats = jax.ShapeDtypeStruct((len(tried),), jnp.float32)
-    jax.eval_shape(everything, floats, jax.ShapeDtypeStruct((), jnp.uint32))
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    jax.eval_shape(everything, floats, seed, jax.eval_shape(phases[0].load))
 
   def works(tried):
     # What a tracer raises: concretization errors are TypeErrors, a traced
@@ -161,7 +257,7 @@ def traceable(
 
 
 def compiled(functions: Functions, mesh: Any) -> Functions:
-  """The functions over all rows, divided over the mesh's `data` axis.
+  """A phase's functions over all rows, divided over the mesh's `data` axis.
 
   Each device runs its rows on its own. `interval` donates the carry.
 
@@ -172,10 +268,9 @@ def compiled(functions: Functions, mesh: Any) -> Functions:
   import jax
   from jax.sharding import PartitionSpec
 
-  from experiments.runtime import loop
   from experiments.runtime import mesh as meshes
 
-  carry = loop.Carry(0, 0, None)
+  carry = functions.axes
 
   def over_rows(function, in_axes, out_axes, **options):
     def specs(axes):
@@ -195,12 +290,16 @@ def compiled(functions: Functions, mesh: Any) -> Functions:
     )
     return jax.jit(split, **options)
 
-  return Functions(
-    init=over_rows(functions.init, (0, 0), carry),
+  evaluate, act, enter = functions.evaluate, functions.act, functions.enter
+  return functions._replace(
+    init=over_rows(functions.init, (0, 0, None), carry),
+    enter=enter
+    and over_rows(enter, (0, carry._replace(source=None), None), carry),
     interval=over_rows(
       functions.interval, (0, carry, 0, None), (carry, 0, 0), donate_argnums=1
     ),
-    evaluate=over_rows(functions.evaluate, (0, 0, 0, None), 0),
+    evaluate=evaluate and over_rows(evaluate, (0, 0, 0, None), 0),
+    act=act and over_rows(act, (0, 0, None, 0), 0),
   )
 
 
@@ -247,46 +346,109 @@ def run(
 
   from experiments.runtime import checkpoint, loop
 
-  settings, updates = program.experiment.run, program.experiment.updates
-  count = len(program.seeds)
+  experiment, count = program.experiment, len(program.seeds)
+  settings, updates = experiment.run, experiment.updates
   # Rows are repeated to fill the devices.
   spread = np.arange(-(-count // mesh.size) * mesh.size) % count
   values = np.asarray(program.values, np.float32).reshape(count, -1)[spread]
   seeds = np.asarray(program.seeds, np.uint32)[spread]
-  functions = compiled(row_functions(program.experiment, program.paths), mesh)
+  phases = [compiled(f, mesh) for f in row_functions(experiment, program.paths)]
+  shared = phases[0].load()
   intervals = loop.Intervals(
     log=settings.log_every, evaluate=settings.evaluate_every
   )
   keeper = checkpoint.open(folder / 'checkpoints')
   try:
-    restored = _restore(keeper, functions.init, values, seeds, count, mesh)
-    carry, points = restored or (functions.init(values, seeds), [])
+    restored = _restore(keeper, phases, values, seeds, count, mesh, shared)
+    carry, points, number = restored or (
+      phases[0].init(values, seeds, shared),
+      [],
+      0,
+    )
     done = points[-1].step if points else 0
     saved = time.monotonic()
     while done < updates:
-      due = intervals.next_stop(done, updates) - done
-      carry, *measured = functions.interval(values, carry, seeds, np.int32(due))
+      if done == phases[number].end:
+        number += 1
+        enter = phases[number].enter
+        assert enter is not None
+        carry = enter(values, carry._replace(source=None), shared)
+      phase = phases[number]
+      due = intervals.next_stop(done, phase.end) - done
+      carry, *measured = phase.interval(values, carry, seeds, np.int32(due))
       done += due
       means, counts = jax.device_get(measured)
       metrics = _measured(means, counts, count)
       is_due = settings.evaluate_every and done % settings.evaluate_every == 0
       if is_due or done == updates:
-        played = functions.evaluate(
-          values, carry.agent.params, seeds, np.int32(done)
+        metrics |= _evaluated(
+          experiment, phase, values, carry.agent.params, seeds, done, metrics
         )
-        metrics |= _played(jax.device_get(played), metrics['finite'])
       _add_up(metrics, points, 'decisions')
       points.append(Point(done, metrics))
       report(done, _means(metrics))
       late = time.monotonic() - saved >= checkpoint_seconds
       if done < updates and (late or stopping()):
-        _save(keeper, carry, points, count)
+        _save(keeper, phase.axes, carry, points, count, number)
         saved = time.monotonic()
       if done < updates and stopping():
         return None
   finally:
     keeper.close()
   return points
+
+
+def _evaluated(experiment, phase, values, params, seeds, step, metrics):
+  """Metrics of all rows' play, if they play in this phase."""
+  import jax
+  import numpy as np
+
+  if phase.evaluate is not None:
+    played = phase.evaluate(values, params, seeds, np.int32(step))
+    played = jax.device_get(played)
+  elif phase.act is not None:
+    played = _on_host(experiment, phase, values, params, step)
+  else:
+    return {}
+  found = _played(played, metrics['finite'])
+  if experiment.dataset:
+    about = offline.opened(experiment.dataset).about
+    if offline.score(about, 0.0) is not None:
+      found['eval_score'] = offline.score(about, found['eval_return'])
+  return found
+
+
+def _on_host(experiment, phase, values, params, step):
+  """What `Functions.evaluate` returns, on simulators beside each other."""
+  import jax
+  import numpy as np
+
+  from experiments.envs.host import HostEnvironment
+  from experiments.runtime import evaluate as playing
+
+  rows, episodes = len(values), experiment.run.evaluate_episodes
+  env = build.make_env(experiment, training=False, num_envs=rows * episodes)
+  assert isinstance(env, HostEnvironment)
+  shaped = lambda x: np.asarray(x).reshape(rows, -1, *x.shape[1:])
+  # Who can be played without a search is one player only.
+  act = lambda key, timestep: phase.act(
+    values, params, key, jax.tree.map(shaped, timestep)
+  )
+
+  def play(params, key, timestep):
+    del params
+    (action,) = act(key, timestep).values()
+    return np.asarray(action).reshape(-1, *action.shape[2:])
+
+  played = playing.on_host(
+    env,
+    play,
+    params,
+    key=jax.random.key(step),
+    num_episodes=rows * episodes,
+    seed=step,
+  )
+  return {'eval': (shaped(played.returns), shaped(played.lengths))}
 
 
 def forget(folder: pathlib.Path) -> None:
@@ -343,33 +505,46 @@ def _means(metrics) -> dict[str, float]:
   return {n: float(np.mean(x)) for n, x in known.items() if len(x)}
 
 
+def _own_parts(axes, source):
+  """A source's state without what all rows share."""
+  import jax
+
+  return jax.tree.map(
+    lambda axis, part: None if axis is None else part,
+    axes,
+    source,
+    is_leaf=lambda axis: axis is None,
+  )
+
+
 def _take(carry, index):
-  """Some rows of a carry; the step is shared."""
+  """Some rows of a carry without shared parts; the step is shared."""
   import jax
 
   rows = jax.tree.map(lambda x: x[index], (carry.agent, carry.source))
   return carry._replace(agent=rows[0], source=rows[1])
 
 
-def _save(keeper, carry, points, count) -> None:
+def _save(keeper, axes, carry, points, count, number) -> None:
   import jax
   import numpy as np
 
   names = list(dict.fromkeys(n for p in points for n in p.metrics))
   none = np.full(count, np.nan)
   history = [[p.metrics.get(n, none) for n in names] for p in points]
+  carry = carry._replace(source=_own_parts(axes.source, carry.source))
   if jax.tree.leaves(carry.agent)[0].shape[0] > count:
     # Whoever goes on may have another number of devices.
     carry = jax.jit(lambda carry: _take(carry, slice(count)))(carry)
   keeper.save(
     points[-1].step,
     {'carry': carry, 'history': np.asarray(history, np.float64)},
-    {'steps': [p.step for p in points], 'names': names},
+    {'steps': [p.step for p in points], 'names': names, 'phase': number},
   )
 
 
-def _restore(keeper, init, values, seeds, count, mesh):
-  """The carry and the points so far, or None."""
+def _restore(keeper, phases, values, seeds, count, mesh, shared):
+  """The carry, the points so far and the phase's number, or None."""
   import jax
   import numpy as np
 
@@ -380,11 +555,18 @@ def _restore(keeper, init, values, seeds, count, mesh):
   if found is None:
     return None
   steps, names = found[1]['steps'], found[1]['names']
-  template = jax.eval_shape(
-    lambda values, seeds: _take(init(values, seeds), slice(count)),
-    values,
-    seeds,
-  )
+  number = found[1].get('phase', 0)
+  axes = phases[number].axes
+
+  def fresh(values, seeds, shared):
+    carry = phases[0].init(values, seeds, shared)
+    for phase in phases[1 : number + 1]:
+      assert phase.enter is not None
+      carry = phase.enter(values, carry._replace(source=None), shared)
+    own = _own_parts(axes.source, carry.source)
+    return _take(carry._replace(source=own), slice(count))
+
+  template = jax.eval_shape(fresh, values, seeds, shared)
   history = np.zeros((len(steps), len(names), count))
   saved, _ = keeper.restore({'carry': template, 'history': history})
   rows = meshes.split(mesh)
@@ -396,4 +578,11 @@ def _restore(keeper, init, values, seeds, count, mesh):
     Point(step, dict(zip(names, columns)))
     for step, columns in zip(steps, saved['history'])
   ]
-  return spread(saved['carry']), points
+  carry = spread(saved['carry'])
+  whole = jax.tree.map(
+    lambda axis, part: shared if axis is None else part,
+    axes.source,
+    carry.source,
+    is_leaf=lambda axis: axis is None,
+  )
+  return carry._replace(source=whole), points, number

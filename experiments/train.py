@@ -5,15 +5,15 @@ Running the same command again resumes the run in its folder.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import assess, build, play, presets
-from experiments.keeper import Keeper, saved_parts
+from experiments import assess, build, offline, play, presets, stages
+from experiments.keeper import Keeper, peek
 from experiments.runtime import config as configs
 
 
@@ -30,6 +30,12 @@ def define_flags() -> None:
     None,
     "another environment: envpool's name (Catch-v0, PongNoFrameskip-v4), "
     'gymnasium:NAME, jax:catch, jax:cartpole',
+  )
+  flags.DEFINE_string(
+    'dataset',
+    None,
+    'to learn from instead of from play: a folder or file of ours, D4RL (hdf5) '
+    'or Minari, or a name of theirs; --steps are then updates',
   )
   flags.DEFINE_multi_string(
     'set', [], 'field=value, repeatable; --show lists the fields'
@@ -74,6 +80,7 @@ def main() -> None:
       steps=values.steps,
       seed=values.seed,
       settings=values.set,
+      dataset=values.dataset,
     )
     if values.show:
       return _show(experiment)
@@ -91,9 +98,12 @@ def main() -> None:
 
 
 def default_workdir(experiment: build.Experiment) -> str:
-  """`runs/PRESET_ENV_sSEED`."""
-  env = experiment.env_name.replace('/', '-').replace(':', '-')
-  return f'runs/{experiment.name}_{env}_s{experiment.seed}'
+  """`runs/PRESET_ENV_sSEED`, or with the data set's name for ENV."""
+  where = experiment.env_name
+  if experiment.dataset:
+    where = offline.opened(experiment.dataset).about.name
+  where = where.replace('/', '-').replace(':', '-')
+  return f'runs/{experiment.name}_{where}_s{experiment.seed}'
 
 
 def use_compilation_cache() -> None:
@@ -138,81 +148,44 @@ def _show(experiment: build.Experiment) -> None:
   Console().print(table)
 
 
-def _announce(experiment, layout, env, agent, workdir) -> None:
+def _announce(experiment, trainer, workdir) -> None:
   import jax
   import numpy as np
 
   from experiments.runtime import distributed
 
+  layout, agent = trainer.layout, trainer.stages[-1].agent
   state = jax.eval_shape(agent.init, jax.random.key(0))
   size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
-  shape = getattr(env.spec.observation, 'shape', env.spec.observation)
+  spec = trainer.spec
+  shape = getattr(spec.observation, 'shape', spec.observation)
   _, processes = distributed.process()
   deal = f'{layout.mesh.size} learn'
   if layout.acting:
     deal += f', {len(layout.acting) * processes} act'
+  length = f'{experiment.steps:,} decisions, {experiment.updates:,} updates'
+  shares = ' of environments and replay'
+  first = f'{experiment.run.warmup_decisions:,} decisions before the first'
+  first = f'compiling, then {first} update: the first numbers take a while'
+  if experiment.dataset:
+    print(offline.told(offline.opened(experiment.dataset)))
+    parts = [f'{s.name} to {s.end:,}' for s in trainer.stages]
+    length = f'{experiment.updates:,} updates ({", ".join(parts)})'
+    shares, first = '', 'compiling: the first numbers take a while'
+  where = experiment.env_name or 'no environment: nothing is played'
   print(
-    f'{experiment.agent_name} on {experiment.env_name}: observations {shape}, '
-    f'{env.spec.action}\n'
-    f'{size:,} parameters, {experiment.steps:,} decisions, '
-    f'{experiment.updates:,} updates of {experiment.run.batch_size} windows, '
+    f'{experiment.agent_name} on {where}: observations {shape}, {spec.action}\n'
+    f'{size:,} parameters, {length} of {experiment.run.batch_size} rows, '
     f'seed {experiment.seed}\n'
     f'{_device()}, {processes} process{"es" if processes > 1 else ""}: {deal}, '
-    f'{layout.parts} part{"s" if layout.parts > 1 else ""} of environments and '
-    'replay\n'
-    f'folder: {workdir}\n'
-    f'compiling, then {experiment.run.warmup_decisions:,} decisions before the '
-    'first update: the first numbers take a while',
+    f'{layout.parts} part{"s" if layout.parts > 1 else ""}{shares}\n'
+    f'folder: {workdir}\n{first}',
     flush=True,
   )
 
 
 # May differ when a run is resumed.
-_FREE = ('run.devices', 'run.acting_devices')
-
-
-class _Trainer(NamedTuple):
-  """What a run is made of once it is known who does what."""
-
-  agent: Any
-  source: Any
-  env: Any
-  layout: build.Layout
-  update: Callable | None
-  interval: Callable | None
-
-
-def _make(
-  experiment: build.Experiment, saved_parts: int, asked: Callable[[], bool]
-) -> _Trainer:
-  from experiments.runtime import distributed, mesh
-
-  layout = build.make_layout(experiment, saved_parts)
-  env = build.make_env(
-    experiment,
-    training=True,
-    num_envs=experiment.env.num_envs // layout.parts,
-  )
-  how = experiment.run.parallel
-  agent = build.make_agent(experiment, env.spec)
-  # One process alone need not vote, and may leave while it fills its replay.
-  alone = distributed.process()[1] == 1
-  stopping = asked if alone else lambda: False
-  source = build.make_source(experiment, env, agent, layout, stopping)
-  update = interval = None
-  if source.is_pure and how == 'pmap':
-    raise ValueError(
-      f'parallel=pmap: {experiment.env_name} is compiled into one program with '
-      'the agent; take parallel=jit'
-    )
-  if layout.mesh.size > 1 or how == 'pmap':
-    if source.is_pure:
-      interval = mesh.compile_interval(agent, source, layout.mesh)
-    else:
-      reduce = mesh.pmean if how == 'pmap' else None
-      learner = build.make_agent(experiment, env.spec, reduce)
-      update = mesh.compile_update(learner, layout.mesh, how)
-  return _Trainer(agent, source, env, layout, update, interval)
+_FREE = ('run.devices', 'run.acting_devices', 'dataset')
 
 
 def run(
@@ -239,10 +212,12 @@ def run(
   with checkpoint.graceful_exit() as asked:
     trained = _train(experiment, workdir, profile, tensorboard, asked)
   players = None
-  if trained.end == experiment.updates and experiment.run.final_episodes:
+  agent = trained.trainer.stages[-1].agent
+  ended = trained.end == experiment.updates
+  if ended and experiment.run.final_episodes and experiment.env_name:
     # Reading is done together, too; playing is not.
     names = [n for n in ('early', 'final') if (workdir / n).is_dir()]
-    players = play.load_params(str(workdir), trained.agent, names)
+    players = play.load_params(str(workdir), agent, names)
   distributed.shutdown()
   if not distributed.is_main():
     return
@@ -255,13 +230,13 @@ def run(
   seconds = time.perf_counter() - started
   print(f'trained {trained.end - trained.begin:,} updates in {seconds:.0f} s')
   if players is not None:
-    finish(experiment, trained.agent, workdir, players)
+    finish(experiment, agent, workdir, players)
 
 
 class _Trained(NamedTuple):
-  """An agent that has been trained from one update to another."""
+  """What has been trained from one update to another."""
 
-  agent: Any
+  trainer: stages.Trainer
   begin: int
   end: int
 
@@ -276,19 +251,21 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   is_main = distributed.is_main()
   with configs.user_errors():
     device = _device()
-    notes = configs.check_run_config(
-      workdir, experiment.as_dict(), device, _FREE
-    )
+    about = experiment.as_dict()
+    if experiment.dataset:
+      about |= {'dataset_checksum': offline.checksum(experiment.dataset)}
+    notes = configs.check_run_config(workdir, about, device, _FREE)
     # Whatever is refused is refused by all, before the first one writes.
     distributed.barrier('config')
-    trainer = _make(experiment, saved_parts(workdir), asked)
-    agent, source = trainer.agent, trainer.source
+    saved = peek(workdir)
+    trainer = stages.make(experiment, saved, asked)
+    stage, devices = trainer.stages[saved.phase], trainer.layout.mesh
     if is_main:
-      _announce(experiment, trainer.layout, trainer.env, agent, workdir)
-    fresh = mesh.init(agent, source, key, trainer.layout.mesh)
+      _announce(experiment, trainer, workdir)
+    fresh = mesh.init(stage.agent, stage.source, key, devices)
   if is_main:
     if notes is None:
-      configs.write_run_config(workdir, experiment.as_dict(), device)
+      configs.write_run_config(workdir, about, device)
     for note in notes or ():
       print(f'note: {note} since this run began')
   distributed.barrier('written')
@@ -297,99 +274,74 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
       f'workdir={workdir}: process {distributed.process()[0]} does not see '
       'what process 0 wrote there; it must be a folder that all share'
     )
-  keeper = Keeper(experiment, source, trainer.layout.parts, workdir, key)
+  keeper = Keeper(
+    experiment, stage.source, trainer.layout.parts, workdir, key, saved.phase
+  )
   carry = keeper.restore(fresh) or fresh
-  if carry is not fresh and source.close is not None:
-    source.close(fresh.source)
+  if carry is not fresh and stage.source.close is not None:
+    stage.source.close(fresh.source)
   del fresh  # or its state would stay beside the restored one
   begin, updates = int(carry.step), experiment.updates
   if begin and is_main:
     print(f'resumed at update {begin:,} of {updates:,}', flush=True)
 
   writer = _writer(workdir, updates, begin, tensorboard)
-  evaluator = assess.evaluator(experiment, agent)
-  held_out = None
-  if settings.hold_out:
-    untrained = loop.init_agent(agent, key)
-    held_out = assess.HeldOut(experiment, agent, untrained)
-    if not begin:
-      writer.write(0, held_out.losses(untrained.params))
-    del untrained
-
-  compiled_since, waited = watch.compilations(), 0.0
-
-  def log(step: int, row: dict[str, float]) -> None:
-    nonlocal waited
-    keeper.decisions += row.get('decisions', 0.0)
-    waited += row.get('wait_seconds', 0.0)
-    row |= {'decisions': keeper.decisions, 'compiled': compiled_since()}
-    writer.write(step, row)
-
-  def evaluate(step: int, agent_state) -> dict[str, float]:
-    found = {}
-    if settings.early_update and step == settings.early_update:
-      keeper.save_early(step, agent_state)
-    if held_out is not None and step % settings.hold_out_every == 0:
-      found |= held_out.losses(agent_state.params)
-    if settings.evaluate_every and step % settings.evaluate_every == 0:
-      # All play the same episodes; one's figures decide for all.
-      found |= distributed.of_main(evaluator(agent_state.params, step))
-      keeper.save_best(step, found['eval_return'], agent_state)
-    return found
-
-  every = _common_interval(
-    settings.evaluate_every,
-    settings.early_update,
-    settings.hold_out_every if settings.hold_out else 0,
-  )
+  watcher = assess.Watcher(experiment, trainer, keeper, writer, begin, key)
   intervals = loop.Intervals(
     log=settings.log_every,
     checkpoint=settings.checkpoint_every,
-    evaluate=every,
+    evaluate=_common_interval(
+      settings.evaluate_every,
+      settings.early_update,
+      settings.hold_out_every if settings.hold_out else 0,
+    ),
   )
-  compiled = {'update': trainer.update, 'interval': trainer.interval}
-  sum_counts = distributed.sum_over_processes
   # A vote makes all wait for each other, so it is not taken at every update.
-  stopping = distributed.stopping(asked, every=16)
+  hooks = loop.Hooks(
+    watcher.log,
+    keeper.save,
+    watcher.evaluate,
+    distributed.stopping(asked, every=16),
+    distributed.sum_over_processes,
+  )
   start = time.perf_counter()
   try:
-    if profile and begin < updates:
-      carry = _profiled(
-        agent,
-        source,
-        carry,
-        key,
-        begin + min(profile, updates - begin),
-        workdir / 'profile' if is_main else None,
-        intervals._replace(checkpoint=0),
-        loop.Hooks(log, None, evaluate, stopping, sum_counts),
-        compiled,
+    for number in range(saved.phase, len(trainer.stages)):
+      if number > saved.phase:
+        stage = trainer.stages[number]
+        carry = stages.enter(stage, carry, key)
+        keeper.enter(number, stage.source)
+        watcher.enter(stage)
+      run = functools.partial(
+        loop.run,
+        stage.agent,
+        stage.source,
+        key=key,
+        update=stage.update,
+        interval=stage.interval,
       )
-    carry = loop.run(
-      agent,
-      source,
-      carry,
-      key=key,
-      steps=updates,
-      intervals=intervals,
-      hooks=loop.Hooks(log, keeper.save, evaluate, stopping, sum_counts),
-      **compiled,
-    )
+      if profile and begin <= int(carry.step) < begin + profile:
+        end = min(begin + profile, stage.end)
+        folder = workdir / 'profile' if is_main else None
+        carry = _profiled(run, carry, end, folder, intervals, hooks)
+      carry = run(carry, steps=stage.end, intervals=intervals, hooks=hooks)
+      if int(carry.step) < stage.end:
+        break
   finally:
-    if source.close is not None:
-      source.close(carry.source)
+    if stage.source.close is not None:
+      stage.source.close(carry.source)
     writer.close()
     keeper.close()
   end, seconds = int(carry.step), time.perf_counter() - start
-  if held_out is not None and end == updates:
-    held_out.compare(carry.agent, workdir / 'held_out.csv', is_main)
+  if watcher.held_out is not None and end == updates:
+    watcher.held_out.compare(carry.agent, workdir / 'held_out.csv', is_main)
   if is_main:
     peaks = watch.peak_memory().items()
     used = ', '.join(f'{x / 1e9:.2f} GB of the {name}' for name, x in peaks)
     # Every process has waited for its own actors.
-    share = waited / distributed.process()[1] / max(seconds, 1e-9)
+    share = watcher.waited / distributed.process()[1] / max(seconds, 1e-9)
     print(f'waited for experience: {share:.1%} of the time; memory: {used}')
-  return _Trained(agent, begin, end)
+  return _Trained(trainer, begin, end)
 
 
 def _writer(workdir: pathlib.Path, updates: int, begin: int, tensorboard: bool):
@@ -415,9 +367,7 @@ def _common_interval(*intervals: int) -> int:
   return math.gcd(*due) if due else 0
 
 
-def _profiled(
-  agent, source, carry, key, steps, folder, intervals, hooks, compiled
-):
+def _profiled(run, carry, steps, folder, intervals, hooks):
   """Traces updates up to `steps`; they count as part of the run.
 
   `folder` is None in processes that do not write.
@@ -427,22 +377,16 @@ def _profiled(
   """
   import jax
 
-  from experiments.runtime import loop
-
   trace = contextlib.nullcontext()
   if folder is not None:
     shutil.rmtree(folder, ignore_errors=True)
     trace = jax.profiler.trace(str(folder))
   with trace:
-    carry = loop.run(
-      agent,
-      source,
+    carry = run(
       carry,
-      key=key,
       steps=steps,
-      intervals=intervals,
-      hooks=hooks,
-      **compiled,
+      intervals=intervals._replace(checkpoint=0),
+      hooks=hooks._replace(save=None),
     )
   if folder is not None:
     print(f'profile: {folder}')
@@ -467,7 +411,9 @@ def finish(
 
   settings = experiment.run
 
-  print('playing the trained network without and with search', flush=True)
+  searches = agent.exploit is None
+  about = 'without and with search' if searches else ''
+  print(f'playing the trained network {about}'.rstrip(), flush=True)
   env = build.make_env(
     experiment, training=False, num_envs=min(settings.final_episodes, 50)
   )
@@ -476,16 +422,21 @@ def finish(
     env,
     agent,
     players,
-    simulations=(0, *settings.final_simulations),
+    simulations=(0, *settings.final_simulations) if searches else (0,),
     episodes=settings.final_episodes,
     seed=experiment.seed,
   )
   play.print_rows(rows)
   play.write_rows(workdir / 'evaluation.csv', rows)
-  plots.budget_figure(workdir / 'evaluation.csv', workdir / 'evaluation.png')
+  files, budgets = 'evaluation.csv', ''
+  if searches:
+    plots.budget_figure(workdir / 'evaluation.csv', workdir / 'evaluation.png')
+    files, budgets = 'evaluation.csv, evaluation.png', ' --simulations=0,32'
+  if experiment.dataset:
+    print(offline.scored(experiment.dataset, rows[-1].return_mean))
   print(
-    f'results: {workdir}/evaluation.csv, evaluation.png, metrics.csv\n'
-    f'next: python -m experiments.play --workdir={workdir} --simulations=0,32\n'
+    f'results: {workdir}/{files}, metrics.csv\n'
+    f'next: python -m experiments.play --workdir={workdir}{budgets}\n'
     f'      python -m experiments.plots --workdirs={workdir} --out=curve.png'
   )
 

@@ -20,6 +20,7 @@ BELOW = {
   'search': set(),
   'agents.core': {'networks', 'search'},
   'agents': {'agents.core', 'networks', 'search'},
+  'experiments.data': {'agents.core', 'networks', 'search'},
   'experiments.envs': {'agents.core', 'networks', 'search'},
   'experiments.runtime': {
     'experiments.envs',
@@ -235,6 +236,9 @@ def test_what_is_fine_passes():
     ('agents/cql.py', 'import experiments.runtime.loop', 'experiments.runtime'),
     ('experiments/envs/host.py', 'from agents import sac', 'import agents'),
     ('experiments/envs/host.py', 'import experiments.runtime.loop', 'runtime'),
+    ('experiments/data/npz.py', 'import agents.sac', 'import agents'),
+    ('experiments/data/npz.py', 'import experiments.envs.host', 'envs'),
+    ('experiments/runtime/loop.py', 'import experiments.data.npz', 'data'),
     ('experiments/runtime/loop.py', 'import agents.sac', 'import agents'),
     ('experiments/runtime/loop.py', 'from experiments import train', 'import'),
     (

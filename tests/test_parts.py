@@ -11,7 +11,7 @@ import pytest
 from agents.core import replay as core
 from agents.core.types import Sample
 from experiments import build
-from experiments.keeper import Keeper, saved_parts
+from experiments.keeper import Keeper, peek
 from experiments.runtime import loop, mesh, parts
 from experiments.runtime.config import UserError
 
@@ -110,9 +110,9 @@ def test_two_devices_give_what_one_gives(env, key):
 @pytest.mark.parametrize('env', ['jax:cartpole', 'CartPole-v1'])
 def test_a_run_goes_on_with_another_number_of_devices(env, key, tmp_path):
   whole, _ = train(env, key, workdir=tmp_path / 'a')
-  assert saved_parts(tmp_path / 'b') == 0
+  assert peek(tmp_path / 'b').parts == 0
   train(env, key, steps=4, workdir=tmp_path / 'b')
-  assert saved_parts(tmp_path / 'b') == 2
+  assert peek(tmp_path / 'b').parts == 2
   rest, _ = train(env, key, count=1, workdir=tmp_path / 'b')
   np.testing.assert_allclose(rest, whole[-len(rest) :], rtol=2e-4)
   np.testing.assert_array_equal(rest[:, -1], whole[-len(rest) :, -1])

@@ -207,12 +207,15 @@ class Phase(NamedTuple):
     agent: who learns in it.
     updates: how many; None for all that are left.
     transfer: `(state of the phase before) -> state`; None in the first.
+    imagine: `(state, observations [B, ...], key) -> Transition`, rollouts of
+      the policy in a model; None where it learns from real ones alone.
   """
 
   name: str
   agent: 'Agent'
   updates: int | None = None
   transfer: Callable[[Any], Any] | None = None
+  imagine: Callable[..., Transition] | None = None
 
 
 class Agent(NamedTuple):

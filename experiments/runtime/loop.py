@@ -107,12 +107,14 @@ def init(
   where = shardings or Carry(None, None, None)
   state = init_agent(agent, key, where.agent)
   make = source.init
-  if source.is_pure:
+  # What is loaded from elsewhere must not become a constant of a program.
+  if source.is_pure and source.load is None:
     make = jax.jit(source.init, out_shardings=where.source)
-  step = jnp.zeros((), jnp.int32)
+  step, source_state = jnp.zeros((), jnp.int32), make(source_key(key))
   if where.step is not None and source.is_pure:
     step = jax.device_put(step, where.step)
-  return Carry(state, make(source_key(key)), step)
+    source_state = jax.device_put(source_state, where.source)
+  return Carry(state, source_state, step)
 
 
 def init_agent(agent: Agent, key: chex.PRNGKey, sharding: Any = None) -> Any:

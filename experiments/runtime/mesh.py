@@ -179,18 +179,19 @@ def init(agent: Agent, source: Source, key: Any, mesh: Mesh) -> loop.Carry:
   On several devices a pure source must come from `parts.stacked`: all leaves of
   its state have the parts in front.
   """
-  return loop.init(agent, source, key, _carry_sharding(mesh))
+  return loop.init(agent, source, key, _carry_sharding(mesh, source))
 
 
-def _carry_sharding(mesh: Mesh) -> loop.Carry:
+def _carry_sharding(mesh: Mesh, source: Source) -> loop.Carry:
   whole = replicated(mesh)
-  # On one device a source need not be stacked.
-  return loop.Carry(whole, split(mesh) if mesh.size > 1 else whole, whole)
+  # On one device a source need not be stacked; a data set is whole everywhere.
+  parted = mesh.size > 1 and source.axes == 0
+  return loop.Carry(whole, split(mesh) if parted else whole, whole)
 
 
 def compile_interval(agent: Agent, source: Source, mesh: Mesh) -> Callable:
   """`loop.watched_interval` of a pure source over a mesh, its carry donated."""
-  whole, carry = replicated(mesh), _carry_sharding(mesh)
+  whole, carry = replicated(mesh), _carry_sharding(mesh, source)
   return jax.jit(
     loop.watched_interval(agent, source),
     donate_argnums=0,

@@ -54,11 +54,15 @@ class Source(NamedTuple):
       in the pytree.
     save: `(source_state, directory, step) -> (arrays, facts)`: a pytree of
       arrays, a dict that JSON can hold, and large data appended to files in
-      the directory; None for a pure source, whose state is saved as it is.
+      the directory; None for a pure source whose state is saved as it is.
     load: `(arrays, facts, directory, key) -> source_state`, the inverse.
     template: `() -> arrays`, of the shapes that `save` returns.
     prune: `(directory, list of facts)`: drops files that none of them needs.
     close: `(source_state) -> None`, stops threads and simulators.
+    axes: axes of the state, a prefix of its tree, where many runs train in one
+      program: 0, or None for what they share, the rows of a data set.
+    fill: `(rows) -> source_state`, a fresh state around rows that are shared;
+      None for a source that shares nothing.
   """
 
   init: Callable[[chex.PRNGKey], Any]
@@ -72,6 +76,8 @@ class Source(NamedTuple):
   template: Callable[[], Any] | None = None
   prune: Callable[..., None] | None = None
   close: Callable[[Any], None] | None = None
+  axes: Any = 0
+  fill: Callable[[Any], Any] | None = None
 
 
 def no_feedback(source_state, batch, info):

@@ -1,0 +1,547 @@
+"""ATAC: adversarially trained actor-critic, offline.
+
+A Stackelberg game (Cheng et al. 2022, "Adversarially Trained Actor Critic for
+Offline Reinforcement Learning", equation 1): the policy maximises what the
+critics promise it over the data's behaviour, the critics promise as little as
+Bellman's equation lets them,
+
+  pi maximises  L(pi, f),  f minimises  L(pi, f) + beta E(pi, f)
+  L = E[f(s, pi) - f(s, a)],  E = E[((f - T^pi f)(s, a))^2]
+
+For every beta >= 0 its solution is no worse than the behaviour, and beta = 0 is
+imitation; that is a statement on the game, not on any schedule of steps. One
+update (Algorithm 2), the same samples a~ ~ pi(s), a' ~ pi(s') in all of it:
+
+  critics      Adam_fast on f_i(s, a~) - f_i(s, a)
+               + beta (w td_i + (1 - w) residual_i), then each layer's matrix
+               onto a Frobenius ball; td_i with the targets' minimum, residual_i
+               with f_i(s', a') and gradients through both sides (DQRA)
+  temperature  log alpha <- Adam_fast on log alpha (entropy - target)
+  policy       pi <- Adam_slow on -f_j(s, a~) - alpha entropy, j one critic
+  targets      fbar_i <- (1 - tau) fbar_i + tau f_i
+
+Sums `x + weight y` are divided by the weight where it is above 1, which moves
+no minimum (`normalised_sum`). Before the game, critics learn by the Bellman
+term and the policy by maximum likelihood with the same entropy floor, at the
+fast rate (`make_phases`); then the policy's optimiser and the temperature start
+afresh, and critics and targets go on.
+
+With `pessimism='initial'` L is E[f(s_0, pi)] over first observations (ATAC_0,
+absolute pessimism): without the promise for every beta.
+
+Departures from the official code (microsoft/ATAC) and choices:
+
+* The warm start's critics have the Bellman term whole: theirs has it times beta
+  where that is below 1, which Adam sees through its epsilon only, and does not
+  train them at beta = 0. So one warm start serves every beta.
+* Log-densities take the slope of tanh in the form that does not cancel; theirs
+  adds 1e-6. They are with respect to actions scaled to `[-1, 1]^D`.
+* Weights start as everywhere here (LeCun's variance); theirs are Xavier's.
+* A target entropy of 0 is 0; theirs takes it for the default.
+* `entropy_mode='per_dim'` divides log-densities by D and not the default
+  target, as microsoft/lightATAC does: a floor D times as loose.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from agents.core import losses as terms
+from agents.core import optim
+from agents.core.types import (
+  Agent,
+  Continuous,
+  Info,
+  Phase,
+  Spec,
+  Transition,
+  check_bounds,
+)
+from networks import actor_critic
+from networks.actor_critic import Squash
+from networks.mlp import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """ATAC's hyper-parameters; defaults are those of paper and official code.
+
+  Attributes:
+    hidden_sizes: widths of the layers of policy and critics.
+    normalise: whether observations are, by `spec.statistics`.
+    gamma: discount a decision.
+    beta: weight of the Bellman term; the paper takes the best of many a data
+      set, 16 is the official code's.
+    residual_weight: w, of the temporal difference in the Bellman term, 1 for
+      it alone; the rest is the residual error's.
+    pessimism: `'relative'` to the data's actions, or of `'initial'` values
+      (ATAC_0), which needs batches with `o_0`.
+    radius: of the Frobenius ball of each of the critics' matrices.
+    fast_rate: Adam's, of critics and temperature, and of the policy in the
+      warm start.
+    slow_rate: Adam's, of the policy in the game.
+    target_rate: share of the new critics in the targets, an update.
+    value_clip: bounds of the targets' minimum before the backup, or None.
+    actor_critic: which of the two critics the policy climbs.
+    init_temperature: alpha at first, in each phase.
+    target_entropy: in nats over the unit box; None for -D.
+    entropy_mode: log-densities as the `'sum'` over components of an action or
+      as the mean, `'per_dim'`.
+    min_std: the policy's least standard deviation; not to be traced.
+    max_std: the largest; not to be traced.
+    warm_start_updates: before the game, see `make_phases`.
+  """
+
+  hidden_sizes: tuple[int, ...] = (256, 256, 256)
+  normalise: bool = False
+  gamma: float = 0.99
+  beta: float = 16.0
+  residual_weight: float = 0.5
+  pessimism: Literal['relative', 'initial'] = 'relative'
+  radius: float = 100.0
+  fast_rate: float = 5e-4
+  slow_rate: float = 5e-7
+  target_rate: float = 0.005
+  value_clip: tuple[float, float] | None = None
+  actor_critic: int = 0
+  init_temperature: float = 1.0
+  target_entropy: float | None = None
+  entropy_mode: Literal['sum', 'per_dim'] = 'sum'
+  min_std: float = 1e-5
+  max_std: float = math.e**2
+  warm_start_updates: int = 100_000
+
+  def __post_init__(self):
+    for name in ('gamma', 'residual_weight', 'target_rate'):
+      self._check(name, lambda x: 0 <= x <= 1, 'within [0, 1]')
+    for name in ('beta', 'fast_rate', 'slow_rate', 'warm_start_updates'):
+      self._check(name, lambda x: 0 <= x < math.inf, 'finite and 0 or more')
+    for name in ('radius', 'min_std'):
+      self._check(name, lambda x: x > 0, 'above 0')
+    self._check('init_temperature', lambda x: 0 < x < math.inf, 'above 0')
+    self._check('target_entropy', math.isfinite, 'finite or None')
+    for name, choices in (
+      ('pessimism', ('relative', 'initial')),
+      ('entropy_mode', ('sum', 'per_dim')),
+      ('actor_critic', (0, 1)),
+    ):
+      if getattr(self, name) not in choices:
+        one, two = map(repr, choices)
+        raise ValueError(
+          f'{name}={getattr(self, name)!r}: must be {one} or {two}'
+        )
+    if self.value_clip is not None:
+      is_plain = all(isinstance(x, (int, float)) for x in self.value_clip)
+      if is_plain and not self.value_clip[0] < self.value_clip[1]:
+        raise ValueError(
+          f'value_clip={self.value_clip}: the first must be below the second'
+        )
+
+  def _check(self, name, is_right, what):
+    value = getattr(self, name)
+    if isinstance(value, (int, float)) and not is_right(value):
+      raise ValueError(f'{name}={value}: must be {what}')
+
+
+class Params(NamedTuple):
+  """What is trained; acting needs the policy alone.
+
+  Attributes:
+    policy: of `networks.policy`.
+    critic: of `networks.critic`, leaves `[2, ...]`.
+    log_temperature: float32 scalar, log alpha.
+  """
+
+  policy: Any
+  critic: Any
+  log_temperature: chex.Array
+
+
+class State(NamedTuple):
+  """What training changes, in both phases.
+
+  Attributes:
+    params: newest parameters, handed to actors.
+    target_critic: the critics' slow copy.
+    opt_state: the optimisers' states, of the parts of `params`.
+  """
+
+  params: Params
+  target_critic: Any
+  opt_state: Params
+
+
+class Networks(NamedTuple):
+  """What the agent is made of.
+
+  Attributes:
+    policy: `apply(params, observation) -> Gaussian` of `[B, D]`.
+    critic: `apply(params, observation, action) -> float32 [E, B]`, E as many
+      as the parameters have.
+    box: squashes Gaussians into the actions' bounds.
+  """
+
+  policy: Network
+  critic: Network
+  box: Squash
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[B]` rows; replace one with `losses._replace`.
+
+  Attributes:
+    bellman: `(q_tm1, r_t, discount_t, target_q_t, q_t, weight) -> [B]`, of one
+      critic; `weight` is w.
+    pessimism: `(q_new, q_tm1) -> [B]`, of one critic at the policy's actions
+      and at the data's; relative pessimism's.
+    policy: `(score, log_prob, temperature) -> [B]`; the score is a critic's
+      value, or in the warm start the log-density of the data's action.
+    temperature: `(log_temperature, log_prob, target_entropy) -> [B]`.
+  """
+
+  bellman: Callable[..., chex.Array]
+  pessimism: Callable[..., chex.Array]
+  policy: Callable[..., chex.Array]
+  temperature: Callable[..., chex.Array]
+
+
+class Noise(NamedTuple):
+  """All random numbers of an update, standard normal `[B, D]`.
+
+  Attributes:
+    tm1: of new actions at the batch's observations.
+    t: of actions at the next observations.
+    first: of actions at first observations (ATAC_0 alone).
+  """
+
+  tm1: chex.Array
+  t: chex.Array
+  first: chex.Array
+
+
+def draw_noise(key: chex.PRNGKey, action: chex.Array) -> Noise:
+  """The noise of an update with `key` on actions `[B, D]`."""
+  keys, shape = jax.random.split(key, 3), action.shape
+  return Noise(*(jax.random.normal(k, shape) for k in keys))
+
+
+def normalised_sum(
+  x: chex.Array, y: chex.Array, weight: chex.Numeric
+) -> chex.Array:
+  """`x + weight y`, divided by `weight` where that is above 1.
+
+  Source: ATAC, Appendix; official code, `normalized_sum`.
+  """
+  return x / jnp.maximum(weight, 1.0) + y * jnp.minimum(weight, 1.0)
+
+
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> Networks:
+  """The networks for a spec; `reduce` is not needed by them.
+
+  Raises:
+    ValueError: if the actions are not vectors within finite bounds, statistics
+      are wanted that the spec has not, or the bounds of the standard deviation
+      do not enclose 1, where it starts.
+  """
+  del reduce
+  action = spec.action
+  if not isinstance(action, Continuous) or len(action.shape) != 1:
+    raise ValueError(
+      f'atac needs vectors of continuous actions; {spec.name} has {action}'
+    )
+  check_bounds(spec)
+  if config.normalise and spec.statistics is None:
+    raise ValueError(
+      f'normalise=True: {spec.name} has no statistics of observations; set '
+      'normalise=False or train from a data set'
+    )
+  leaves = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
+  )
+  size = sum(math.prod(leaf.shape) for leaf in leaves)
+  statistics = spec.statistics if config.normalise else None
+  policy = actor_critic.gaussian_policy(
+    size,
+    action.shape[0],
+    config.hidden_sizes,
+    min_std=config.min_std,
+    max_std=config.max_std,
+    statistics=statistics,
+  )
+  critic = actor_critic.q_ensemble(
+    size,
+    action.low,
+    action.high,
+    config.hidden_sizes,
+    statistics=statistics,
+  )
+  return Networks(policy, critic, actor_critic.squash(action.low, action.high))
+
+
+def make_losses() -> Losses:
+  """The terms of the module's docstring."""
+
+  def pessimism(q_new, q_tm1):
+    return q_new - q_tm1
+
+  def policy(score, log_prob, temperature):
+    return normalised_sum(-score, log_prob, temperature)
+
+  def temperature(log_temperature, log_prob, target_entropy):
+    return -log_temperature * (log_prob + target_entropy)
+
+  return Losses(terms.double_q_residual, pessimism, policy, temperature)
+
+
+def make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent that plays the game, without a warm start.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Transition`s. The random numbers of an update
+    are `draw_noise(key, batch.a_tm1)`.
+
+  Raises:
+    ValueError: from `update`, a batch without `o_0` that ATAC_0 needs.
+  """
+  return _make(config, networks, losses, spec, reduce, is_game=True)
+
+
+def make_phases(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[Phase, Phase]:
+  """The warm start and the game, whose states have one structure.
+
+  Between them the policy's optimiser and the temperature start afresh; the
+  policy, the critics, their optimiser and their targets go on.
+
+  Args:
+    config: see `make`, as for the others.
+    networks: see there.
+    losses: see there.
+    spec: see there.
+    reduce: see there.
+  """
+  args = (config, networks, losses, spec, reduce)
+
+  def transfer(state: State) -> State:
+    fresh = _start(config, state.params.policy, state.params.critic)
+    opt_state = fresh.opt_state._replace(critic=state.opt_state.critic)
+    return State(fresh.params, state.target_critic, opt_state)
+
+  warm_start, game = _make(*args, is_game=False), _make(*args, is_game=True)
+  return (
+    Phase('warm_start', warm_start, config.warm_start_updates),
+    Phase('game', game, None, transfer),
+  )
+
+
+def _start(config: Config, policy: Any, critic: Any) -> State:
+  """Fresh optimisers, temperature and targets around two networks."""
+  temperature = jnp.asarray(config.init_temperature, jnp.float32)
+  params = Params(policy, critic, jnp.log(temperature))
+  # What Adam remembers at first does not depend on its rate.
+  return State(params, critic, Params(*map(optim.adam(0.0).init, params)))
+
+
+def _make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any],
+  *,
+  is_game: bool,
+) -> Agent:
+  """The agent of the game, or else that of the warm start."""
+  policy_net, critic_net, box = networks
+  size = spec.action.shape[0]
+  target_entropy = config.target_entropy
+  if target_entropy is None:
+    target_entropy = -float(size)
+  divisor = size if config.entropy_mode == 'per_dim' else 1
+
+  def init(key) -> State:
+    policy_key, critic_key = jax.random.split(key)
+    return _start(
+      config, policy_net.init(policy_key), critic_net.init(critic_key)
+    )
+
+  def act(params, key, timestep):
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    noise = jax.random.normal(key, gaussian.mean.shape)
+    return box.sample(noise, gaussian)[0], {}
+
+  def exploit(params, key, timestep):
+    del key
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    return box.mode(gaussian), {}
+
+  def sample(policy, observation, noise):
+    gaussian = policy_net.apply(policy, observation)
+    action, log_prob = box.sample(noise, gaussian)
+    return action, log_prob / divisor, gaussian
+
+  def critic_inputs(target_critic, policy, action, batch, noise):
+    """What the critics' loss sees, and the targets' minimum `[B]`."""
+    a_t, _, _ = sample(policy, batch.o_t, noise.t)
+    target_q_t = jnp.min(critic_net.apply(target_critic, batch.o_t, a_t), 0)
+    if config.value_clip is not None:
+      target_q_t = jnp.clip(target_q_t, *config.value_clip)
+    pairs = [(batch.o_tm1, batch.a_tm1), (batch.o_t, a_t)]
+    if is_game and config.pessimism == 'relative':
+      pairs.append((batch.o_tm1, action))
+    elif is_game:
+      if batch.o_0 is None:
+        raise ValueError(
+          "pessimism='initial': the batch has no first observations o_0; take "
+          "a source that draws them, or pessimism='relative'"
+        )
+      pairs.append((batch.o_0, sample(policy, batch.o_0, noise.first)[0]))
+    # One product of three times the rows is faster than three.
+    stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *pairs)
+    return stacked, target_q_t
+
+  def critic_loss(critic, inputs, target_q_t, batch):
+    q, rows = critic_net.apply(critic, *inputs), batch.r_t.shape[0]
+    q_tm1, q_t, q_new = q[:, :rows], q[:, rows : 2 * rows], q[:, 2 * rows :]
+    discount_t = config.gamma * batch.discount_t
+
+    def bellman(weight):
+      of_one = lambda q_tm1, q_t: losses.bellman(
+        q_tm1, batch.r_t, discount_t, target_q_t, q_t, weight
+      )
+      return jax.vmap(of_one)(q_tm1, q_t)
+
+    by_row = error = bellman(config.residual_weight)
+    metrics = {
+      'bellman': jnp.mean(error),
+      'td_error': jnp.mean(bellman(1.0)),
+      'residual': jnp.mean(bellman(0.0)),
+      'value': jnp.mean(q_tm1),
+      'value_target': jnp.mean(batch.r_t + discount_t * target_q_t),
+    }
+    if is_game:
+      pessimism = q_new
+      if config.pessimism == 'relative':
+        pessimism = jax.vmap(losses.pessimism)(q_new, q_tm1)
+      by_row = normalised_sum(pessimism, error, config.beta)
+      metrics |= {
+        'pessimism': jnp.mean(pessimism),
+        'value_new': jnp.mean(q_new),
+      }
+    total = jnp.sum(jnp.mean(by_row, -1))
+    return total, metrics | {'loss_critic': total}
+
+  def policy_loss(policy, critic, temperature, batch, noise):
+    action, log_prob, gaussian = sample(policy, batch.o_tm1, noise.tm1)
+    if is_game:
+      one = actor_critic.member(critic, config.actor_critic)
+      score = critic_net.apply(one, batch.o_tm1, action)[0]
+    else:
+      score = box.log_prob(gaussian, batch.a_tm1) / divisor
+    total = jnp.mean(losses.policy(score, log_prob, temperature))
+    name = 'policy_value' if is_game else 'log_prob'
+    return total, {'loss_policy': total, name: jnp.mean(score)}
+
+  def temperature_loss(log_temperature, log_prob):
+    rows = losses.temperature(log_temperature, log_prob, target_entropy)
+    return jnp.mean(rows), ()
+
+  policy_rate = config.slow_rate if is_game else config.fast_rate
+  policy_step, critic_step, temperature_step = (
+    optim.minimise(loss, optim.adam(rate), reduce)
+    for loss, rate in (
+      (policy_loss, policy_rate),
+      (critic_loss, config.fast_rate),
+      (temperature_loss, config.fast_rate),
+    )
+  )
+
+  def update(state: State, batch: Transition, key) -> tuple[State, Info]:
+    noise = draw_noise(key, batch.a_tm1)
+    params, opt_state = state.params, state.opt_state
+    action, log_prob, _ = sample(params.policy, batch.o_tm1, noise.tm1)
+    inputs, target_q_t = critic_inputs(
+      state.target_critic, params.policy, action, batch, noise
+    )
+    critic, critic_opt, critic_info, critic_norm = critic_step(
+      params.critic, opt_state.critic, inputs, target_q_t, batch
+    )
+    kernel_norm = _kernel_norm(critic)
+    critic = optim.project_kernels(critic, config.radius, stacked=True)
+    log_temperature, temperature_opt, _, _ = temperature_step(
+      params.log_temperature, opt_state.log_temperature, log_prob
+    )
+    temperature = jnp.exp(log_temperature)
+    policy, policy_opt, policy_info, policy_norm = policy_step(
+      params.policy, opt_state.policy, critic, temperature, batch, noise
+    )
+    metrics = {
+      **critic_info,
+      **policy_info,
+      'entropy': -jnp.mean(log_prob),
+      'temperature': temperature,
+      'gradient_norm_critic': critic_norm,
+      'gradient_norm_policy': policy_norm,
+      # Of the critics before the projection: above the radius where it binds.
+      'kernel_norm': kernel_norm,
+    }
+    state = State(
+      Params(policy, critic, log_temperature),
+      optim.track(critic, state.target_critic, config.target_rate),
+      Params(policy_opt, critic_opt, temperature_opt),
+    )
+    return state, Info(reduce(metrics))
+
+  def evaluate(params, batch, key):
+    # The critics are their own targets here: the slow copy is not at hand.
+    noise = draw_noise(key, batch.a_tm1)
+    action, log_prob, _ = sample(params.policy, batch.o_tm1, noise.tm1)
+    inputs, target_q_t = critic_inputs(
+      params.critic, params.policy, action, batch, noise
+    )
+    _, critic_info = critic_loss(params.critic, inputs, target_q_t, batch)
+    temperature = jnp.exp(params.log_temperature)
+    _, policy_info = policy_loss(
+      params.policy, params.critic, temperature, batch, noise
+    )
+    entropy = -jnp.mean(log_prob)
+    return critic_info | policy_info | {'entropy': entropy}
+
+  return Agent(init, act, update, evaluate=evaluate, exploit=exploit)
+
+
+def _kernel_norm(params: Any) -> chex.Array:
+  """The largest Frobenius norm of an ensemble's matrices."""
+  squares = [
+    jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)), keepdims=True)
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+    if path[-1].key == 'kernel'
+  ]
+  return jnp.sqrt(jnp.max(jnp.stack([jnp.max(x) for x in squares])))

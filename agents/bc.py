@@ -1,0 +1,295 @@
+"""BC: behaviour cloning, by maximum likelihood or by least squares.
+
+  likelihood:  L = mean -log pi(a|s)
+  squared:     L = mean (tanh(mean(s)) - a)^2
+
+over the actions of a data set, which both see scaled to the unit box. With
+`min_entropy` the likelihood is raised among the policies of at least that
+entropy, as in ATAC's warm start (Cheng et al. 2022, official code):
+
+  L = (mean -log pi(a|s) + alpha mean log pi(a~|s)) / max(alpha, 1), a~ ~ pi(s)
+  L_alpha = log alpha (mean -log pi(a~|s) - min_entropy)
+
+the temperature being stepped first, with the same draws a~. A likelihood
+without such a floor has no bound where a data set's policy is deterministic.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from agents.core import optim
+from agents.core.types import (
+  Agent,
+  Continuous,
+  Info,
+  Spec,
+  Transition,
+  check_bounds,
+)
+from networks import actor_critic
+from networks.actor_critic import Squash
+from networks.mlp import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Behaviour cloning's hyper-parameters.
+
+  Attributes:
+    hidden_sizes: widths of the policy's layers.
+    layer_norm: whether they are normalised.
+    normalise: whether observations are, by `spec.statistics`.
+    loss: `likelihood`, a stochastic policy; `squared`, a deterministic one.
+    min_entropy: least entropy of the policy, in nats over the unit box (-D is
+      usual); None for no floor. Of `likelihood` only.
+    policy_rate: Adam's, of the policy.
+    temperature_rate: of the temperature's logarithm.
+    init_temperature: alpha at first.
+  """
+
+  hidden_sizes: tuple[int, ...] = (256, 256)
+  layer_norm: bool = False
+  normalise: bool = False
+  loss: Literal['likelihood', 'squared'] = 'likelihood'
+  min_entropy: float | None = None
+  policy_rate: float = 3e-4
+  temperature_rate: float = 3e-4
+  init_temperature: float = 1.0
+
+  def __post_init__(self):
+    if self.loss not in ('likelihood', 'squared'):
+      raise ValueError(f'loss={self.loss}: must be likelihood or squared')
+    for name in ('policy_rate', 'temperature_rate'):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        raise ValueError(f'{name}={value}: must be 0 or more')
+    value = self.init_temperature
+    if isinstance(value, (int, float)) and not 0 < value < math.inf:
+      raise ValueError(f'init_temperature={value}: must be above 0')
+    value = self.min_entropy
+    if value is not None and self.loss == 'squared':
+      raise ValueError(
+        f'min_entropy={value}: must be None where loss=squared, whose policy '
+        'is deterministic'
+      )
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+      raise ValueError(f'min_entropy={value}: must be finite')
+
+
+class Params(NamedTuple):
+  """What is trained; acting needs the policy alone.
+
+  Attributes:
+    policy: of `networks.policy`.
+    log_temperature: float32 scalar, log alpha; fixed without a floor.
+  """
+
+  policy: Any
+  log_temperature: chex.Array
+
+
+class State(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: newest parameters, handed to actors.
+    opt_state: the optimisers' states, of the parts of `params`.
+  """
+
+  params: Params
+  opt_state: Params
+
+
+class Networks(NamedTuple):
+  """What the agent is made of.
+
+  Attributes:
+    policy: `apply(params, observation) -> Gaussian` of `[B, D]`.
+    box: squashes Gaussians into the actions' bounds.
+  """
+
+  policy: Network
+  box: Squash
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[B]` rows; replace one with `losses._replace`.
+
+  Attributes:
+    likelihood: `(log_prob of what was done) -> [B]`.
+    squared: `(action [B, D], what was done [B, D]) -> [B]`, in the unit box.
+    temperature: `(log_temperature, log_prob of a draw, min_entropy) -> [B]`.
+  """
+
+  likelihood: Callable[..., chex.Array]
+  squared: Callable[..., chex.Array]
+  temperature: Callable[..., chex.Array]
+
+
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> Networks:
+  """The networks for a spec; `reduce` is not needed by them.
+
+  Raises:
+    ValueError: if the actions are not vectors within finite bounds, or
+      statistics are wanted that the spec has not.
+  """
+  del reduce
+  action = spec.action
+  if not isinstance(action, Continuous) or len(action.shape) != 1:
+    raise ValueError(
+      f'bc needs vectors of continuous actions; {spec.name} has {action}'
+    )
+  check_bounds(spec)
+  if config.normalise and spec.statistics is None:
+    raise ValueError(
+      f'normalise=True: {spec.name} has no statistics of observations; set '
+      'normalise=False or train from a data set'
+    )
+  leaves = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
+  )
+  policy = actor_critic.gaussian_policy(
+    sum(math.prod(leaf.shape) for leaf in leaves),
+    action.shape[0],
+    config.hidden_sizes,
+    std='free' if config.loss == 'squared' else 'state',
+    norm='layer' if config.layer_norm else 'none',
+    statistics=spec.statistics if config.normalise else None,
+  )
+  return Networks(policy, actor_critic.squash(action.low, action.high))
+
+
+def make_losses() -> Losses:
+  """The terms of the module's docstring."""
+
+  def likelihood(log_prob):
+    return -log_prob
+
+  def squared(action, done):
+    return jnp.mean(jnp.square(action - done), -1)
+
+  def temperature(log_temperature, log_prob, min_entropy):
+    return log_temperature * (-log_prob - min_entropy)
+
+  return Losses(likelihood, squared, temperature)
+
+
+def make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment; not needed beyond the networks.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Transition`s, of which it reads observations
+    and actions. The noise of an update, for the draws that the entropy is
+    estimated from, is `normal(key, [B, D])`.
+  """
+  del spec
+  network, box = networks
+  policy_optimiser = optim.adam(config.policy_rate)
+  temperature_optimiser = optim.adam(config.temperature_rate)
+  is_deterministic = config.loss == 'squared'
+  has_floor = config.min_entropy is not None
+
+  def init(key) -> State:
+    params = Params(
+      network.init(key),
+      jnp.log(jnp.asarray(config.init_temperature, jnp.float32)),
+    )
+    opt_state = Params(
+      policy_optimiser.init(params.policy),
+      temperature_optimiser.init(params.log_temperature),
+    )
+    return State(params, opt_state)
+
+  def exploit(params, key, timestep):
+    del key
+    return box.mode(network.apply(params.policy, timestep.observation)), {}
+
+  def act(params, key, timestep):
+    gaussian = network.apply(params.policy, timestep.observation)
+    noise = jax.random.normal(key, gaussian.mean.shape)
+    action, _ = box.sample(noise, gaussian)
+    return action, {}
+
+  def policy_loss(policy, log_temperature, batch, noise):
+    gaussian = network.apply(policy, batch.o_tm1)
+    unit = box.to_unit(box.mode(gaussian))
+    error = jnp.mean(losses.squared(unit, box.to_unit(batch.a_tm1)))
+    metrics = {'squared_error': error}
+    if is_deterministic:
+      return error, metrics | {'loss_policy': error}
+    log_prob = box.log_prob(gaussian, batch.a_tm1)
+    total = jnp.mean(losses.likelihood(log_prob))
+    _, drawn = box.sample(noise, gaussian)
+    metrics |= {'log_likelihood': jnp.mean(log_prob)}
+    metrics |= {'entropy': -jnp.mean(drawn)}
+    if has_floor:
+      temperature = jnp.exp(log_temperature)
+      total = total + temperature * jnp.mean(drawn)
+      # As ATAC's sums: what leads keeps weight 1, and steps their size.
+      total = total / jnp.maximum(temperature, 1.0)
+      metrics |= {'temperature': temperature}
+    return total, metrics | {'loss_policy': total}
+
+  def temperature_loss(log_temperature, policy, batch, noise):
+    _, drawn = box.sample(noise, network.apply(policy, batch.o_tm1))
+    rows = losses.temperature(log_temperature, drawn, config.min_entropy)
+    return jnp.mean(rows), {}
+
+  policy_step = optim.minimise(policy_loss, policy_optimiser, reduce)
+  temperature_step = optim.minimise(
+    temperature_loss, temperature_optimiser, reduce
+  )
+
+  def update(state: State, batch: Transition, key) -> tuple[State, Info]:
+    noise = jax.random.normal(key, batch.a_tm1.shape)
+    (policy, log_temperature), opt_state = state.params, state.opt_state
+    temperature_opt = opt_state.log_temperature
+    if has_floor:
+      log_temperature, temperature_opt, _, _ = temperature_step(
+        log_temperature, temperature_opt, policy, batch, noise
+      )
+    policy, policy_opt, metrics, norm = policy_step(
+      policy, opt_state.policy, log_temperature, batch, noise
+    )
+    metrics = reduce(metrics | {'gradient_norm': norm})
+    params = Params(policy, log_temperature)
+    return State(params, Params(policy_opt, temperature_opt)), Info(metrics)
+
+  def evaluate(params, batch, key):
+    noise = jax.random.normal(key, batch.a_tm1.shape)
+    _, metrics = policy_loss(
+      params.policy, params.log_temperature, batch, noise
+    )
+    return metrics
+
+  return Agent(
+    init=init,
+    # The deviations of a deterministic policy are never trained.
+    act=exploit if is_deterministic else act,
+    update=update,
+    evaluate=evaluate,
+    exploit=exploit,
+  )

@@ -1,0 +1,595 @@
+"""COMBO: conservative model-based policy optimisation.
+
+A model is learned first (`agents/dynamics.py`). Then the policy is rolled out
+in it, h steps from states of the data, and CQL learns from both, its critics
+held down where the model leads and up on the data (Yu et al. 2021, equations
+2 and 3):
+
+  J_Q = f E_real (q_i - y)^2 + (1 - f) E_model (q_i - y)^2, summed over i
+        + w (E_states [log int exp q_i(s, .)] - E_real q_i(s, a))
+  y   = r + gamma d min_i qbar_i(s', a'),  a' ~ pi(s')
+
+`f` is `real_fraction`, the states are the model's or both kinds, f and 1 - f;
+policy and temperature are SAC's, on both kinds. With f = 1 it is CQL, the
+order of its steps included.
+
+Departures and choices:
+
+* What is pushed down is CQL's soft maximum at the states (the paper's Appendix
+  B and the public codes) and not the policy's own value (equation 2's text).
+* Kinds are weighted by f and 1 - f, however many rows of each a batch has.
+* A rollout that ends begins anew where it had begun: all its rows are valid.
+* The paper picks w, h and the states by the regulariser's value; here they are
+  settings, their defaults those of most of its tasks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from agents.core import conservative, dynamics, optim, rollout
+from agents.core.rollout import ModelParams
+from agents.core.types import (
+  Agent,
+  Continuous,
+  Info,
+  Mixed,
+  Phase,
+  Spec,
+  Transition,
+  check_bounds,
+)
+from networks import actions, actor_critic
+from networks.actor_critic import Squash
+from networks.ensemble import Ensemble
+from networks.mlp import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """COMBO's hyper-parameters; defaults are the paper's and the public codes'.
+
+  Attributes:
+    hidden_sizes: widths of the layers of policy and critics.
+    layer_norm: whether the critics' hidden layers are normalised.
+    normalise: whether observations are, by `spec.statistics`.
+    gamma: discount a decision.
+    policy_rate: Adam's, of the policy.
+    critic_rate: of the critics.
+    temperature_rate: of the temperature's logarithm.
+    target_rate: share of the new critics in the targets, an update.
+    init_temperature: alpha at first.
+    target_entropy: in nats over the unit box; None for -D.
+    deterministic_backup: whether targets leave out the entropy.
+    penalty: w, the weight of the penalty.
+    num_samples: actions of each kind that the penalty looks at.
+    penalty_states: where values are pushed down: states of both kinds
+      (`mixed`) or the model's alone.
+    real_fraction: f, the share of real transitions.
+    rollouts: whose actions the model is asked for: the policy's, or uniform.
+    rollout_length: h.
+    rollout_batch: rollouts that begin at each update.
+    model_capacity: imagined transitions that are kept; a multiple of
+      `rollout_length * rollout_batch`.
+    model_updates: of the model, before the policy learns.
+    model: its hyper-parameters.
+  """
+
+  hidden_sizes: tuple[int, ...] = (256, 256, 256)
+  layer_norm: bool = False
+  normalise: bool = False
+  gamma: float = 0.99
+  policy_rate: float = 1e-4
+  critic_rate: float = 3e-4
+  temperature_rate: float = 1e-4
+  target_rate: float = 0.005
+  init_temperature: float = 1.0
+  target_entropy: float | None = None
+  deterministic_backup: bool = True
+  penalty: float = 5.0
+  num_samples: int = 10
+  penalty_states: Literal['mixed', 'model'] = 'mixed'
+  real_fraction: float = 0.5
+  rollouts: Literal['policy', 'uniform'] = 'policy'
+  rollout_length: int = 5
+  rollout_batch: int = 50
+  model_capacity: int = 1_250_000
+  model_updates: int = 100_000
+  model: dynamics.Config = dataclasses.field(default_factory=dynamics.Config)
+
+  def __post_init__(self):
+    counts = ('num_samples', 'rollout_length', 'rollout_batch')
+    for name in (*counts, 'model_capacity', 'model_updates'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
+    for name, known in (
+      ('penalty_states', ('mixed', 'model')),
+      ('rollouts', ('policy', 'uniform')),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r}: must be {known[0]} or {known[1]}'
+        )
+    for name in ('gamma', 'target_rate', 'real_fraction'):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f'{name}={value}: must be within [0, 1]')
+    rates = ('policy_rate', 'critic_rate', 'temperature_rate')
+    for name in (*rates, 'penalty'):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        raise ValueError(f'{name}={value}: must be 0 or more')
+    value = self.init_temperature
+    if isinstance(value, (int, float)) and not 0 < value < math.inf:
+      raise ValueError(f'init_temperature={value}: must be above 0')
+    value = self.target_entropy
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+      raise ValueError(f'target_entropy={value}: must be finite')
+
+
+class Params(NamedTuple):
+  """What acting and planning need; all but the model is trained.
+
+  Attributes:
+    policy: of `networks.policy`.
+    critic: of `networks.critic`, leaves `[2, ...]`.
+    log_temperature: float32 scalar, log alpha.
+    model: the ensemble of the first phase and its elites.
+  """
+
+  policy: Any
+  critic: Any
+  log_temperature: chex.Array
+  model: ModelParams
+
+
+class OptState(NamedTuple):
+  """The optimisers' states, of the parts of `Params` that are trained."""
+
+  policy: Any
+  critic: Any
+  log_temperature: Any
+
+
+class State(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: newest parameters, handed to actors.
+    target_critic: the critics' slow copy.
+    opt_state: the optimisers' states.
+  """
+
+  params: Params
+  target_critic: Any
+  opt_state: OptState
+
+
+class ModelPhase(NamedTuple):
+  """State of the phase that learns the model, in which the policy waits.
+
+  Attributes:
+    model: state of the dynamics agent.
+    policy: what the next phase begins with, but for its model.
+  """
+
+  model: dynamics.State
+  policy: State
+
+  @property
+  def params(self) -> ModelParams:
+    """The model's."""
+    return self.model.params
+
+
+class Networks(NamedTuple):
+  """What the agent is made of.
+
+  Attributes:
+    policy: `apply(params, observation) -> Gaussian` of `[B, D]`.
+    critic: `apply(params, observation, action) -> float32 [2, B]`.
+    box: squashes Gaussians into the actions' bounds.
+    model: the ensemble.
+  """
+
+  policy: Network
+  critic: Network
+  box: Squash
+  model: Ensemble
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[B]` rows; replace one with `losses._replace`.
+
+  Attributes:
+    critic: `(q_tm1, r_t, discount_t, target_v_t) -> [B]` of one critic.
+    soft_maximum: `(q [B, S], log_densities [B, S]) -> [B]` of one critic, what
+      the penalty pushes down.
+    policy: `(log_prob, q, temperature) -> [B]`, `q` the least of the critics'.
+    temperature: `(log_temperature, log_prob, target_entropy) -> [B]`.
+  """
+
+  critic: Callable[..., chex.Array]
+  soft_maximum: Callable[..., chex.Array]
+  policy: Callable[..., chex.Array]
+  temperature: Callable[..., chex.Array]
+
+
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> Networks:
+  """The networks for a spec; `reduce` is not needed by them.
+
+  Raises:
+    ValueError: if the actions are not vectors within finite bounds, or
+      statistics are wanted that the spec has not.
+  """
+  del reduce
+  action = spec.action
+  if not isinstance(action, Continuous) or len(action.shape) != 1:
+    raise ValueError(
+      f'combo needs vectors of continuous actions; {spec.name} has {action}'
+    )
+  check_bounds(spec)
+  if config.normalise and spec.statistics is None:
+    raise ValueError(
+      f'normalise=True: {spec.name} has no statistics of observations; set '
+      'normalise=False or train from a data set'
+    )
+  leaves = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
+  )
+  size = sum(math.prod(leaf.shape) for leaf in leaves)
+  statistics = spec.statistics if config.normalise else None
+  policy = actor_critic.gaussian_policy(
+    size, action.shape[0], config.hidden_sizes, statistics=statistics
+  )
+  critic = actor_critic.q_ensemble(
+    size,
+    action.low,
+    action.high,
+    config.hidden_sizes,
+    norm='layer' if config.layer_norm else 'none',
+    statistics=statistics,
+  )
+  return Networks(
+    policy,
+    critic,
+    actor_critic.squash(action.low, action.high),
+    dynamics.make_networks(config.model, spec),
+  )
+
+
+def make_losses() -> Losses:
+  """The terms of the module's docstring."""
+
+  def critic(q_tm1, r_t, discount_t, target_v_t):
+    target = jax.lax.stop_gradient(r_t + discount_t * target_v_t)
+    return jnp.square(q_tm1 - target)
+
+  def policy(log_prob, q, temperature):
+    return temperature * log_prob - q
+
+  def temperature(log_temperature, log_prob, target_entropy):
+    return -jnp.exp(log_temperature) * (log_prob + target_entropy)
+
+  return Losses(critic, conservative.soft_maximum, policy, temperature)
+
+
+def make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent of the second phase: its model is given and stays.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Mixed`, with either kind possibly empty. The
+    random numbers of an update are `conservative.draw_noise(key, actions,
+    config.num_samples)`, real rows first. Its `model` expects `Params`: the
+    ensemble, with the policy for a prior and the critics' least value.
+  """
+  policy_net, critic_net, box, ensemble = networks
+  target_entropy = config.target_entropy
+  if target_entropy is None:
+    target_entropy = -float(spec.action.shape[0])
+  policy_opt = optim.adam(config.policy_rate)
+  critic_opt = optim.adam(config.critic_rate)
+  temperature_opt = optim.adam(config.temperature_rate)
+
+  def init(key) -> State:
+    policy_key, critic_key = jax.random.split(key)
+    model = ensemble.init(jax.random.fold_in(key, 2))
+    elites = jnp.arange(config.model.elites, dtype=jnp.int32)
+    params = Params(
+      policy_net.init(policy_key),
+      critic_net.init(critic_key),
+      jnp.log(jnp.asarray(config.init_temperature, jnp.float32)),
+      ModelParams(model, elites),
+    )
+    opt_state = OptState(
+      policy_opt.init(params.policy),
+      critic_opt.init(params.critic),
+      temperature_opt.init(params.log_temperature),
+    )
+    return State(params, params.critic, opt_state)
+
+  def act(params, key, timestep):
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    noise = jax.random.normal(key, gaussian.mean.shape)
+    action, _ = box.sample(noise, gaussian)
+    return action, {}
+
+  def exploit(params, key, timestep):
+    del key
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    return box.mode(gaussian), {}
+
+  def critic_loss(critic, target_critic, params: Params, rows, weights, noise):
+    gaussian_tm1 = policy_net.apply(params.policy, rows.o_tm1)
+    gaussian_t = policy_net.apply(params.policy, rows.o_t)
+    action, log_prob = box.sample(noise.t, gaussian_t)
+    target_v = jnp.min(critic_net.apply(target_critic, rows.o_t, action), 0)
+    if not config.deterministic_backup:
+      target_v += -jnp.exp(params.log_temperature) * log_prob
+    q = critic_net.apply(critic, rows.o_tm1, rows.a_tm1)
+    discount = config.gamma * rows.discount_t
+    squares = jax.vmap(
+      lambda q: losses.critic(q, rows.r_t, discount, target_v)
+    )(q)
+    drawn, densities = conservative.candidates(
+      box, gaussian_tm1, gaussian_t, noise
+    )
+    every = conservative.q_values(critic_net.apply, critic, rows.o_tm1, drawn)
+    high = jax.vmap(lambda q: losses.soft_maximum(q, densities))(every)
+    mean = lambda x, weight: jnp.sum(
+      x * jnp.broadcast_to(weight[None], x.shape), -1
+    )
+    gap = mean(high, weights.states) - mean(q, weights.real)
+    bellman = jnp.sum(mean(squares, weights.rows))
+    total = bellman + config.penalty * jnp.sum(gap)
+    metrics = {
+      'loss_critic': total,
+      'loss_bellman': bellman,
+      'gap': jnp.mean(gap),
+      'value': jnp.mean(mean(q, weights.real)),
+      'value_model': jnp.mean(mean(q, weights.model)),
+      'value_target': jnp.sum((rows.r_t + discount * target_v) * weights.rows),
+    }
+    return total, metrics
+
+  def policy_loss(policy, critic, temperature, rows, weights, noise):
+    gaussian = policy_net.apply(policy, rows.o_tm1)
+    action, log_prob = box.sample(noise, gaussian)
+    q = jnp.min(critic_net.apply(critic, rows.o_tm1, action), 0)
+    total = jnp.sum(losses.policy(log_prob, q, temperature) * weights.rows)
+    entropy = -jnp.sum(log_prob * weights.rows)
+    return total, ({'loss_policy': total, 'entropy': entropy}, log_prob)
+
+  def temperature_loss(log_temperature, log_prob, weights):
+    each = losses.temperature(log_temperature, log_prob, target_entropy)
+    total = jnp.sum(each * weights.rows)
+    return total, {'loss_temperature': total}
+
+  critic_step = optim.minimise(critic_loss, critic_opt, reduce)
+  policy_step = optim.minimise(policy_loss, policy_opt, reduce)
+  temperature_step = optim.minimise(temperature_loss, temperature_opt, reduce)
+
+  def update(state: State, batch: Mixed, key) -> tuple[State, Info]:
+    rows, weights = join(config, batch)
+    noise = conservative.draw_noise(key, rows.a_tm1, config.num_samples)
+    old, opt = state.params, state.opt_state
+    temperature = jnp.exp(old.log_temperature)
+    critic, critic_state, critic_info, critic_norm = critic_step(
+      old.critic, opt.critic, state.target_critic, old, rows, weights, noise
+    )
+    policy, policy_state, (policy_info, log_prob), policy_norm = policy_step(
+      old.policy, opt.policy, critic, temperature, rows, weights, noise.tm1
+    )
+    log_temperature, temperature_state, temperature_info, _ = temperature_step(
+      old.log_temperature, opt.log_temperature, log_prob, weights
+    )
+    metrics = {
+      **critic_info,
+      **policy_info,
+      **temperature_info,
+      'temperature': temperature,
+      'gradient_norm_critic': critic_norm,
+      'gradient_norm_policy': policy_norm,
+    }
+    state = State(
+      Params(policy, critic, log_temperature, old.model),
+      optim.track(critic, state.target_critic, config.target_rate),
+      OptState(policy_state, critic_state, temperature_state),
+    )
+    return state, Info(reduce(metrics))
+
+  def evaluate(params, batch, key):
+    # The critics are their own targets here, and a real batch is all there is.
+    batch = batch if isinstance(batch, Mixed) else Mixed(batch, batch)
+    rows, weights = join(config, batch)
+    noise = conservative.draw_noise(key, rows.a_tm1, config.num_samples)
+    temperature = jnp.exp(params.log_temperature)
+    _, critic_info = critic_loss(
+      params.critic, params.critic, params, rows, weights, noise
+    )
+    _, (policy_info, _) = policy_loss(
+      params.policy, params.critic, temperature, rows, weights, noise.tm1
+    )
+    return critic_info | policy_info
+
+  return Agent(
+    init,
+    act,
+    update,
+    model=make_model(config, networks, spec),
+    evaluate=evaluate,
+    exploit=exploit,
+  )
+
+
+class Weights(NamedTuple):
+  """What each row counts in a loss, float32 `[B]`; each sums to 1 (or to 0).
+
+  Attributes:
+    rows: in what is learned from both kinds.
+    states: where values are pushed down.
+    real: the real ones alone.
+    model: the imagined ones alone.
+  """
+
+  rows: chex.Array
+  states: chex.Array
+  real: chex.Array
+  model: chex.Array
+
+
+def join(config: Config, batch: Mixed) -> tuple[Transition, Weights]:
+  """Both kinds of a batch as one, the real rows first, and their weights.
+
+  A kind without rows leaves all the weight to the other.
+  """
+  sizes = [x.r_t.shape[0] for x in batch]
+  fields = ('o_tm1', 'a_tm1', 'r_t', 'discount_t', 'o_t')
+  rows = Transition(
+    *(
+      jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]),
+        *(getattr(x, name) for x in batch),
+      )
+      for name in fields
+    )
+  )
+  share = config.real_fraction if all(sizes) else float(sizes[0] > 0)
+  is_real = jnp.arange(sum(sizes)) < sizes[0]
+  real = is_real / max(sizes[0], 1)
+  model = ~is_real / max(sizes[1], 1)
+  mixed = share * real + (1.0 - share) * model
+  states = model if config.penalty_states == 'model' else mixed
+  return rows, Weights(mixed, states, real, model)
+
+
+def make_imagine(
+  config: Config, networks: Networks
+) -> Callable[[State, Any, chex.PRNGKey], Transition]:
+  """Rollouts of a state's policy in its model.
+
+  Returns:
+    `(state, observation [M, ...], key) -> Transition` of `[h M]` rows, all of
+    them valid: see `rollout.imagine`.
+  """
+
+  def imagine(state: State, observation, key) -> Transition:
+    def policy(observation, key):
+      gaussian = networks.policy.apply(state.params.policy, observation)
+      if config.rollouts == 'uniform':
+        unit = jax.random.uniform(key, gaussian.mean.shape, minval=-1.0)
+        return networks.box.from_unit(unit)
+      noise = jax.random.normal(key, gaussian.mean.shape)
+      return networks.box.sample(noise, gaussian)[0]
+
+    return rollout.imagine(
+      networks.model,
+      state.params.model,
+      policy,
+      observation,
+      key,
+      config.rollout_length,
+    )
+
+  return imagine
+
+
+def make_model(config: Config, networks: Networks, spec: Spec):
+  """What planners plan in, `search.model.Model` over `Params`.
+
+  Its prior is the policy, the standard deviation at least 1e-3, the mean
+  within 5 before the squashing; its value the critics' least at the mode.
+  """
+  floor = 1e-3
+  distribution = actions.tanh_gaussian(
+    spec.action.low, spec.action.high, min_std=floor
+  )
+  inverse_softplus = lambda x: x + jnp.log(-jnp.expm1(-x))
+
+  def prior(params, observation):
+    mean, std = networks.policy.apply(params.policy, observation)
+    # What `tanh_gaussian` does to a head's outputs, backwards.
+    mean = 5.0 * jnp.arctanh(jnp.clip(mean / 5.0, -0.999, 0.999))
+    shift = inverse_softplus(jnp.float32(1.0 - floor))
+    raw = inverse_softplus(jnp.maximum(std - floor, 1e-6)) - shift
+    return jnp.concatenate([mean, raw], -1)
+
+  def value(params, observation):
+    gaussian = networks.policy.apply(params.policy, observation)
+    action = networks.box.mode(gaussian)
+    return jnp.min(networks.critic.apply(params.critic, observation, action), 0)
+
+  return rollout.planning_model(
+    networks.model,
+    lambda params: params.model,
+    distribution,
+    gamma=config.gamma,
+    prior=prior,
+    value=value,
+  )
+
+
+def make_phases(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[Phase, Phase]:
+  """The model's phase and the policy's.
+
+  In the first batches are `Transition`s and the policy waits as it was
+  initialised; between them the model and its elites are handed on, its
+  optimiser is dropped. In the second batches are `Mixed`.
+
+  Args:
+    config: see `make`, as for the others.
+    networks: see there.
+    losses: see there.
+    spec: see there.
+    reduce: see there.
+  """
+  agent = make(config, networks, losses, spec, reduce)
+  learner = dynamics.make(
+    config.model, networks.model, dynamics.make_losses(), spec, reduce
+  )
+
+  def init(key) -> ModelPhase:
+    model_key, policy_key = jax.random.split(key)
+    return ModelPhase(learner.init(model_key), agent.init(policy_key))
+
+  def update(state: ModelPhase, batch: Transition, key):
+    model, info = learner.update(state.model, batch, key)
+    return state._replace(model=model), info
+
+  def transfer(state: ModelPhase) -> State:
+    params = state.policy.params._replace(model=state.params)
+    return state.policy._replace(params=params)
+
+  first = learner._replace(init=init, update=update)
+  return (
+    Phase('model', first, config.model_updates),
+    Phase('policy', agent, None, transfer, make_imagine(config, networks)),
+  )

@@ -1,0 +1,271 @@
+"""How an ensemble of dynamics is trained: the agent `dynamics`, COMBO's model.
+
+It is described in `agents/dynamics.py`.
+
+Axes: `B` batch, `E` members, `F` numbers in an observation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from agents.core import optim, rollout
+from agents.core.rollout import ModelParams
+from agents.core.types import (
+  Agent,
+  Continuous,
+  Info,
+  Spec,
+  Transition,
+  check_bounds,
+)
+from networks import actions, ensemble
+from networks.actor_critic import flatten
+from networks.ensemble import Ensemble, Prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The ensemble's hyper-parameters; defaults are those of MOPO and COMBO.
+
+  Attributes:
+    widths: of each member's hidden layers.
+    activation: of the layers.
+    members: E.
+    elites: how many of them are listened to, those of the least held-out loss.
+    learning_rate: Adam's.
+    weight_decay: half the sum of squares of all matrices is weighted by it.
+    bound_weight: of the distance between the bounds of the log-variance.
+    termination_weight: of the cross-entropy of termination.
+    held_out: share of the rows that are never trained on.
+    held_out_decay: of the running mean of held-out losses, an update.
+    planning_gamma: discount a decision, for planners in the ensemble alone.
+  """
+
+  widths: tuple[int, ...] = (200, 200, 200, 200)
+  activation: Literal['silu', 'relu'] = 'silu'
+  members: int = 7
+  elites: int = 5
+  learning_rate: float = 1e-3
+  weight_decay: float = 7.5e-5
+  bound_weight: float = 0.01
+  termination_weight: float = 1.0
+  held_out: float = 0.1
+  held_out_decay: float = 0.99
+  planning_gamma: float = 0.99
+
+  def __post_init__(self):
+    if not 1 <= self.elites <= self.members:
+      raise ValueError(
+        f'elites={self.elites}: must be within [1, members={self.members}]'
+      )
+    for name in ('learning_rate', 'weight_decay', 'bound_weight'):
+      _check_range(self, name, 0, math.inf)
+    _check_range(self, 'termination_weight', 0, math.inf)
+    _check_range(self, 'held_out', 0, 1)
+    _check_range(self, 'held_out_decay', 0, 1)
+    value = self.planning_gamma
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+      raise ValueError(f'planning_gamma={value}: must be within [0, 1]')
+
+
+class State(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: the ensemble and which of its members are elites.
+    opt_state: the optimiser's.
+    loss_sum: float32 `[E]`, held-out losses so far, decayed.
+    rows: float32 scalar, how many they are of.
+  """
+
+  params: ModelParams
+  opt_state: Any
+  loss_sum: chex.Array
+  rows: chex.Array
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[E, B]`; replace one with `losses._replace`.
+
+  Attributes:
+    likelihood: `(mean [E, B, F + 1], log_std, target [B, F + 1]) -> [E, B]`.
+    termination: `(logit [E, B], ended [B]) -> [E, B]`.
+  """
+
+  likelihood: Callable[..., chex.Array]
+  termination: Callable[..., chex.Array]
+
+
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> Ensemble:
+  """The ensemble for a spec, which scales by its statistics if it has some.
+
+  Raises:
+    ValueError: if the actions are not vectors within finite bounds.
+  """
+  del reduce
+  action = spec.action
+  if not isinstance(action, Continuous) or len(action.shape) != 1:
+    raise ValueError(
+      f'dynamics needs vectors of continuous actions; {spec.name} has {action}'
+    )
+  check_bounds(spec)
+  leaves = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
+  )
+  return ensemble.make(
+    sum(math.prod(leaf.shape) for leaf in leaves),
+    action.low,
+    action.high,
+    config.widths,
+    members=config.members,
+    activation=config.activation,
+    statistics=spec.statistics,
+  )
+
+
+def make_losses() -> Losses:
+  """The Gaussian likelihood and a cross-entropy."""
+
+  def likelihood(mean, log_std, target):
+    target = jnp.broadcast_to(target[None], mean.shape)
+    z = (target - mean) * jnp.exp(-log_std)
+    return jnp.mean(jnp.square(z) + 2.0 * log_std, -1)
+
+  def termination(logit, ended):
+    ended = jnp.broadcast_to(ended[None], logit.shape)
+    return jax.nn.softplus(logit) - ended * logit
+
+  return Losses(likelihood, termination)
+
+
+def make(
+  config: Config,
+  networks: Ensemble,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent, which only learns.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` without `act` whose batches are `Transition`s; its update
+    ignores the key. Its `model` expects `ModelParams`, has a broad prior over
+    actions and values of 0. `evaluate` says each member's loss on a batch.
+  """
+  assert isinstance(spec.action, Continuous)
+  optimiser = optim.adam(config.learning_rate)
+  distribution = actions.tanh_gaussian(spec.action.low, spec.action.high)
+
+  def init(key) -> State:
+    network = networks.init(key)
+    params = ModelParams(network, jnp.arange(config.elites, dtype=jnp.int32))
+    return State(
+      params,
+      optimiser.init(network),
+      jnp.zeros((config.members,)),
+      jnp.zeros(()),
+    )
+
+  def errors(network, batch) -> tuple[chex.Array, Prediction, chex.Array]:
+    """Losses `[E, B]`, what was predicted and what would have been right."""
+    out = networks.apply(network, batch.o_tm1, batch.a_tm1)
+    change = flatten(batch.o_t) - flatten(batch.o_tm1)
+    target = jnp.concatenate([change, batch.r_t[:, None]], -1)
+    likelihood = losses.likelihood(out.mean, out.log_std, target)
+    ended = losses.termination(out.logit, 1.0 - batch.discount_t)
+    return likelihood + config.termination_weight * ended, out, target
+
+  def split(batch) -> tuple[chex.Array, chex.Array]:
+    """Each member's bootstrap weights `[E, B]`, and which rows are held out."""
+    rows = jnp.concatenate(
+      [
+        flatten(batch.o_tm1),
+        batch.a_tm1,
+        batch.r_t[:, None],
+        flatten(batch.o_t),
+      ],
+      -1,
+    )
+    uniforms = ensemble.row_uniforms(rows, config.members + 1)
+    is_held_out = (uniforms[0] < config.held_out).astype(batch.r_t.dtype)
+    return ensemble.poisson(uniforms[1:]), is_held_out
+
+  def loss(network, batch, weights, is_held_out):
+    each, out, target = errors(network, batch)
+    trained = jnp.broadcast_to((1.0 - is_held_out)[None], each.shape)
+    trained = weights * trained / (1.0 - config.held_out)
+    fit = jnp.mean(each * trained, -1)
+    squares = jax.tree_util.tree_map_with_path(
+      lambda path, x: (
+        jnp.sum(jnp.square(x)) if path[-1].key == 'kernel' else 0.0
+      ),
+      network['layers'],
+    )
+    decay = 0.5 * sum(jax.tree.leaves(squares))
+    bounds = jnp.sum(networks.bounds(network))
+    total = jnp.sum(fit) + config.weight_decay * decay
+    total += config.bound_weight * bounds
+    missed = out.mean - jnp.broadcast_to(target[None], out.mean.shape)
+    metrics = {
+      'loss': total,
+      'loss_fit': jnp.mean(fit),
+      'squared_error': jnp.mean(jnp.square(missed)),
+      'std': jnp.mean(jnp.exp(out.log_std)),
+    }
+    held_out = jnp.broadcast_to(is_held_out[None], each.shape)
+    return total, (metrics, jnp.sum(each * held_out, -1))
+
+  fit_step = optim.minimise(loss, optimiser, reduce)
+
+  def update(state: State, batch: Transition, key) -> tuple[State, Info]:
+    del key
+    weights, is_held_out = split(batch)
+    network, opt_state, (metrics, held_out), norm = fit_step(
+      state.params.network, state.opt_state, batch, weights, is_held_out
+    )
+    found, rows = reduce((held_out, jnp.sum(is_held_out)))
+    loss_sum = config.held_out_decay * state.loss_sum + found
+    rows = config.held_out_decay * state.rows + rows
+    elites = jnp.argsort(loss_sum)[: config.elites].astype(jnp.int32)
+    by_elites = loss_sum[elites] / jnp.maximum(rows, 1e-6)
+    metrics = reduce(metrics | {'gradient_norm': norm}) | {
+      'held_out_loss': jnp.mean(by_elites),
+      'held_out_worst': jnp.max(loss_sum) / jnp.maximum(rows, 1e-6),
+    }
+    params = ModelParams(network, elites)
+    return State(params, opt_state, loss_sum, rows), Info(metrics)
+
+  def evaluate(params: ModelParams, batch, key):
+    del key
+    each = jnp.mean(errors(params.network, batch)[0], -1)
+    by_member = {f'loss_{i}': each[i] for i in range(config.members)}
+    return by_member | {'loss': jnp.mean(each[params.elites])}
+
+  model = rollout.planning_model(
+    networks, lambda params: params, distribution, gamma=config.planning_gamma
+  )
+  return Agent(init, None, update, model=model, evaluate=evaluate)
+
+
+def _check_range(config, name: str, low: float, high: float) -> None:
+  value = getattr(config, name)
+  if isinstance(value, (int, float)) and not low <= value < high:
+    end = '' if high == math.inf else f' and below {high}'
+    raise ValueError(f'{name}={value}: must be at least {low}{end}')

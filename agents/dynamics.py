@@ -1,0 +1,49 @@
+"""Dynamics: a probabilistic ensemble that learns how an environment moves.
+
+Members predict a normal of the observation's change and of the reward, and the
+chance of termination, and minimise (PETS, Chua et al. 2018; MOPO, Yu et al.
+2020, Appendix D; COMBO, Yu et al. 2021)
+
+  mean_j [(y_j - mu_j)^2 / var_j + log var_j] + CE(termination)
+    + weight decay + 0.01 sum (max log var - min log var)
+
+over all members together. The elites, those with the least loss on rows held
+out, are who `rollout.predict`, `rollout.imagine` and planners listen to.
+
+Departures and choices:
+
+* Nothing of a data set is stored for it: a hash of a row decides whether it is
+  held out, and how often each member's bootstrap has drawn it (Poisson(1),
+  Oza and Russell 2001), the same every time that the row comes.
+* Elites are chosen at every update, by a running mean of held-out losses (the
+  loss above and not the squared error), and training has a fixed length: the
+  official code stops when the held-out loss does and puts back each member's
+  best parameters.
+* Terminations are learned; MOPO and COMBO are told each task's rule.
+* Observations and their changes are scaled by the data set's deviations (the
+  official code scales inputs only), the bounds of log var are each member's
+  own, and one weight decay serves all layers (there from 2.5e-5 to 1e-4).
+
+All that is trained lies in `agents/core/dynamics.py`, because COMBO trains it,
+too, and no agent imports another.
+"""
+
+from agents.core.dynamics import (
+  Config,
+  Losses,
+  State,
+  make,
+  make_losses,
+  make_networks,
+)
+from agents.core.rollout import ModelParams as Params
+
+__all__ = [
+  'Config',
+  'Losses',
+  'Params',
+  'State',
+  'make',
+  'make_losses',
+  'make_networks',
+]

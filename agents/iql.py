@@ -1,0 +1,370 @@
+"""IQL: implicit Q-learning, which never asks for a value off the data.
+
+A state's value is an upper expectile of what the data's actions are worth
+there, the critics regress onto it, and the policy imitates the data, weighted
+by the exponential of the advantage (Kostrikov et al. 2021):
+
+  J_V  = mean |tau - 1(u < 0)| u^2,  u = min_i qbar_i(s, a) - v(s)    (eq. 5)
+  J_pi = -mean min(exp(beta (min_i qbar_i(s, a) - v(s))), c) log pi(a|s)  (7)
+  J_Q  = sum_i mean (r + gamma d v(s') - q_i(s, a))^2                 (eq. 6)
+
+In this order, each with the v that the first step made; the targets move last.
+An update draws no random numbers.
+
+Departures and choices:
+
+* The policy is the official code's: the mean `tanh` of the network's output in
+  the unit box, a normal around it that is not squashed, with one standard
+  deviation for all states; what is drawn beyond the box is clipped.
+* The code's dropout (0.1 on Adroit) and its scaling of rewards (a matter of
+  the data) are left out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from agents.core import losses as terms
+from agents.core import optim
+from agents.core.types import (
+  Agent,
+  Continuous,
+  Info,
+  Spec,
+  Transition,
+  check_bounds,
+)
+from networks import actor_critic
+from networks.actor_critic import Gaussian, Squash
+from networks.mlp import Network
+
+_HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """IQL's hyper-parameters; defaults are the paper's for locomotion.
+
+  Attributes:
+    hidden_sizes: widths of the layers of policy, critics and value.
+    layer_norm: whether the critics' and the value's layers are normalised.
+    normalise: whether observations are, by `spec.statistics`.
+    gamma: discount a decision.
+    policy_rate: Adam's, of the policy, at its start.
+    critic_rate: of the critics and the value.
+    target_rate: share of the new critics in the targets, an update.
+    expectile: tau, in (0, 1); 0.9 in the paper's mazes.
+    temperature: beta, how sharply the weights rise; 10 in the mazes.
+    max_weight: c, the largest weight.
+    cosine: whether the policy's rate falls to 0 along a cosine.
+    total_updates: over which it falls; follows from --steps.
+  """
+
+  hidden_sizes: tuple[int, ...] = (256, 256)
+  layer_norm: bool = False
+  normalise: bool = False
+  gamma: float = 0.99
+  policy_rate: float = 3e-4
+  critic_rate: float = 3e-4
+  target_rate: float = 0.005
+  expectile: float = 0.7
+  temperature: float = 3.0
+  max_weight: float = 100.0
+  cosine: bool = True
+  total_updates: int = 1_000_000
+
+  def __post_init__(self):
+    if self.total_updates < 1:
+      raise ValueError(f'total_updates={self.total_updates}: must be 1 or more')
+    for name in ('gamma', 'target_rate'):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f'{name}={value}: must be within [0, 1]')
+    value = self.expectile
+    if isinstance(value, (int, float)) and not 0 < value < 1:
+      raise ValueError(f'expectile={value}: must be between 0 and 1')
+    for name in ('policy_rate', 'critic_rate', 'temperature'):
+      value = getattr(self, name)
+      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        raise ValueError(f'{name}={value}: must be 0 or more')
+    value = self.max_weight
+    if isinstance(value, (int, float)) and not 0 < value < math.inf:
+      raise ValueError(f'max_weight={value}: must be above 0')
+
+
+class Params(NamedTuple):
+  """What is trained; acting needs the policy alone.
+
+  Attributes:
+    policy: of `networks.policy`.
+    critic: of `networks.critic`, leaves `[2, ...]`.
+    value: of `networks.value`.
+  """
+
+  policy: Any
+  critic: Any
+  value: Any
+
+
+class State(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: newest parameters, handed to actors.
+    target_critic: the critics' slow copy.
+    opt_state: the optimisers' states, of the parts of `params`.
+  """
+
+  params: Params
+  target_critic: Any
+  opt_state: Params
+
+
+class Networks(NamedTuple):
+  """What the agent is made of.
+
+  Attributes:
+    policy: `apply(params, observation) -> Gaussian` of `[B, D]`, its mean
+      before the tanh, its standard deviation that of actions in the unit box.
+    critic: `apply(params, observation, action) -> float32 [2, B]`.
+    value: `apply(params, observation) -> float32 [B]`.
+    box: the actions' bounds.
+  """
+
+  policy: Network
+  critic: Network
+  value: Network
+  box: Squash
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[B]` rows; replace one with `losses._replace`.
+
+  Attributes:
+    value: `(target_q - v, expectile) -> [B]`.
+    policy: `(log_prob, advantage, temperature, max_weight) -> [B]`.
+    critic: `(q_tm1, r_t, discount_t, v_t) -> [B]` of one critic.
+  """
+
+  value: Callable[..., chex.Array]
+  policy: Callable[..., chex.Array]
+  critic: Callable[..., chex.Array]
+
+
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> Networks:
+  """The networks for a spec; `reduce` is not needed by them.
+
+  Raises:
+    ValueError: if the actions are not vectors within finite bounds, or
+      statistics are wanted that the spec has not.
+  """
+  del reduce
+  action = spec.action
+  if not isinstance(action, Continuous) or len(action.shape) != 1:
+    raise ValueError(
+      f'iql needs vectors of continuous actions; {spec.name} has {action}'
+    )
+  check_bounds(spec)
+  if config.normalise and spec.statistics is None:
+    raise ValueError(
+      f'normalise=True: {spec.name} has no statistics of observations; set '
+      'normalise=False or train from a data set'
+    )
+  leaves = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
+  )
+  size = sum(math.prod(leaf.shape) for leaf in leaves)
+  statistics = spec.statistics if config.normalise else None
+  norm = 'layer' if config.layer_norm else 'none'
+  policy = actor_critic.gaussian_policy(
+    size,
+    action.shape[0],
+    config.hidden_sizes,
+    std='free',
+    # The official code's bounds of its logarithm, -5 and 2.
+    min_std=math.exp(-5),
+    max_std=math.exp(2),
+    statistics=statistics,
+  )
+  critic = actor_critic.q_ensemble(
+    size,
+    action.low,
+    action.high,
+    config.hidden_sizes,
+    norm=norm,
+    statistics=statistics,
+  )
+  value = actor_critic.v_network(
+    size, config.hidden_sizes, norm=norm, statistics=statistics
+  )
+  box = actor_critic.squash(action.low, action.high)
+  return Networks(policy, critic, value, box)
+
+
+def make_losses() -> Losses:
+  """The terms of the module's docstring."""
+
+  def policy(log_prob, advantage, temperature, max_weight):
+    weight = jnp.minimum(jnp.exp(temperature * advantage), max_weight)
+    return -jax.lax.stop_gradient(weight) * log_prob
+
+  def critic(q_tm1, r_t, discount_t, v_t):
+    target = jax.lax.stop_gradient(r_t + discount_t * v_t)
+    return jnp.square(target - q_tm1)
+
+  return Losses(terms.expectile, policy, critic)
+
+
+def log_prob(gaussian: Gaussian, unit: chex.Array) -> chex.Array:
+  """Log-density `[B]` of actions `[B, D]` in the unit box.
+
+  Of a normal around `tanh(gaussian.mean)`, which is not squashed.
+  """
+  z = (unit - jnp.tanh(gaussian.mean)) / gaussian.std
+  each = -0.5 * jnp.square(z) - jnp.log(gaussian.std) - _HALF_LOG_TAU
+  return jnp.sum(each, -1)
+
+
+def cosine_adam(
+  rate: chex.Numeric, total_updates: int
+) -> optax.GradientTransformation:
+  """Adam whose rate falls from `rate` (may be traced) to 0 along a cosine."""
+
+  def schedule(count):
+    count = jnp.asarray(count, jnp.result_type(float))
+    progress = jnp.minimum(count / total_updates, 1.0)
+    return -rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+  return optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(schedule))
+
+
+def make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Transition`s; its update ignores the key.
+  """
+  del spec
+  policy_net, critic_net, value_net, box = networks
+  policy_opt = optim.adam(config.policy_rate)
+  if config.cosine:
+    policy_opt = cosine_adam(config.policy_rate, config.total_updates)
+  critic_opt = optim.adam(config.critic_rate)
+
+  def init(key) -> State:
+    keys = jax.random.split(key, 3)
+    params = Params(*(n.init(k) for n, k in zip(networks[:3], keys)))
+    opt_state = Params(
+      policy_opt.init(params.policy),
+      critic_opt.init(params.critic),
+      critic_opt.init(params.value),
+    )
+    return State(params, params.critic, opt_state)
+
+  def act(params, key, timestep):
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    noise = jax.random.normal(key, gaussian.mean.shape)
+    unit = jnp.tanh(gaussian.mean) + gaussian.std * noise
+    return box.from_unit(jnp.clip(unit, -1.0, 1.0)), {}
+
+  def exploit(params, key, timestep):
+    del key
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    return box.mode(gaussian), {}
+
+  def value_loss(value, target_q, batch):
+    v = value_net.apply(value, batch.o_tm1)
+    total = jnp.mean(losses.value(target_q - v, config.expectile))
+    return total, {'loss_value': total, 'value': jnp.mean(v)}
+
+  def policy_loss(policy, advantage, batch):
+    gaussian = policy_net.apply(policy, batch.o_tm1)
+    each = log_prob(gaussian, box.to_unit(batch.a_tm1))
+    rows = losses.policy(each, advantage, config.temperature, config.max_weight)
+    total = jnp.mean(rows)
+    return total, {
+      'loss_policy': total,
+      'log_prob': jnp.mean(each),
+      'std': jnp.mean(gaussian.std),
+    }
+
+  def critic_loss(critic, v_t, batch):
+    q = critic_net.apply(critic, batch.o_tm1, batch.a_tm1)
+    discount = config.gamma * batch.discount_t
+    rows = jax.vmap(lambda q: losses.critic(q, batch.r_t, discount, v_t))(q)
+    total = jnp.sum(jnp.mean(rows, -1))
+    return total, {'loss_critic': total}
+
+  value_step = optim.minimise(value_loss, critic_opt, reduce)
+  policy_step = optim.minimise(policy_loss, policy_opt, reduce)
+  critic_step = optim.minimise(critic_loss, critic_opt, reduce)
+
+  def least(critic, batch):
+    return jnp.min(critic_net.apply(critic, batch.o_tm1, batch.a_tm1), 0)
+
+  def update(state: State, batch: Transition, key) -> tuple[State, Info]:
+    del key
+    old, opt = state.params, state.opt_state
+    target_q = least(state.target_critic, batch)
+    value, value_state, value_info, value_norm = value_step(
+      old.value, opt.value, target_q, batch
+    )
+    advantage = target_q - value_net.apply(value, batch.o_tm1)
+    policy, policy_state, policy_info, policy_norm = policy_step(
+      old.policy, opt.policy, advantage, batch
+    )
+    v_t = value_net.apply(value, batch.o_t)
+    critic, critic_state, critic_info, critic_norm = critic_step(
+      old.critic, opt.critic, v_t, batch
+    )
+    metrics = {
+      **value_info,
+      **policy_info,
+      **critic_info,
+      'advantage': jnp.mean(advantage),
+      'gradient_norm_value': value_norm,
+      'gradient_norm_policy': policy_norm,
+      'gradient_norm_critic': critic_norm,
+    }
+    state = State(
+      Params(policy, critic, value),
+      optim.track(critic, state.target_critic, config.target_rate),
+      Params(policy_state, critic_state, value_state),
+    )
+    return state, Info(reduce(metrics))
+
+  def evaluate(params, batch, key):
+    # The critics are their own targets here: the slow copy is not at hand.
+    del key
+    target_q = least(params.critic, batch)
+    advantage = target_q - value_net.apply(params.value, batch.o_tm1)
+    _, value_info = value_loss(params.value, target_q, batch)
+    _, policy_info = policy_loss(params.policy, advantage, batch)
+    v_t = value_net.apply(params.value, batch.o_t)
+    _, critic_info = critic_loss(params.critic, v_t, batch)
+    return value_info | policy_info | critic_info
+
+  return Agent(init, act, update, evaluate=evaluate, exploit=exploit)

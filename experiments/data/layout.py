@@ -1,0 +1,325 @@
+"""One layout for all data sets: rows of transitions, and what they are of.
+
+Axes: `N` transitions, in the order in which they were taken, episode after
+episode; `E` episodes. A row holds its own next observation, so that no row
+needs the one behind it. Time limits are `truncated`, never `terminated`:
+values are bootstrapped from their next observations.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from agents.core.types import ArraySpec, Continuous, Spec
+
+# Actions may leave their bounds by this much: float64 rounded to float32.
+BOUNDS_TOLERANCE = 1e-5
+_CHUNK = 1 << 16
+
+
+class About(NamedTuple):
+  """What a data set is of.
+
+  Attributes:
+    name: for messages and results.
+    env: envpool's name of the simulator; '' where there is none.
+    action_low: float32 `[...]`, an action's shape.
+    action_high: float32 `[...]`.
+    ref_min: mean return that scores 0, of a random policy; None if unknown.
+    ref_max: mean return that scores 100, of an expert; None if unknown.
+    source: who acted, and where the file is from, in words.
+    extra: all else that JSON can hold.
+  """
+
+  name: str
+  env: str
+  action_low: np.ndarray
+  action_high: np.ndarray
+  ref_min: float | None = None
+  ref_max: float | None = None
+  source: str = ''
+  extra: dict[str, Any] = {}  # noqa: RUF012 nobody writes into it.
+
+
+class Dataset(NamedTuple):
+  """Transitions of whole episodes, the last of which may be unfinished.
+
+  numpy arrays or memory maps.
+
+  Attributes:
+    observation: float32 or uint8 `[N, ...]`.
+    action: float32 `[N, ...]`.
+    reward: float32 `[N]`.
+    next_observation: like `observation`, the true next one, also where the
+      episode ends.
+    terminated: bool `[N]`.
+    truncated: bool `[N]`, cut though it could have gone on; never together
+      with `terminated`.
+    episode: int32 `[N]`, 0, 1, ..., one more after each row that ends one.
+    about: what it is of.
+  """
+
+  observation: np.ndarray
+  action: np.ndarray
+  reward: np.ndarray
+  next_observation: np.ndarray
+  terminated: np.ndarray
+  truncated: np.ndarray
+  episode: np.ndarray
+  about: About
+
+
+KEYS = Dataset._fields[:-1]
+
+
+def make(
+  observation: np.ndarray,
+  action: np.ndarray,
+  reward: np.ndarray,
+  next_observation: np.ndarray,
+  terminated: np.ndarray,
+  truncated: np.ndarray,
+  about: About,
+) -> Dataset:
+  """A data set from arrays of any float or bool type; numbers its episodes.
+
+  Where both flags are set the episode has terminated.
+  """
+  terminated = np.asarray(terminated, bool)
+  truncated = np.asarray(truncated, bool) & ~terminated
+  return Dataset(
+    observation=_as_observation(observation),
+    action=np.asarray(action, np.float32),
+    reward=np.asarray(reward, np.float32),
+    next_observation=_as_observation(next_observation),
+    terminated=terminated,
+    truncated=truncated,
+    episode=number_episodes(terminated | truncated),
+    about=about,
+  )
+
+
+def number_episodes(ended: np.ndarray) -> np.ndarray:
+  """Episode ids, int32 `[N]`, from bool `[N]` that marks last rows."""
+  before = np.concatenate([[0], np.asarray(ended)[:-1]])[: len(ended)]
+  return np.cumsum(before, dtype=np.int32)
+
+
+def check(dataset: Dataset, file: str) -> Dataset:
+  """The data set itself, if nothing is wrong with it.
+
+  It reads every row once, in pieces: a memory map stays one.
+
+  Args:
+    dataset: whose arrays to look at.
+    file: what to call it in messages.
+
+  Raises:
+    ValueError: wrong type, shape or length, a number that is not finite, an
+      action out of bounds, both flags on one row, episodes that do not follow
+      each other. It names the file, the key and the first bad row.
+  """
+  _check_types(dataset, file)
+  about = dataset.about
+  low = about.action_low - BOUNDS_TOLERANCE
+  high = about.action_high + BOUNDS_TOLERANCE
+  for start in range(0, len(dataset.reward), _CHUNK):
+    rows = slice(start, start + _CHUNK)
+    for key in ('observation', 'action', 'reward', 'next_observation'):
+      value = np.asarray(getattr(dataset, key)[rows])
+      if value.dtype != np.uint8:
+        bad = ~np.isfinite(value)
+        _refuse(bad, value, start, file, key, 'must be finite')
+    action = np.asarray(dataset.action[rows])
+    _refuse(
+      (action < low) | (action > high),
+      action,
+      start,
+      file,
+      'action',
+      f'is outside the bounds {_span(about)}',
+    )
+  both = dataset.terminated & dataset.truncated
+  _refuse(
+    both,
+    dataset.truncated,
+    0,
+    file,
+    'truncated',
+    'but terminated is too: a terminal row is not cut, clear truncated',
+  )
+  want = number_episodes(dataset.terminated | dataset.truncated)
+  _refuse(
+    dataset.episode != want,
+    dataset.episode,
+    0,
+    file,
+    'episode',
+    'must start at 0 and be one more after each row that is terminated or '
+    'truncated, and after no other',
+  )
+  return dataset
+
+
+def _check_types(dataset, file):
+  n = len(dataset.reward)
+  if not n:
+    raise ValueError(f'{file}: reward has no rows')
+  dtypes = {'terminated': bool, 'truncated': bool, 'episode': np.int32}
+  for key in KEYS:
+    value = getattr(dataset, key)
+    want = (np.dtype(dtypes.get(key, np.float32)),)
+    if key.endswith('observation'):
+      want += (np.dtype(np.uint8),)
+    if value.dtype not in want:
+      names = ' or '.join(map(str, want))
+      raise ValueError(f'{file}: {key} is {value.dtype}, must be {names}')
+    if len(value) != n:
+      raise ValueError(
+        f'{file}: {key} has {len(value)} rows, reward has {n}: must be equal'
+      )
+  about = dataset.about
+  shapes = {
+    'next_observation': dataset.observation.shape[1:],
+    'action': np.shape(about.action_low),
+    **dict.fromkeys(('reward', 'terminated', 'truncated', 'episode'), ()),
+  }
+  for key, shape in shapes.items():
+    got = getattr(dataset, key).shape[1:]
+    if got != shape:
+      raise ValueError(
+        f'{file}: {key} has rows of shape {got}, must be {shape}'
+      )
+  if np.shape(about.action_low) != np.shape(about.action_high):
+    raise ValueError(
+      f'{file}: action_high has shape {np.shape(about.action_high)}, '
+      f'action_low {np.shape(about.action_low)}: must be equal'
+    )
+  if dataset.observation.dtype != dataset.next_observation.dtype:
+    raise ValueError(
+      f'{file}: next_observation is {dataset.next_observation.dtype}, '
+      f'observation {dataset.observation.dtype}: must be equal'
+    )
+
+
+def _refuse(bad, value, start, file, key, what):
+  if bad.any():
+    where = tuple(np.argwhere(bad)[0])
+    raise ValueError(
+      f'{file}: {key} in row {start + where[0]} is {value[where]}, {what}'
+    )
+
+
+def _span(about):
+  low, high = np.ravel(about.action_low), np.ravel(about.action_high)
+  if (low == low[0]).all() and (high == high[0]).all():
+    return f'[{low[0]:g}, {high[0]:g}]'
+  return f'{low.tolist()} to {high.tolist()}'
+
+
+def first_rows(dataset: Dataset) -> np.ndarray:
+  """The row that each episode starts with, int `[E]`."""
+  return np.flatnonzero(np.diff(dataset.episode, prepend=-1))
+
+
+def initial_observations(dataset: Dataset) -> np.ndarray:
+  """The observations that episodes start with, `[E, ...]`, in order."""
+  return np.asarray(dataset.observation[first_rows(dataset)])
+
+
+def is_finished(dataset: Dataset) -> bool:
+  """Whether the last episode ends with the last row."""
+  return bool(dataset.terminated[-1] or dataset.truncated[-1])
+
+
+def returns(dataset: Dataset) -> np.ndarray:
+  """Sums of rewards of whole episodes, float64 `[E]`, undiscounted.
+
+  The last episode is left out if it is unfinished. Episodes that a collection
+  cut at its own end count as whole.
+  """
+  reward = np.asarray(dataset.reward, np.float64)
+  sums = np.bincount(dataset.episode, reward)
+  return sums if is_finished(dataset) else sums[:-1]
+
+
+def concatenate(datasets: Sequence[Dataset], about: About) -> Dataset:
+  """The rows of several data sets, one behind the other.
+
+  An unfinished last episode is cut (truncated) where other rows follow.
+
+  Raises:
+    ValueError: none at all, or observations or actions of several shapes.
+  """
+  if not datasets:
+    raise ValueError('concatenate: needs at least one data set')
+  for key in ('observation', 'action'):
+    shapes = {getattr(d, key).shape[1:] for d in datasets}
+    if len(shapes) > 1:
+      raise ValueError(f'concatenate: {key} has rows of shapes {shapes}')
+  columns = {k: np.concatenate([getattr(d, k) for d in datasets]) for k in KEYS}
+  ends = np.cumsum([len(d.reward) for d in datasets])[:-1] - 1
+  columns['truncated'][ends] |= ~columns['terminated'][ends]
+  del columns['episode']
+  return make(**columns, about=about)
+
+
+def spec(dataset: Dataset) -> Spec:
+  """What agents must know of the environment, statistics included.
+
+  Mean and standard deviation are float32 `[F]` of the laid out observations;
+  frames (uint8) have none.
+  """
+  about, shape = dataset.about, dataset.observation.shape[1:]
+  return Spec(
+    observation=ArraySpec(shape, dataset.observation.dtype.type),
+    action=Continuous(
+      dataset.action.shape[1:], about.action_low, about.action_high
+    ),
+    name=about.name,
+    statistics=_statistics(dataset.observation),
+  )
+
+
+def _statistics(observation):
+  if observation.dtype == np.uint8:
+    return None
+  n = len(observation)
+  mean = np.asarray(sum(c.sum(0) for c in _chunks(observation))) / n
+  squares = (np.square(c - mean).sum(0) for c in _chunks(observation))
+  std = np.sqrt(np.asarray(sum(squares)) / n)
+  return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _chunks(observation) -> Iterator[np.ndarray]:
+  """Rows as float64 `[up to _CHUNK, F]`."""
+  for start in range(0, len(observation), _CHUNK):
+    rows = np.asarray(observation[start : start + _CHUNK], np.float64)
+    yield rows.reshape(len(rows), -1)
+
+
+def normalised_score(about: About, returns: Any) -> Any:
+  """`100 (R - min) / (max - min)` of returns of any shape.
+
+  Raises:
+    ValueError: the data set has no reference pair, or an empty span.
+
+  Source: D4RL (Fu et al. 2020), section 4.
+  """
+  low, high = about.ref_min, about.ref_max
+  if low is None or high is None:
+    raise ValueError(
+      f'{about.name}: ref_min={low}, ref_max={high}: no normalised score '
+      'without both; report returns'
+    )
+  if not low < high:
+    raise ValueError(
+      f'{about.name}: ref_min={low:g} must be below ref_max={high:g}'
+    )
+  return 100 * (returns - low) / (high - low)
+
+
+def _as_observation(x):
+  x = np.asarray(x)
+  return x if x.dtype == np.uint8 else np.asarray(x, np.float32)

@@ -1,0 +1,281 @@
+"""Which beta, without a simulator? Rules that see the data only, on trial.
+
+For many random MDPs a data set is drawn, ATAC's Algorithm 1 is played on it
+for each beta, and a rule chooses one of the results by fitted Q evaluation
+(FQE), which in a finite MDP is an exact least squares. The truth, known here,
+says what the choice cost.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.statistics import mean_interval
+
+BETAS = (0.0, 1 / 256, 1 / 16, 1.0, 16.0, 256.0, 4096.0)
+COVERAGE = ('full', 'partial')
+# Of the bootstrap, in rules that take off one standard deviation.
+_RESAMPLES = 20
+
+
+class Evidence(NamedTuple):
+  """What is known of each data set; float64 `[M, F, ...]`: MDPs, coverages.
+
+  Attributes:
+    truth: `[..., betas]`, J of each result.
+    behaviour: `[...]`, J of mu.
+    optimum: `[...]`, J*.
+    fqe: `[..., betas]`, from the data that was trained on.
+    resampled: `[..., R, betas]`, FQE on R bootstrap resamples of it.
+    fqe_behaviour: `[...]`, FQE of mu as estimated from the data.
+    resampled_behaviour: `[..., R]`.
+    held_out: `[..., betas]`, training on one half of the data, FQE on the
+      other.
+  """
+
+  truth: Any
+  behaviour: Any
+  optimum: Any
+  fqe: Any
+  resampled: Any
+  fqe_behaviour: Any
+  resampled_behaviour: Any
+  held_out: Any
+
+
+class Row(NamedTuple):
+  """A line of atac_game_selection.csv.
+
+  Returns are in units of `J* - J(mu)`.
+
+  Attributes:
+    coverage: of the behaviour policy: `full`, or `partial`.
+    transitions: in each data set.
+    rule: of choice; see `choose`.
+    mdps: how many.
+    regret: J of the best beta, less that of the chosen one; mean over MDPs.
+    regret_low: end of its 95% interval (Student's).
+    regret_high: the other.
+    gain: J of the choice, less that of mu; mean.
+    gain_worst_tenth: mean of the lowest tenth of the gains.
+    below_behaviour: share of MDPs where the choice is worse than mu.
+    beta_median: that was chosen.
+  """
+
+  coverage: str
+  transitions: int
+  rule: str
+  mdps: int
+  regret: float
+  regret_low: float
+  regret_high: float
+  gain: float
+  gain_worst_tenth: float
+  below_behaviour: float
+  beta_median: float
+
+
+def draw_mdp(key, num_states: int, num_actions: int, value_max: float):
+  """A random MDP with rewards in [0, 1] and a behaviour policy of each kind.
+
+  Returns:
+    The MDP, and mu `[2, S, A]`, in the order of `COVERAGE`: any Dirichlet
+    policy, and the same without one action of each state.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from search import bellman
+
+  keys = jax.random.split(key, 3)
+  mdp = bellman.random_mdp(
+    keys[0], num_states, num_actions, discount=1 - 1 / value_max
+  )
+  full = jax.random.dirichlet(keys[1], jnp.ones(num_actions), (num_states,))
+  never = jax.random.randint(keys[2], (num_states,), 0, num_actions)
+  partial = jnp.where(jax.nn.one_hot(never, num_actions) > 0, 0, full)
+  partial /= jnp.sum(partial, axis=-1, keepdims=True)
+  return mdp, jnp.stack([full, partial])
+
+
+def collect(
+  key,
+  sizes: Sequence[int],
+  *,
+  mdps: int,
+  states: int,
+  actions: int,
+  iterations: int,
+  value_max: float = 10.0,
+) -> Iterator[Evidence]:
+  """Draws data sets, plays the game on them for each beta and evaluates.
+
+  A transition is a state from mu's occupancy, an action from mu, a reward of
+  0 or 1 with the MDP's expectation, and a next state. A larger data set
+  starts with the smaller one.
+
+  Args:
+    key: consumed; in float64 mode, as the whole call must be.
+    sizes: numbers of transitions, each at least 2.
+    mdps: `M`, how many.
+    states: of each.
+    actions: of each.
+    iterations: of the game, exponentiated weights.
+    value_max: `1 / (1 - g)`.
+
+  Yields:
+    The evidence of each size.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from search import bellman, game
+
+  oracle = game.exponentiated_weights(actions, value_max, iterations)
+  betas, most = jnp.asarray(BETAS), max(sizes)
+
+  def draw(key, probability):
+    return jax.random.choice(
+      key, probability.size, (most,), p=probability.reshape(-1)
+    )
+
+  def count(cells, counted):
+    """`[S, A, S, 2]`, of the transitions where `counted` is True."""
+    shape = (states, actions, states, 2)
+    weights = counted.astype(betas.dtype)
+    return jnp.bincount(cells, weights, length=math.prod(shape)).reshape(shape)
+
+  def data_of(counts, mdp):
+    rewards = jnp.sum(counts[..., 1], axis=-1)
+    return game.empirical(jnp.sum(counts, -1), rewards, mdp, value_max)
+
+  def results(data):
+    """The policies of each beta, `[betas, K, S, A]`."""
+    play = lambda beta: game.play(data, oracle, beta, iterations).policy
+    return jax.vmap(play)(betas)
+
+  def evaluate(mdp, policies):
+    """J of the mixtures, `[betas]`."""
+    returns = jax.vmap(bellman.expected_return, (None, 0))
+    return jnp.mean(jax.vmap(returns, (None, 0))(mdp, policies), axis=-1)
+
+  def one(mdp, mu, key, size):
+    keys = jax.random.split(key, 1 + _RESAMPLES)
+    weight = game.population(mdp, mu, value_max).weight
+    rewards = jnp.stack([1 - mdp.reward, mdp.reward], axis=-1)
+    probability = weight[..., None, None] * mdp.transition[..., None]
+    cells = draw(keys[0], probability * rewards[:, :, None])
+    position = jnp.arange(most)
+    used, is_first = position < size, position % 2 == 0
+    counts = count(cells, used)
+    halves = count(cells, used & is_first), count(cells, used & ~is_first)
+    data, half, other = (data_of(x, mdp) for x in (counts, *halves))
+    stack = lambda *x: jnp.stack(x)
+    policies, by_half = jax.vmap(results)(jax.tree.map(stack, data, half))
+    cloned = game.behaviour(data)
+
+    def resample(key):
+      again = count(draw(key, counts / size), used)
+      again = data_of(again, mdp).mdp
+      return evaluate(again, policies), bellman.expected_return(again, cloned)
+
+    resampled, resampled_behaviour = jax.vmap(resample)(keys[1:])
+    return Evidence(
+      truth=evaluate(mdp, policies),
+      behaviour=bellman.expected_return(mdp, mu),
+      optimum=bellman.optimal(mdp)[1] @ mdp.initial,
+      fqe=evaluate(data.mdp, policies),
+      resampled=resampled,
+      fqe_behaviour=bellman.expected_return(data.mdp, cloned),
+      resampled_behaviour=resampled_behaviour,
+      held_out=evaluate(other.mdp, by_half),
+    )
+
+  @jax.jit
+  def everything(key, size):
+    keys = jax.random.split(key, (mdps, 2))
+    draw_one = lambda key: draw_mdp(key, states, actions, value_max)
+    drawn, behaviours = jax.vmap(draw_one)(keys[:, 0])
+    both = jax.vmap(one, (None, 0, None, None))
+    many = jax.vmap(both, (0, 0, 0, None))
+    return many(drawn, behaviours, keys[:, 1], size)
+
+  for size in sizes:
+    yield jax.tree.map(np.asarray, everything(key, size))
+
+
+def choose(evidence: Evidence) -> dict[str, np.ndarray]:
+  """The index of the beta that each rule takes, int `[M, F]`.
+
+  - `best`: the truth; no rule can be better.
+  - `beta=...`: always the same.
+  - `fqe`: the largest FQE on the data trained on.
+  - `fqe - sd`: less its standard deviation over the bootstrap.
+  - `gain - sd`: FQE less mu's, less the deviation of this difference.
+  - `held-out`: training on one half and FQE on the other; the beta that it
+    takes is then used with all data.
+  """
+  spread = lambda x: np.std(x, axis=2, ddof=1)
+  difference = evidence.resampled - evidence.resampled_behaviour[..., None]
+  gain = evidence.fqe - evidence.fqe_behaviour[..., None]
+  scores = {
+    'best': evidence.truth,
+    'fqe': evidence.fqe,
+    'fqe - sd': evidence.fqe - spread(evidence.resampled),
+    'gain - sd': gain - spread(difference),
+    'held-out': evidence.held_out,
+  }
+  chosen = {rule: np.argmax(score, -1) for rule, score in scores.items()}
+  shape = evidence.behaviour.shape
+  fixed = {f'beta={b:.3g}': np.full(shape, i) for i, b in enumerate(BETAS)}
+  return chosen | fixed
+
+
+def table(evidence: Evidence, transitions: int) -> list[Row]:
+  """What each rule's choices are worth.
+
+  Args:
+    evidence: of at least one MDP.
+    transitions: in each data set.
+  """
+  unit = evidence.optimum - evidence.behaviour
+  gains = (evidence.truth - evidence.behaviour[..., None]) / unit[..., None]
+  rows = []
+  for rule, index in choose(evidence).items():
+    chosen = np.take_along_axis(gains, index[..., None], -1)[..., 0]
+    for column, coverage in enumerate(COVERAGE):
+      gain = chosen[:, column]
+      regret = np.max(gains[:, column], axis=-1) - gain
+      low, high = mean_interval(regret)
+      worst = np.sort(gain)[: max(1, len(gain) // 10)]
+      rows.append(
+        Row(
+          coverage=coverage,
+          transitions=transitions,
+          rule=rule,
+          mdps=len(gain),
+          regret=float(np.mean(regret)),
+          regret_low=low,
+          regret_high=high,
+          gain=float(np.mean(gain)),
+          gain_worst_tenth=float(np.mean(worst)),
+          below_behaviour=float(np.mean(gain < 0)),
+          beta_median=float(np.median(np.asarray(BETAS)[index[:, column]])),
+        )
+      )
+  return rows
+
+
+def study(seed: int, sizes: Sequence[int], **settings: Any) -> list[Row]:
+  """The table of all sizes of data sets; see `collect` for the settings."""
+  import jax
+
+  rows = []
+  with jax.enable_x64(True):
+    evidence = collect(jax.random.key(seed), sizes, **settings)
+    for size, found in zip(sizes, evidence):
+      rows += table(found, size)
+      print(f'data sets of {size} transitions, up to {sizes[-1]}', flush=True)
+  return rows

@@ -1,0 +1,219 @@
+"""From a data set to a run: its environment, its rows, its score."""
+
+import functools
+from typing import Any
+
+from experiments.runtime.config import UserError
+
+
+@functools.lru_cache(maxsize=2)
+def opened(name: str):
+  """The data set of a name, read and checked once.
+
+  Raises:
+    ValueError: one line that names file, key and row.
+  """
+  from experiments.data import open as data
+
+  return data.open_dataset(name)
+
+
+def complete(experiment: Any, env: str | None):
+  """An experiment on a data set, with the environment that it was made in.
+
+  Args:
+    experiment: from `build.describe`, with or without a data set.
+    env: what the user wants to evaluate in; None for the data set's own.
+
+  Raises:
+    ValueError: there is no data set, or the agent cannot learn from one.
+  """
+  if not experiment.dataset:
+    raise UserError(
+      f'dataset: preset {experiment.name} learns from a data set: '
+      '--dataset=PATH (python -m experiments.collect makes one)'
+    )
+  if hasattr(experiment.config, 'window'):
+    raise UserError(
+      f'dataset={experiment.dataset}: {experiment.agent_name} learns from '
+      'windows of its own play, not from a data set'
+    )
+  if experiment.run.hold_out or experiment.run.early_update:
+    field = 'hold_out' if experiment.run.hold_out else 'early_update'
+    raise UserError(f'{field}: needs a run that acts; set it to 0')
+  if not env:
+    env = opened(experiment.dataset).about.env
+  return experiment._replace(env_name=env)
+
+
+@functools.lru_cache(maxsize=2)
+def checksum(name: str) -> str:
+  """Of all rows of a data set: a run goes on with the rows that it began with.
+
+  Args:
+    name: see `opened`.
+  """
+  from experiments.runtime import offline as runtime
+
+  return runtime.fingerprint(rows_of(opened(name)))
+
+
+def told(dataset: Any) -> str:
+  """One line about a data set: its size and how well it plays."""
+  from experiments.data import layout
+
+  about, returns = dataset.about, layout.returns(dataset)
+  text = f'data set {about.name}: {len(dataset.reward):,} transitions'
+  if not len(returns):
+    return f'{text}, no whole episode'
+  text += f', {len(returns):,} whole episodes, mean return {returns.mean():.1f}'
+  found = score(about, float(returns.mean()))
+  return text if found is None else f'{text} (score {found:.1f})'
+
+
+def scored(name: str, mean_return: float) -> str:
+  """One line that sets a return beside the data's own.
+
+  Args:
+    name: see `opened`.
+    mean_return: of what was learned.
+  """
+  from experiments.data import layout
+
+  dataset = opened(name)
+  returns = layout.returns(dataset)
+  found = score(dataset.about, mean_return)
+  text = (
+    'no reference returns: no score'
+    if found is None
+    else (f'normalised score {found:.1f}')
+  )
+  own = f'; the data plays {returns.mean():.1f}' if len(returns) else ''
+  return f'{text}{own}'
+
+
+def score(about: Any, returns: Any) -> Any:
+  """The normalised score of returns; None without a reference pair."""
+  from experiments.data import layout
+
+  if about.ref_min is None or about.ref_max is None:
+    return None
+  return layout.normalised_score(about, returns)
+
+
+def spec_of(dataset: Any, env_spec: Any | None):
+  """What the agent is told: the simulator's spec, the data's statistics.
+
+  Args:
+    dataset: from `opened`.
+    env_spec: of the environment to evaluate in; None without one.
+
+  Raises:
+    ValueError: they do not fit together.
+  """
+  import numpy as np
+
+  from experiments.data import layout
+
+  own = layout.spec(dataset)
+  if env_spec is not None:
+    for what, ours, theirs in (
+      ('observation', _shapes(own), _shapes(env_spec)),
+      (
+        'action',
+        getattr(own.action, 'shape', None),
+        getattr(env_spec.action, 'shape', None),
+      ),
+    ):
+      if ours != theirs:
+        raise UserError(
+          f'env={env_spec.name}: its {what} has shape {theirs}, but '
+          f'{dataset.about.name} has {ours}'
+        )
+    for bound in ('low', 'high'):
+      ours, theirs = getattr(own.action, bound), getattr(env_spec.action, bound)
+      if not np.allclose(ours, theirs):
+        raise UserError(
+          f'env={env_spec.name}: action bound {bound}={theirs}, but '
+          f'{dataset.about.name} has {ours}'
+        )
+  statistics = own.statistics
+  if statistics is not None:
+    # What never changes must not be divided by nothing (TD3+BC does so, too).
+    statistics = (statistics[0], statistics[1] + np.float32(1e-3))
+  return (env_spec or own)._replace(statistics=statistics)
+
+
+def _shapes(spec):
+  import jax
+
+  leaves = jax.tree.leaves(spec.observation, is_leaf=_is_spec)
+  return tuple(tuple(leaf.shape) for leaf in leaves)
+
+
+def _is_spec(x):
+  return hasattr(x, 'dtype') and hasattr(x, 'shape')
+
+
+def rows_of(dataset: Any):
+  """`runtime.offline.Rows` of a data set."""
+  import numpy as np
+
+  from agents.core.types import Transition
+  from experiments.data import layout
+  from experiments.runtime.offline import Rows
+
+  transitions = Transition(
+    o_tm1=dataset.observation,
+    a_tm1=dataset.action,
+    r_t=np.asarray(dataset.reward, np.float32),
+    # Bootstrapped where time was up.
+    discount_t=1.0 - np.asarray(dataset.terminated, np.float32),
+    o_t=dataset.next_observation,
+  )
+  return Rows(transitions, layout.initial_observations(dataset))
+
+
+def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
+  """The source of a phase of an experiment on a data set.
+
+  Args:
+    experiment: from `build.describe`.
+    dataset: from `opened`.
+    phase: from `build.make_phases`.
+    mesh: devices that a batch is divided over; None for one.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+  from experiments.runtime import offline as runtime
+
+  run, config = experiment.run, experiment.config
+  place = lambda batch: batch
+  if mesh is not None and mesh.size > 1:
+    rows = meshes.split(mesh)
+    place = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
+  source = runtime.from_dataset(
+    rows_of(dataset),
+    run.batch_size,
+    reward_scale=run.reward_factor,
+    on_device=run.data_on == 'device',
+    place=place,
+  )
+  if phase.imagine is None:
+    return source
+  if run.data_on != 'device':
+    raise UserError(
+      f'data_on={run.data_on}: {experiment.agent_name} imagines in the program '
+      'that learns; take device'
+    )
+  real = max(round(config.real_fraction * run.batch_size), 1)
+  return runtime.mixed(
+    source,
+    phase.imagine,
+    phase.agent,
+    starts=config.rollout_batch,
+    capacity=config.model_capacity,
+    real=real,
+    model=max(run.batch_size - real, 1),
+  )

@@ -1,0 +1,104 @@
+"""Presets of actors and critics: on data sets, and SAC, which makes them.
+
+The plain names have their papers' numbers; those that end in `_small` are for
+a few real numbers of observation and two CPU cores.
+"""
+
+from experiments.settings import Preset
+
+_RUN = (
+  'batch_size=256',
+  'log_every=1000',
+  'checkpoint_every=25000',
+  'evaluate_every=5000',
+  'evaluate_episodes=10',
+  'final_episodes=100',
+)
+_SMALL = (
+  *_RUN,
+  'hidden_sizes=64,64',
+  'batch_size=128',
+  'log_every=500',
+  'checkpoint_every=5000',
+  'evaluate_every=2000',
+)
+_OURS = 'ours, chosen on two CPU cores'
+
+
+def _pair(agent, summary, source, small=(), steps=1_000_000, few=20_000):
+  """The paper's numbers, and few of everything."""
+  return {
+    agent: Preset(summary, agent, '', steps, _RUN, source),
+    f'{agent}_small': Preset(
+      f'{summary}, small networks', agent, '', few, (*_SMALL, *small), _OURS
+    ),
+  }
+
+
+PRESETS = {
+  **_pair(
+    'atac',
+    'ATAC: actor and critic play a Stackelberg game on a data set',
+    'Cheng 2022, official code',
+    (
+      'warm_start_updates=10000',
+      # A thousand times fewer updates than the paper has.
+      'slow_rate=5e-5',
+      'beta=4',
+      'reward_factor=0.1',
+    ),
+    steps=1_100_000,
+    few=30_000,
+  ),
+  **_pair('bc', 'behaviour cloning on a data set', 'Cheng 2022, warm start'),
+  **_pair(
+    'td3_bc',
+    'TD3+BC on a data set',
+    'Fujimoto and Gu 2021, Table 3',
+    ('reward_factor=0.1',),
+  ),
+  **_pair(
+    'cql',
+    'CQL on a data set',
+    'Kumar 2020, Appendix F',
+    ('reward_factor=0.1', 'policy_rate=3e-4', 'temperature_rate=3e-4'),
+  ),
+  **_pair(
+    'iql',
+    'IQL on a data set',
+    'Kostrikov 2021, Appendix B',
+    ('reward_factor=0.1',),
+  ),
+  **_pair(
+    'combo',
+    'COMBO on a data set: a learned model imagines more of it',
+    'Yu 2021, Appendix B',
+    (
+      'reward_factor=0.1',
+      'policy_rate=3e-4',
+      'temperature_rate=3e-4',
+      'model.widths=64,64',
+      'model_updates=5000',
+      'rollout_batch=20',
+      'model_capacity=50000',
+    ),
+    steps=1_100_000,
+    few=25_000,
+  ),
+  'sac_pendulum': Preset(
+    summary='SAC swings up the pendulum of Gymnasium',
+    agent='sac',
+    env='Pendulum-v1',
+    steps=12_000,
+    settings=(
+      *_SMALL,
+      'env.num_envs=4',
+      'replay_alpha=0',
+      'replay_beta=0',
+      'replay_capacity=12000',
+      'warmup_decisions=500',
+      'decisions_per_update=1',
+    ),
+    source=_OURS,
+  ),
+}

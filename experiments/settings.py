@@ -1,0 +1,167 @@
+"""What a run is told besides its agent's own settings.
+
+Nothing heavy is imported here: `--help` reads it.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+  """How the environment is made.
+
+  Attributes:
+    num_envs: copies stepped together.
+    num_threads: of envpool; 0 for as many as help.
+    frame_stack: frames in an observation; none for the environment's usual.
+    options: the environment's own, `name=value` each, with commas between.
+    action_bins: bins a dimension that continuous actions are divided into; 0
+      leaves them.
+  """
+
+  num_envs: int = 16
+  num_threads: int = 0
+  frame_stack: int | None = None
+  options: tuple[str, ...] = ()
+  action_bins: int = 0
+
+  def __post_init__(self):
+    _at_least(self, 1, 'num_envs')
+    if self.action_bins < 0 or self.action_bins == 1:
+      raise ValueError(f'action_bins={self.action_bins}: must be 0 or >= 2')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How an agent is run: pace, memory, intervals. Intervals are in updates.
+
+  Attributes:
+    batch_size: windows (or transitions) an update.
+    reward_factor: rewards of a data set are multiplied by it.
+    data_on: where a data set lies, on the `device` or on the `host`; files may
+      be larger than memory on the host.
+    replay_capacity: decisions kept.
+    replay_alpha: exponent of the priorities; 0 samples uniformly.
+    replay_beta: exponent of the importance weights at first; it rises to 1.
+    compress_replay: keep frames compressed (lossless) in host memory.
+    warmup_decisions: decisions before the first update.
+    decisions_per_update: decisions taken for each update.
+    extra_updates: updates after the last decision.
+    acting: `asynchronous` acts beside learning, `synchronous` in step with it
+      and is bitwise reproducible; environments in JAX are always so.
+    queue_size: rows that an asynchronous actor may be ahead.
+    publish_every: updates between copies of the parameters for the actor.
+    devices: that an update is split over, of each process; 0 for all but the
+      acting ones.
+    acting_devices: of each process that act only, apart from those that learn
+      (asynchronous acting); 0 acts on the learning ones.
+    parts: shares of environments and replay that devices and processes hold,
+      fixed when a run begins; 0 for as many as devices where that divides
+      num_envs, batch_size and replay_capacity.
+    parallel: how an update is split over devices, `jit` or `pmap`.
+    log_every: between rows of metrics.csv; a row is also written wherever the
+      run halts to save or to evaluate.
+    checkpoint_every: between checkpoints.
+    keep_checkpoints: how many stay.
+    evaluate_every: between evaluations while training, with search
+      (`eval_return`) and without (`network_return`); 0 for none.
+    evaluate_episodes: episodes of each.
+    hold_out: windows that are never trained on, from other simulators and the
+      untrained network; 0 for none.
+    hold_out_every: between evaluations of the losses on them.
+    early_update: where a copy is kept to compare with at the end; 0 for none.
+    final_episodes: episodes for each row of the table at the end; 0 for none.
+    final_simulations: simulations a decision of those rows.
+  """
+
+  batch_size: int = 64
+  reward_factor: float = 1.0
+  data_on: Literal['device', 'host'] = 'device'
+  replay_capacity: int = 100_000
+  replay_alpha: float = 0.6
+  replay_beta: float = 0.4
+  compress_replay: bool = False
+  warmup_decisions: int = 2000
+  decisions_per_update: float = 1.0
+  extra_updates: int = 0
+  acting: Literal['asynchronous', 'synchronous'] = 'asynchronous'
+  queue_size: int = 4
+  publish_every: int = 1
+  devices: int = 0
+  acting_devices: int = 0
+  parts: int = 0
+  parallel: Literal['jit', 'pmap'] = 'jit'
+  log_every: int = 50
+  checkpoint_every: int = 1000
+  keep_checkpoints: int = 2
+  evaluate_every: int = 0
+  evaluate_episodes: int = 32
+  hold_out: int = 0
+  hold_out_every: int = 50
+  early_update: int = 0
+  final_episodes: int = 200
+  final_simulations: tuple[int, ...] = (4, 16, 64)
+
+  def __post_init__(self):
+    _at_least(
+      self,
+      1,
+      'batch_size',
+      'warmup_decisions',
+      'queue_size',
+      'publish_every',
+      'log_every',
+      'checkpoint_every',
+      'keep_checkpoints',
+      'hold_out_every',
+      'evaluate_episodes',
+    )
+    _at_least(
+      self,
+      0,
+      'replay_alpha',
+      'replay_beta',
+      'extra_updates',
+      'devices',
+      'acting_devices',
+      'parts',
+      'evaluate_every',
+      'hold_out',
+      'early_update',
+      'final_episodes',
+    )
+    if self.decisions_per_update < 1e-3:
+      raise ValueError(
+        f'decisions_per_update={self.decisions_per_update}: must be >= 0.001'
+      )
+    if any(n < 0 for n in self.final_simulations):
+      raise ValueError(
+        f'final_simulations={self.final_simulations}: must be 0 or more each'
+      )
+
+
+def _at_least(config, least, *names):
+  for name in names:
+    if getattr(config, name) < least:
+      raise ValueError(f'{name}={getattr(config, name)}: must be >= {least}')
+
+
+class Preset(NamedTuple):
+  """One row.
+
+  Attributes:
+    summary: what it is, for `--help`.
+    agent: a module of `agents/`.
+    env: a name for `experiments.envs.make`; '' where it is the data set's.
+    steps: decisions; updates on a data set.
+    settings: `field=value`, in the words of `--set`.
+    source: where the numbers come from.
+  """
+
+  summary: str
+  agent: str
+  env: str
+  steps: int
+  settings: tuple[str, ...]
+  source: str

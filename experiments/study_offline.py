@@ -1,0 +1,306 @@
+"""Runs a table of sweeps on data sets, and keeps the figures.
+
+  python -m experiments.study_offline --study=agents --data=data
+
+`DATA/ENV/QUALITY` are folders of `experiments.collect`. Every cell, one agent
+on one data set with all seeds in one program, is `python -m experiments.sweep`
+in a folder of its own: finished ones are not run again, one that was cut goes
+on. After each cell the study's CSV and figure are written anew under
+experiments/results/.
+
+  agents    all agents on all qualities
+  betas     ATAC from beta 0 to 64
+  residual  TD3+BC with and without the DQRA loss
+"""
+
+import concurrent.futures
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from experiments.runtime import config as configs
+from experiments.sweep_results import write_csv
+
+QUALITIES = ('random', 'medium', 'medium-replay', 'medium-expert', 'expert')
+
+
+class Cell(NamedTuple):
+  """One sweep of a study.
+
+  Attributes:
+    agent: its label.
+    quality: of the data set.
+    arguments: of `experiments.sweep`, but for data set, seeds and folder.
+  """
+
+  agent: str
+  quality: str
+  arguments: tuple[str, ...]
+
+
+_EVALUATION = (
+  '--set=evaluate_every=5000',
+  '--set=evaluate_episodes=20',
+  '--set=log_every=5000',
+)
+
+
+def _agents() -> list[Cell]:
+  # The cheap ones first.
+  names = ('bc', 'td3_bc', 'iql', 'atac', 'cql', 'combo')
+  return [
+    Cell(name, quality, (f'--preset={name}_small', *_EVALUATION))
+    for name in names
+    for quality in QUALITIES
+  ]
+
+
+_BETAS = ('0', '0.00390625', '0.0625', '1', '4', '16', '64')
+
+
+def _betas() -> list[Cell]:
+  arguments = ('--preset=atac_small', f'--grid=beta={",".join(_BETAS)}')
+  order = ('medium', 'random', 'expert', 'medium-replay', 'medium-expert')
+  return [Cell('atac', q, (*arguments, *_EVALUATION)) for q in order]
+
+
+def _residual() -> list[Cell]:
+  arguments = ('--preset=td3_bc_small', '--grid=residual_weight=1,0.5')
+  return [Cell('td3_bc', q, (*arguments, *_EVALUATION)) for q in QUALITIES]
+
+
+STUDIES = {'agents': _agents, 'betas': _betas, 'residual': _residual}
+
+
+def run_one(
+  cell: Cell, data: pathlib.Path, folder: pathlib.Path, seeds: int
+) -> bool:
+  """Runs or resumes one cell; whether it finished."""
+  workdir = folder / f'{cell.agent}_{cell.quality}'
+  if (workdir / 'timing.csv').exists():
+    return True
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  command = [
+    *(sys.executable, '-m', 'experiments.sweep', *cell.arguments),
+    f'--dataset={data / cell.quality}',
+    f'--seeds={seeds}',
+    '--max_rows=128',
+    f'--workdir={workdir}',
+  ]
+  log = workdir.parent / f'{workdir.name}.log'
+  start = time.perf_counter()
+  with log.open('a') as output:
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+  if process.returncode or not (workdir / 'sweep.csv').exists():
+    print(f'{workdir} failed, see {log}', file=sys.stderr)
+    return False
+  seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+  timing = f'wall_seconds,cpu_seconds\n{seconds:.1f},{cpu:.1f}\n'
+  configs.write_text(workdir / 'timing.csv', timing)
+  return True
+
+
+def collected(
+  cells: Sequence[Cell], data: pathlib.Path, folder: pathlib.Path
+) -> list[dict[str, Any]]:
+  """A row a seed of every finished cell, and of the behaviour itself."""
+  from experiments import offline
+  from experiments.data import layout
+
+  rows, seen = [], {}
+  for cell in cells:
+    path = folder / f'{cell.agent}_{cell.quality}' / 'sweep.csv'
+    timing = path.with_name('timing.csv')
+    if not timing.exists():
+      continue
+    if cell.quality not in seen:
+      dataset = offline.opened(str(data / cell.quality))
+      returns = layout.returns(dataset)
+      seen[cell.quality] = dataset.about
+      mean = float(returns.mean()) if len(returns) else None
+      tag = {'env': data.name, 'quality': cell.quality, 'agent': 'behaviour'}
+      rows.append(tag | _scored(dataset.about, mean))
+    cost = next(csv.DictReader(timing.read_text().splitlines()))
+    with path.open(newline='') as file:
+      for row in csv.DictReader(file):
+        swept = {n: x for n, x in row.items() if n not in _RESULTS}
+        tag = {'env': data.name, 'quality': cell.quality, 'agent': cell.agent}
+        result = float(row['eval_return']) if row['eval_return'] else None
+        rows.append(
+          tag
+          | swept
+          | _scored(seen[cell.quality], result)
+          | {'cell_cpu_seconds': cost['cpu_seconds']}
+        )
+  return rows
+
+
+_RESULTS = ('eval_return', 'network_return', 'eval_return_mean', 'status')
+
+
+def _scored(about, mean: float | None) -> dict[str, str]:
+  from experiments import offline
+
+  if mean is None:
+    return {'return': '', 'score': ''}
+  score = offline.score(about, mean)
+  return {
+    'return': f'{mean:.2f}',
+    'score': '' if score is None else f'{score:.2f}',
+  }
+
+
+def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """IQM and 95% interval of the score over seeds, a row a setting."""
+  import numpy as np
+
+  from experiments import statistics
+
+  groups: dict[tuple, list[float]] = {}
+  behaviour = {}
+  skipped = {'seed', 'return', 'score', 'cell_cpu_seconds'}
+  for row in rows:
+    where = row['env'], row['quality']
+    if row['agent'] == 'behaviour':
+      behaviour[where] = row['score']
+    elif row['score']:
+      key = tuple((n, x) for n, x in row.items() if n not in skipped)
+      groups.setdefault(key, []).append(float(row['score']))
+  found = []
+  for key, scores in groups.items():
+    own = dict(key)
+    low, high = statistics.mean_interval(scores)
+    found.append(
+      own
+      | {
+        'seeds': len(scores),
+        'iqm': f'{statistics.iqm(np.asarray(scores)):.2f}',
+        'mean': f'{np.mean(scores):.2f}',
+        'low': f'{low:.2f}',
+        'high': f'{high:.2f}',
+        'worst': f'{min(scores):.2f}',
+        'behaviour': behaviour[own['env'], own['quality']],
+      }
+    )
+  return found
+
+
+def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """A panel an environment: mean scores and intervals beside behaviour's."""
+  import numpy as np
+
+  from experiments import plots
+
+  envs = list(dict.fromkeys(row['env'] for row in summary))
+  swept = [
+    n for n in ('beta', 'residual_weight') if any(n in row for row in summary)
+  ]
+  figure = plots._figure(5.6 * len(envs), 3.6)
+  for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
+    rows = [row for row in summary if row['env'] == env]
+    label = (
+      (lambda row: f'{swept[0]} {float(row[swept[0]]):.3g}')
+      if swept
+      else (lambda row: row['agent'])
+    )
+    lines = list(dict.fromkeys(map(label, rows)))
+    kinds = [q for q in QUALITIES if any(r['quality'] == q for r in rows)]
+    for i, line in enumerate(lines):
+      own = {r['quality']: r for r in rows if label(r) == line}
+      at = [kinds.index(q) for q in own]
+      x = np.array(at) + 0.8 * ((i + 0.5) / len(lines) - 0.5)
+      mean, low, high = (
+        np.array([float(r[n]) for r in own.values()])
+        for n in ('mean', 'low', 'high')
+      )
+      axes.errorbar(
+        x, mean, [mean - low, high - mean], fmt='o', ms=3, lw=1, label=line
+      )
+    for k, kind in enumerate(kinds):
+      own = next(float(r['behaviour']) for r in rows if r['quality'] == kind)
+      axes.plot([k - 0.45, k + 0.45], [own, own], color='black', lw=1)
+    axes.set_xticks(range(len(kinds)), kinds, rotation=15)
+    axes.set(title=env, ylabel='normalised score; line: the data itself')
+    axes.legend(fontsize='x-small', frameon=False, ncols=2)
+  plots._save(figure, path)
+
+
+def main() -> None:
+  """Runs the study that the flags name."""
+  from absl import flags
+
+  values = flags.FLAGS
+  cells = [
+    cell
+    for cell in STUDIES[values.study]()
+    if not values.only or cell.agent in values.only
+  ]
+  results = pathlib.Path(values.results)
+  places = [pathlib.Path(values.data) / env for env in values.envs]
+  for place in places:
+    if not place.is_dir():
+      raise configs.UserError(
+        f'data={values.data}: has no {place.name}; make it with python -m '
+        f'experiments.collect --out={place}'
+      )
+  work = [(cell, place) for cell in cells for place in places]
+  everything = STUDIES[values.study]()
+
+  def folder(place):
+    return pathlib.Path(values.folder) / values.study / place.name
+
+  def write():
+    rows = [
+      row
+      for place in places
+      for row in collected(everything, place, folder(place))
+    ]
+    if not rows:
+      return
+    name = f'offline_{values.study}'
+    write_csv(results / f'{name}.csv', rows)
+    summary = summarised(rows)
+    write_csv(results / f'{name}_summary.csv', summary)
+    draw(summary, results / f'{name}.png')
+
+  results.mkdir(parents=True, exist_ok=True)
+  with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
+    futures = [
+      pool.submit(run_one, cell, place, folder(place), values.seeds)
+      for cell, place in work
+    ]
+    for done, future in enumerate(
+      concurrent.futures.as_completed(futures), start=1
+    ):
+      future.result()
+      write()
+      print(f'{done} of {len(work)} cells', flush=True)
+  print(f'results: {results}/offline_{values.study}.csv and .png')
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.study_offline`."""
+  from absl import flags
+
+  flags.DEFINE_enum('study', None, list(STUDIES), 'which', required=True)
+  flags.DEFINE_string('data', 'data', 'folder of the collected data sets')
+  flags.DEFINE_list(
+    'envs', ['pendulum', 'double_pendulum'], 'folders in it, one a task'
+  )
+  flags.DEFINE_list('only', [], 'agents; all if left out')
+  flags.DEFINE_integer('seeds', 5, 'of each setting', 1)
+  flags.DEFINE_integer('at_once', 1, 'cells at the same time', 1)
+  flags.DEFINE_string('folder', 'runs/offline', 'where the sweeps are kept')
+  flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
+
+
+if __name__ == '__main__':
+  define_flags()
+  configs.run_main(main)

@@ -1,0 +1,203 @@
+"""Probabilistic ensembles of one-step dynamics.
+
+Each member predicts by how much an observation changes, the reward, and
+whether the episode ends: a normal for each number with its own standard
+deviation (what cannot be known), and a logit. Where members differ is what
+could be known and is not.
+
+The network sees and predicts observations scaled by a data set's statistics,
+where there are any; what goes in and comes out is in raw units.
+
+Axes: `B` batch, `D` components of an action, `F` numbers in an observation,
+`E` members.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from networks import mlp
+from networks._numerics import hash_bits, mix
+from networks.actor_critic import flatten, squash
+
+# Where the learned bounds of the logarithm of the variance start (PETS).
+_MAX_LOG_VARIANCE, _MIN_LOG_VARIANCE = 0.5, -10.0
+ACTIVATIONS = {'silu': jax.nn.silu, 'relu': jax.nn.relu}
+
+
+class Prediction(NamedTuple):
+  """What each member says, in raw units.
+
+  Attributes:
+    mean: float32 `[E, B, F + 1]`, the change of the observation, its leaves
+      laid end to end, then the reward.
+    log_std: float32 `[E, B, F + 1]`.
+    logit: float32 `[E, B]`, of termination.
+  """
+
+  mean: jax.Array
+  log_std: jax.Array
+  logit: jax.Array
+
+
+class Ensemble(NamedTuple):
+  """An ensemble as pure functions.
+
+  Attributes:
+    init: `(key) -> params`, every leaf with a leading `E`. Not trained are
+      `statistics`.
+    apply: `(params, observation, action [B, D]) -> Prediction`. Any number of
+      members: those of `params`.
+    bounds: `(params) -> float32 [E]`, how far apart the bounds of the
+      logarithm of the variance are, the sum over components; a loss keeps it
+      small.
+  """
+
+  init: Callable[[jax.Array], Any]
+  apply: Callable[..., Prediction]
+  bounds: Callable[[Any], jax.Array]
+
+
+def make(
+  observation_size: int,
+  low: np.ndarray,
+  high: np.ndarray,
+  hidden_sizes: Sequence[int],
+  *,
+  members: int = 7,
+  activation: str = 'silu',
+  statistics: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Ensemble:
+  """An ensemble of `members` perceptrons with bounds of their own.
+
+  `log var = softly within [min, max]`, both learned, one for each component.
+
+  Args:
+    observation_size: `F`.
+    low: `[D]`, bounds of the actions, which enter scaled to the unit box.
+    high: `[D]`.
+    hidden_sizes: widths of the layers.
+    members: `E`.
+    activation: `'silu'` or `'relu'`.
+    statistics: mean and standard deviation of observations, `[F]` each, to
+      scale by; None for 0 and 1.
+
+  Raises:
+    ValueError: an unknown activation, no members, or statistics of another
+      size.
+
+  Source: Lakshminarayanan et al. (2017); PETS (Chua et al. 2018), Appendix A.1
+  (the bounds).
+  """
+  if activation not in ACTIVATIONS:
+    raise ValueError(
+      f'activation={activation!r}: must be one of {", ".join(ACTIVATIONS)}'
+    )
+  if members < 1:
+    raise ValueError(f'members={members}: must be 1 or more')
+  size, outputs = observation_size, observation_size + 1
+  body = mlp.make(
+    size + int(np.size(low)),
+    hidden_sizes,
+    2 * outputs + 1,
+    activation=ACTIVATIONS[activation],
+  )
+  box = squash(low, high)
+  mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
+  if statistics is not None:
+    mean, std = (np.asarray(x, np.float32).reshape(-1) for x in statistics)
+  if mean.size != size or std.size != size:
+    raise ValueError(
+      f'statistics: {mean.size} means and {std.size} deviations, must be '
+      f'{size} each'
+    )
+
+  def init_one(key):
+    return {
+      'statistics': {'mean': jnp.asarray(mean), 'std': jnp.asarray(std)},
+      'max_log_variance': jnp.full((outputs,), _MAX_LOG_VARIANCE),
+      'min_log_variance': jnp.full((outputs,), _MIN_LOG_VARIANCE),
+      'layers': body.init(key),
+    }
+
+  def init(key):
+    return jax.vmap(init_one)(jax.random.split(key, members))
+
+  def apply(params, observation, action):
+    flat, unit = flatten(observation), box.to_unit(action)
+
+    def one(params):
+      align = lambda x: jnp.broadcast_to(x, (flat.shape[0], x.size))
+      mean, std = (
+        align(jax.lax.stop_gradient(params['statistics'][name]))
+        for name in ('mean', 'std')
+      )
+      x = jnp.concatenate([(flat - mean) / std, unit], -1)
+      out = body.apply(params['layers'], x)
+      low = align(params['min_log_variance'])
+      high = align(params['max_log_variance'])
+      raw = high - jax.nn.softplus(high - out[:, outputs:-1])
+      log_variance = low + jax.nn.softplus(raw - low)
+      scale = jnp.concatenate([std, jnp.ones_like(std[:, :1])], -1)
+      return Prediction(
+        out[:, :outputs] * scale,
+        0.5 * log_variance + jnp.log(scale),
+        out[:, -1],
+      )
+
+    number = jax.tree.leaves(params)[0].shape[0]
+    # Unrolled: products of matrices are faster on CPUs than batched ones.
+    each = [
+      one(jax.tree.map(lambda x, i=i: x[i], params)) for i in range(number)
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+  def bounds(params):
+    return jnp.sum(params['max_log_variance'] - params['min_log_variance'], -1)
+
+  return Ensemble(init, apply, bounds)
+
+
+def row_uniforms(rows: jax.Array, count: int) -> jax.Array:
+  """Numbers in `[0, 1)` that depend on what a row holds and on nothing else.
+
+  The same row gets the same ones whenever it comes and wherever it stands: a
+  split of a data set that nobody has to store.
+
+  Args:
+    rows: float32 `[B, F]`.
+    count: how many each row gets.
+
+  Returns:
+    float32 `[count, B]`.
+  """
+  bits = jax.lax.bitcast_convert_type(hash_bits(rows), jnp.uint32)
+  place = mix(jnp.arange(1, count + 1, dtype=jnp.uint32))
+  mixed = jax.vmap(lambda one: mix(bits ^ jnp.broadcast_to(one, bits.shape)))(
+    place
+  )
+  return (mixed >> 8).astype(jnp.float32) / 2**24
+
+
+def poisson(uniforms: jax.Array) -> jax.Array:
+  """Poisson(1) numbers, float32, where uniform ones fall in its distribution.
+
+  The weights of an online bootstrap (Oza and Russell 2001).
+  """
+  mass = [math.exp(-1) / math.factorial(k) for k in range(8)]
+  above = [uniforms >= total for total in np.cumsum(mass)]
+  return sum(x.astype(jnp.float32) for x in above)
+
+
+def unflatten(flat: jax.Array, observation: Any) -> Any:
+  """Rows float32 `[B, F]` as observations of the kind given, leaves float32."""
+  leaves, treedef = jax.tree.flatten(observation)
+  sizes = [math.prod(x.shape[1:]) for x in leaves]
+  parts = jnp.split(flat, np.cumsum(sizes)[:-1], -1)
+  return treedef.unflatten(
+    [x.reshape(x.shape[0], *leaf.shape[1:]) for x, leaf in zip(parts, leaves)]
+  )

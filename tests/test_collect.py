@@ -1,0 +1,395 @@
+"""Collecting: what is a transition, what is kept, what is not made again."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from agents import sac
+from agents.core.types import Transition
+from experiments import collect, collector
+from experiments.data import layout, minari_files, npz
+from experiments.envs import envpool
+from experiments.runtime.config import UserError
+
+STEPS = 5  # of an episode
+QUICK = collect.Collection(
+  num_envs=2,
+  warmup=20,
+  batch_size=4,
+  evaluate_every=20,
+  evaluate_episodes=2,
+  reference_episodes=2,
+)
+HAS_HDF5 = importlib.util.find_spec('h5py') is not None
+TINY = sac.Config(hidden_sizes=(4,))
+
+
+@pytest.fixture(scope='module')
+def env():
+  return envpool.make_envpool('Pendulum-v1', 3, max_episode_steps=STEPS)
+
+
+def history_of(env, calls, seed=0):
+  """What uniform actions make, and the time steps that were shown."""
+  simulator = env.start(seed)
+  explore = collector.uniform(env.spec, env.num_envs, seed)
+  shown = []
+
+  def choose(rows, timestep):
+    shown.append((rows, timestep))
+    return explore()
+
+  stream = collector.transitions(simulator, env.spec, choose)
+  history = list(itertools.islice(stream, calls))
+  simulator.close()
+  return history, shown
+
+
+def test_dummy_steps_are_no_transitions(env):
+  history, shown = history_of(env, 14)
+  # An episode has five decisions and a step that begins the next one.
+  valid = [rows.valid.tolist() for rows in history]
+  assert valid == [[(i + 1) % (STEPS + 1) != 0] * 3 for i in range(14)]
+  for i, rows in enumerate(history):
+    if rows.valid.all():
+      assert rows.truncated.tolist() == [i % (STEPS + 1) == STEPS - 1] * 3
+      assert not rows.terminated.any()
+      # Pendulum's reward, from what the row itself holds.
+      cosine, sine, speed = rows.observation.T
+      angle = np.arctan2(sine, cosine)
+      cost = angle**2 + 0.1 * speed**2 + 0.001 * rows.action[:, 0] ** 2
+      np.testing.assert_allclose(rows.reward, -cost, rtol=1e-4, atol=1e-5)
+  # The chooser sees the rows before, and the time step that it acts on.
+  assert shown[0][0] is None
+  for before, (rows, timestep) in zip(history, shown[1:]):
+    assert rows is before
+    np.testing.assert_array_equal(timestep.observation, before.next_observation)
+
+
+def test_actions_are_stored_within_their_bounds(env):
+  simulator = env.start(0)
+  beyond = np.nextafter(np.float32(2), np.float32(3))
+  choose = lambda rows, timestep: np.full((3, 1), beyond)
+  rows = next(collector.transitions(simulator, env.spec, choose))
+  simulator.close()
+  assert rows.action.dtype == np.float32
+  assert rows.action.tolist() == [[2.0]] * 3
+
+
+def test_the_memory_holds_valid_rows_in_order(env):
+  history, _ = history_of(env, 14)
+  # One simulator's step is left out here and there.
+  masks = np.random.default_rng(0).random((14, 3)) < 0.6
+  history = [h._replace(valid=h.valid & m) for h, m in zip(history, masks)]
+  history[3] = history[3]._replace(terminated=np.array([True, False, True]))
+  memory = collector.make_memory(env.spec, 60)
+  remember = jax.jit(collector.remember)
+  for rows in history:
+    memory = remember(memory, rows)
+  pick = lambda field: np.concatenate(
+    [getattr(rows, field)[rows.valid] for rows in history]
+  )
+  want = Transition(
+    pick('observation'),
+    pick('action'),
+    pick('reward'),
+    1.0 - pick('terminated'),
+    pick('next_observation'),
+  )
+  count = int(memory.count)
+  assert count == len(want.r_t) and 0 < want.discount_t.sum() < count
+  for got, column in zip(memory.rows[:5], want[:5]):
+    np.testing.assert_array_equal(got[:count], column)
+    assert not np.any(got[count:])
+
+
+def test_each_simulator_gives_whole_episodes_and_an_equal_share(env):
+  reported = []
+  explore = collector.uniform(env.spec, 3, 0)
+  history = collector.gather(
+    env, explore, num=20, seed=1, report=reported.append
+  )
+  # A share is 7, and episodes are of 5: two of each simulator.
+  assert sum(rows.valid.sum() for rows in history) == 30
+  about = layout.About('x', '', np.float32([-2]), np.float32([2]))
+  data = collector.by_episode(history, about)
+  layout.check(data, 'gathered')
+  assert np.bincount(data.episode).tolist() == [STEPS] * 6
+  assert layout.is_finished(data)
+  # The end is told once.
+  assert reported == sorted(reported)
+  assert [x for x in reported if x == 20] == [20]
+  # One simulator behind the other, each in its own order.
+  streams = [[r.reward[e] for r in history if r.valid[e]] for e in range(3)]
+  np.testing.assert_array_equal(data.reward, np.concatenate(streams))
+  chained = np.diff(data.episode) == 0
+  np.testing.assert_array_equal(
+    data.next_observation[:-1][chained], data.observation[1:][chained]
+  )
+  first = collector.first_rows(data, 12)
+  layout.check(first, 'first')
+  assert len(first.reward) == 12 and not layout.is_finished(first)
+  assert len(layout.returns(first)) == 2
+
+
+def test_open_episodes_are_cut(env):
+  history, _ = history_of(env, 3)
+  about = layout.About('x', '', np.float32([-2]), np.float32([2]))
+  data = collector.by_episode(history, about)
+  layout.check(data, 'cut')
+  assert data.truncated.tolist() == [False, False, True] * 2 + [False] * 3
+  assert len(layout.returns(data)) == 2
+
+
+def test_one_call_remembers_updates_and_acts(env):
+  agent = collector.make_agent(TINY, env.spec)
+  learn = collector.make_learn(agent, batch_size=4, updates=3)
+  state = jax.jit(agent.init)(jax.random.key(0))
+  before = jax.device_get(state)
+  memory = collector.make_memory(env.spec, 9)
+  history, shown = history_of(env, 2)
+  key = jax.random.key(1)
+  state, memory, action = learn(
+    state, memory, history[0], shown[1][1], key, np.int32(1)
+  )
+  assert int(memory.count) == 3
+  # Adam has counted three updates.
+  assert int(state.opt_state.critic[0].count) == 3
+  changed = jax.tree.map(
+    lambda a, b: bool(np.any(a != b)), before.params.policy, state.params.policy
+  )
+  assert any(jax.tree.leaves(changed))
+  assert action.shape == (3, 1) and np.all(np.abs(action) <= 2)
+  # The same key and step act alike, another step does not.
+  args = (jax.device_get(state), jax.device_get(memory), history[1])
+  runs = [
+    np.asarray(learn(*args, shown[1][1], key, np.int32(step))[2])
+    for step in (2, 2, 3)
+  ]
+  np.testing.assert_array_equal(runs[0], runs[1])
+  assert np.any(runs[0] != runs[2])
+
+
+def evaluations(*returns):
+  return [
+    collector.Evaluation(100 * i, value, None)
+    for i, value in enumerate(returns)
+  ]
+
+
+def test_medium_is_nearest_to_a_third_of_the_way():
+  found = evaluations(-100, 0, 80, 20, 100)
+  choose = lambda share: collect.choose_medium(found, -100, 200, share)
+  assert choose(1 / 3).decisions == 100
+  assert choose(0.45).decisions == 300
+  for few, low in (([], 0), (found, 200)):
+    with pytest.raises(ValueError, match='steps: too few for medium'):
+      collect.choose_medium(few, low, 200, 1 / 3)
+
+
+def test_no_two_purposes_share_a_seed():
+  seeds = {
+    collect.stream_seed(seed, what, number)
+    for seed in range(3)
+    for what in ('train', 'evaluate', 'reference', *collect.QUALITIES)
+    for number in range(4)
+  }
+  assert len(seeds) == 3 * 8 * 4
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'warmup': 0}, 'warmup=0: must be at least 1'),
+    ({'updates': 0.3}, 'updates=0.3: times num_envs=8'),
+    ({'updates': 0}, 'updates=0: times'),
+    ({'medium_share': 1.0}, 'medium_share=1.0: must be between'),
+  ],
+)
+def test_settings_out_of_range_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    collect.Collection(**fields)
+
+
+@pytest.fixture(scope='module')
+def referee():
+  """Returns in a certain order: -1000 at random, then -900, -800, ..."""
+  rising = itertools.count(-900, 100)
+  return lambda name, act, params, episodes, seed: (
+    -1000.0 if params is None else float(next(rising))
+  )
+
+
+def launch(out, **changes):
+  settings = {'steps': 100, 'transitions': 410, 'seed': 0, 'minari': False}
+  settings |= {'sac': TINY, 'collection': QUICK}
+  collect.run('Pendulum-v1', out, **{**settings, **changes})
+
+
+@pytest.fixture(scope='module')
+def collected(tmp_path_factory, referee):
+  out = tmp_path_factory.mktemp('collected') / 'pendulum'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(collect, '_play', referee)
+    launch(out, minari=HAS_HDF5)
+  return out
+
+
+def test_five_sets_with_references_are_kept(collected):
+  sets = {q: npz.load(collected / q) for q in collect.QUALITIES}
+  rows = {quality: len(data.reward) for quality, data in sets.items()}
+  facts = json.loads((collected / 'agent' / 'facts.json').read_text())
+  # Evaluations after 20, 40, ... 100 decisions: -900, ..., -500. The last is
+  # the best; a third of the way to -400 is -800.
+  assert facts == {
+    'ref_min': -1000,
+    'ref_max': -400,
+    'medium': {'decisions': 40, 'mean_return': -800},
+    'expert': {'decisions': 100, 'mean_return': -500},
+  }
+  assert rows == {
+    'random': 410,
+    'medium': 410,
+    'medium-replay': 40,
+    'expert': 410,
+    'medium-expert': 820,
+  }
+  for quality, data in sets.items():
+    about = data.about
+    assert about.name == f'Pendulum-v1-{quality}'
+    assert (about.env, about.ref_min, about.ref_max) == (
+      'Pendulum-v1',
+      -1000,
+      -400,
+    )
+    returns = layout.returns(data)
+    assert about.extra['behaviour']['episodes'] == len(returns)
+    np.testing.assert_allclose(
+      about.extra['behaviour']['return_mean'], returns.mean()
+    )
+  assert 'medium' in sets['medium-expert'].about.extra
+  np.testing.assert_array_equal(
+    sets['medium-expert'].reward,
+    np.concatenate([sets['medium'].reward, sets['expert'].reward]),
+  )
+  # The seam between the two is a cut.
+  assert sets['medium-expert'].truncated[409]
+  lines = (collected / 'agent' / 'evaluations.csv').read_text().splitlines()
+  assert lines[0] == 'decisions,mean_return' and len(lines) == 6
+
+
+def test_kept_parameters_act_as_the_data_says(collected):
+  """The medium policy's log-density of its own actions beats the expert's."""
+  env = envpool.make_envpool('Pendulum-v1', 1)
+  networks = sac.make_networks(TINY, env.spec)
+  agent = collector.make_agent(TINY, env.spec)
+  params = collect._load(collected / 'agent', agent).params
+  mean = {}
+  for data in ('medium', 'expert'):
+    rows = npz.load(collected / data)
+    for who in ('medium', 'expert'):
+      gaussian = networks.policy.apply(params[who].policy, rows.observation)
+      log_prob = networks.box.log_prob(gaussian, rows.action)
+      mean[data, who] = float(log_prob.mean())
+  assert mean['medium', 'medium'] > mean['medium', 'expert']
+  assert mean['expert', 'expert'] > mean['expert', 'medium']
+
+
+@pytest.mark.skipif(not HAS_HDF5, reason='needs h5py')
+def test_minari_folders_hold_the_same(collected):
+  for quality in collect.QUALITIES:
+    path = collected / 'minari' / 'outplay/Pendulum-v1' / f'{quality}-v0'
+    theirs, ours = minari_files.load(path), npz.load(collected / quality)
+    for key in layout.KEYS:
+      np.testing.assert_array_equal(getattr(theirs, key), getattr(ours, key))
+    assert theirs.about.extra == ours.about.extra
+
+
+def test_what_is_there_is_not_made_again(collected, monkeypatch, capsys):
+  made = {p: p.stat().st_mtime_ns for p in collected.rglob('*') if p.is_file()}
+  refuse = lambda *args, **kwargs: pytest.fail('collected again')
+  for name in ('train', 'gather'):
+    monkeypatch.setattr(collector, name, refuse)
+  launch(collected)
+  assert made == {
+    p: p.stat().st_mtime_ns for p in collected.rglob('*') if p.is_file()
+  }
+  out = capsys.readouterr().out
+  assert out.count('score') == 5
+  # What is lost is, from the parameters that were kept.
+  monkeypatch.undo()
+  expert = npz.load(collected / 'expert')
+  before = {key: np.array(getattr(expert, key)) for key in layout.KEYS}
+  for path in (collected / 'expert').iterdir():
+    path.unlink()
+  (collected / 'expert').rmdir()
+  monkeypatch.setattr(collector, 'train', refuse)
+  launch(collected)
+  expert = npz.load(collected / 'expert')
+  for key in layout.KEYS:
+    np.testing.assert_array_equal(getattr(expert, key), before[key])
+  with pytest.raises(UserError, match='steps'):
+    launch(collected, steps=200)
+
+
+def test_what_does_not_fit_is_refused_before_training(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match='steps=20: must be more than warmup=20'):
+    launch(tmp_path / 'a', steps=20)
+  with pytest.raises(ValueError, match='continuous'):
+    collect.run(
+      'CartPole-v1',
+      tmp_path / 'a',
+      steps=100,
+      transitions=10,
+      seed=0,
+      sac=TINY,
+      collection=QUICK,
+    )
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match='minari: needs h5py'):
+    launch(tmp_path / 'a', minari=True)
+  assert not (tmp_path / 'a').exists()
+
+
+def test_flags(tmp_path):
+  def command(*flags):
+    return subprocess.run(
+      [sys.executable, '-m', 'experiments.collect', *flags],
+      capture_output=True,
+      text=True,
+    )
+
+  done = command(
+    '--set=hidden=3', f'--out={tmp_path / "a"}', '--env=Pendulum-v1'
+  )
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: no field hidden: did you mean hidden_')
+  assert len(done.stderr.splitlines()) == 1
+  assert '--transitions' in command('--help').stdout
+
+
+@pytest.mark.slow
+def test_pendulum_is_learned_and_qualities_are_in_order(tmp_path):
+  steps, fields, collection = collect.TASKS['Pendulum-v1']
+  launch(
+    tmp_path / 'p',
+    steps=steps,
+    transitions=10_000,
+    sac=sac.Config(**fields),
+    collection=dataclasses.replace(collection, reference_episodes=50),
+  )
+  means = {
+    quality: npz.load(tmp_path / 'p' / quality).about.extra['behaviour']
+    for quality in collect.QUALITIES
+  }
+  means = {quality: facts['return_mean'] for quality, facts in means.items()}
+  assert means['random'] < -1000
+  assert -1000 < means['medium'] < -400
+  assert means['expert'] > -250
