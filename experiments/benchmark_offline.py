@@ -294,8 +294,8 @@ def _program(
   if seeds is not None:
     init, key = jax.vmap(init), jax.random.split(key, seeds)
     train = jax.vmap(train, (0, None, 0))
-  init = jax.jit(init)
   shapes = jax.eval_shape(init, key)
+  init = jax.jit(init).lower(key).compile()
   program = jax.jit(train, donate_argnums=0).lower(shapes, data, key).compile()
 
   def start(data):

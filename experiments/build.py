@@ -117,7 +117,8 @@ def describe(
     env=sections['env'],
     run=sections['run'],
   )
-  if dataset or not experiment.env_name:
+  # A preset without an environment is not for play, whatever env is given.
+  if dataset or not preset.env:
     experiment = offline.complete(experiment, env)
   else:
     _check(experiment)

@@ -207,6 +207,11 @@ def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
       f'data_on={run.data_on}: {experiment.agent_name} imagines in the program '
       'that learns; take device'
     )
+  if config.rollout_batch > run.batch_size:
+    raise UserError(
+      f'rollout_batch={config.rollout_batch}: must be at most batch_size='
+      f'{run.batch_size}'
+    )
   real = max(round(config.real_fraction * run.batch_size), 1)
   return runtime.mixed(
     source,

@@ -6,6 +6,8 @@ python -m experiments.play --workdir=runs/NAME --simulations=0,4,16,64
 import csv
 import dataclasses
 import io
+import json
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -215,6 +217,34 @@ def _assignments(config: Mapping[str, Any], prefix: str = ''):
       yield prefix + name, str(value)
 
 
+_STATISTICS = 'statistics.json'
+
+
+def save_spec(workdir: str | os.PathLike, spec: Any) -> None:
+  """Keeps what the environment does not tell: statistics of observations."""
+  if spec.statistics is not None:
+    named = zip(('mean', 'std'), (x.tolist() for x in spec.statistics))
+    path = pathlib.Path(workdir) / _STATISTICS
+    configs.write_text(path, json.dumps(dict(named)) + '\n')
+
+
+def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
+  """What a run's agent was told; its data set need not be there any more.
+
+  Args:
+    workdir: the run's folder.
+    env_spec: of the environment.
+  """
+  import numpy as np
+
+  path = pathlib.Path(workdir) / _STATISTICS
+  if not path.exists():
+    return env_spec
+  saved = json.loads(path.read_text(encoding='utf-8'))
+  found = tuple(np.asarray(saved[n], np.float32) for n in ('mean', 'std'))
+  return env_spec._replace(statistics=found)
+
+
 def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   """Parameters of a run's checkpoints, by `final`, `best`, `early`.
 
@@ -260,11 +290,16 @@ def main() -> None:
   values = flags.FLAGS
   with configs.user_errors():
     experiment = load_experiment(values.workdir)
+    if not experiment.env_name:
+      raise configs.UserError(
+        f'workdir={values.workdir}: its data set names no environment, and '
+        'none was given: there is nothing to play in'
+      )
     names = values.checkpoint or ['final']
     env = build.make_env(
       experiment, training=False, num_envs=values.num_envs or None
     )
-    agent = build.make_agent(experiment, env.spec)
+    agent = build.make_agent(experiment, load_spec(values.workdir, env.spec))
     usual = ['0'] if agent.exploit is not None else ['0', '16']
     budgets = [int(n) for n in values.simulations or usual]
     checkpoints = load_params(values.workdir, agent, names)

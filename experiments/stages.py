@@ -72,11 +72,6 @@ def make(
   agent = build.make_agent(experiment, env.spec)
   source = build.make_source(experiment, env, agent, layout, stopping)
   stage = Stage('train', agent, source, experiment.updates)
-  if source.is_pure and experiment.run.parallel == 'pmap':
-    raise ValueError(
-      f'parallel=pmap: {experiment.env_name} is compiled into one program with '
-      'the agent; take parallel=jit'
-    )
   stage = _over_devices(experiment, stage, env.spec, layout.mesh, 0)
   return Trainer((stage,), env.spec, layout)
 
@@ -107,6 +102,12 @@ def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
   if devices.size == 1 and how != 'pmap':
     return stage
   if stage.source.is_pure:
+    if how == 'pmap':
+      what = experiment.dataset or experiment.env_name
+      raise ValueError(
+        f'parallel=pmap: {what} is compiled into one program with the agent; '
+        'take parallel=jit'
+      )
     interval = mesh.compile_interval(stage.agent, stage.source, devices)
     return stage._replace(interval=interval)
   reduce = mesh.pmean if how == 'pmap' else None
@@ -114,16 +115,12 @@ def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
   return stage._replace(update=mesh.compile_update(learner, devices, how))
 
 
-def enter(stage: Stage, carry, key):
+def enter(stage: Stage, carry):
   """The carry of a phase from that of the phase before."""
   import jax
 
-  from experiments.runtime import loop
-
-  # What the phase before drew from goes first: there may be room for one.
-  carry = carry._replace(source=None)
-  assert stage.transfer is not None
+  assert stage.transfer is not None and stage.source.fill is not None
   # Out of a compiled function leaves share no buffers: they can be donated.
   state = jax.jit(stage.transfer)(carry.agent)
-  source_state = stage.source.init(loop.source_key(key))
-  return carry._replace(agent=state, source=source_state)
+  # The phase before drew from the data alone, which stays where it is.
+  return carry._replace(agent=state, source=stage.source.fill(carry.source))

@@ -14,6 +14,7 @@ import pathlib
 
 from experiments import (
   build,
+  offline,
   presets,
   sweep_engines,
   sweep_plan,
@@ -98,7 +99,9 @@ def main() -> None:
     # Rows of processes and of Ray are alike.
     kind = 'vmap' if engine == 'vmap' else 'processes'
     content = plan._asdict() | {'engine': kind}
-    if configs.check_run_config(workdir, content, engine) is None:
+    if plan.dataset:
+      content |= {'dataset_checksum': offline.checksum(plan.dataset)}
+    if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
       configs.write_run_config(workdir, content, engine)
     print(
       f'{len(plan.settings)} settings x {values.seeds} seeds = {len(rows)} '
@@ -131,7 +134,15 @@ def choose_engine(plan: sweep_plan.Plan, asked: str) -> str:
 
   if plan.dataset:
     # Every row's agent is made when it is found out what may be traced.
-    return 'vmap' if asked == 'auto' else asked
+    engine = 'vmap' if asked == 'auto' else asked
+    for i in range(len(plan.settings)):
+      where = plan.describe(sweep_plan.Row(i, 0)).run.data_on
+      if engine == 'vmap' and where != 'device':
+        raise configs.UserError(
+          f'data_on={where}: rows in one program need device; or take '
+          '--engine=processes'
+        )
+    return engine
   envs = {}
   for i in range(len(plan.settings)):
     experiment = plan.describe(sweep_plan.Row(i, 0))

@@ -227,8 +227,9 @@ def jobs(plan: Plan, rows: Sequence[Row], workdir: pathlib.Path) -> list[Job]:
 
 def _closing(plan: Plan, row: Row) -> Plan:
   """The plan whose rows end with 0 simulations and with the agent's own."""
-  search = plan.describe(row).config.search.num_simulations
-  last = (f'final_simulations={search or ""}', 'early_update=0')
+  search = getattr(plan.describe(row).config, 'search', None)
+  budget = search.num_simulations if search is not None else 0
+  last = (f'final_simulations={budget or ""}', 'early_update=0')
   return plan._replace(fixed=(*plan.fixed, *last))
 
 

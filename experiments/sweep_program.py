@@ -49,7 +49,9 @@ class Functions(NamedTuple):
       None where nobody plays, or on the host.
     act: `(values, params, key, timestep) -> {prefix: action}` for simulators
       of the host; None without.
-    load: `() -> ` rows of the data set that all rows share, None without.
+    load: `() -> ` rows of the data set that all rows share, None without; of
+      `compiled`, on all devices. `init` and `enter` then donate it: the carry
+      holds it from there on.
     axes: of the carry, see `Source.axes`.
   """
 
@@ -270,7 +272,8 @@ def compiled(functions: Functions, mesh: Any) -> Functions:
 
   from experiments.runtime import mesh as meshes
 
-  carry = functions.axes
+  carry, load = functions.axes, functions.load
+  whole = meshes.replicated(mesh)
 
   def over_rows(function, in_axes, out_axes, **options):
     def specs(axes):
@@ -292,9 +295,12 @@ def compiled(functions: Functions, mesh: Any) -> Functions:
 
   evaluate, act, enter = functions.evaluate, functions.act, functions.enter
   return functions._replace(
-    init=over_rows(functions.init, (0, 0, None), carry),
+    init=over_rows(functions.init, (0, 0, None), carry, donate_argnums=2),
     enter=enter
-    and over_rows(enter, (0, carry._replace(source=None), None), carry),
+    and over_rows(
+      enter, (0, carry._replace(source=None), None), carry, donate_argnums=2
+    ),
+    load=lambda: jax.device_put(load(), whole),
     interval=over_rows(
       functions.interval, (0, carry, 0, None), (carry, 0, 0), donate_argnums=1
     ),
@@ -353,15 +359,14 @@ def run(
   values = np.asarray(program.values, np.float32).reshape(count, -1)[spread]
   seeds = np.asarray(program.seeds, np.uint32)[spread]
   phases = [compiled(f, mesh) for f in row_functions(experiment, program.paths)]
-  shared = phases[0].load()
   intervals = loop.Intervals(
     log=settings.log_every, evaluate=settings.evaluate_every
   )
   keeper = checkpoint.open(folder / 'checkpoints')
   try:
-    restored = _restore(keeper, phases, values, seeds, count, mesh, shared)
+    restored = _restore(keeper, phases, values, seeds, count, mesh)
     carry, points, number = restored or (
-      phases[0].init(values, seeds, shared),
+      phases[0].init(values, seeds, phases[0].load()),
       [],
       0,
     )
@@ -369,6 +374,7 @@ def run(
     saved = time.monotonic()
     while done < updates:
       if done == phases[number].end:
+        shared = _shared_part(phases[number].axes.source, carry.source)
         number += 1
         enter = phases[number].enter
         assert enter is not None
@@ -429,16 +435,24 @@ def _on_host(experiment, phase, values, params, step):
   rows, episodes = len(values), experiment.run.evaluate_episodes
   env = build.make_env(experiment, training=False, num_envs=rows * episodes)
   assert isinstance(env, HostEnvironment)
+  spec = env.spec
   shaped = lambda x: np.asarray(x).reshape(rows, -1, *x.shape[1:])
   # Who can be played without a search is one player only.
   act = lambda key, timestep: phase.act(
     values, params, key, jax.tree.map(shaped, timestep)
   )
 
+  diverged = np.zeros((rows, episodes), bool)
+
   def play(params, key, timestep):
     del params
-    (action,) = act(key, timestep).values()
-    return np.asarray(action).reshape(-1, *action.shape[2:])
+    (action,) = (np.asarray(a) for a in act(key, timestep).values())
+    finite = np.isfinite(action)
+    diverged[:] |= ~finite.all(tuple(range(2, action.ndim)))
+    # Simulators refuse what is no number, and with it the rows that are well.
+    middle = (spec.action.low + spec.action.high) / 2
+    action = np.where(finite, action, middle[None, None])
+    return action.reshape(-1, *action.shape[2:])
 
   played = playing.on_host(
     env,
@@ -448,7 +462,8 @@ def _on_host(experiment, phase, values, params, step):
     num_episodes=rows * episodes,
     seed=step,
   )
-  return {'eval': (shaped(played.returns), shaped(played.lengths))}
+  returns = np.where(diverged, np.nan, shaped(played.returns))
+  return {'eval': (returns, shaped(played.lengths))}
 
 
 def forget(folder: pathlib.Path) -> None:
@@ -517,6 +532,15 @@ def _own_parts(axes, source):
   )
 
 
+def _shared_part(axes, source):
+  """What all rows share of a source's state: the data set, or None."""
+  import jax
+
+  axes, tree = jax.tree.flatten(axes, is_leaf=lambda axis: axis is None)
+  parts = zip(axes, tree.flatten_up_to(source))
+  return next((part for axis, part in parts if axis is None), None)
+
+
 def _take(carry, index):
   """Some rows of a carry without shared parts; the step is shared."""
   import jax
@@ -543,7 +567,7 @@ def _save(keeper, axes, carry, points, count, number) -> None:
   )
 
 
-def _restore(keeper, phases, values, seeds, count, mesh, shared):
+def _restore(keeper, phases, values, seeds, count, mesh):
   """The carry, the points so far and the phase's number, or None."""
   import jax
   import numpy as np
@@ -566,6 +590,7 @@ def _restore(keeper, phases, values, seeds, count, mesh, shared):
     own = _own_parts(axes.source, carry.source)
     return _take(carry._replace(source=own), slice(count))
 
+  shared = phases[0].load()
   template = jax.eval_shape(fresh, values, seeds, shared)
   history = np.zeros((len(steps), len(names), count))
   saved, _ = keeper.restore({'carry': template, 'history': history})

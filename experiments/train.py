@@ -266,6 +266,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   if is_main:
     if notes is None:
       configs.write_run_config(workdir, about, device)
+    play.save_spec(workdir, trainer.spec)
     for note in notes or ():
       print(f'note: {note} since this run began')
   distributed.barrier('written')
@@ -309,7 +310,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
     for number in range(saved.phase, len(trainer.stages)):
       if number > saved.phase:
         stage = trainer.stages[number]
-        carry = stages.enter(stage, carry, key)
+        carry = stages.enter(stage, carry)
         keeper.enter(number, stage.source)
         watcher.enter(stage)
       run = functools.partial(
