@@ -379,6 +379,7 @@ def _make(
   is_game: bool,
 ) -> Agent:
   """The agent of the game, or else that of the warm start."""
+  assert isinstance(spec.action, Continuous)
   policy_net, critic_net, box = networks
   size = spec.action.shape[0]
   target_entropy = config.target_entropy

@@ -305,6 +305,7 @@ def make(
     config.num_samples)`, real rows first. Its `model` expects `Params`: the
     ensemble, with the policy for a prior and the critics' least value.
   """
+  assert isinstance(spec.action, Continuous)
   policy_net, critic_net, box, ensemble = networks
   target_entropy = config.target_entropy
   if target_entropy is None:
@@ -522,6 +523,7 @@ def make_model(config: Config, networks: Networks, spec: Spec):
   Its prior is the policy, the standard deviation at least 1e-3, the mean
   within 5 before the squashing; its value the critics' least at the mode.
   """
+  assert isinstance(spec.action, Continuous)
   floor = 1e-3
   distribution = actions.tanh_gaussian(
     spec.action.low, spec.action.high, min_std=floor

@@ -258,6 +258,7 @@ def make(
     An `Agent` whose batches are `Transition`s. The random numbers of an update
     are `conservative.draw_noise(key, batch.a_tm1, config.num_samples)`.
   """
+  assert isinstance(spec.action, Continuous)
   policy_net, critic_net, box = networks
   target_entropy = config.target_entropy
   if target_entropy is None:
@@ -281,7 +282,7 @@ def make(
       policy_opt.init(params.policy),
       critic_opt.init(params.critic),
       temperature_opt.init(params.log_temperature),
-      multiplier_opt.init(params.log_multiplier) if is_learned else None,
+      jax.tree.map(multiplier_opt.init, params.log_multiplier),
     )
     return State(params, params.critic, opt_state)
 

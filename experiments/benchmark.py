@@ -28,7 +28,7 @@ from experiments.measure import (
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
-_SUITES = ('search', 'sampled', 'learner', 'acting', 'scale')
+_SUITES = ('search', 'sampled', 'learner', 'acting', 'scale', 'offline')
 _PONG = (
   # Sizes that two cores can carry; the network and the search are full-size.
   'env.num_envs=4',
@@ -70,6 +70,7 @@ def main() -> None:
   from experiments import (
     benchmark_agent,
     benchmark_figure,
+    benchmark_offline,
     benchmark_scale,
     benchmark_search,
   )
@@ -114,6 +115,10 @@ def main() -> None:
     picture = pathlib.Path(values.out).with_suffix('.png')
     benchmark_figure.scale_figure(rows, picture)
     print(f'figure: {picture}')
+  if 'offline' in values.suite:
+    least = benchmark_offline.sizes_here(values.quick, values.repeats)
+    for measured in benchmark_offline.offline_rows(least):
+      done(measured)
   print(f'results: {values.out}')
 
 

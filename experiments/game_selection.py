@@ -77,27 +77,38 @@ class Row(NamedTuple):
   beta_median: float
 
 
-def draw_mdp(key, num_states: int, num_actions: int, value_max: float):
-  """A random MDP with rewards in [0, 1] and a behaviour policy of each kind.
+def draw_mdps(key, mdps: int, states: int, actions: int, value_max: float):
+  """Random MDPs with rewards in [0, 1], a behaviour policy of each kind.
+
+  Args:
+    key: consumed; in float64 mode, as the whole call must be.
+    mdps: `M`, how many.
+    states: of each.
+    actions: of each; at least 3, so that mu has a choice without one.
+    value_max: `1 / (1 - g)`.
 
   Returns:
-    The MDP, and mu `[2, S, A]`, in the order of `COVERAGE`: any Dirichlet
-    policy, and the same without one action of each state.
+    `bellman.MDP` with `[M, ...]` fields, and mu `[M, 2, S, A]`, in the order
+    of `COVERAGE`: one from the uniform distribution over policies, and the
+    same without one action of each state.
   """
   import jax
   import jax.numpy as jnp
 
   from search import bellman
 
-  keys = jax.random.split(key, 3)
-  mdp = bellman.random_mdp(
-    keys[0], num_states, num_actions, discount=1 - 1 / value_max
-  )
-  full = jax.random.dirichlet(keys[1], jnp.ones(num_actions), (num_states,))
-  never = jax.random.randint(keys[2], (num_states,), 0, num_actions)
-  partial = jnp.where(jax.nn.one_hot(never, num_actions) > 0, 0, full)
-  partial /= jnp.sum(partial, axis=-1, keepdims=True)
-  return mdp, jnp.stack([full, partial])
+  def one(key):
+    keys = jax.random.split(key, 3)
+    mdp = bellman.random_mdp(
+      keys[0], states, actions, discount=1 - 1 / value_max
+    )
+    full = jax.random.exponential(keys[1], (states, actions))
+    never = jax.random.randint(keys[2], (states,), 0, actions)
+    partial = jnp.where(jax.nn.one_hot(never, actions) > 0, 0, full)
+    mu = jnp.stack([full, partial])
+    return mdp, mu / jnp.sum(mu, axis=-1, keepdims=True)
+
+  return jax.jit(jax.vmap(one))(jax.random.split(key, mdps))
 
 
 def collect(
@@ -193,17 +204,14 @@ def collect(
       held_out=evaluate(other.mdp, by_half),
     )
 
-  @jax.jit
-  def everything(key, size):
-    keys = jax.random.split(key, (mdps, 2))
-    draw_one = lambda key: draw_mdp(key, states, actions, value_max)
-    drawn, behaviours = jax.vmap(draw_one)(keys[:, 0])
-    both = jax.vmap(one, (None, 0, None, None))
-    many = jax.vmap(both, (0, 0, 0, None))
-    return many(drawn, behaviours, keys[:, 1], size)
-
+  both = jax.vmap(one, (None, 0, None, None))
+  everything = jax.jit(jax.vmap(both, (0, 0, 0, None)))
+  key, drawing = jax.random.split(key)
+  drawn, behaviours = draw_mdps(drawing, mdps, states, actions, value_max)
+  keys = jax.random.split(key, mdps)
   for size in sizes:
-    yield jax.tree.map(np.asarray, everything(key, size))
+    found = everything(drawn, behaviours, keys, size)
+    yield jax.tree.map(np.asarray, found)
 
 
 def choose(evidence: Evidence) -> dict[str, np.ndarray]:

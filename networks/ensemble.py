@@ -119,8 +119,8 @@ def make(
   def init_one(key):
     return {
       'statistics': {'mean': jnp.asarray(mean), 'std': jnp.asarray(std)},
-      'max_log_variance': jnp.full((outputs,), _MAX_LOG_VARIANCE),
-      'min_log_variance': jnp.full((outputs,), _MIN_LOG_VARIANCE),
+      'max_log_variance': jnp.full((outputs,), _MAX_LOG_VARIANCE, jnp.float32),
+      'min_log_variance': jnp.full((outputs,), _MIN_LOG_VARIANCE, jnp.float32),
       'layers': body.init(key),
     }
 
@@ -189,8 +189,8 @@ def poisson(uniforms: jax.Array) -> jax.Array:
   The weights of an online bootstrap (Oza and Russell 2001).
   """
   mass = [math.exp(-1) / math.factorial(k) for k in range(8)]
-  above = [uniforms >= total for total in np.cumsum(mass)]
-  return sum(x.astype(jnp.float32) for x in above)
+  above = jnp.stack([uniforms >= total for total in np.cumsum(mass)])
+  return jnp.sum(above, 0, dtype=jnp.float32)
 
 
 def unflatten(flat: jax.Array, observation: Any) -> Any:

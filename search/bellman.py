@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from search import linear
+from search._root import check_range
+
 # Rows that sum to 1 only as far as float32 can.
 _ROUNDING = 1e-5
 
@@ -110,7 +113,7 @@ def backup(mdp: MDP, value: chex.Array) -> chex.Array:
 def policy_value(mdp: MDP, policy: chex.Array) -> chex.Array:
   """Value of a policy `[S, A]` in each state, `[S]`: a linear solve."""
   reward = jnp.sum(policy * mdp.reward, axis=-1)
-  return jnp.linalg.solve(_resolvent(mdp, policy), reward)
+  return linear.solve(_resolvent(mdp, policy), reward)
 
 
 def action_value(mdp: MDP, policy: chex.Array) -> chex.Array:
@@ -129,7 +132,7 @@ def occupancy(mdp: MDP, policy: chex.Array) -> chex.Array:
   It sums to one where no transition ends the episode.
   """
   start = (1 - mdp.discount) * mdp.initial
-  return jnp.linalg.solve(_resolvent(mdp, policy).T, start)
+  return linear.solve(_resolvent(mdp, policy).T, start)
 
 
 def optimal(mdp: MDP) -> tuple[chex.Array, chex.Array]:
@@ -165,39 +168,37 @@ def random_mdp(
   num_actions: int,
   *,
   discount: float = 0.9,
-  concentration: float = 0.3,
+  spread: float = 2.0,
 ) -> MDP:
-  """Draws an MDP: Dirichlet transitions and start, rewards uniform in [0, 1).
+  """Draws an MDP with rewards that are uniform in [0, 1).
 
   Args:
     key: consumed.
     num_states: `S`, at least 1.
     num_actions: `A`, at least 1.
     discount: in `[0, 1)`.
-    concentration: of the Dirichlet distributions, above 0; below 1 a few next
-      states take most of the probability.
+    spread: standard deviation of the logits of the next state and of the
+      first, which are normal; at least 0. The larger, the fewer states take
+      most of the probability.
 
   Raises:
     ValueError: naming the argument that is out of range.
   """
-  for name, value, fine in (
-    ('num_states', num_states, num_states >= 1),
-    ('num_actions', num_actions, num_actions >= 1),
-    ('discount', discount, 0 <= discount < 1),
-    ('concentration', concentration, concentration > 0),
-  ):
-    if not fine:
-      right = {'discount': 'in [0, 1)', 'concentration': 'above 0'}
-      raise ValueError(
-        f'{name}={value}: must be {right.get(name, "at least 1")}'
-      )
+  check_range('num_states', num_states, low=1)
+  check_range('num_actions', num_actions, low=1)
+  check_range('spread', spread, low=0)
+  if not 0 <= discount < 1:
+    raise ValueError(f'discount={discount}: must be in [0, 1)')
   keys = jax.random.split(key, 3)
-  alpha = jnp.full(num_states, concentration)
+  softmax = lambda key, *shape: jax.nn.softmax(
+    spread * jax.random.normal(key, shape), axis=-1
+  )
+  transition = softmax(keys[0], num_states, num_actions, num_states)
   return MDP(
-    jax.random.dirichlet(keys[0], alpha, (num_states, num_actions)),
+    transition,
     jax.random.uniform(keys[1], (num_states, num_actions)),
-    jnp.asarray(discount, alpha.dtype),
-    jax.random.dirichlet(keys[2], jnp.ones(num_states)),
+    jnp.asarray(discount, transition.dtype),
+    softmax(keys[2], num_states),
   )
 
 

@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from search import linear as equations
+
 # A third of them suffices as a rule.
 _MAX_STEPS = 60
 # Of the way to the nearest bound.
@@ -89,12 +91,12 @@ def _complementarity(p: _Point) -> chex.Array:
 def _newton(quadratic, residual, p):
   """One predictor-corrector step."""
   matrix = quadratic + jnp.diag(p.low / p.x + p.high / p.u)
-  factor = jax.scipy.linalg.cho_factor(matrix)
+  inverted = equations.inverse(matrix)
 
   def direction(low, high):
     """Solves for x.low -> low and u.high -> high, both products `[N]`."""
     low, high = low / p.x - p.low, high / p.u - p.high
-    dx = jax.scipy.linalg.cho_solve(factor, low - high - residual)
+    dx = equations.solve_with(matrix, inverted, low - high - residual)
     ratio = lambda z, x: z * dx / x
     return _Point(dx, -dx, low - ratio(p.low, p.x), high + ratio(p.high, p.u))
 

@@ -208,6 +208,7 @@ def test_wrong_seeds_are_one_line(flag):
   assert done.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_launcher(tmp_path):
   out = tmp_path / 'scale.csv'
   done = launch('--quick', f'--out={out}', *(f'--set={s}' for s in TINY))

@@ -356,7 +356,10 @@ def wait_for_end(numbers):
   assert not any(map(is_running, numbers))
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'signum',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_signals_reach_all_and_the_parent_waits(signum):
   parent = start('python', '-c', WAITER)
   lines = lines_until(parent, 'ready', 2)
@@ -541,6 +544,7 @@ def free_job():
   raise AssertionError('no free port')
 
 
+@pytest.mark.slow
 def test_slurm_starts_processes_that_find_each_other(tmp_path):
   # A package beside ours, whose `train` is the program above.
   package = tmp_path / 'experiments'

@@ -93,7 +93,10 @@ def train(env, key, first=0, count=2, steps=UPDATES, workdir=None):
   return np.array(table), jax.device_get(carry.agent.params.network)
 
 
-@pytest.mark.parametrize('env', ['jax:cartpole', 'CartPole-v1'])
+ENVS = ['jax:cartpole', pytest.param('CartPole-v1', marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize('env', ENVS)
 def test_two_devices_give_what_one_gives(env, key):
   want, want_network = train(env, key, count=1)
   got, got_network = train(env, key)
@@ -107,7 +110,7 @@ def test_two_devices_give_what_one_gives(env, key):
   )
 
 
-@pytest.mark.parametrize('env', ['jax:cartpole', 'CartPole-v1'])
+@pytest.mark.parametrize('env', ENVS)
 def test_a_run_goes_on_with_another_number_of_devices(env, key, tmp_path):
   whole, _ = train(env, key, workdir=tmp_path / 'a')
   assert peek(tmp_path / 'b').parts == 0
@@ -118,6 +121,7 @@ def test_a_run_goes_on_with_another_number_of_devices(env, key, tmp_path):
   np.testing.assert_array_equal(rest[:, -1], whole[-len(rest) :, -1])
 
 
+@pytest.mark.slow
 def test_damaged_rows_fall_back_to_the_checkpoint_before(key, tmp_path, capsys):
   env = 'CartPole-v1'
   whole, _ = train(env, key, workdir=tmp_path)

@@ -289,6 +289,7 @@ def test_help_needs_no_jax():
   assert '--grid' in done.stdout
 
 
+@pytest.mark.slow
 def test_rows_of_the_host_run_as_processes(tmp_path):
   done = run_sweep(
     '--preset=muzero_catch',
