@@ -60,7 +60,7 @@ from agents.core.types import (
   Phase,
   Spec,
   Transition,
-  check_bounds,
+  as_vectors,
 )
 from networks import actor_critic
 from networks.actor_critic import Squash
@@ -253,22 +253,7 @@ def make_networks(
       do not enclose 1, where it starts.
   """
   del reduce
-  action = spec.action
-  if not isinstance(action, Continuous) or len(action.shape) != 1:
-    raise ValueError(
-      f'atac needs vectors of continuous actions; {spec.name} has {action}'
-    )
-  check_bounds(spec)
-  if config.normalise and spec.statistics is None:
-    raise ValueError(
-      f'normalise=True: {spec.name} has no statistics of observations; set '
-      'normalise=False or train from a data set'
-    )
-  leaves = jax.tree.leaves(
-    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
-  )
-  size = sum(math.prod(leaf.shape) for leaf in leaves)
-  statistics = spec.statistics if config.normalise else None
+  size, action, statistics = as_vectors(spec, 'atac', config.normalise)
   policy = actor_critic.gaussian_policy(
     size,
     action.shape[0],

@@ -26,11 +26,10 @@ import jax.numpy as jnp
 from agents.core import optim
 from agents.core.types import (
   Agent,
-  Continuous,
   Info,
   Spec,
   Transition,
-  check_bounds,
+  as_vectors,
 )
 from networks import actor_critic
 from networks.actor_critic import Squash
@@ -144,27 +143,14 @@ def make_networks(
       statistics are wanted that the spec has not.
   """
   del reduce
-  action = spec.action
-  if not isinstance(action, Continuous) or len(action.shape) != 1:
-    raise ValueError(
-      f'bc needs vectors of continuous actions; {spec.name} has {action}'
-    )
-  check_bounds(spec)
-  if config.normalise and spec.statistics is None:
-    raise ValueError(
-      f'normalise=True: {spec.name} has no statistics of observations; set '
-      'normalise=False or train from a data set'
-    )
-  leaves = jax.tree.leaves(
-    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
-  )
+  size, action, statistics = as_vectors(spec, 'bc', config.normalise)
   policy = actor_critic.gaussian_policy(
-    sum(math.prod(leaf.shape) for leaf in leaves),
+    size,
     action.shape[0],
     config.hidden_sizes,
     std='free' if config.loss == 'squared' else 'state',
     norm='layer' if config.layer_norm else 'none',
-    statistics=spec.statistics if config.normalise else None,
+    statistics=statistics,
   )
   return Networks(policy, actor_critic.squash(action.low, action.high))
 

@@ -41,7 +41,7 @@ from agents.core.types import (
   Info,
   Spec,
   Transition,
-  check_bounds,
+  as_vectors,
 )
 from networks import actor_critic
 from networks.actor_critic import Squash
@@ -184,22 +184,7 @@ def make_networks(
       statistics are wanted that the spec has not.
   """
   del reduce
-  action = spec.action
-  if not isinstance(action, Continuous) or len(action.shape) != 1:
-    raise ValueError(
-      f'sac needs vectors of continuous actions; {spec.name} has {action}'
-    )
-  check_bounds(spec)
-  if config.normalise and spec.statistics is None:
-    raise ValueError(
-      f'normalise=True: {spec.name} has no statistics of observations; set '
-      'normalise=False or train from a data set'
-    )
-  leaves = jax.tree.leaves(
-    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
-  )
-  size = sum(math.prod(leaf.shape) for leaf in leaves)
-  statistics = spec.statistics if config.normalise else None
+  size, action, statistics = as_vectors(spec, 'sac', config.normalise)
   policy = actor_critic.gaussian_policy(
     size, action.shape[0], config.hidden_sizes, statistics=statistics
   )

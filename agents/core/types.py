@@ -4,10 +4,12 @@ Axes: `B` batch of independent streams or samples, `L` steps of a window,
 `A` actions.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import numpy as np
 
 from search.model import Model, TimeStep
@@ -93,6 +95,50 @@ def check_bounds(spec: Spec) -> None:
       f'below high={spec.action.high[bad][0]:g}; drop the actions without a '
       'choice in a wrapper of the environment'
     )
+
+
+class Vectors(NamedTuple):
+  """What networks of actors and critics on vectors must know of a spec.
+
+  Attributes:
+    observation_size: numbers in an observation, all leaves together.
+    action: `Continuous` of shape `[D]`, with finite bounds.
+    statistics: see `Spec`; None where they are not wanted.
+  """
+
+  observation_size: int
+  action: Continuous
+  statistics: tuple[np.ndarray, np.ndarray] | None
+
+
+def as_vectors(spec: Spec, agent: str, normalise: bool) -> Vectors:
+  """The spec of real vectors for an agent that needs them.
+
+  Args:
+    spec: of the environment or the data set.
+    agent: its name, for messages.
+    normalise: whether observations are normalised by the spec's statistics.
+
+  Raises:
+    ValueError: the actions are not vectors within finite bounds, or statistics
+      are wanted that the spec has not.
+  """
+  action = spec.action
+  if not isinstance(action, Continuous) or len(action.shape) != 1:
+    raise ValueError(
+      f'{agent} needs vectors of continuous actions; {spec.name} has {action}'
+    )
+  check_bounds(spec)
+  if normalise and spec.statistics is None:
+    raise ValueError(
+      f'normalise=True: {spec.name} has no statistics of observations; set '
+      'normalise=False or train from a data set'
+    )
+  leaves = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: isinstance(x, ArraySpec)
+  )
+  size = sum(math.prod(leaf.shape) for leaf in leaves)
+  return Vectors(size, action, spec.statistics if normalise else None)
 
 
 class Experience(NamedTuple):
