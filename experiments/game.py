@@ -92,7 +92,7 @@ def measure(
   import jax
   import jax.numpy as jnp
 
-  from search import bellman, game
+  from search import game
 
   rows = []
   with jax.enable_x64(True):
@@ -102,21 +102,29 @@ def measure(
     for name in ORACLES:
       oracle = getattr(game, name)(actions, VALUE_MAX, iterations)
       for pessimism in PESSIMISM:
-
-        def one(mdp, mu, beta, oracle=oracle, pessimism=pessimism):
-          of_mu = game.population(mdp, mu, VALUE_MAX)
-          played = game.play(of_mu, oracle, beta, iterations, pessimism)
-          optimum = bellman.optimal(mdp)[1] @ mdp.initial
-          return game.assess(of_mu, played), optimum
-
-        over_betas = jax.vmap(one, (None, None, 0))
-        both = jax.vmap(over_betas, (None, 0, None))
-        everything = jax.jit(jax.vmap(both, (0, 0, None)))
-        found = everything(drawn, behaviours, jnp.asarray(BETAS))
-        found = jax.tree.map(np.asarray, found)
-        rows += _rows(*found, pessimism, name, oracle.bound)
+        play = _compiled(oracle, pessimism, iterations)
+        found = play(drawn, behaviours, jnp.asarray(BETAS))
+        outcome, optimum = jax.tree.map(np.asarray, found)
+        rows += _rows(outcome, optimum, pessimism, name, oracle.bound)
         print(f'{mdps} MDPs, {name}, {pessimism} pessimism', flush=True)
   return rows
+
+
+def _compiled(oracle: Any, pessimism: str, iterations: int) -> Any:
+  """`(MDPs, mu, betas) -> (Outcome, J*)`, fields `[M, coverages, betas]`."""
+  import jax
+
+  from search import bellman, game
+
+  def one(mdp, mu, beta):
+    of_mu = game.population(mdp, mu, VALUE_MAX)
+    played = game.play(of_mu, oracle, beta, iterations, pessimism)
+    optimum = bellman.optimal(mdp)[1] @ mdp.initial
+    return game.assess(of_mu, played), optimum
+
+  over_betas = jax.vmap(one, (None, None, 0))
+  both = jax.vmap(over_betas, (None, 0, None))
+  return jax.jit(jax.vmap(both, (0, 0, None)))
 
 
 def _rows(
@@ -269,7 +277,7 @@ def _draw_selection(axes: Any, chosen: Sequence[game_selection.Row]) -> None:
         marker=marker,
         ms=5,
         lw=1.8,
-        label=f'{rule}, {coverage}'.replace('beta', 'β'),
+        label=rule.replace('beta', 'β') if coverage == 'full' else None,
       )
   axes.set_xscale('log')
   axes.set_xticks(sizes, map(str, sizes))
@@ -277,7 +285,7 @@ def _draw_selection(axes: Any, chosen: Sequence[game_selection.Row]) -> None:
   axes.set_ylim(bottom=0)
   axes.set_xlabel('transitions in the data set')
   axes.set_ylabel('regret / (J* − J(μ)), mean')
-  axes.set_title('Choosing β without the simulator', fontsize=11)
+  axes.set_title('Choosing β from data (dashed: partial)', fontsize=11)
 
 
 def define_flags() -> None:
@@ -325,8 +333,8 @@ def main() -> None:
 
   use_compilation_cache()
   out.parent.mkdir(parents=True, exist_ok=True)
-  settings = {
-    name: values[name].value for name in ('states', 'actions', 'iterations')
+  settings: dict[str, Any] = {
+    name: getattr(values, name) for name in ('states', 'actions', 'iterations')
   }
   rows = measure(mdps=values.mdps, seed=values.seed, **settings)
   _write(out, [Row._fields, *rows])

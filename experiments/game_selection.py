@@ -237,7 +237,7 @@ def choose(evidence: Evidence) -> dict[str, np.ndarray]:
   }
   chosen = {rule: np.argmax(score, -1) for rule, score in scores.items()}
   shape = evidence.behaviour.shape
-  fixed = {f'beta={b:.3g}': np.full(shape, i) for i, b in enumerate(BETAS)}
+  fixed = {f'beta={b:.6g}': np.full(shape, i) for i, b in enumerate(BETAS)}
   return chosen | fixed
 
 

@@ -429,13 +429,15 @@ def _on_host(experiment, phase, values, params, step):
   import jax
   import numpy as np
 
+  from agents.core.types import Continuous
   from experiments.envs.host import HostEnvironment
   from experiments.runtime import evaluate as playing
 
   rows, episodes = len(values), experiment.run.evaluate_episodes
   env = build.make_env(experiment, training=False, num_envs=rows * episodes)
   assert isinstance(env, HostEnvironment)
-  spec = env.spec
+  kind = env.spec.action
+  assert isinstance(kind, Continuous)
   shaped = lambda x: np.asarray(x).reshape(rows, -1, *x.shape[1:])
   # Who can be played without a search is one player only.
   act = lambda key, timestep: phase.act(
@@ -450,8 +452,7 @@ def _on_host(experiment, phase, values, params, step):
     finite = np.isfinite(action)
     diverged[:] |= ~finite.all(tuple(range(2, action.ndim)))
     # Simulators refuse what is no number, and with it the rows that are well.
-    middle = (spec.action.low + spec.action.high) / 2
-    action = np.where(finite, action, middle[None, None])
+    action = np.where(finite, action, kind.low[None, None])
     return action.reshape(-1, *action.shape[2:])
 
   played = playing.on_host(

@@ -34,6 +34,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from search import bellman, box
 from search._root import check_range
@@ -141,7 +142,7 @@ def population(
       traced are not looked at.
   """
   leaves = jax.tree.leaves((mdp, behaviour, value_max))
-  if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+  if not any(isinstance(leaf, Tracer) for leaf in leaves):
     _check(mdp, behaviour, value_max)
   visits = bellman.occupancy(mdp, behaviour)
   return Game(mdp, visits[:, None] * behaviour, value_max)
@@ -329,7 +330,8 @@ def play(
     critic = answer(game, policy, beta, pessimism)
     return oracle.update(state, critic.value), (policy, critic)
 
-  start = oracle.init(*game.weight.shape, game.weight.dtype)
+  states, actions = game.weight.shape
+  start = oracle.init(states, actions, game.weight.dtype)
   _, (policy, critic) = jax.lax.scan(one, start, length=num_iterations)
   return Play(policy, critic)
 

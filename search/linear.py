@@ -1,10 +1,11 @@
 """Small linear systems, many at once, in plain array operations.
 
-`vmap` over `jnp.linalg.solve` calls LAPACK from the threads of XLA's own pool;
-inside of loops that locks up now and then on a CPU (jaxlib 0.10). Nothing is
-called here, and nothing is pivoted either: that is stable for the matrices
-that planning has, positive definite or diagonally dominant (`I - g P`, by rows
-or by columns; Higham 2002, theorems 9.9 and 10.3).
+`vmap` over `jnp.linalg.solve` calls LAPACK on the threads of XLA's CPU pool,
+which then wait for that pool to share out the batch: with jaxlib 0.10 two such
+calls at once can wait for ever. Nothing is called here, and nothing is pivoted
+either, which is stable for the matrices that planning has: positive definite
+or diagonally dominant by rows or columns, as `I - g P` is (Higham 2002,
+theorems 9.9 and 10.3).
 
 Axis: `N` unknowns, some dozens.
 """

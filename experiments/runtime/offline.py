@@ -40,7 +40,7 @@ def fingerprint(rows: Rows) -> str:
     leaf = np.ascontiguousarray(leaf)
     about = f'{leaf.dtype}{leaf.shape}'.encode()
     checksum = zlib.crc32(about, checksum)
-    checksum = zlib.crc32(leaf, checksum)
+    checksum = zlib.crc32(leaf.data, checksum)
   return f'{checksum:08x}'
 
 
