@@ -133,6 +133,7 @@ class Keeper:
       if restored is None:
         return None
       carry, extra = restored
+      assert extra.get('phase', 0) == self.phase, 'a carry of another phase'
       self.decisions = extra['decisions']
       if source.load is None:
         return carry

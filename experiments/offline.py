@@ -1,21 +1,35 @@
 """From a data set to a run: its environment, its rows, its score."""
 
 import functools
+import pathlib
 from typing import Any
 
 from experiments.runtime.config import UserError
 
 
-@functools.lru_cache(maxsize=2)
 def opened(name: str):
-  """The data set of a name, read and checked once.
+  """The data set of a name, read and checked once while its files stay.
 
   Raises:
     ValueError: one line that names file, key and row.
   """
+  return _opened(name, _stamp(name))
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(name: str, stamp: tuple):
   from experiments.data import open as data
 
+  del stamp
   return data.open_dataset(name)
+
+
+def _stamp(name: str) -> tuple:
+  """Changes when the files of a path do; () for what is not a path."""
+  path = pathlib.Path(name)
+  files = sorted(path.rglob('*')) if path.is_dir() else [path]
+  found = [(str(f), f.stat()) for f in files if f.is_file()]
+  return tuple((f, x.st_ino, x.st_size, x.st_mtime_ns) for f, x in found)
 
 
 def complete(experiment: Any, env: str | None):
@@ -46,16 +60,20 @@ def complete(experiment: Any, env: str | None):
   return experiment._replace(env_name=env)
 
 
-@functools.lru_cache(maxsize=2)
 def checksum(name: str) -> str:
   """Of all rows of a data set: a run goes on with the rows that it began with.
 
   Args:
     name: see `opened`.
   """
+  return _checksum(name, _stamp(name))
+
+
+@functools.lru_cache(maxsize=2)
+def _checksum(name: str, stamp: tuple) -> str:
   from experiments.runtime import offline as runtime
 
-  return runtime.fingerprint(rows_of(opened(name)))
+  return runtime.fingerprint(rows_of(_opened(name, stamp)))
 
 
 def told(dataset: Any) -> str:
@@ -96,7 +114,8 @@ def score(about: Any, returns: Any) -> Any:
   """The normalised score of returns; None without a reference pair."""
   from experiments.data import layout
 
-  if about.ref_min is None or about.ref_max is None:
+  low, high = about.ref_min, about.ref_max
+  if low is None or high is None or not low < high:
     return None
   return layout.normalised_score(about, returns)
 

@@ -39,7 +39,7 @@ PRESETS = {
   **_pair(
     'atac',
     'ATAC: actor and critic play a Stackelberg game on a data set',
-    'Cheng 2022, official code',
+    'Cheng 2022, official code; as long as lightATAC trains',
     (
       'warm_start_updates=10000',
       # A thousand times fewer updates than the paper has.
@@ -50,7 +50,7 @@ PRESETS = {
     steps=1_100_000,
     few=30_000,
   ),
-  **_pair('bc', 'behaviour cloning on a data set', 'Cheng 2022, warm start'),
+  **_pair('bc', 'behaviour cloning on a data set', 'sizes and rates of SAC'),
   **_pair(
     'td3_bc',
     'TD3+BC on a data set',

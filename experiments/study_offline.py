@@ -8,13 +8,17 @@ in a folder of its own: finished ones are not run again, one that was cut goes
 on. After each cell the study's CSV and figure are written anew under
 experiments/results/.
 
-  agents    all agents on all qualities
+  agents    all agents on all qualities, the small presets: 20,000 updates,
+            ATAC 30,000 (10,000 of them warm start), COMBO 25,000 (5,000 of
+            them the model); agents play their mode, the data's policy samples
   betas     ATAC from beta 0 to 64
   residual  TD3+BC with and without the DQRA loss
 """
 
 import concurrent.futures
 import csv
+import json
+import math
 import os
 import pathlib
 import subprocess
@@ -80,14 +84,27 @@ STUDIES = {'agents': _agents, 'betas': _betas, 'residual': _residual}
 def run_one(
   cell: Cell, data: pathlib.Path, folder: pathlib.Path, seeds: int
 ) -> bool:
-  """Runs or resumes one cell; whether it finished."""
+  """Runs or resumes one cell; whether it finished.
+
+  What has finished is left alone as long as it is asked for with the same
+  arguments, seeds and rows; else the sweep itself adds seeds, or refuses.
+  """
+  from experiments import offline
+
   workdir = folder / f'{cell.agent}_{cell.quality}'
-  if (workdir / 'timing.csv').exists():
+  mark, place = workdir / 'cell.json', data / cell.quality
+  wanted = {
+    'arguments': list(cell.arguments),
+    'seeds': seeds,
+    'checksum': offline.checksum(str(place)),
+  }
+  before = json.loads(mark.read_text()) if mark.exists() else {}
+  if before.get('done') and all(before[n] == x for n, x in wanted.items()):
     return True
-  workdir.parent.mkdir(parents=True, exist_ok=True)
+  workdir.mkdir(parents=True, exist_ok=True)
   command = [
     *(sys.executable, '-m', 'experiments.sweep', *cell.arguments),
-    f'--dataset={data / cell.quality}',
+    f'--dataset={place}',
     f'--seeds={seeds}',
     '--max_rows=128',
     f'--workdir={workdir}',
@@ -98,13 +115,29 @@ def run_one(
     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-  if process.returncode or not (workdir / 'sweep.csv').exists():
-    print(f'{workdir} failed, see {log}', file=sys.stderr)
+  # Of all attempts together.
+  spent = {
+    'wall_seconds': time.perf_counter() - start,
+    'cpu_seconds': usage.ru_utime + usage.ru_stime,
+  }
+  spent = {n: round(x + before.get(n, 0.0), 1) for n, x in spent.items()}
+  done = not process.returncode and _is_whole(cell, workdir, seeds)
+  content = json.dumps(wanted | spent | {'done': done}) + '\n'
+  configs.write_text(mark, content)
+  if not done:
+    print(f'{workdir} did not finish, see {log}', file=sys.stderr)
+  return done
+
+
+def _is_whole(cell: Cell, workdir: pathlib.Path, seeds: int) -> bool:
+  """Whether the sweep has a row for every seed of every setting."""
+  path = workdir / 'sweep.csv'
+  if not path.exists():
     return False
-  seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-  timing = f'wall_seconds,cpu_seconds\n{seconds:.1f},{cpu:.1f}\n'
-  configs.write_text(workdir / 'timing.csv', timing)
-  return True
+  grids = [a.partition('=')[2] for a in cell.arguments if '--grid=' in a]
+  settings = math.prod(len(g.split(',')) for g in grids)
+  with path.open(newline='') as file:
+    return len(list(csv.DictReader(file))) >= settings * seeds
 
 
 def collected(
@@ -117,8 +150,9 @@ def collected(
   rows, seen = [], {}
   for cell in cells:
     path = folder / f'{cell.agent}_{cell.quality}' / 'sweep.csv'
-    timing = path.with_name('timing.csv')
-    if not timing.exists():
+    mark = path.with_name('cell.json')
+    cost = json.loads(mark.read_text()) if mark.exists() else {}
+    if not cost.get('done'):
       continue
     if cell.quality not in seen:
       dataset = offline.opened(str(data / cell.quality))
@@ -127,12 +161,12 @@ def collected(
       mean = float(returns.mean()) if len(returns) else None
       tag = {'env': data.name, 'quality': cell.quality, 'agent': 'behaviour'}
       rows.append(tag | _scored(dataset.about, mean))
-    cost = next(csv.DictReader(timing.read_text().splitlines()))
     with path.open(newline='') as file:
       for row in csv.DictReader(file):
         swept = {n: x for n, x in row.items() if n not in _RESULTS}
         tag = {'env': data.name, 'quality': cell.quality, 'agent': cell.agent}
-        result = float(row['eval_return']) if row['eval_return'] else None
+        result = float(row['eval_return'] or 'nan')
+        result = result if math.isfinite(result) else None
         rows.append(
           tag
           | swept
@@ -158,46 +192,55 @@ def _scored(about, mean: float | None) -> dict[str, str]:
 
 
 def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """IQM and 95% interval of the score over seeds, a row a setting."""
+  """IQM of scores over seeds with a 95% bootstrap interval, a row a setting.
+
+  `lost` counts seeds without a finite return; `worst` is the least score.
+  """
   import numpy as np
 
   from experiments import statistics
 
-  groups: dict[tuple, list[float]] = {}
+  groups: dict[tuple, list[str]] = {}
   behaviour = {}
   skipped = {'seed', 'return', 'score', 'cell_cpu_seconds'}
   for row in rows:
     where = row['env'], row['quality']
     if row['agent'] == 'behaviour':
       behaviour[where] = row['score']
-    elif row['score']:
+    else:
       key = tuple((n, x) for n, x in row.items() if n not in skipped)
-      groups.setdefault(key, []).append(float(row['score']))
+      groups.setdefault(key, []).append(row['score'])
   found = []
-  for key, scores in groups.items():
-    own = dict(key)
-    low, high = statistics.mean_interval(scores)
-    found.append(
-      own
-      | {
-        'seeds': len(scores),
-        'iqm': f'{statistics.iqm(np.asarray(scores)):.2f}',
-        'mean': f'{np.mean(scores):.2f}',
-        'low': f'{low:.2f}',
-        'high': f'{high:.2f}',
-        'worst': f'{min(scores):.2f}',
-        'behaviour': behaviour[own['env'], own['quality']],
+  for key, texts in groups.items():
+    own, scores = dict(key), [float(text) for text in texts if text]
+    measured = dict.fromkeys(('iqm', 'low', 'high', 'mean', 'worst'), '')
+    if scores:
+      low, high = statistics.bootstrap_interval(
+        [scores], lambda some: statistics.iqm(some[0])
+      )
+      measured = {
+        'iqm': statistics.iqm(np.asarray(scores)),
+        'low': low,
+        'high': high,
+        'mean': np.mean(scores),
+        'worst': min(scores),
       }
-    )
+      measured = {n: f'{x:.2f}' for n, x in measured.items()}
+    counts = {'seeds': len(scores), 'lost': len(texts) - len(scores)}
+    played = {'behaviour': behaviour[own['env'], own['quality']]}
+    found.append(own | counts | measured | played)
   return found
 
 
 def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """A panel an environment: mean scores and intervals beside behaviour's."""
+  """A panel an environment: IQM and intervals beside behaviour's mean."""
   import numpy as np
 
   from experiments import plots
 
+  summary = [row for row in summary if row['iqm']]
+  if not summary:
+    return
   envs = list(dict.fromkeys(row['env'] for row in summary))
   swept = [
     n for n in ('beta', 'residual_weight') if any(n in row for row in summary)
@@ -218,16 +261,17 @@ def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
       x = np.array(at) + 0.8 * ((i + 0.5) / len(lines) - 0.5)
       mean, low, high = (
         np.array([float(r[n]) for r in own.values()])
-        for n in ('mean', 'low', 'high')
+        for n in ('iqm', 'low', 'high')
       )
       axes.errorbar(
         x, mean, [mean - low, high - mean], fmt='o', ms=3, lw=1, label=line
       )
     for k, kind in enumerate(kinds):
-      own = next(float(r['behaviour']) for r in rows if r['quality'] == kind)
-      axes.plot([k - 0.45, k + 0.45], [own, own], color='black', lw=1)
+      own = next(r['behaviour'] for r in rows if r['quality'] == kind)
+      if own:
+        axes.plot([k - 0.45, k + 0.45], [float(own)] * 2, color='black', lw=1)
     axes.set_xticks(range(len(kinds)), kinds, rotation=15)
-    axes.set(title=env, ylabel='normalised score; line: the data itself')
+    axes.set(title=env, ylabel='score; line: the policy of the data, sampling')
     axes.legend(fontsize='x-small', frameon=False, ncols=2)
   plots._save(figure, path)
 
@@ -271,6 +315,7 @@ def main() -> None:
     draw(summary, results / f'{name}.png')
 
   results.mkdir(parents=True, exist_ok=True)
+  failed = 0
   with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
     futures = [
       pool.submit(run_one, cell, place, folder(place), values.seeds)
@@ -279,9 +324,11 @@ def main() -> None:
     for done, future in enumerate(
       concurrent.futures.as_completed(futures), start=1
     ):
-      future.result()
+      failed += not future.result()
       write()
       print(f'{done} of {len(work)} cells', flush=True)
+  if failed:
+    raise configs.UserError(f'{failed} of {len(work)} cells did not finish')
   print(f'results: {results}/offline_{values.study}.csv and .png')
 
 

@@ -94,7 +94,7 @@ def main() -> None:
       seed=values.sweep_seed,
       dataset=values.dataset,
     )
-    engine = choose_engine(plan, values.engine)
+    engine = choose_engine(plan, values.engine, values.metric)
     rows = sweep_plan.rows(plan, values.seeds)
     # Rows of processes and of Ray are alike.
     kind = 'vmap' if engine == 'vmap' else 'processes'
@@ -123,7 +123,7 @@ def main() -> None:
     raise SystemExit(1)
 
 
-def choose_engine(plan: sweep_plan.Plan, asked: str) -> str:
+def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
   """The engine for a plan, whose every agent is made once to see that it fits.
 
   Raises:
@@ -133,6 +133,12 @@ def choose_engine(plan: sweep_plan.Plan, asked: str) -> str:
   from search.model import Environment
 
   if plan.dataset:
+    experiment = plan.describe(sweep_plan.Row(0, 0))
+    if not experiment.env_name and metric.startswith('eval_'):
+      raise configs.UserError(
+        f'metric={metric}: {plan.dataset} has no simulator to play in; take '
+        'loss'
+      )
     # Every row's agent is made when it is found out what may be traced.
     engine = 'vmap' if asked == 'auto' else asked
     for i in range(len(plan.settings)):

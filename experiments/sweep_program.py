@@ -430,12 +430,14 @@ def _on_host(experiment, phase, values, params, step):
   import numpy as np
 
   from agents.core.types import Continuous
-  from experiments.envs.host import HostEnvironment
+  from experiments.envs.host import HostEnvironment, side_by_side
   from experiments.runtime import evaluate as playing
 
   rows, episodes = len(values), experiment.run.evaluate_episodes
-  env = build.make_env(experiment, training=False, num_envs=rows * episodes)
+  env = build.make_env(experiment, training=False, num_envs=episodes)
   assert isinstance(env, HostEnvironment)
+  # As `experiments.train` does, every row meets the same episodes.
+  env = side_by_side(env, rows)
   kind = env.spec.action
   assert isinstance(kind, Continuous)
   shaped = lambda x: np.asarray(x).reshape(rows, -1, *x.shape[1:])

@@ -278,6 +278,9 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   keeper = Keeper(
     experiment, stage.source, trainer.layout.parts, workdir, key, saved.phase
   )
+  if saved.parts and stage.source.is_pure and stage.source.load is not None:
+    # Its rows are loaded again, and there may be no room for them twice.
+    fresh = fresh._replace(source=None)
   carry = keeper.restore(fresh) or fresh
   if carry is not fresh and stage.source.close is not None:
     stage.source.close(fresh.source)

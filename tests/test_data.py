@@ -71,7 +71,9 @@ def test_concatenate_cuts_what_is_open_in_between():
     True,
     False,
   ]
-  assert layout.returns(both).tolist() == [3, 12, 6, 3, 12]
+  # The episode that was open between the two does not count as whole.
+  assert both.about.extra['cut_episodes'] == [2]
+  assert layout.returns(both).tolist() == [3, 12, 3, 12]
   assert both.terminated.sum() == 2
   wide = toy(action=np.zeros((6, 2)))
   with pytest.raises(ValueError, match='concatenate: action has rows of shape'):

@@ -16,6 +16,7 @@ from agents.core.types import ArraySpec, Continuous, Spec
 # Actions may leave their bounds by this much: float64 rounded to float32.
 BOUNDS_TOLERANCE = 1e-5
 _CHUNK = 1 << 16
+_CUT = 'cut_episodes'
 
 
 class About(NamedTuple):
@@ -236,18 +237,22 @@ def is_finished(dataset: Dataset) -> bool:
 def returns(dataset: Dataset) -> np.ndarray:
   """Sums of rewards of whole episodes, float64 `[E]`, undiscounted.
 
-  The last episode is left out if it is unfinished. Episodes that a collection
-  cut at its own end count as whole.
+  The last episode is left out if it is unfinished, and so are those that
+  `concatenate` has cut, which `about.extra['cut_episodes']` names.
   """
   reward = np.asarray(dataset.reward, np.float64)
   sums = np.bincount(dataset.episode, reward)
-  return sums if is_finished(dataset) else sums[:-1]
+  whole = np.ones(len(sums), bool)
+  whole[-1] = is_finished(dataset)
+  whole[list(dataset.about.extra.get(_CUT, ()))] = False
+  return sums[whole]
 
 
 def concatenate(datasets: Sequence[Dataset], about: About) -> Dataset:
   """The rows of several data sets, one behind the other.
 
-  An unfinished last episode is cut (truncated) where other rows follow.
+  An unfinished last episode is cut (truncated) where other rows follow, and
+  named in `about.extra['cut_episodes']`.
 
   Raises:
     ValueError: none at all, or observations or actions of several shapes.
@@ -262,6 +267,14 @@ def concatenate(datasets: Sequence[Dataset], about: About) -> Dataset:
   ends = np.cumsum([len(d.reward) for d in datasets])[:-1] - 1
   columns['truncated'][ends] |= ~columns['terminated'][ends]
   del columns['episode']
+  cut, before = [], 0
+  for dataset in datasets:
+    cut += [before + i for i in dataset.about.extra.get(_CUT, ())]
+    before += int(dataset.episode[-1]) + 1
+    if dataset is not datasets[-1] and not is_finished(dataset):
+      cut.append(before - 1)
+  extra = {n: x for n, x in about.extra.items() if n != _CUT}
+  about = about._replace(extra=extra | ({_CUT: cut} if cut else {}))
   return make(**columns, about=about)
 
 

@@ -10,6 +10,7 @@ returns the first time step of its next episode (reward 0, discount 1).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
@@ -59,6 +60,35 @@ class HostEnvironment(NamedTuple):
   spec: Spec
   num_envs: int
   start: Callable[[int], Simulator]
+
+
+def side_by_side(env: HostEnvironment, copies: int) -> HostEnvironment:
+  """`copies * E` environments, of which every `E` meet the same episodes.
+
+  Args:
+    env: its simulators are started `copies` times with the same seed.
+    copies: at least 1.
+  """
+
+  def start(seed):
+    simulators = [env.start(seed) for _ in range(copies)]
+    join = lambda *parts: np.concatenate([np.asarray(x) for x in parts])
+
+    def reset():
+      return jax.tree.map(join, *(s.reset() for s in simulators))
+
+    def step(action):
+      shares = np.split(np.asarray(action), copies)
+      stepped = [s.step(share) for s, share in zip(simulators, shares)]
+      return jax.tree.map(join, *stepped)
+
+    def close():
+      for simulator in simulators:
+        simulator.close()
+
+    return Simulator(reset, step, close)
+
+  return HostEnvironment(env.spec, copies * env.num_envs, start)
 
 
 def env_seeds(seed: int, num_envs: int) -> list[int]:
