@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.runtime import config as configs
+
 
 class Saved(NamedTuple):
   """What a run's newest checkpoint tells before it is read.
@@ -140,6 +142,8 @@ class Keeper:
       state, trouble = None, ''
       try:
         state = source.load(carry.source, extra['source'], self._replay, key)
+      except configs.UserError:  # not damage
+        raise
       except ValueError as error:  # rows that are gone or garbled
         trouble = str(error)
       # One process's rows may be damaged; all must go back together.

@@ -375,6 +375,7 @@ one_of_each = pytest.mark.parametrize(
 
 
 @one_of_each
+@pytest.mark.slow
 def test_jit_equals_eager(built, key):
   state = shaken(built.state)
   assert_close(

@@ -224,6 +224,7 @@ def test_evaluation_tells_of_the_losses(built, key):
 
 
 @pick('sac', 'bc floor', 'td3_bc dqra')
+@pytest.mark.slow
 def test_jit_equals_eager(built, key):
   assert_close(
     built.update(built.state, built.batch, key),

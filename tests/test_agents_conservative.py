@@ -175,6 +175,7 @@ def test_evaluation_tells_of_the_losses(built, key):
 
 
 @one_of_each
+@pytest.mark.slow
 def test_jit_equals_eager(built, key):
   assert_close(
     built.update(built.state, built.batch, key),

@@ -114,6 +114,7 @@ def test_state_can_be_donated(name, key):
 
 
 @each
+@pytest.mark.slow
 def test_jit_equals_eager(name, key):
   agent, state, batch, update, _ = built(name)
   assert_close(update(state, batch, key), agent.update(state, batch, key))

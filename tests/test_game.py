@@ -456,6 +456,7 @@ def test_other_mistakes_are_refused(key):
       call()
 
 
+@pytest.mark.slow
 def test_launcher(tmp_path):
   root = pathlib.Path(__file__).resolve().parent.parent
   environment = dict(

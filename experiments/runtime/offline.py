@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.core.types import Agent, Mixed, Trajectory, Transition
+from experiments.runtime.config import UserError
 from experiments.runtime.sources import Measures, Source, no_feedback
 
 
@@ -64,7 +65,7 @@ def from_dataset(
 
   Returns:
     A source of `Transition`s with `o_0`. Its checkpoints hold no rows, and
-    `load` raises ValueError where the data set is another one.
+    `load` raises UserError where the data set is another one.
   """
   number = len(rows.transitions.r_t)
   begins = len(jax.tree.leaves(rows.firsts)[0])
@@ -107,7 +108,7 @@ def from_dataset(
   def load(arrays, facts, directory, key):
     del arrays, directory
     if facts['dataset'] != known():
-      raise ValueError(
+      raise UserError(
         f'dataset: has the checksum {known()}, but the run was begun with '
         f'{facts["dataset"]}'
       )
