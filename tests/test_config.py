@@ -107,6 +107,32 @@ def test_override_reaches_nested_dataclasses(name):
   assert result['agent'].gamma == 0.99
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Two fields of which neither may be above the other's double."""
+
+  low: int = 4
+  high: int = 5
+
+  def __post_init__(self):
+    if not self.low <= self.high <= 2 * self.low:
+      raise ValueError(f'high={self.high}: must be within low and twice low')
+
+
+@pytest.mark.parametrize(
+  'order', [('low=50', 'high=60'), ('high=60', 'low=50')]
+)
+def test_fields_that_fit_together_come_in_any_order(order):
+  # Through low=8 and low=16 there is no way: each step must be allowed.
+  pair = override({'pair': Pair()}, ['high=8', 'low=8', 'high=16'])['pair']
+  assert pair == Pair(8, 16)
+  with pytest.raises(UserError, match=r'high=60: .*high=60|low=50: .*high=5'):
+    override({'pair': Pair()}, order)
+  assert override({'pair': Pair()}, ['low=7', 'high=8'])['pair'] == Pair(7, 8)
+  # What was refused at first does not undo what came later.
+  assert override({'pair': Pair()}, ['high=9', 'high=8'])['pair'] == Pair(4, 8)
+
+
 def test_override_takes_the_last_of_several():
   assert override(SECTIONS, ['rate=1', 'rate=2'])['agent'].rate == 2.0
 

@@ -102,7 +102,8 @@ def override(
     sections: instances by section's name; dataclasses in them are searched
       too. A field is named by the end of its path, `section.outer.field`, as
       long as that is unique.
-    assignments: in order, the later one wins. Values are read by the field's
+    assignments: in order, the later one wins; those that their dataclass
+      refuses are tried again behind the others. Values are read by the field's
       annotation: int (`1e5` too), float, bool (true, false), str, `Literal`,
       `tuple` (`1,2,3`; nothing for an empty one), `T | None` (`none`).
     validate: called with the result; raises a `ValueError` for what must not
@@ -115,19 +116,32 @@ def override(
     UserError: unknown or ambiguous field, value of a wrong type, value that
       the dataclass or `validate` refuses.
   """
-  result = dict(sections)
-  for assignment in assignments:
-    name, equals, text = assignment.partition('=')
-    name, text = name.strip(), text.strip()
-    if not (name and equals):
-      raise UserError(f'--set={assignment}: should be field=value')
-    section, *path = _find(result, name)
-    try:
-      result[section] = _replace(result[section], path, name, text)
-    except UserError:
-      raise
-    except ValueError as error:
-      raise UserError(f'--set={assignment}: {error}') from error
+  result, left = dict(sections), list(enumerate(assignments))
+  applied: dict[tuple[str, ...], int] = {}
+  while left:
+    refused: list[tuple[int, str]] = []
+    first: ValueError | None = None
+    for number, assignment in left:
+      name, equals, text = assignment.partition('=')
+      name, text = name.strip(), text.strip()
+      if not (name and equals):
+        raise UserError(f'--set={assignment}: should be field=value')
+      where = _find(result, name)
+      if applied.get(where, -1) > number:
+        continue
+      section, *path = where
+      try:
+        result[section] = _replace(result[section], path, name, text)
+        applied[where] = number
+      except UserError:
+        raise
+      except ValueError as error:
+        # Fields that only fit together may come in any order.
+        refused.append((number, assignment))
+        first = first or error
+    if len(refused) == len(left):
+      raise UserError(f'--set={refused[0][1]}: {first}') from first
+    left = refused
   if validate is not None:
     with user_errors():
       validate(result)
