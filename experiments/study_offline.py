@@ -241,10 +241,11 @@ def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   summary = [row for row in summary if row['iqm']]
   if not summary:
     return
+  if any('beta' in row for row in summary):
+    _draw_betas(summary, path)
+    return
   envs = list(dict.fromkeys(row['env'] for row in summary))
-  swept = [
-    n for n in ('beta', 'residual_weight') if any(n in row for row in summary)
-  ]
+  swept = ['residual_weight'] if 'residual_weight' in summary[0] else []
   figure = plots._figure(5.6 * len(envs), 3.6)
   for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
     rows = [row for row in summary if row['env'] == env]
@@ -273,6 +274,36 @@ def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_xticks(range(len(kinds)), kinds, rotation=15)
     axes.set(title=env, ylabel='score; line: the policy of the data, sampling')
     axes.legend(fontsize='x-small', frameon=False, ncols=2)
+  plots._save(figure, path)
+
+
+def _draw_betas(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """A panel an environment, a line a data set; dashed, the data itself."""
+  import numpy as np
+
+  from experiments import plots
+
+  envs = list(dict.fromkeys(row['env'] for row in summary))
+  figure = plots._figure(5.6 * len(envs), 3.6)
+  for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
+    rows = [row for row in summary if row['env'] == env]
+    ticks = list(dict.fromkeys(row['beta'] for row in rows))
+    for kind in QUALITIES:
+      own = [row for row in rows if row['quality'] == kind]
+      if not own:
+        continue
+      x = [ticks.index(row['beta']) for row in own]
+      middle, low, high = (
+        np.array([float(row[n]) for row in own]) for n in ('iqm', 'low', 'high')
+      )
+      line, *_ = axes.plot(x, middle, marker='o', ms=3, label=kind)
+      axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
+      if own[0]['behaviour']:
+        behaviour = float(own[0]['behaviour'])
+        axes.axhline(behaviour, color=line.get_color(), lw=1, ls='--')
+    axes.set_xticks(range(len(ticks)), [f'{float(t):.3g}' for t in ticks])
+    axes.set(title=env, xlabel='β', ylabel='score; dashed: the data, sampling')
+    axes.legend(fontsize='x-small', frameon=False)
   plots._save(figure, path)
 
 
