@@ -308,5 +308,6 @@ def test_launcher_errors_are_one_line():
   )
   assert done.returncode == 2
   assert done.stderr == (
-    'error: suite=serch: must be of search, sampled, learner, acting, scale\n'
+    'error: suite=serch: must be of search, sampled, learner, acting, scale, '
+    'offline\n'
   )

@@ -19,7 +19,12 @@ from experiments.runtime.config import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = ROOT / 'experiments' / 'recipes'
 ENVIRONMENT = {
-  **{k: v for k, v in os.environ.items() if not k.startswith('OUTPLAY_')},
+  **{
+    k: v
+    for k, v in os.environ.items()
+    # The recipes take another interpreter by this name.
+    if not k.startswith('OUTPLAY_') and k != 'PYTHON'
+  },
   'JAX_PLATFORMS': 'cpu',
   'PYTHONPATH': str(ROOT),
   'PYTHONUNBUFFERED': '1',
