@@ -101,7 +101,9 @@ def shaken(state):
   return state._replace(params=state.params._replace(network=network))
 
 
-@pytest.mark.parametrize('module', [muzero, efficientzero])
+@pytest.mark.parametrize(
+  'module', [muzero, pytest.param(efficientzero, marks=pytest.mark.slow)]
+)
 def test_two_devices_equal_one(module, key):
   # SGD: Adam would hide a gradient that is twice too large.
   agent = make_agent(module)

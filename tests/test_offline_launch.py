@@ -227,6 +227,7 @@ def test_a_run_goes_on_as_if_uninterrupted(
   assert_equal_runs(experiment, tmp_path, workdir)
 
 
+@pytest.mark.slow
 def test_killed_in_the_game_and_moved_data(whole, data, tmp_path):
   """The whole process is gone, and so is the data, to another folder."""
   workdir, experiment = whole
@@ -260,6 +261,7 @@ def test_killed_in_the_game_and_moved_data(whole, data, tmp_path):
   assert_equal_runs(experiment, tmp_path / 'cut', workdir)
 
 
+@pytest.mark.slow
 def test_a_model_and_then_its_policy(data, tmp_path, monkeypatch):
   experiment = describe(data, 'combo', steps=40)
   train.run(experiment, tmp_path / 'whole')
@@ -274,6 +276,7 @@ def test_a_model_and_then_its_policy(data, tmp_path, monkeypatch):
   assert_equal_runs(experiment, tmp_path / 'cut', tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_two_devices_give_what_one_gives(whole, data, tmp_path):
   workdir, _ = whole
   settings = [s for s in ATAC if not s.startswith('devices')]
@@ -310,6 +313,7 @@ def test_a_data_set_without_environment(tmp_path, capsys):
   assert 'there is nothing to play in' in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_played_when_its_data_is_gone(tmp_path):
   path = tmp_path / 'data'
   npz.save(make_dataset(), path)
@@ -615,6 +619,7 @@ def test_floats_of_both_phases_are_traced(data):
   assert sweep_program.traceable(experiment, paths) == paths
 
 
+@pytest.mark.slow
 def test_the_launcher_sweeps_over_a_data_set(tmp_path):
   npz.save(make_dataset(), tmp_path / 'data')
   flags = (
