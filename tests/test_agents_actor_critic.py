@@ -10,6 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from offline_cases import (
+  HIGH,
+  LOW,
+  SPEC,
+  STATISTICS,
+  UNIT,
+  B,
+  D,
+  F,
+  assert_close,
+  make_agent,
+  make_batch,
+  make_timestep,
+  stack,
+)
 
 from agents import bc, sac, td3_bc
 from agents.core.types import (
@@ -22,17 +37,7 @@ from agents.core.types import (
 )
 from networks import actor_critic
 from networks.mlp import Network
-from search.model import TimeStep
 
-B, F, D = 8, 3, 2
-LOW, HIGH = np.float32([-2, 0.5]), np.float32([-1, 3])
-STATISTICS = (np.float32([1, -2, 0.5]), np.float32([2, 0.5, 3]))
-SPEC = Spec(
-  {'angle': ArraySpec((2, 1)), 'speed': ArraySpec((1,))},
-  Continuous((D,), LOW, HIGH),
-  statistics=STATISTICS,
-)
-UNIT = Continuous((1,), -np.ones(1, np.float32), np.ones(1, np.float32))
 SMALL = {'hidden_sizes': (8,)}
 AGENTS = {
   'sac': (sac, sac.Config(**SMALL)),
@@ -66,50 +71,6 @@ class Built(NamedTuple):
   donating: Callable
   update: Callable
   traces: list[int]
-
-
-def make_agent(module, config, spec=SPEC, networks=None, **keywords):
-  networks = networks or module.make_networks(config, spec)
-  return module.make(config, networks, module.make_losses(), spec, **keywords)
-
-
-def make_observation(rng, size=B):
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  return {'angle': normal(size, 2, 1), 'speed': normal(size, 1)}
-
-
-def make_batch(seed=0, size=B):
-  rng = np.random.default_rng(seed)
-  share = 0.05 + 0.9 * rng.random((size, D))
-  discount = np.ones(size, np.float32)
-  discount[1::4] = 0
-  return Transition(
-    o_tm1=make_observation(rng, size),
-    a_tm1=jnp.asarray(LOW + (HIGH - LOW) * share, jnp.float32),
-    r_t=jnp.asarray(rng.normal(size=size), jnp.float32),
-    discount_t=jnp.asarray(discount),
-    o_t=make_observation(rng, size),
-  )
-
-
-def make_timestep(observation):
-  size = jax.tree.leaves(observation)[0].shape[0]
-  zeros, no = jnp.zeros(size), jnp.zeros(size, bool)
-  return TimeStep(observation, zeros, zeros + 1, no, no)
-
-
-def stack(*trees):
-  return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-def assert_close(got, want, tolerance=1e-5):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=tolerance, atol=tolerance
-    ),
-    got,
-    want,
-  )
 
 
 def train(agent, state, batch, updates, seed=2):
