@@ -13,12 +13,10 @@ class Saved(NamedTuple):
   """What a run's newest checkpoint tells before it is read.
 
   Attributes:
-    step: updates done.
     parts: that its experience was begun with; 0 if nothing is saved.
     phase: which of the run's phases it belongs to.
   """
 
-  step: int = 0
   parts: int = 0
   phase: int = 0
 
@@ -36,8 +34,8 @@ def peek(workdir: pathlib.Path) -> Saved:
     saved.close()
   if found is None:
     return Saved()
-  step, extra = found
-  return Saved(step, extra.get('parts', 1), extra.get('phase', 0))
+  _, extra = found
+  return Saved(extra.get('parts', 1), extra.get('phase', 0))
 
 
 class Keeper:

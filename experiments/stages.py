@@ -46,7 +46,7 @@ class Trainer(NamedTuple):
 def make(
   experiment: build.Experiment, saved: Saved, asked: Callable[[], bool]
 ) -> Trainer:
-  """Everything that a run needs, compiled nothing yet.
+  """Everything that a run needs; nothing is compiled yet.
 
   Args:
     experiment: from `build.describe`.
