@@ -28,7 +28,15 @@ from experiments.measure import (
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
-_SUITES = ('search', 'sampled', 'learner', 'acting', 'scale', 'offline')
+_SUITES = (
+  'search',
+  'sampled',
+  'learner',
+  'acting',
+  'scale',
+  'offline',
+  'experts',
+)
 _PONG = (
   # Sizes that two cores can carry; the network and the search are full-size.
   'env.num_envs=4',
@@ -69,6 +77,7 @@ def main() -> None:
   values = flags.FLAGS
   from experiments import (
     benchmark_agent,
+    benchmark_experts,
     benchmark_figure,
     benchmark_offline,
     benchmark_scale,
@@ -118,6 +127,10 @@ def main() -> None:
   if 'offline' in values.suite:
     least = benchmark_offline.sizes_here(values.quick, values.repeats)
     for measured in benchmark_offline.offline_rows(least):
+      done(measured)
+  if 'experts' in values.suite:
+    few = benchmark_experts.sizes_here(values.quick, values.repeats)
+    for measured in benchmark_experts.expert_rows(few):
       done(measured)
   print(f'results: {values.out}')
 

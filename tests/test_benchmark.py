@@ -309,5 +309,5 @@ def test_launcher_errors_are_one_line():
   assert done.returncode == 2
   assert done.stderr == (
     'error: suite=serch: must be of search, sampled, learner, acting, scale, '
-    'offline\n'
+    'offline, experts\n'
   )

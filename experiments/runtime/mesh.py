@@ -3,8 +3,10 @@
 No agent contains a collective. `jit` (the default): a batch is split over the
 mesh's `data` axis, the state is replicated, and the compiler inserts the sums;
 one device and several give the same numbers up to rounding, batch statistics
-included, because the program's mean is the whole batch's. `pmap`: each device
-runs `update` on its own rows; the means that a `reduce` of `agent.make` takes
+included, because the program's mean is the whole batch's. A mixture's experts
+may be divided (`state_sharding`); the mesh is then set where the program is
+traced, for `networks.expert_parallel` to find. `pmap`: each device runs
+`update` on its own rows; the means that a `reduce` of `agent.make` takes
 (gradients, statistics, metrics) make the parameters agree, while a BatchNorm
 normalises by the statistics of all devices only where its network was made
 with the same `reduce`. Keys are folded with the device's index there, so that
@@ -13,13 +15,20 @@ it equals one device for updates that draw nothing.
 Every process calls the same functions in the same order.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  use_abstract_mesh,
+)
 
 from agents.core.types import Agent, Info
 from experiments.runtime import loop
@@ -51,21 +60,30 @@ def local_devices(mesh: Mesh) -> list[Any]:
 
 
 def local(tree: Any) -> Any:
-  """A replicated tree as arrays of one device of this process.
+  """A tree as arrays of one device of this process, divided ones gathered.
 
   What acts or plays on its own needs them: a program over arrays of all
-  processes has to be run by all of them together.
+  processes has to be run by all of them together, and so has this where some
+  array is divided.
   """
 
   def one(x):
     if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
       return x
+    where = x.sharding
+    if isinstance(where, NamedSharding) and not where.is_fully_replicated:
+      x = _gather(where.mesh)(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       data = jax.random.key_data(x).addressable_data(0)
       return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return x.addressable_data(0)
 
   return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _gather(mesh):
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def split(mesh: Mesh) -> NamedSharding:
@@ -78,6 +96,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+  """Shardings of an agent's state that divide its experts over the mesh.
+
+  Args:
+    state: the state or its shapes, `jax.eval_shape(agent.init, key)`.
+    mesh: from `make_mesh`.
+
+  Returns:
+    The state's tree of shardings: `split` for every array below a dictionary's
+    key `experts` (parameters, their targets and moments) whose first axis the
+    number of devices divides, `replicated` for all else.
+  """
+
+  def one(path, leaf):
+    names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
+    divides = leaf.shape and leaf.shape[0] % mesh.size == 0
+    return split(mesh) if 'experts' in names and divides else replicated(mesh)
+
+  return jax.tree.map_with_path(one, state)
+
+
+def _under(mesh, state_sharding, function):
+  """`function` traced with the mesh set where a state is divided over it."""
+  if state_sharding is None:
+    return function
+
+  @functools.wraps(function)
+  def traced(*args):
+    with use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args)
+
+  return traced
+
+
 def compile_update(
   agent: Agent, mesh: Mesh, how: How = 'jit', state_sharding: Any = None
 ) -> Callable:
@@ -87,8 +139,8 @@ def compile_update(
     agent: the agent; for `pmap`, made with `reduce=pmean`.
     mesh: from `make_mesh`.
     how: see the module's docstring.
-    state_sharding: shardings of the state, a prefix of its tree; None
-      replicates it. `jit` only.
+    state_sharding: shardings of the state, a prefix of its tree, as the
+      function of that name makes them; None replicates it. `jit` only.
 
   Returns:
     `(state, batch, key) -> (state, info)`; leaves of the batch are split
@@ -123,12 +175,12 @@ def compile_update(
 
 def _jitted(agent, mesh, state_sharding):
   whole, rows = replicated(mesh), split(mesh)
-  state_sharding = whole if state_sharding is None else state_sharding
+  state = whole if state_sharding is None else state_sharding
   compiled = jax.jit(
-    agent.update,
+    _under(mesh, state_sharding, agent.update),
     donate_argnums=0,
-    in_shardings=(state_sharding, rows, whole),
-    out_shardings=(state_sharding, whole),
+    in_shardings=(state, rows, whole),
+    out_shardings=(state, whole),
   )
 
   def update(state, batch, key):
@@ -164,36 +216,56 @@ def _pmapped(agent, mesh):
   return update
 
 
-def compile_refresh(agent: Agent, mesh: Mesh) -> Callable:
-  """`agent.refresh` compiled over a mesh: the batch split, the state whole."""
+def compile_refresh(
+  agent: Agent, mesh: Mesh, state_sharding: Any = None
+) -> Callable:
+  """`agent.refresh` compiled over a mesh: the batch split, the state whole.
+
+  `state_sharding` is that of `compile_update`.
+  """
   assert agent.refresh is not None
   whole, rows = replicated(mesh), split(mesh)
+  state = whole if state_sharding is None else state_sharding
   return jax.jit(
-    agent.refresh, in_shardings=(whole, rows, whole, whole), out_shardings=rows
+    _under(mesh, state_sharding, agent.refresh),
+    in_shardings=(state, rows, whole, whole),
+    out_shardings=rows,
   )
 
 
-def init(agent: Agent, source: Source, key: Any, mesh: Mesh) -> loop.Carry:
+def init(
+  agent: Agent, source: Source, key: Any, mesh: Mesh, state_sharding: Any = None
+) -> loop.Carry:
   """`loop.init` over a mesh: the agent whole everywhere, a pure source split.
 
   On several devices a pure source must come from `parts.stacked`: all leaves of
-  its state have the parts in front.
+  its state have the parts in front. `state_sharding` is that of
+  `compile_update`; parameters are drawn as on one device.
   """
-  return loop.init(agent, source, key, _carry_sharding(mesh, source))
+  carry = _carry_sharding(mesh, source, state_sharding)
+  return loop.init(agent, source, key, carry)
 
 
-def _carry_sharding(mesh: Mesh, source: Source) -> loop.Carry:
+def _carry_sharding(mesh: Mesh, source: Source, state: Any) -> loop.Carry:
   whole = replicated(mesh)
   # On one device a source need not be stacked; a data set is whole everywhere.
   parted = mesh.size > 1 and source.axes == 0
-  return loop.Carry(whole, split(mesh) if parted else whole, whole)
+  return loop.Carry(
+    whole if state is None else state, split(mesh) if parted else whole, whole
+  )
 
 
-def compile_interval(agent: Agent, source: Source, mesh: Mesh) -> Callable:
-  """`loop.watched_interval` of a pure source over a mesh, its carry donated."""
-  whole, carry = replicated(mesh), _carry_sharding(mesh, source)
+def compile_interval(
+  agent: Agent, source: Source, mesh: Mesh, state_sharding: Any = None
+) -> Callable:
+  """`loop.watched_interval` of a pure source over a mesh, its carry donated.
+
+  `state_sharding` is that of `compile_update`.
+  """
+  whole = replicated(mesh)
+  carry = _carry_sharding(mesh, source, state_sharding)
   return jax.jit(
-    loop.watched_interval(agent, source),
+    _under(mesh, state_sharding, loop.watched_interval(agent, source)),
     donate_argnums=0,
     in_shardings=(carry, whole, whole),
     out_shardings=(carry, whole, whole, whole),
