@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from experiments import build, offline
+from experiments import build, offline, text
 from experiments.runtime import config as configs
 
 
@@ -104,7 +104,8 @@ def _plan(planner, model, params, key, timestep):
 def evaluator(experiment: build.Experiment, agent) -> Callable | None:
   """`(params, step) -> metrics`: whole episodes of everyone in `players`.
 
-  None where nobody plays, or there is nothing to play in.
+  None where nobody plays, or there is nothing to play in. Of a text it is what
+  `text.measure` finds.
   """
   import jax
 
@@ -112,6 +113,8 @@ def evaluator(experiment: build.Experiment, agent) -> Callable | None:
   from experiments.runtime import mesh
   from search.model import Environment
 
+  if experiment.is_text:
+    return text.evaluator(experiment, agent)
   acting = {n: jax.jit(f) for n, f in players(experiment, agent).items()}
   if not (acting and experiment.env_name):
     return None
@@ -194,5 +197,8 @@ class Watcher:
     if self._evaluator is not None and every and step % every == 0:
       # All play the same episodes; one's figures decide for all.
       found |= distributed.of_main(self._evaluator(agent_state.params, step))
-      self._keeper.save_best(step, found['eval_return'], agent_state)
+      metric = 'eval_return'
+      if self._experiment.is_text:
+        metric = 'held_log_likelihood'
+      self._keeper.save_best(step, found[metric], agent_state)
     return found

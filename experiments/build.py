@@ -26,7 +26,8 @@ class Experiment(NamedTuple):
     config: the agent's `Config`.
     env: `EnvConfig`.
     run: `RunConfig`.
-    dataset: what `experiments.data.open_dataset` opens; '' for none.
+    dataset: what `experiments.data.open_dataset` opens, or the path of a text;
+      '' for none.
   """
 
   name: str
@@ -45,6 +46,11 @@ class Experiment(NamedTuple):
     fields = {n: v for n, v in self._asdict().items() if n not in sections}
     plain = {n: dataclasses.asdict(getattr(self, n)) for n in sections}
     return fields | {'agent': plain.pop('config')} | plain
+
+  @property
+  def is_text(self) -> bool:
+    """Whether its agent learns from a text."""
+    return hasattr(self.config, 'text')
 
   @property
   def pace(self):
@@ -87,7 +93,7 @@ def describe(
     steps: other decisions (or updates on a data set).
     seed: of the run.
     settings: `field=value`.
-    dataset: to learn from, instead of from play.
+    dataset: to learn from, instead of from play; a data set or a text.
 
   Returns:
     `Experiment`; nothing is made or compiled yet.
@@ -200,6 +206,16 @@ def make_env(experiment: Experiment, *, training: bool, num_envs=None):
   )
 
 
+def make_networks(experiment: Experiment, spec, reduce: Callable | None = None):
+  """The networks of an experiment's agent.
+
+  Raises:
+    ValueError: if the agent cannot take the spec.
+  """
+  module = importlib.import_module(f'agents.{experiment.agent_name}')
+  return module.make_networks(experiment.config, spec, reduce)
+
+
 def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
   """The agent of an experiment for an environment's spec.
 
@@ -207,7 +223,7 @@ def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
     ValueError: if the agent cannot take the spec.
   """
   module = importlib.import_module(f'agents.{experiment.agent_name}')
-  networks = module.make_networks(experiment.config, spec, reduce)
+  networks = make_networks(experiment, spec, reduce)
   keywords = {} if reduce is None else {'reduce': reduce}
   return module.make(
     experiment.config, networks, module.make_losses(), spec, **keywords

@@ -1,10 +1,23 @@
-"""From a data set to a run: its environment, its rows, its score."""
+"""From a data set (or a text) to a run: its environment, rows and score."""
 
 import functools
 import pathlib
 from typing import Any
 
+from experiments import text
+from experiments.data.text import Corpus
 from experiments.runtime.config import UserError
+
+
+def material(experiment: Any):
+  """What an experiment learns from: its data set or its text.
+
+  Raises:
+    ValueError: see `opened` and `text.opened`.
+  """
+  if experiment.is_text:
+    return text.opened(experiment)
+  return opened(experiment.dataset)
 
 
 def opened(name: str):
@@ -42,6 +55,8 @@ def complete(experiment: Any, env: str | None):
   Raises:
     ValueError: there is no data set, or the agent cannot learn from one.
   """
+  if experiment.is_text:
+    return text.complete(experiment, env)
   if not experiment.dataset:
     raise UserError(
       f'dataset: preset {experiment.name} learns from a data set: '
@@ -58,6 +73,15 @@ def complete(experiment: Any, env: str | None):
   if not env:
     env = opened(experiment.dataset).about.env
   return experiment._replace(env_name=env)
+
+
+def checksum_of(experiment: Any) -> str:
+  """Of the data set or the text of an experiment."""
+  if experiment.is_text:
+    from experiments.data import text as texts
+
+    return texts.checksum(experiment.dataset)
+  return checksum(experiment.dataset)
 
 
 def checksum(name: str) -> str:
@@ -81,12 +105,12 @@ def told(dataset: Any) -> str:
   from experiments.data import layout
 
   about, returns = dataset.about, layout.returns(dataset)
-  text = f'data set {about.name}: {len(dataset.reward):,} transitions'
+  line = f'data set {about.name}: {len(dataset.reward):,} transitions'
   if not len(returns):
-    return f'{text}, no whole episode'
-  text += f', {len(returns):,} whole episodes, mean return {returns.mean():.1f}'
+    return f'{line}, no whole episode'
+  line += f', {len(returns):,} whole episodes, mean return {returns.mean():.1f}'
   found = score(about, float(returns.mean()))
-  return text if found is None else f'{text} (score {found:.1f})'
+  return line if found is None else f'{line} (score {found:.1f})'
 
 
 def scored(name: str, mean_return: float) -> str:
@@ -101,13 +125,13 @@ def scored(name: str, mean_return: float) -> str:
   dataset = opened(name)
   returns = layout.returns(dataset)
   found = score(dataset.about, mean_return)
-  text = (
+  line = (
     'no reference returns: no score'
     if found is None
     else (f'normalised score {found:.1f}')
   )
   own = f'; the data plays {returns.mean():.1f}' if len(returns) else ''
-  return f'{text}{own}'
+  return f'{line}{own}'
 
 
 def score(about: Any, returns: Any) -> Any:
@@ -124,7 +148,7 @@ def spec_of(dataset: Any, env_spec: Any | None):
   """What the agent is told: the simulator's spec, the data's statistics.
 
   Args:
-    dataset: from `opened`.
+    dataset: from `material`.
     env_spec: of the environment to evaluate in; None without one.
 
   Raises:
@@ -134,6 +158,8 @@ def spec_of(dataset: Any, env_spec: Any | None):
 
   from experiments.data import layout
 
+  if isinstance(dataset, Corpus):
+    return text.spec_of(dataset)
   own = layout.spec(dataset)
   if env_spec is not None:
     for what, ours, theirs in (
@@ -174,9 +200,12 @@ def _is_spec(x):
   return hasattr(x, 'dtype') and hasattr(x, 'shape')
 
 
-def rows_of(dataset: Any):
-  """`runtime.offline.Rows` of a data set."""
+def rows_of(dataset: Any) -> Any:
+  """`runtime.offline.Rows` of a data set; tokens of a text."""
   import numpy as np
+
+  if isinstance(dataset, Corpus):
+    return dataset.train
 
   from agents.core.types import Transition
   from experiments.data import layout
@@ -198,7 +227,7 @@ def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
 
   Args:
     experiment: from `build.describe`.
-    dataset: from `opened`.
+    dataset: from `material`.
     phase: from `build.make_phases`.
     mesh: devices that a batch is divided over; None for one.
   """
@@ -212,6 +241,8 @@ def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
   if mesh is not None and mesh.size > 1:
     rows = meshes.split(mesh)
     place = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
+  if isinstance(dataset, Corpus):
+    return text.make_source(experiment, dataset, place)
   source = runtime.from_dataset(
     rows_of(dataset),
     run.batch_size,

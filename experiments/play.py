@@ -1,6 +1,7 @@
 """Plays a finished run's agent with any planner and budget, and writes CSV.
 
 python -m experiments.play --workdir=runs/NAME --simulations=0,4,16,64
+python -m experiments.play --workdir=runs/NAME --prompt='The '
 """
 
 import csv
@@ -290,6 +291,12 @@ def main() -> None:
   values = flags.FLAGS
   with configs.user_errors():
     experiment = load_experiment(values.workdir)
+    if experiment.is_text:
+      from experiments import text
+
+      name = values.checkpoint[0] if values.checkpoint else 'final'
+      text.play(experiment, values.workdir, name, values)
+      return
     if not experiment.env_name:
       raise configs.UserError(
         f'workdir={values.workdir}: its data set names no environment, and '
@@ -341,6 +348,11 @@ def define_flags() -> None:
   flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1)
   flags.DEFINE_integer('num_envs', 0, "copies at once; 0 for the run's own", 0)
   flags.DEFINE_integer('seed', 0, 'of simulators and planner', 0)
+  flags.DEFINE_string('prompt', None, 'what a language model is to continue')
+  flags.DEFINE_integer('tokens', 100, 'how many a language model adds', 1)
+  flags.DEFINE_float(
+    'temperature', 1.0, 'that it draws them at; 0 takes the likeliest', 0.0
+  )
   flags.DEFINE_string('out', None, 'the CSV; WORKDIR/play.csv if left out')
 
 

@@ -9,7 +9,7 @@ Nothing heavy is imported here: `--help` reads this table.
 
 import difflib
 
-from experiments import presets_offline
+from experiments import presets_language, presets_offline
 from experiments.settings import EnvConfig, Preset, RunConfig
 
 # Modules of `agents/` that the launcher can train.
@@ -20,6 +20,7 @@ AGENTS = (
   'cql',
   'efficientzero',
   'iql',
+  'language',
   'muzero',
   'sac',
   'sampled_muzero',
@@ -264,6 +265,7 @@ PRESETS = {
     source=_EZ_TABLE + ', which compares with such a MuZero',
   ),
   **presets_offline.PRESETS,
+  **presets_language.PRESETS,
 }
 DEFAULT = 'efficientzero_catch'
 

@@ -78,9 +78,10 @@ def make(
 
 def _make_offline(experiment: build.Experiment, alone: bool) -> Trainer:
   if not alone:
-    raise ValueError('distributed: a data set is learned from by one process')
+    what = 'text' if experiment.is_text else 'data set'
+    raise ValueError(f'distributed: a {what} is learned from by one process')
   layout = build.make_layout(experiment, 1)._replace(parts=1)
-  dataset = offline.opened(experiment.dataset)
+  dataset = offline.material(experiment)
   stage_env = None
   if experiment.env_name:
     stage_env = build.make_env(experiment, training=False, num_envs=1)

@@ -19,6 +19,7 @@ from experiments import (
   sweep_engines,
   sweep_plan,
   sweep_results,
+  train,
 )
 from experiments.runtime import config as configs
 
@@ -35,6 +36,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'dataset', None, 'to learn from instead of from play, as for train'
   )
+  flags.DEFINE_string('text', None, 'to learn from, as for train')
   flags.DEFINE_multi_string('set', [], 'field=value of every row, repeatable')
   flags.DEFINE_integer('steps', None, 'decisions; the preset has its own', 1)
   flags.DEFINE_integer('seeds', 4, 'of every setting: 0, 1, ...', 1)
@@ -54,7 +56,10 @@ def define_flags() -> None:
   flags.DEFINE_integer('sweep_seed', 0, 'of that drawing', 0)
   flags.DEFINE_string('workdir', None, "the sweep's folder", required=True)
   flags.DEFINE_string(
-    'metric', 'eval_return', 'a column of curves.csv; higher is better'
+    'metric',
+    None,
+    'a column of curves.csv, higher is better; if left out eval_return, or '
+    'held_log_likelihood of a text',
   )
   flags.DEFINE_enum(
     'engine',
@@ -81,6 +86,7 @@ def main() -> None:
 
   values = flags.FLAGS
   workdir = pathlib.Path(values.workdir)
+  metric = values.metric or 'eval_return'
   with configs.user_errors():
     plan = sweep_plan.make_plan(
       values.preset,
@@ -92,15 +98,18 @@ def main() -> None:
       random=values.random,
       samples=values.samples,
       seed=values.sweep_seed,
-      dataset=values.dataset,
+      dataset=train.text_or_dataset(values),
     )
-    engine = choose_engine(plan, values.engine, values.metric)
+    first = plan.describe(sweep_plan.Row(0, 0))
+    if first.is_text and not values.metric:
+      metric = 'held_log_likelihood'
+    engine = choose_engine(plan, values.engine, metric)
     rows = sweep_plan.rows(plan, values.seeds)
     # Rows of processes and of Ray are alike.
     kind = 'vmap' if engine == 'vmap' else 'processes'
     content = plan._asdict() | {'engine': kind}
     if plan.dataset:
-      content |= {'dataset_checksum': offline.checksum(plan.dataset)}
+      content |= {'dataset_checksum': offline.checksum_of(first)}
     if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
       configs.write_run_config(workdir, content, engine)
     print(
@@ -109,10 +118,10 @@ def main() -> None:
       flush=True,
     )
   run = _run_programs if engine == 'vmap' else _run_jobs
-  results, failed = run(plan, rows, workdir, engine)
+  results, failed = run(plan, rows, workdir, engine, metric)
   if results:
-    summaries = sweep_results.write(plan, results, values.metric, workdir)
-    sweep_results.show(plan, summaries, values.metric, workdir)
+    summaries = sweep_results.write(plan, results, metric, workdir)
+    sweep_results.show(plan, summaries, metric, workdir)
   for row, reason in failed.items():
     words = f'{sweep_results.label(plan, row.setting)} seed={row.seed}'
     print(f'failed: {words}: {reason}')
@@ -166,15 +175,14 @@ def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
   return asked
 
 
-def _run_programs(plan, rows, workdir, engine):
+def _run_programs(plan, rows, workdir, engine, metric):
   from absl import flags
 
   from experiments.runtime import checkpoint, metrics
-  from experiments.train import use_compilation_cache
 
   del engine
   values = flags.FLAGS
-  use_compilation_cache()
+  train.use_compilation_cache()
   with configs.user_errors():
     todo = sweep_engines.parts(plan, rows, workdir, values.max_rows)
   left = [part for part in todo if not sweep_engines.finished(part)]
@@ -187,7 +195,7 @@ def _run_programs(plan, rows, workdir, engine):
     )
   if left:
     updates = [plan.describe(part.rows[0]).updates for part in left]
-    shown = (values.metric, 'episode_return', 'loss', 'finite')
+    shown = (metric, 'episode_return', 'loss', 'finite')
     bar = metrics.progress(sum(updates), 0, tuple(dict.fromkeys(shown)))
     with checkpoint.graceful_exit() as stopping:
       try:
@@ -203,11 +211,12 @@ def _run_programs(plan, rows, workdir, engine):
   return sweep_engines.read_parts(todo, rows), {}
 
 
-def _run_jobs(plan, rows, workdir, engine):
+def _run_jobs(plan, rows, workdir, engine, metric):
   from absl import flags
 
   from experiments.runtime import checkpoint, metrics
 
+  del metric
   values = flags.FLAGS
   todo = sweep_engines.jobs(plan, rows, workdir)
   bar = metrics.progress(len(todo))

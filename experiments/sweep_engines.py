@@ -463,8 +463,13 @@ def _read_job(job: Job) -> Result:
     return sweep_results.from_curve(curve, 'nan')
   final = {}
   with (job.folder / 'config.json').open(encoding='utf-8') as file:
-    search = json.load(file)['agent']['search']['num_simulations']
+    agent = json.load(file)['agent']
+  # Who does not search plays with 0 simulations.
+  search = agent.get('search', {}).get('num_simulations', 0)
   for row in _read_evaluation(job.folder / 'evaluation.csv'):
+    if 'return_mean' not in row:
+      final |= {n: float(x) for n, x in row.items() if n.startswith('held_')}
+      continue
     played = float(row['return_mean'])
     if int(row['simulations']) == 0:
       final['network_return'] = played

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import assess, build, offline, sweep_plan
+from experiments import assess, build, offline, sweep_plan, text
 
 
 class Program(NamedTuple):
@@ -46,7 +46,7 @@ class Functions(NamedTuple):
       `loop.compile_interval`.
     evaluate: `(values, params, seed, step) -> {prefix: (returns [E], lengths
       [E])}`, whole episodes of everyone in `assess.players` on the device;
-      None where nobody plays, or on the host.
+      None where nobody plays, or on the host. Of a text `{metric: scalar}`.
     act: `(values, params, key, timestep) -> {prefix: action}` for simulators
       of the host; None without.
     load: `() -> ` rows of the data set that all rows share, None without; of
@@ -83,7 +83,7 @@ def row_functions(
   made, ends, axes = make(experiment, paths)
   load = lambda: None
   if experiment.dataset:
-    rows = offline.rows_of(offline.opened(experiment.dataset))
+    rows = offline.rows_of(offline.material(experiment))
     load = lambda: jax.tree.map(jax.numpy.asarray, rows)
 
   def functions(number):
@@ -140,7 +140,7 @@ def _made_online(experiment, paths):
 
 
 def _made_offline(experiment, paths):
-  dataset = offline.opened(experiment.dataset)
+  dataset = offline.material(experiment)
   stage = None
   if experiment.env_name:
     stage = build.make_env(experiment, training=False, num_envs=1)
@@ -167,6 +167,14 @@ def _players(experiment, paths, made, number):
   from experiments.runtime import evaluate as playing
   from search.model import Environment
 
+  if experiment.is_text:
+    windows = text.held_out(experiment, text.opened(experiment))
+
+    def measure(values, params, seed, step):
+      del seed, step
+      return text.measure(made(values, number)[0], params, windows)
+
+    return measure, None
   agent, *_ = made(_values(experiment, paths), number)
   if not (experiment.env_name and assess.players(experiment, agent)):
     return None, None
@@ -416,6 +424,10 @@ def _evaluated(experiment, phase, values, params, seeds, step, metrics):
     played = _on_host(experiment, phase, values, params, step)
   else:
     return {}
+  if experiment.is_text:
+    finite = metrics['finite'] > 0
+    held = {n: np.asarray(x)[: len(finite)] for n, x in played.items()}
+    return {n: np.where(finite, x, np.nan) for n, x in held.items()}
   found = _played(played, metrics['finite'])
   if experiment.dataset:
     about = offline.opened(experiment.dataset).about

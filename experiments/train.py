@@ -12,7 +12,7 @@ import shutil
 import time
 from typing import Any, NamedTuple
 
-from experiments import assess, build, offline, play, presets, stages
+from experiments import assess, build, offline, play, presets, stages, text
 from experiments.keeper import Keeper, peek
 from experiments.runtime import config as configs
 
@@ -36,6 +36,11 @@ def define_flags() -> None:
     None,
     'to learn from instead of from play: a folder or file of ours, D4RL (hdf5) '
     'or Minari, or a name of theirs; --steps are then updates',
+  )
+  flags.DEFINE_string(
+    'text',
+    None,
+    'a text file for a language model; --steps are then updates',
   )
   flags.DEFINE_multi_string(
     'set', [], 'field=value, repeatable; --show lists the fields'
@@ -80,7 +85,7 @@ def main() -> None:
       steps=values.steps,
       seed=values.seed,
       settings=values.set,
-      dataset=values.dataset,
+      dataset=text_or_dataset(values),
     )
     if values.show:
       return _show(experiment)
@@ -97,10 +102,23 @@ def main() -> None:
   )
 
 
+def text_or_dataset(values) -> str | None:
+  """The path that either flag gives.
+
+  Raises:
+    UserError: both are given.
+  """
+  if values.text and values.dataset:
+    raise configs.UserError(f'text={values.text}: --dataset is given, too')
+  return values.text or values.dataset
+
+
 def default_workdir(experiment: build.Experiment) -> str:
   """`runs/PRESET_ENV_sSEED`, or with the data set's name for ENV."""
   where = experiment.env_name
-  if experiment.dataset:
+  if experiment.is_text:
+    where = pathlib.Path(experiment.dataset).stem
+  elif experiment.dataset:
     where = offline.opened(experiment.dataset).about.name
   where = where.replace('/', '-').replace(':', '-')
   return f'runs/{experiment.name}_{where}_s{experiment.seed}'
@@ -167,14 +185,18 @@ def _announce(experiment, trainer, workdir) -> None:
   shares = ' of environments and replay'
   first = f'{experiment.run.warmup_decisions:,} decisions before the first'
   first = f'compiling, then {first} update: the first numbers take a while'
-  if experiment.dataset:
+  where = experiment.env_name or 'no environment: nothing is played'
+  seen = f'{where}: observations {shape}, {spec.action}'
+  if experiment.is_text:
+    seen = text.told(experiment, text.opened(experiment))
+  elif experiment.dataset:
     print(offline.told(offline.opened(experiment.dataset)))
+  if experiment.dataset:
     parts = [f'{s.name} to {s.end:,}' for s in trainer.stages]
     length = f'{experiment.updates:,} updates ({", ".join(parts)})'
     shares, first = '', 'compiling: the first numbers take a while'
-  where = experiment.env_name or 'no environment: nothing is played'
   print(
-    f'{experiment.agent_name} on {where}: observations {shape}, {spec.action}\n'
+    f'{experiment.agent_name} on {seen}\n'
     f'{size:,} parameters, {length} of {experiment.run.batch_size} rows, '
     f'seed {experiment.seed}\n'
     f'{_device()}, {processes} process{"es" if processes > 1 else ""}: {deal}, '
@@ -214,7 +236,8 @@ def run(
   players = None
   agent = trained.trainer.stages[-1].agent
   ended = trained.end == experiment.updates
-  if ended and experiment.run.final_episodes and experiment.env_name:
+  plays = experiment.run.final_episodes and experiment.env_name
+  if ended and (plays or experiment.is_text):
     # Reading is done together, too; playing is not.
     names = [n for n in ('early', 'final') if (workdir / n).is_dir()]
     players = play.load_params(str(workdir), agent, names)
@@ -229,7 +252,9 @@ def run(
     return
   seconds = time.perf_counter() - started
   print(f'trained {trained.end - trained.begin:,} updates in {seconds:.0f} s')
-  if players is not None:
+  if players is not None and experiment.is_text:
+    text.finish(experiment, agent, workdir, players)
+  elif players is not None:
     finish(experiment, agent, workdir, players)
 
 
@@ -253,7 +278,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
     device = _device()
     about = experiment.as_dict()
     if experiment.dataset:
-      about |= {'dataset_checksum': offline.checksum(experiment.dataset)}
+      about |= {'dataset_checksum': offline.checksum_of(experiment)}
     notes = configs.check_run_config(workdir, about, device, _FREE)
     # Whatever is refused is refused by all, before the first one writes.
     distributed.barrier('config')
@@ -267,6 +292,8 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
     if notes is None:
       configs.write_run_config(workdir, about, device)
     play.save_spec(workdir, trainer.spec)
+    if experiment.is_text:
+      text.save_vocabulary(workdir, text.opened(experiment))
     for note in notes or ():
       print(f'note: {note} since this run began')
   distributed.barrier('written')
@@ -359,7 +386,13 @@ def _writer(workdir: pathlib.Path, updates: int, begin: int, tensorboard: bool):
     writers.append(
       metrics.tensorboard_writer(workdir / 'tensorboard', begin or None)
     )
-  shown = ('episode_return', 'eval_return', 'loss', 'decisions')
+  shown = (
+    'episode_return',
+    'eval_return',
+    'loss',
+    'held_perplexity',
+    'decisions',
+  )
   writers.append(metrics.progress(updates, begin, shown))
   return metrics.tee(*writers)
 

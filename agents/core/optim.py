@@ -5,7 +5,7 @@ hyper-parameters, and a sweep vmaps over those.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -42,6 +42,29 @@ def warmup_step_decay(
       return peak * warm
     drops = jnp.floor(jnp.maximum(count - warmup_steps, 0.0) / decay_every)
     return peak * warm * decay_rate**drops
+
+  return schedule
+
+
+def warmup_inverse_sqrt(
+  peak: chex.Numeric, *, warmup_steps: int
+) -> optax.Schedule:
+  """Linear warm-up from 0 to `peak`, then as one over the root of the step.
+
+  Args:
+    peak: learning rate after the warm-up; may be traced.
+    warmup_steps: updates of warm-up; 0 is as 1.
+
+  Returns:
+    `(count) -> float32` learning rate.
+
+  Source: Shazeer 2017, Appendix C.1.
+  """
+  warmup = max(warmup_steps, 1)
+
+  def schedule(count):
+    step = jnp.asarray(count, jnp.float32) + 1.0
+    return peak * jnp.minimum(step / warmup, jnp.sqrt(warmup / step))
 
   return schedule
 
@@ -126,12 +149,81 @@ def adam(rate: chex.Numeric) -> optax.GradientTransformation:
   return optax.chain(optax.scale_by_adam(), optax.scale(-rate))
 
 
+class FactoredState(NamedTuple):
+  """State of `scale_by_factored_adam`.
+
+  Attributes:
+    count: int32 scalar, updates so far.
+    rows: means of squares over the last axis, `[..., M]`, of each leaf.
+    columns: over the last but one, `[..., N]`.
+  """
+
+  count: chex.Array
+  rows: Any
+  columns: Any
+
+
+def scale_by_factored_adam(
+  decay: chex.Numeric = 0.999, epsilon: chex.Numeric = 1e-8
+) -> optax.GradientTransformation:
+  """Adam without a first moment, its second one factored.
+
+  Of matrices `[..., M, N]` the second moment is the outer product of its means
+  over columns and over rows, divided by the mean of either: `M + N` numbers
+  instead of `M N` twice.
+
+  Args:
+    decay: Adam's second one.
+    epsilon: added to the root.
+
+  Raises:
+    ValueError: a parameter has less than two axes.
+
+  Source: Shazeer 2017, Appendix D.
+  """
+
+  def init(params):
+    for leaf in jax.tree.leaves(params):
+      if leaf.ndim < 2:
+        raise ValueError(
+          f'optimiser=factored: needs matrices, found a parameter of shape '
+          f'{leaf.shape}'
+        )
+    zeros = lambda axis: jax.tree.map(
+      lambda x: jnp.zeros_like(x.mean(axis)), params
+    )
+    return FactoredState(jnp.zeros((), jnp.int32), zeros(-1), zeros(-2))
+
+  def update(updates, state, params=None):
+    del params
+    count = state.count + 1
+    average = lambda axis: (
+      lambda old, g: decay * old + (1 - decay) * jnp.mean(jnp.square(g), axis)
+    )
+    rows = jax.tree.map(average(-1), state.rows, updates)
+    columns = jax.tree.map(average(-2), state.columns, updates)
+    correction = 1 - decay ** count.astype(jnp.float32)
+
+    def scaled(g, row, column):
+      mean = jnp.mean(row, -1, keepdims=True)[..., None]
+      # An expert that got nothing has no moment, and no gradient.
+      mean = jnp.maximum(mean, jnp.finfo(g.dtype).tiny)
+      second = row[..., None] * (column[..., None, :] / mean) / correction
+      return g / (jnp.sqrt(second) + epsilon)
+
+    scaled_ = jax.tree.map(scaled, updates, rows, columns)
+    return scaled_, FactoredState(count, rows, columns)
+
+  return optax.GradientTransformation(init, update)
+
+
 def project_kernels(
   params: Any, radius: chex.Numeric, stacked: bool = False
 ) -> Any:
   """Each layer's matrix onto the Frobenius ball: `W min(1, radius / |W|)`.
 
-  Biases and all else stay.
+  Biases and all else stay. The matrices of a mixture's experts lie in one leaf
+  under `experts`; each is a layer's of its own.
 
   Args:
     params: of a network, its matrices named `kernel`.
@@ -144,16 +236,35 @@ def project_kernels(
   """
 
   def one(path, x):
-    if getattr(path[-1], 'key', None) != 'kernel':
+    square = matrix_squares(path, x, stacked)
+    if square is None:
       return x
-    axes = tuple(range(1 if stacked else 0, x.ndim))
-    square = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
     # Where it is small enough nothing changes, not by a rounding error either.
     outside = square > radius**2
     norm = jnp.sqrt(jnp.where(outside, square, 1.0))
     return x * jnp.where(outside, radius / norm, 1.0)
 
   return jax.tree_util.tree_map_with_path(one, params)
+
+
+def matrix_squares(path: Any, x: chex.Array, stacked: bool) -> Any:
+  """Squared Frobenius norms of the matrices in a leaf.
+
+  Args:
+    path: of the leaf, as `jax.tree_util` has it.
+    x: the leaf, `[..., inputs, outputs]` or a convolution's kernel.
+    stacked: see `project_kernels`.
+
+  Returns:
+    As `x`, of size 1 along a matrix's own axes; None where the leaf is not a
+    `kernel`.
+  """
+  names = [getattr(entry, 'key', None) for entry in path]
+  if names[-1] != 'kernel':
+    return None
+  first = stacked + ('experts' in names)
+  axes = tuple(range(first, x.ndim))
+  return jnp.sum(jnp.square(x), axis=axes, keepdims=True)
 
 
 def periodic(new: Any, old: Any, step: chex.Array, period: int) -> Any:

@@ -288,3 +288,13 @@ class Agent(NamedTuple):
   model: Model | None = None
   evaluate: Callable[..., dict[str, chex.Array]] | None = None
   exploit: Callable[..., tuple[chex.Array, dict[str, chex.Array]]] | None = None
+
+
+class Text(NamedTuple):
+  """Windows of a text, for agents that predict the next token.
+
+  Attributes:
+    tokens: int32 `[B, L + 1]`: the first `L` are read, the last `L` predicted.
+  """
+
+  tokens: chex.Array

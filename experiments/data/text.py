@@ -1,0 +1,221 @@
+"""Texts: from a file to tokens and back.
+
+Words that save most in the training part are tokens of their own, with the
+blank before them; so are runs of white space and punctuation. What is not in
+the vocabulary is spelt in bytes, so that every text has tokens and gives them
+back as it was. The end of the text is held out: nothing is counted there.
+"""
+
+import array
+import collections
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The first tokens are the 256 bytes.
+BYTES = 256
+_PIECE = re.compile(r' ?\w+|\s+|[^\w\s]')
+# Cut where no piece can cross: white space begins behind something else.
+_CUT = re.compile(r'(?<=\S)[^\S ]')
+_CHUNK = 1 << 20
+# Smaller files are read faster than a cache.
+_CACHED_FROM = 1 << 20
+# Part of the cache's name: change it with what tokens mean.
+_VERSION = 1
+
+
+class Vocabulary(NamedTuple):
+  """What tokens mean.
+
+  Attributes:
+    words: of the tokens from 256 upwards; those below are bytes.
+  """
+
+  words: tuple[str, ...]
+
+  @property
+  def size(self) -> int:
+    """V, tokens from 0 to V - 1."""
+    return BYTES + len(self.words)
+
+
+class Corpus(NamedTuple):
+  """A text as tokens.
+
+  Attributes:
+    name: the file's, without its ending.
+    train: uint16 or uint32 `[N]`, what is trained on.
+    held_out: likewise, the end of the text.
+    vocabulary: what they mean.
+  """
+
+  name: str
+  train: np.ndarray
+  held_out: np.ndarray
+  vocabulary: Vocabulary
+
+
+def count_words(text: str, size: int) -> Vocabulary:
+  """The pieces of a text that save the most tokens; of equals, in their order.
+
+  Args:
+    text: what is trained on.
+    size: V at most; pieces that are found once only are not taken.
+
+  Raises:
+    ValueError: size is below 256.
+  """
+  if size < BYTES:
+    raise ValueError(
+      f'vocabulary={size}: must be at least {BYTES}, which are the bytes'
+    )
+  counts: collections.Counter[str] = collections.Counter()
+  for chunk in _chunks(text):
+    counts.update(_PIECE.findall(chunk))
+  # A byte is a token already.
+  saved = {w: n * (len(w.encode()) - 1) for w, n in counts.items() if n > 1}
+  words = sorted((w for w in saved if saved[w]), key=lambda w: (-saved[w], w))
+  return Vocabulary(tuple(words[: size - BYTES]))
+
+
+def encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
+  """Tokens of a text, uint16 (uint32 from V = 65,537) `[N]`."""
+  known = _Spelling(
+    (word, (BYTES + i,)) for i, word in enumerate(vocabulary.words)
+  )
+  kind = 'H' if vocabulary.size <= 1 << 16 else 'I'
+  tokens = array.array(kind)
+  for chunk in _chunks(text):
+    for piece in map(known.__getitem__, _PIECE.findall(chunk)):
+      tokens.extend(piece)
+  return np.frombuffer(tokens, kind) if tokens else np.zeros(0, kind)
+
+
+def decode(vocabulary: Vocabulary, tokens: Sequence[int] | np.ndarray) -> str:
+  """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+  words = vocabulary.words
+  spelt = (
+    bytes((t,)) if t < BYTES else words[t - BYTES].encode()
+    for t in np.asarray(tokens).tolist()
+  )
+  return b''.join(spelt).decode('utf-8', errors='replace')
+
+
+class _Spelling(dict):
+  """Tokens by piece; bytes of those that are not known."""
+
+  def __missing__(self, piece: str) -> bytes:
+    return piece.encode()
+
+
+def _chunks(text: str) -> Iterator[str]:
+  """The text in parts that no piece crosses, to hold few pieces at once."""
+  begin = 0
+  while begin < len(text):
+    found = _CUT.search(text, begin + _CHUNK)
+    end = found.start() if found else len(text)
+    yield text[begin:end]
+    begin = end
+
+
+def checksum(path: str | os.PathLike) -> str:
+  """Of a file's bytes.
+
+  Raises:
+    ValueError: see `read`.
+  """
+  return f'{zlib.crc32(_bytes(pathlib.Path(path))):08x}'
+
+
+def read(
+  path: str | os.PathLike,
+  *,
+  vocabulary: int,
+  held_out: float,
+  encoding: str = 'utf-8',
+  cache: str | os.PathLike | None = None,
+) -> Corpus:
+  """A text file as tokens.
+
+  Args:
+    path: the file.
+    vocabulary: V at most.
+    held_out: share of the characters, at the end, that is held out.
+    encoding: of the file.
+    cache: a folder where tokens of larger files are kept; None for nowhere.
+
+  Raises:
+    ValueError: one line that names the file, and where in it: no such file,
+      nothing in it, not in this encoding; a vocabulary below 256; a share that
+      leaves nothing.
+  """
+  path = pathlib.Path(path)
+  content = _bytes(path)
+  make = lambda: _tokens(path, content, vocabulary, held_out, encoding)
+  if cache is None or len(content) < _CACHED_FROM:
+    return make()
+  about = (_VERSION, vocabulary, held_out, encoding)
+  digest = hashlib.sha256(repr(about).encode() + content).hexdigest()[:16]
+  return _cached(pathlib.Path(cache) / f'{digest}.npz', path.stem, make)
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise ValueError(f'text={path}: {error.strerror}') from error
+  if not content:
+    raise ValueError(f'text={path}: is empty')
+  return content
+
+
+def _tokens(path, content, vocabulary, held_out, encoding) -> Corpus:
+  try:
+    text = content.decode(encoding)
+  except UnicodeDecodeError as error:
+    line = content.count(b'\n', 0, error.start) + 1
+    raise ValueError(
+      f'text={path}: byte {error.start} (line {line}) is not {encoding}; '
+      'convert the file, or set encoding=latin-1'
+    ) from error
+  split = len(text) - max(round(held_out * len(text)), 1)
+  if split < 1:
+    raise ValueError(
+      f'text={path}: held_out={held_out} of {len(text)} characters leaves none '
+      'to train on'
+    )
+  found = count_words(text[:split], vocabulary)
+  whole = functools.partial(encode, found)
+  return Corpus(path.stem, whole(text[:split]), whole(text[split:]), found)
+
+
+def _cached(
+  file: pathlib.Path, name: str, make: Callable[[], Corpus]
+) -> Corpus:
+  if file.exists():
+    with np.load(file) as saved:
+      words = saved['words'].tobytes().decode().split('\0')
+      vocabulary = Vocabulary(tuple(words))
+      return Corpus(name, saved['train'], saved['held_out'], vocabulary)
+  corpus = make()
+  words = '\0'.join(corpus.vocabulary.words).encode()
+  arrays: dict[str, Any] = {
+    'train': corpus.train,
+    'held_out': corpus.held_out,
+    'words': np.frombuffer(words, np.uint8),
+  }
+  file.parent.mkdir(parents=True, exist_ok=True)
+  # At once or not at all: another run may look for it now.
+  handle, unfinished = tempfile.mkstemp(dir=file.parent)
+  with os.fdopen(handle, 'wb') as target:
+    np.savez(target, **arrays)
+  os.replace(unfinished, file)
+  return corpus

@@ -1,0 +1,542 @@
+"""Texts: tokens and back, windows in order, runs by the launcher."""
+
+import csv
+import functools
+import gzip
+import json
+import struct
+import zlib
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from absl import flags
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import (
+  assess,
+  build,
+  corpus,
+  play,
+  presets,
+  stages,
+  sweep_plan,
+  sweep_program,
+  text,
+  train,
+)
+from experiments.data import text as texts
+from experiments.keeper import Saved
+from experiments.runtime import config as configs
+from experiments.runtime import loop, mesh
+from experiments.runtime import text as runtime
+
+WORDS = ('the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'a', 'dog', 'saw', 'it')
+SMALL = texts.count_words(' '.join(WORDS * 3), 300)
+
+
+def make_text(seed=0, number=1500):
+  """Every word is followed by the next one, or by a new line."""
+  rng = np.random.default_rng(seed)
+  parts = []
+  for i in range(number):
+    parts.append(WORDS[i % len(WORDS)])
+    parts.append('\n' if rng.random() < 0.1 else ' ')
+  return ''.join(parts)
+
+
+# Tokens.
+
+
+@given(st.text())
+def test_tokens_give_their_text_back(given_text):
+  tokens = texts.encode(SMALL, given_text)
+  assert texts.decode(SMALL, tokens) == given_text
+  assert tokens.dtype == np.uint16
+
+
+def test_words_that_save_most_are_tokens():
+  found = texts.count_words('aa bb bb cc cc cc rare', 258)
+  # ' cc' saves 2 bytes 3 times, ' bb' 2 times; what is met once saves nothing.
+  assert found == texts.Vocabulary((' cc', ' bb')) and found.size == 258
+  got = texts.encode(found, ' cc bb aa')
+  np.testing.assert_array_equal(got, [256, 257, *b' aa'])
+  wide = texts.Vocabulary(tuple(map(str, range(1 << 16))))
+  assert texts.encode(wide, '65535').tolist() == [(1 << 16) - 1 + 256]
+  with pytest.raises(ValueError, match=r'^vocabulary=255: must be at least'):
+    texts.count_words('', 255)
+
+
+def test_parts_of_a_long_text_cut_no_piece(monkeypatch):
+  whole = make_text() + '\n\n   indented \n'
+  words, tokens = texts.count_words(whole, 300), texts.encode(SMALL, whole)
+  monkeypatch.setattr(texts, '_CHUNK', 10)
+  assert len(list(texts._chunks(whole))) > 50
+  assert texts.count_words(whole, 300) == words
+  np.testing.assert_array_equal(texts.encode(SMALL, whole), tokens)
+
+
+def test_what_is_held_out_is_not_counted(tmp_path):
+  path = tmp_path / 'play.txt'
+  path.write_text('seen ' * 100 + 'hidden ' * 25, encoding='utf-8')
+  read = functools.partial(texts.read, path, vocabulary=300)
+  corpus = read(held_out=175 / 675)
+  assert corpus.name == 'play'
+  assert corpus.vocabulary.words == (' seen',)
+  back = functools.partial(texts.decode, corpus.vocabulary)
+  assert back(corpus.train) == 'seen ' * 100
+  assert back(corpus.held_out) == 'hidden ' * 25
+  assert ' hidden' in read(held_out=0.1).vocabulary.words
+
+
+def test_larger_texts_are_kept_as_tokens(tmp_path, monkeypatch):
+  path = tmp_path / 'long.txt'
+  path.write_text(make_text(), encoding='utf-8')
+  read = functools.partial(
+    texts.read, path, vocabulary=300, cache=tmp_path / 'cache'
+  )
+  first = read(held_out=0.1)
+  assert not (tmp_path / 'cache').exists()
+  monkeypatch.setattr(texts, '_CACHED_FROM', 0)
+  assert_equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  for _ in range(2):
+    again = read(held_out=0.1)
+    assert_equal(again[1:3], first[1:3])
+    assert again.vocabulary == first.vocabulary
+  assert len(list((tmp_path / 'cache').iterdir())) == 1
+  # Once kept, nothing is counted again.
+  monkeypatch.delattr(texts, 'count_words')
+  assert_equal(read(held_out=0.1)[1:3], first[1:3])
+  with pytest.raises(NameError):
+    read(held_out=0.2)
+
+
+def test_files_that_are_no_texts(tmp_path):
+  path = tmp_path / 'x.txt'
+  read = functools.partial(texts.read, path, vocabulary=300, held_out=0.5)
+  with pytest.raises(ValueError, match=r'x.txt: No such file'):
+    read()
+  path.write_bytes(b'')
+  with pytest.raises(ValueError, match=r'x.txt: is empty$'):
+    read()
+  path.write_bytes(b'one\ntwo \xe9\n')
+  with pytest.raises(ValueError, match=r'x.txt: byte 8 \(line 2\) is not utf'):
+    read()
+  corpus = read(encoding='latin-1')
+  assert texts.decode(corpus.vocabulary, corpus.held_out) == 'wo é\n'
+  path.write_bytes(b'x')
+  with pytest.raises(ValueError, match=r'held_out=0.5 of 1 characters leaves'):
+    read()
+
+
+# Windows.
+
+LENGTH, BATCH, WINDOWS = 4, 3, 14
+TOKENS = np.arange(1000, 1000 + WINDOWS * LENGTH + 2, dtype=np.uint16)
+
+
+@pytest.mark.parametrize('number', [1, 5, 64, 100])
+def test_an_order_is_a_permutation(number):
+  index = np.arange(number, dtype=np.int32)
+  order = jax.jit(lambda key: runtime.shuffled(index, number, key))
+  found = [np.asarray(order(np.uint32([1, i]))) for i in range(4)]
+  for one in found:
+    np.testing.assert_array_equal(np.sort(one), index)
+  if number > 4:
+    assert len({tuple(one) for one in found}) == 4
+
+
+def test_orders_are_uniform():
+  keys = np.random.default_rng(0).integers(2**32, size=(3000, 2))
+  index = np.arange(10, dtype=np.int32)
+  order = jax.vmap(lambda key: runtime.shuffled(index, 10, key))
+  found = np.asarray(jax.jit(order)(keys.astype(np.uint32)))
+  for place in (0, 9):
+    counts = np.bincount(found[:, place], minlength=10)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+  # Of neighbours, too.
+  table = np.zeros((10, 10))
+  np.add.at(table, (found[:, 3], found[:, 4]), 1)
+  apart = table[~np.eye(10, dtype=bool)]
+  assert scipy.stats.chisquare(apart).pvalue > 1e-3
+
+
+@pytest.fixture(scope='module')
+def source():
+  made = runtime.from_tokens(TOKENS, BATCH, LENGTH)
+  return made._replace(next=jax.jit(made.next))
+
+
+def draw(source, steps, state=None, seed=0):
+  """Numbers of windows a step, and the state behind them."""
+  state = state or source.init(jax.random.key(seed))
+  found = []
+  for step in steps:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    state, batch, _ = source.next(state, None, np.int32(step), key)
+    tokens = np.asarray(batch.tokens)
+    assert tokens.dtype == np.int32
+    first = tokens[:, :1]
+    np.testing.assert_array_equal(tokens, first + np.arange(LENGTH + 1))
+    found.append((first[:, 0] - 1000) // LENGTH)
+  return np.asarray(found), state
+
+
+def test_every_window_comes_at_most_once_an_epoch(source):
+  assert runtime.num_windows(TOKENS, LENGTH) == WINDOWS
+  epoch = WINDOWS // BATCH
+  found, _ = draw(source, range(3 * epoch))
+  epochs = found.reshape(3, -1)
+  for one in epochs:
+    assert len(set(one)) == epoch * BATCH
+  assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+  assert set(range(WINDOWS)) == set(epochs.ravel())
+  other, _ = draw(source, range(epoch), seed=1)
+  assert (other.ravel() != epochs[0]).any()
+
+
+def test_a_checkpoint_holds_the_order_only(source, tmp_path):
+  _, state = draw(source, range(2))
+  arrays, facts = source.save(state, tmp_path, 2)
+  assert jax.tree.map(np.shape, arrays) == {'order': (2,)}
+  loaded = source.load(arrays, facts, tmp_path, jax.random.key(0))
+  want, _ = draw(source, range(2, 9), state)
+  got, _ = draw(source, range(2, 9), loaded)
+  np.testing.assert_array_equal(got, want)
+  other = runtime.from_tokens(TOKENS[::-1], BATCH, LENGTH)
+  with pytest.raises(configs.UserError, match=f'with {facts["text"]}$'):
+    other.load(arrays, facts, tmp_path, jax.random.key(0))
+
+
+def test_a_batch_is_at_most_the_text():
+  with pytest.raises(ValueError, match=r'^batch_size=15: must be at most 14'):
+    runtime.from_tokens(TOKENS, 15, LENGTH)
+
+
+def test_a_prompt_is_continued():
+  seen = []
+
+  def predict(tokens):
+    """Certain of what follows the last one: one more, modulo 10."""
+    seen.append(tokens[0].tolist())
+    return 50.0 * (np.arange(10) == (tokens[..., None] + 1) % 10)
+
+  go_on = functools.partial(
+    runtime.continuation, predict, np.array([7, 8]), 4, length=3
+  )
+  for temperature in (0.0, 1.0):
+    found = go_on(temperature=temperature, key=jax.random.key(0))
+    assert found.tolist() == [9, 0, 1, 2]
+  # Up to three tokens back.
+  assert seen[:4] == [[7, 8, 0], [7, 8, 9], [8, 9, 0], [9, 0, 1]]
+  hot = [go_on(temperature=1e3, key=jax.random.key(i)) for i in (0, 0, 1)]
+  np.testing.assert_array_equal(hot[0], hot[1])
+  assert (hot[0] != hot[2]).any()
+
+
+# Runs.
+
+STEPS = 12
+SETTINGS = (
+  'vocabulary=280',
+  'text.length=8',
+  'held_out=0.1',
+  'network.size=8',
+  'network.moe.hidden=8',
+  'network.moe.num_experts=4',
+  # Compiled sooner than a loop.
+  'network.moe.backend=dense',
+  'warmup_updates=2',
+  'learning_rate=0.03',
+  'log_experts=true',
+  'batch_size=8',
+  'devices=1',
+  'log_every=2',
+  'checkpoint_every=4',
+  'keep_checkpoints=10',
+  'evaluate_every=4',
+)
+PRESET = 'moe_language_small'
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'words.txt'
+  path.write_text(make_text(), encoding='utf-8')
+  return path
+
+
+def describe(path, **changes):
+  changes = {'steps': STEPS, 'settings': SETTINGS} | changes
+  return build.describe(PRESET, dataset=str(path), **changes)
+
+
+def rows(path):
+  clocks = ('updates_per_second', 'compiled')
+  with open(path, newline='') as file:
+    found = csv.DictReader(file)
+    return [{k: v for k, v in r.items() if k not in clocks} for r in found]
+
+
+def by_flags(module, *arguments):
+  """A launcher as its command line runs it, but in this process."""
+  before = set(flags.FLAGS)
+  module.define_flags()
+  try:
+    flags.FLAGS(['program', *arguments])
+    module.main()
+  finally:
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture(scope='module')
+def whole(path, tmp_path_factory):
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  with pytest.MonkeyPatch.context() as patch:
+    # Set, it is left as it is.
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', 'unused')
+    by_flags(
+      train,
+      f'--preset={PRESET}',
+      f'--text={path}',
+      f'--steps={STEPS}',
+      f'--workdir={workdir}',
+      *(f'--set={s}' for s in SETTINGS),
+    )
+  return workdir
+
+
+def test_a_run_leaves_what_it_promises(whole, path):
+  metrics = rows(whole / 'metrics.csv')
+  assert [int(r['step']) for r in metrics] == list(range(2, STEPS + 1, 2))
+  for row in metrics:
+    loads = [float(row[f'load_{e}']) for e in range(4)]
+    assert sum(loads) == pytest.approx(2)
+    assert 'decisions' not in row
+    assert bool(row['held_perplexity']) is (int(row['step']) % 4 == 0)
+  assert float(metrics[-1]['loss']) < float(metrics[0]['loss'])
+  last = metrics[-1]
+  assert float(last['held_perplexity']) == pytest.approx(
+    np.exp(-float(last['held_log_likelihood'])), rel=1e-5
+  )
+  (final,) = rows(whole / 'evaluation.csv')
+  assert final['checkpoint'] == 'final'
+  assert float(final['held_perplexity']) == pytest.approx(
+    float(last['held_perplexity']), rel=1e-4
+  )
+  # The best parameters are those of the highest likelihood.
+  assert (whole / 'best').is_dir()
+  saved = configs.read_run_config(whole)
+  assert saved['dataset_checksum'] == texts.checksum(path)
+
+
+def test_held_out_windows_are_the_end_of_the_text(path):
+  experiment = describe(path)
+  corpus = text.opened(experiment)
+  windows = text.held_out(experiment, corpus)
+  assert windows.shape[1:] == (8, 9) and windows.dtype == np.int32
+  flat = windows[..., :-1].reshape(-1)
+  np.testing.assert_array_equal(flat, corpus.held_out[: len(flat)])
+  np.testing.assert_array_equal(windows[..., -1].reshape(-1)[:-1], flat[8::8])
+  assert len(corpus.held_out) - len(flat) <= 8 * 8
+
+
+class Crash(Exception):
+  """What ends a run without its doing."""
+
+
+def test_a_run_goes_on_as_if_uninterrupted(
+  whole, path, tmp_path, monkeypatch, capsys
+):
+  write = assess.Watcher.log
+
+  def log(self, step, row):
+    write(self, step, row)
+    if step == 6:
+      raise Crash
+
+  experiment = describe(path)
+  with monkeypatch.context() as patch, pytest.raises(Crash):
+    patch.setattr(assess.Watcher, 'log', log)
+    train.run(experiment, tmp_path)
+  capsys.readouterr()
+  train.run(experiment, tmp_path)
+  printed = capsys.readouterr().out
+  assert f'resumed at update 4 of {STEPS}' in printed
+  assert 'final: held-out perplexity' in printed
+  for name in ('metrics.csv', 'evaluation.csv', 'vocabulary.json'):
+    same = [(folder / name).read_text() for folder in (tmp_path, whole)]
+    if name == 'metrics.csv':
+      same = [rows(folder / name) for folder in (tmp_path, whole)]
+    assert same[0] == same[1]
+  agent = stages.make(experiment, Saved(), lambda: False).stages[0].agent
+  ends = [
+    play.load_params(str(folder), agent, ['final'])
+    for folder in (tmp_path, whole)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_another_text_in_the_same_folder_is_refused(whole, tmp_path):
+  other = tmp_path / 'words.txt'
+  other.write_text(make_text(seed=1), encoding='utf-8')
+  with pytest.raises(configs.UserError, match='dataset_checksum was'):
+    train.run(describe(other), whole)
+
+
+def test_a_trained_network_goes_on_with_a_prompt(whole, path, capsys):
+  saved = json.loads((whole / 'vocabulary.json').read_text())
+  assert ' the' in saved
+  # The text itself may be gone.
+  moved = path.rename(path.with_name('elsewhere'))
+  try:
+    for number in (5, 5, 9):
+      by_flags(
+        play,
+        f'--workdir={whole}',
+        '--prompt=the cat',
+        f'--tokens={number}',
+      )
+  finally:
+    moved.rename(path)
+  first, again, longer = capsys.readouterr().out.split('the cat')[1:]
+  assert first == again and len(first) > 1
+  assert longer.startswith(first.removesuffix('\n').rstrip('�'))
+  with pytest.raises(configs.UserError, match=r'^prompt: .* --prompt='):
+    by_flags(play, f'--workdir={whole}')
+
+
+MISTAKES = {
+  'no text': ({'path': ''}, 'learns from a text: --text=PATH'),
+  'missing': ({'path': 'nowhere.txt'}, 'nowhere.txt: No such file'),
+  'env': ({'env': 'Catch-v0'}, 'env=Catch-v0: a text'),
+  'hold out': (
+    {'settings': (*SETTINGS, 'hold_out=3')},
+    'hold_out: needs a',
+  ),
+  'host': ({'settings': (*SETTINGS, 'data_on=host')}, 'data_on=host: a text'),
+  'long': (
+    {'settings': (*SETTINGS, 'text.length=2000')},
+    'held_out=0.1',
+  ),
+  'batch': (
+    {'settings': (*SETTINGS, 'batch_size=4000')},
+    'batch_size=4000',
+  ),
+  'pmap': ({'settings': (*SETTINGS, 'parallel=pmap')}, 'parallel=pmap'),
+}
+
+
+@pytest.mark.parametrize('what', MISTAKES)
+def test_mistakes_are_one_line(path, what):
+  changes, message = MISTAKES[what]
+  changes = {'path': path} | changes
+  with pytest.raises(ValueError) as caught:
+    stages.make(describe(**changes), Saved(), lambda: False)
+  assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+LANGUAGE = [n for n, p in presets.PRESETS.items() if p.agent == 'language']
+
+
+@pytest.mark.parametrize('name', LANGUAGE)
+def test_every_preset_builds(path, name):
+  assert presets.PRESETS[name].source
+  more = ['text.held_out=0.2', 'text.length=8']
+  experiment = build.describe(name, dataset=str(path), settings=more)
+  assert experiment.is_text
+  assert experiment.updates == presets.PRESETS[name].steps
+  agent = build.make_agent(experiment, text.spec_of(text.opened(experiment)))
+  jax.eval_shape(agent.init, jax.random.key(0))
+
+
+def make_program(path):
+  """Two seeds with their own weights of the balance and of dropout."""
+  plan = sweep_plan.make_plan(
+    PRESET,
+    dataset=str(path),
+    steps=4,
+    fixed=SETTINGS,
+    grid=['importance_weight=0.1,1', 'dropout=0.1,0.5'],
+  )
+  experiment = plan.describe(sweep_plan.Row(0, 0))
+  paths = tuple(sweep_plan.find_path(experiment, f) for f in plan.fields)
+  values = [[0.1, 0.1], [1.0, 0.5]]
+  return sweep_program.Program(experiment, paths, values, [0, 1])
+
+
+def test_a_sweep_takes_floats_as_tracers(path):
+  program = make_program(path)
+  paths = program.paths
+  assert sweep_program.traceable(program.experiment, paths) == paths
+
+
+@pytest.mark.slow
+def test_a_row_of_a_sweep_is_the_run_alone(whole, path, tmp_path):
+  program = make_program(path)
+  points = sweep_program.run(program, tmp_path, mesh=mesh.make_mesh())
+  assert [p.step for p in points] == [2, 4]
+  for point, want in zip(points, rows(whole / 'metrics.csv')):
+    for name in ('loss', 'cv_load', 'held_perplexity'):
+      if want[name]:
+        got = float(point.metrics[name][0])
+        assert got == pytest.approx(float(want[name]), rel=1e-3), name
+  assert points[-1].metrics['held_perplexity'].shape == (2,)
+
+
+def test_no_program_holds_the_text(path):
+  """Only the digits of its length grow."""
+  experiment = describe(path)
+  stage = stages.make(experiment, Saved(), lambda: False).stages[0]
+  tokens = text.opened(experiment).train
+
+  def size(tokens):
+    source = runtime.from_tokens(tokens, 8, 8)
+    place = source.init(jax.random.key(0))
+    state = jax.eval_shape(stage.agent.init, jax.random.key(0))
+    carry = loop.Carry(state, place, np.int32(0))
+    interval = jax.jit(loop.compile_interval(stage.agent, source))
+    return len(interval.lower(carry, jax.random.key(0), 5).as_text())
+
+  assert abs(size(np.tile(tokens, 9)) - size(tokens)) < 500
+
+
+# Corpora.
+
+
+def test_texts_are_read_out_of_packages(tmp_path):
+  place = tmp_path / 'usr/share/dictd'
+  place.mkdir(parents=True)
+  with gzip.open(place / 'gcide.dict.dz', 'wb') as file:
+    file.write('a café\n'.encode() + b'it\x92s\nend')
+  assert corpus.read_gcide(tmp_path) == 'a café\nit’s\nend'
+
+  place = tmp_path / 'usr/share/sword/modules/texts/ztext/engWEB2015eb'
+  place.mkdir(parents=True)
+  for name, books in (('ot', ['<p>In the', '<b>second</b>']), ('nt', ['é'])):
+    blocks = [zlib.compress(book.encode()) for book in books]
+    begin = np.cumsum([0, *map(len, blocks)])
+    index = [
+      struct.pack('<III', start, len(block), len(book))
+      for start, block, book in zip(begin, blocks, books)
+    ]
+    (place / f'{name}.bzz').write_bytes(b''.join(blocks))
+    (place / f'{name}.bzs').write_bytes(b''.join(index))
+  assert corpus.read_web(tmp_path) == 'In the\nsecond\né'
+
+
+def test_who_cannot_fetch_is_told(tmp_path, monkeypatch):
+  package = corpus.PACKAGES['kjv']
+  monkeypatch.setenv('PATH', str(tmp_path))
+  with pytest.raises(configs.UserError, match=r'^apt-get: there is none'):
+    corpus.fetch(package)
+  for name in ('apt-get', 'dpkg-deb'):
+    (tmp_path / name).write_text('#!/bin/sh\necho "E: no network" >&2\nexit 1')
+    (tmp_path / name).chmod(0o755)
+  with pytest.raises(configs.UserError, match='download failed: E: no network'):
+    corpus.fetch(package)
