@@ -376,8 +376,33 @@ def make_source(
   source = parts.hosted(some, number, mesh, experiment.run.batch_size)
   compiled = None
   if agent.refresh is not None and mesh.size > 1:
-    compiled = meshes.compile_refresh(agent, mesh)
+    sharding = state_sharding(experiment, agent, mesh)
+    compiled = meshes.compile_refresh(agent, mesh, sharding)
   return sources.reanalyzed(source, agent, compiled)
+
+
+def state_sharding(experiment: Experiment, agent: Any, mesh: Any):
+  """How an agent's state lies on several devices; None: whole on each.
+
+  Raises:
+    ValueError: experts are to be divided, and there are none to divide.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+
+  if experiment.run.experts == 'replicated':
+    return None
+  if experiment.run.parallel == 'pmap':
+    raise ValueError('experts=divided: needs parallel=jit')
+  shapes = jax.eval_shape(agent.init, jax.random.key(0))
+  sharding = meshes.state_sharding(shapes, mesh)
+  if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(sharding)):
+    raise ValueError(
+      f'experts=divided: {experiment.agent_name} has no mixture whose number '
+      f'of experts is a multiple of the {mesh.size} devices; take replicated'
+    )
+  return sharding
 
 
 def _make_part(

@@ -60,6 +60,8 @@ class RunConfig:
       fixed when a run begins; 0 for as many as devices where that divides
       num_envs, batch_size and replay_capacity.
     parallel: how an update is split over devices, `jit` or `pmap`.
+    experts: of a mixture: `replicated`, all on every device, or `divided` over
+      them (parallel=jit).
     log_every: between rows of metrics.csv; a row is also written wherever the
       run halts to save or to evaluate.
     checkpoint_every: between checkpoints.
@@ -92,6 +94,7 @@ class RunConfig:
   acting_devices: int = 0
   parts: int = 0
   parallel: Literal['jit', 'pmap'] = 'jit'
+  experts: Literal['replicated', 'divided'] = 'replicated'
   log_every: int = 50
   checkpoint_every: int = 1000
   keep_checkpoints: int = 2

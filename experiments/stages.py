@@ -18,6 +18,7 @@ class Stage(NamedTuple):
     transfer: see `Phase`.
     update: compiled over the devices; None where the loop compiles.
     interval: compiled over the devices, of a pure source; None likewise.
+    sharding: of the agent's state over the devices; None replicates it.
   """
 
   name: str
@@ -27,6 +28,7 @@ class Stage(NamedTuple):
   transfer: Callable | None = None
   update: Callable | None = None
   interval: Callable | None = None
+  sharding: Any = None
 
 
 class Trainer(NamedTuple):
@@ -102,6 +104,8 @@ def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
   how = experiment.run.parallel
   if devices.size == 1 and how != 'pmap':
     return stage
+  sharding = build.state_sharding(experiment, stage.agent, devices)
+  stage = stage._replace(sharding=sharding)
   if stage.source.is_pure:
     if how == 'pmap':
       what = experiment.dataset or experiment.env_name
@@ -109,11 +113,14 @@ def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
         f'parallel=pmap: {what} is compiled into one program with the agent; '
         'take parallel=jit'
       )
-    interval = mesh.compile_interval(stage.agent, stage.source, devices)
+    interval = mesh.compile_interval(
+      stage.agent, stage.source, devices, sharding
+    )
     return stage._replace(interval=interval)
   reduce = mesh.pmean if how == 'pmap' else None
   learner = build.make_phases(experiment, spec, reduce)[number].agent
-  return stage._replace(update=mesh.compile_update(learner, devices, how))
+  update = mesh.compile_update(learner, devices, how, sharding)
+  return stage._replace(update=update)
 
 
 def enter(stage: Stage, carry):
@@ -122,6 +129,6 @@ def enter(stage: Stage, carry):
 
   assert stage.transfer is not None and stage.source.fill is not None
   # Out of a compiled function leaves share no buffers: they can be donated.
-  state = jax.jit(stage.transfer)(carry.agent)
+  state = jax.jit(stage.transfer, out_shardings=stage.sharding)(carry.agent)
   # The phase before drew from the data alone, which stays where it is.
   return carry._replace(agent=state, source=stage.source.fill(carry.source))

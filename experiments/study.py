@@ -45,11 +45,14 @@ class Study(NamedTuple):
     cold: whether each run compiles everything itself, so that its wall time
       is that of a first run.
     curves: columns of metrics.csv that are kept for every run.
+    beside: whether each variant is a task, drawn beside what Sampled MuZero
+      did on it (`TASK_curves.csv`).
   """
 
   runs: tuple[Run, ...]
   cold: bool
   curves: tuple[str, ...]
+  beside: bool = False
 
 
 def _catch(seeds: int) -> Study:
@@ -175,6 +178,103 @@ def _samples(seeds: int) -> Study:
   return Study(tuple(runs), False, columns)
 
 
+def _sac(seeds: int) -> Study:
+  """SAC on the three tasks of Sampled MuZero's study, as many decisions."""
+  shared = (
+    '--preset=sac_pendulum',
+    '--set=evaluate_every=500',
+    '--set=evaluate_episodes=20',
+  )
+  control = (
+    '--steps=20000',
+    '--set=env.options=action_repeat=8',
+    '--set=gamma=0.98',
+    '--set=replay_capacity=20000',
+    '--set=warmup_decisions=1000',
+  )
+  tasks = {
+    'pendulum': (
+      '--env=jax:pendulum',
+      '--set=env.options=action_repeat=4',
+      '--set=gamma=0.97',
+    ),
+    'swingup': ('--env=CartpoleSwingup-v1', *control),
+    'ball_in_cup': ('--env=BallInCupCatch-v1', *control),
+  }
+  runs = [
+    Run(task, seed, (*shared, *arguments))
+    for seed in range(seeds)
+    for task, arguments in tasks.items()
+  ]
+  return Study(tuple(runs), False, ('decisions', 'eval_return'), beside=True)
+
+
+_MIXTURE = ('perplexity', 'held_perplexity', 'cv_importance', 'cv_load')
+
+
+def _experts(seeds: int) -> Study:
+  """Perplexity at about equal active operations (Shazeer 2017, Table 7)."""
+  shared = ('--preset=moe_language_small', '--text=data/gcide.txt')
+  expert = 'network.moe.'
+  variants = {
+    'dense': ('network.layer=dense',),
+    'moe_32': (),
+    'deep': ('network.layer=deep',),
+    'lstm': ('network.layer=lstm',),
+    'moe_4': (f'{expert}num_experts=4',),
+    'moe_128': (f'{expert}num_experts=128',),
+    # Two of two levels are four experts, each half as wide.
+    'moe_256_h': (
+      f'{expert}num_experts=256',
+      f'{expert}groups=16',
+      f'{expert}hidden=128',
+    ),
+    'moe_32_twice': ('network.num_layers_moe=2',),
+  }
+  first = ('dense', 'moe_32')
+  order = [(n, s) for s in range(seeds) for n in first]
+  order += [(n, s) for s in range(seeds) for n in variants if n not in first]
+  runs = [
+    Run(name, seed, (*shared, *(f'--set={x}' for x in variants[name])))
+    for name, seed in order
+  ]
+  return Study(tuple(runs), False, (*_MIXTURE, 'max_over_mean_load'))
+
+
+def _balance(seeds: int) -> Study:
+  """Balance losses on and off (Shazeer 2017, Table 6), and experts' fight."""
+  shared = (
+    '--preset=moe_language_small',
+    '--text=data/gcide.txt',
+    '--steps=400',
+    '--set=log_experts=true',
+  )
+  expert = 'network.moe.'
+  pairs = ((0, 0), (0.2, 0), (0, 0.2), (0.1, 0.1), (0.01, 0.01), (1, 1))
+  variants = {
+    f'importance_{i}_load_{j}': (
+      f'{expert}importance_weight={i}',
+      f'{expert}load_weight={j}',
+    )
+    for i, j in pairs
+  }
+  variants |= {
+    'balanced': (f'{expert}router=balanced',),
+    'biased': (f'{expert}router=biased_top_k',),
+    'pruned': (
+      f'{expert}importance_weight=0',
+      f'{expert}load_weight=0',
+      f'{expert}prune_below=0.1',
+    ),
+  }
+  runs = [
+    Run(name, seed, (*shared, *(f'--set={x}' for x in settings)))
+    for seed in range(seeds)
+    for name, settings in variants.items()
+  ]
+  return Study(tuple(runs), False, (*_MIXTURE, 'max_over_mean_load'))
+
+
 STUDIES = {
   'catch': (_catch, 10),
   'catch_search': (_catch_search, 10),
@@ -184,6 +284,9 @@ STUDIES = {
   'swingup': (functools.partial(_heads, 'sampled_muzero_swingup'), 5),
   'ball_in_cup': (functools.partial(_heads, 'sampled_muzero_ball_in_cup'), 5),
   'samples': (_samples, 3),
+  'sac': (_sac, 5),
+  'moe_experts': (_experts, 3),
+  'moe_balance': (_balance, 3),
 }
 
 
@@ -260,29 +363,56 @@ def collect(
   _write(results / f'{name}_held_out.csv', held)
 
 
-def draw(
-  curves: pathlib.Path, out: pathlib.Path, columns: Sequence[str]
-) -> None:
-  """A panel for each of `columns` of a curves' CSV, a line for each variant."""
+def _lines(curves: pathlib.Path, column: str) -> dict:
+  """`{variant: Curve}` of a column of a curves' CSV."""
   import numpy as np
 
   from experiments import plots
 
+  runs: dict[str, dict[str, list]] = {}
+  for row in _read(curves):
+    if row.get(column):
+      seeds = runs.setdefault(row['variant'], {})
+      x = row.get('decisions') or row['step']
+      point = float(x), float(row[column])
+      seeds.setdefault(row['seed'], []).append(point)
+  lines = {
+    variant: plots.mean_curve(
+      [tuple(np.transpose(points)) for points in seeds.values()]
+    )
+    for variant, seeds in runs.items()
+  }
+  return {name: line for name, line in lines.items() if line is not None}
+
+
+def draw(
+  curves: pathlib.Path, out: pathlib.Path, columns: Sequence[str]
+) -> None:
+  """A panel for each of `columns` of a curves' CSV, a line for each variant."""
+  from experiments import plots
+
+  panels = {column: _lines(curves, column) for column in columns}
+  acts = any(row.get('decisions') for row in _read(curves))
+  plots.curves_figure(panels, out, x='decisions' if acts else 'step')
+
+
+def draw_beside(curves: pathlib.Path, out: pathlib.Path) -> None:
+  """A panel for each task: SAC, and Sampled MuZero with search and without."""
+  from experiments import plots
+
   panels = {}
-  for column in columns:
-    runs: dict[str, dict[str, list]] = {}
-    for row in _read(curves):
-      if row.get(column):
-        seeds = runs.setdefault(row['variant'], {})
-        point = float(row['decisions']), float(row[column])
-        seeds.setdefault(row['seed'], []).append(point)
-    lines = {
-      variant: plots.mean_curve(
-        [tuple(np.transpose(points)) for points in seeds.values()]
+  for task, line in _lines(curves, 'eval_return').items():
+    path = curves.with_name(f'{task}_curves.csv')
+    others = {
+      f'Sampled MuZero, {words}, {variant}': curve
+      for column, words in (
+        ('eval_return', 'with search'),
+        ('network_return', 'network alone'),
       )
-      for variant, seeds in runs.items()
+      for variant, curve in _lines(path, column).items()
+      if variant == 'gaussian_k20'
     }
-    panels[column] = {n: line for n, line in lines.items() if line is not None}
+    panels[f'return, {task}'] = {'SAC': line, **others}
   plots.curves_figure(panels, out, x='decisions')
 
 
@@ -303,11 +433,13 @@ def main() -> None:
       future.result()
       collect(values.study, study, folder, results)
       print(f'{done} of {len(study.runs)} runs', flush=True)
-  returns = [n for n in study.curves if n.endswith('_return')]
+  shown = ('held_perplexity', 'cv_load')
+  returns = [n for n in study.curves if n.endswith('_return') or n in shown]
   curves = results / f'{values.study}_curves.csv'
   if curves.exists() and returns:
-    draw(curves, results / f'{values.study}_curves.png', returns)
-    print(f'figure: {results / values.study}_curves.png')
+    out = results / f'{values.study}_curves.png'
+    draw_beside(curves, out) if study.beside else draw(curves, out, returns)
+    print(f'figure: {out}')
 
 
 def define_flags() -> None:

@@ -287,7 +287,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
     stage, devices = trainer.stages[saved.phase], trainer.layout.mesh
     if is_main:
       _announce(experiment, trainer, workdir)
-    fresh = mesh.init(stage.agent, stage.source, key, devices)
+    fresh = mesh.init(stage.agent, stage.source, key, devices, stage.sharding)
   if is_main:
     if notes is None:
       configs.write_run_config(workdir, about, device)

@@ -382,6 +382,19 @@ def test_a_run_goes_on_as_if_uninterrupted(
   jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+def test_experts_divided_over_devices_learn_the_same(whole, path, tmp_path):
+  settings = (*SETTINGS, 'devices=2', 'experts=divided')
+  experiment = describe(path, settings=settings)
+  (stage,) = stages.make(experiment, Saved(), lambda: False).stages
+  experts = stage.sharding.params.network['layer_0']['experts']
+  assert not any(x.is_fully_replicated for x in jax.tree.leaves(experts))
+  train.run(experiment, tmp_path)
+  both = [rows(folder / 'metrics.csv') for folder in (tmp_path, whole)]
+  for ours, theirs in zip(*both):
+    for name in ('loss', 'cv_importance', 'load_0'):
+      assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3)
+
+
 def test_another_text_in_the_same_folder_is_refused(whole, tmp_path):
   other = tmp_path / 'words.txt'
   other.write_text(make_text(seed=1), encoding='utf-8')
@@ -429,6 +442,17 @@ MISTAKES = {
     'batch_size=4000',
   ),
   'pmap': ({'settings': (*SETTINGS, 'parallel=pmap')}, 'parallel=pmap'),
+  'nothing to divide': (
+    {
+      'settings': (
+        *SETTINGS,
+        'devices=2',
+        'experts=divided',
+        'network.layer=dense',
+      )
+    },
+    'experts=divided: language has no mixture',
+  ),
 }
 
 
