@@ -62,9 +62,10 @@ from agents.core.types import (
   Transition,
   as_vectors,
 )
-from networks import actor_critic
+from networks import actor_critic, mixture
 from networks.actor_critic import Squash
 from networks.mlp import Network
+from networks.moe import Config as MixtureConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,14 @@ class Config:
     min_std: the policy's least standard deviation; not to be traced.
     max_std: the largest; not to be traced.
     warm_start_updates: before the game, see `make_phases`.
+    critic_moe: a mixture of experts in the critics, in the place of all hidden
+      layers but the first; 0 experts for none. Its loss is counted once an
+      update, over all rows that the critics' loss looks at, with noisy gates;
+      targets, policy and evaluation have those of acting. No `expert_choice`,
+      no dropping backend, nothing that needs statistics.
+    critic_tokens: chunks that its input is cut into, a token each.
+    critic_control: one expert in the place of many, with the same tokens and
+      operations: the control that arXiv 2410.01930 demands.
   """
 
   hidden_sizes: tuple[int, ...] = (256, 256, 256)
@@ -115,6 +124,11 @@ class Config:
   min_std: float = 1e-5
   max_std: float = math.e**2
   warm_start_updates: int = 100_000
+  critic_moe: MixtureConfig = dataclasses.field(
+    default_factory=lambda: MixtureConfig(num_experts=0, k=2, hidden=128)
+  )
+  critic_tokens: int = 1
+  critic_control: bool = False
 
   def __post_init__(self):
     for name in ('gamma', 'residual_weight', 'target_rate'):
@@ -141,6 +155,19 @@ class Config:
         raise ValueError(
           f'value_clip={self.value_clip}: the first must be below the second'
         )
+    if self.critic_moe.num_experts:
+      self._check_mixture()
+
+  def _check_mixture(self):
+    mixture.check(self.critic_moe, 'critic_moe', statistics=False)
+    tokens, sizes = self.critic_tokens, self.hidden_sizes
+    if not sizes:
+      raise ValueError('hidden_sizes=(): critic_moe needs a hidden layer')
+    if tokens < 1 or sizes[0] % tokens:
+      raise ValueError(
+        f'critic_tokens={tokens}: must divide the first of hidden_sizes, '
+        f'{sizes[0]}'
+      )
 
   def _check(self, name, is_right, what):
     value = getattr(self, name)
@@ -184,11 +211,14 @@ class Networks(NamedTuple):
     critic: `apply(params, observation, action) -> float32 [E, B]`, E as many
       as the parameters have.
     box: squashes Gaussians into the actions' bounds.
+    learn: `(params, observation, action, key) -> (q [E, B], moe.Aux)`, the
+      critics with noisy gates and what their mixture tells; None without one.
   """
 
   policy: Network
   critic: Network
   box: Squash
+  learn: Callable[..., tuple[chex.Array, Any]] | None = None
 
 
 class Losses(NamedTuple):
@@ -262,14 +292,25 @@ def make_networks(
     max_std=config.max_std,
     statistics=statistics,
   )
-  critic = actor_critic.q_ensemble(
+  box = actor_critic.squash(action.low, action.high)
+  sizes = config.hidden_sizes
+  if not config.critic_moe.num_experts:
+    critic = actor_critic.q_ensemble(
+      size, action.low, action.high, sizes, statistics=statistics
+    )
+    return Networks(policy, critic, box)
+  experts = config.critic_moe
+  critics = actor_critic.q_mixture(
     size,
     action.low,
     action.high,
-    config.hidden_sizes,
+    sizes[0],
+    mixture.control(experts) if config.critic_control else experts,
+    tokens=config.critic_tokens,
     statistics=statistics,
   )
-  return Networks(policy, critic, actor_critic.squash(action.low, action.high))
+  critic = Network(critics.init, critics.apply)
+  return Networks(policy, critic, box, critics.learn)
 
 
 def make_losses() -> Losses:
@@ -365,7 +406,7 @@ def _make(
 ) -> Agent:
   """The agent of the game, or else that of the warm start."""
   assert isinstance(spec.action, Continuous)
-  policy_net, critic_net, box = networks
+  policy_net, critic_net, box, learn = networks
   size = spec.action.shape[0]
   target_entropy = config.target_entropy
   if target_entropy is None:
@@ -413,8 +454,12 @@ def _make(
     stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *pairs)
     return stacked, target_q_t
 
-  def critic_loss(critic, inputs, target_q_t, batch):
-    q, rows = critic_net.apply(critic, *inputs), batch.r_t.shape[0]
+  def critic_loss(critic, inputs, target_q_t, batch, key=None):
+    rows, aux = batch.r_t.shape[0], None
+    if learn is None:
+      q = critic_net.apply(critic, *inputs)
+    else:
+      q, aux = learn(critic, *inputs, key)
     q_tm1, q_t, q_new = q[:, :rows], q[:, rows : 2 * rows], q[:, 2 * rows :]
     discount_t = config.gamma * batch.discount_t
 
@@ -442,6 +487,9 @@ def _make(
         'value_new': jnp.mean(q_new),
       }
     total = jnp.sum(jnp.mean(by_row, -1))
+    if aux is not None:
+      total += jnp.sum(aux.loss)
+      metrics |= mixture.metrics(aux)
     return total, metrics | {'loss_critic': total}
 
   def policy_loss(policy, critic, temperature, batch, noise):
@@ -477,7 +525,12 @@ def _make(
       state.target_critic, params.policy, action, batch, noise
     )
     critic, critic_opt, critic_info, critic_norm = critic_step(
-      params.critic, opt_state.critic, inputs, target_q_t, batch
+      params.critic,
+      opt_state.critic,
+      inputs,
+      target_q_t,
+      batch,
+      mixture.gate_key(key),
     )
     kernel_norm = _kernel_norm(critic)
     critic = optim.project_kernels(critic, config.radius, stacked=True)
@@ -526,8 +579,8 @@ def _make(
 def _kernel_norm(params: Any) -> chex.Array:
   """The largest Frobenius norm of an ensemble's matrices."""
   squares = [
-    jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)), keepdims=True)
+    optim.matrix_squares(path, x, stacked=True)
     for path, x in jax.tree_util.tree_leaves_with_path(params)
-    if path[-1].key == 'kernel'
   ]
-  return jnp.sqrt(jnp.max(jnp.stack([jnp.max(x) for x in squares])))
+  largest = [jnp.max(x) for x in squares if x is not None]
+  return jnp.sqrt(jnp.max(jnp.stack(largest)))

@@ -60,7 +60,7 @@ from agents.core.unroll import (
   unroll,
   visit_temperature,
 )
-from networks import heads
+from networks import heads, mixture
 from networks import muzero as muzero_networks
 from networks.muzero import MuZeroNetworks, NetworkConfig
 
@@ -374,6 +374,7 @@ def make(
     random = jax.random.randint(action_key, action.shape, 0, num_actions)
     action = jnp.where(decided, action, random)
 
+    statistics = networks.listen(statistics, mixture.gate_key(key))
     state, statistics = networks.represent(
       network, statistics, observation[:, 0], train
     )
@@ -422,6 +423,9 @@ def make(
       jnp.ones_like(by_row) if batch.sample is None else batch.sample.weight
     )
     total = jnp.mean(importance * by_row) / unrolled
+    statistics, aux = networks.told(statistics)
+    if aux is not None:
+      total += aux.loss
     predicted = heads.from_logits(out.value_logits[0])
     entropy = -jnp.sum(jax.scipy.special.xlogy(pi[:, 0], pi[:, 0]), -1)
     metrics = {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms_.items()}
@@ -432,6 +436,8 @@ def make(
       'target_entropy': jnp.mean(entropy),
       'horizon': jnp.mean(horizon.astype(jnp.float32)),
     }
+    if aux is not None:
+      metrics |= mixture.metrics(aux)
     priorities = jnp.abs(predicted - target.value[:, 0])
     return total, (statistics, Info(metrics, priorities))
 

@@ -49,7 +49,7 @@ from agents.core.unroll import (
   unroll,
   visit_temperature,
 )
-from networks import heads
+from networks import heads, mixture
 from networks import muzero as muzero_networks
 from networks.muzero import MuZeroNetworks, NetworkConfig
 
@@ -296,6 +296,7 @@ def make(
     observation = jax.tree.map(
       lambda x: x[:, 0], batch.experience.timestep.observation
     )
+    statistics = networks.listen(statistics, mixture.gate_key(key))
     state, statistics = networks.represent(
       network, statistics, observation, train
     )
@@ -313,6 +314,9 @@ def make(
     by_row = policy + config.value_weight * value + reward
     weight = 1.0 if batch.sample is None else batch.sample.weight
     total = jnp.mean(weight * by_row) / config.unroll_steps
+    statistics, aux = networks.told(out.statistics)
+    if aux is not None:
+      total += aux.loss
 
     predicted = heads.from_logits(out.value_logits[0])
     entropy = -jnp.sum(jax.scipy.special.xlogy(pi[0], pi[0]), -1)
@@ -325,8 +329,10 @@ def make(
       'value_target': jnp.mean(target.value[:, 0]),
       'target_entropy': jnp.mean(entropy),
     }
+    if aux is not None:
+      metrics |= mixture.metrics(aux)
     priorities = jnp.abs(predicted - target.value[:, 0])
-    return total, (out.statistics, Info(metrics, priorities))
+    return total, (statistics, Info(metrics, priorities))
 
   step = optim.minimise(loss, optimiser, reduce)
 

@@ -58,7 +58,7 @@ from agents.core.unroll import (
   unroll,
   visit_temperature,
 )
-from networks import actions, heads
+from networks import actions, heads, mixture
 from networks import muzero as muzero_networks
 from networks.actions import ActionDistribution
 from networks.muzero import MuZeroNetworks, NetworkConfig
@@ -475,6 +475,7 @@ def make(
     random = any_action(action_key, action.shape[:2])
     action = jnp.where(decided, action, random)
 
+    statistics = networks.listen(statistics, mixture.gate_key(key))
     state, statistics = networks.represent(
       network, statistics, observation[:, 0], train
     )
@@ -523,6 +524,9 @@ def make(
       jnp.ones_like(by_row) if batch.sample is None else batch.sample.weight
     )
     total = jnp.mean(importance * by_row) / unrolled
+    statistics, aux = networks.told(statistics)
+    if aux is not None:
+      total += aux.loss
     predicted = heads.from_logits(out.value_logits[0])
     pi = batch.experience.extras['search_policy'][:, 0]
     metrics = {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms_.items()}
@@ -536,6 +540,8 @@ def make(
       ),
       'horizon': jnp.mean(horizon.astype(jnp.float32)),
     }
+    if aux is not None:
+      metrics |= mixture.metrics(aux)
     priorities = jnp.abs(predicted - target.value[:, 0])
     return total, (statistics, Info(metrics, priorities))
 

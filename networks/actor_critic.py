@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from networks import mlp
+from networks import mixture, mlp, moe
 from networks._numerics import log_slope
 from networks.mlp import Network
 
@@ -220,6 +220,98 @@ def q_ensemble(
     return jnp.stack(each)
 
   return Network(init, apply)
+
+
+class MixtureCritics(NamedTuple):
+  """Critics with a mixture of experts.
+
+  Attributes:
+    init: `(key) -> params`, all leaves with a leading `E`.
+    apply: `(params, observation, action [B, D]) -> float32 [E, B]`, with the
+      gates of acting.
+    learn: `(params, observation, action, key) -> (q [E, B], moe.Aux)`, with
+      noisy gates; leaves of the `Aux` have a leading `E`. With None for the
+      key the gates are those of acting.
+  """
+
+  init: Callable[[jax.Array], Any]
+  apply: Callable[..., jax.Array]
+  learn: Callable[..., tuple[jax.Array, moe.Aux]]
+
+
+def q_mixture(
+  observation_size: int,
+  low: np.ndarray,
+  high: np.ndarray,
+  width: int,
+  config: moe.Config,
+  *,
+  tokens: int = 1,
+  members: int = 2,
+  norm: str = 'none',
+  statistics: tuple[np.ndarray, np.ndarray] | None = None,
+) -> MixtureCritics:
+  """Critics of a hidden layer, a residual mixture of experts, and a linear one.
+
+  Each member has experts and gates of its own.
+
+  Args:
+    observation_size: see `q_ensemble`, as for what is not told here.
+    low: see there.
+    high: see there.
+    width: of the hidden layer, the mixture's input and output.
+    config: of the mixture; without statistics, see `mixture.check`.
+    tokens: chunks that the hidden layer is cut into.
+    members: `E`.
+    norm: of the hidden layer and of the mixture's input.
+    statistics: see there.
+
+  Raises:
+    ValueError: what `mixture.check` refuses, or tokens that do not divide the
+      width.
+  """
+  mixture.check(config, 'moe', statistics=False)
+  if tokens < 1 or width % tokens:
+    raise ValueError(f'tokens={tokens}: must divide the width, {width}')
+  size = observation_size + int(np.size(low))
+  body = mixture.Regressor(width, 1, config, tokens, lambda: mlp.Norm(norm))
+  box = squash(low, high)
+
+  def init_one(key):
+    layers = body.init(key, jnp.zeros((1, size)), False)['params']
+    return {
+      'statistics': _statistics(statistics, observation_size),
+      'layers': mlp.randomise(layers, key),
+    }
+
+  def init(key):
+    return jax.vmap(init_one)(jax.random.split(key, members))
+
+  def learn(params, observation, action, key):
+    flat, unit = flatten(observation), box.to_unit(action)
+
+    def one(params, key):
+      x = _normalise(params['statistics'], flat)
+      q, aux = body.apply(
+        {'params': params['layers']},
+        jnp.concatenate([x, unit], -1),
+        key is not None,
+        rngs=None if key is None else {'gate': key},
+      )
+      return q[:, 0], aux
+
+    number = jax.tree.leaves(params)[0].shape[0]
+    keys = [None] * number if key is None else jax.random.split(key, number)
+    each = [
+      one(jax.tree.map(lambda x, i=i: x[i], params), keys[i])
+      for i in range(number)
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+  def apply(params, observation, action):
+    return learn(params, observation, action, None)[0]
+
+  return MixtureCritics(init, apply, learn)
 
 
 def v_network(

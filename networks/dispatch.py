@@ -148,7 +148,7 @@ def _mixed(plan, x, params, expert):
 
 def _chosen(plan, x, params, expert):
   each = jax.vmap(expert.apply)(params, x[plan.token])
-  weighted = each * plan.gate[..., None]
+  weighted = each * plan.gate[..., None].astype(each.dtype)
   y = jnp.zeros((x.shape[0], each.shape[-1]), each.dtype)
   return y.at[plan.token].add(weighted)
 

@@ -3,7 +3,8 @@
 Representation, dynamics and prediction (Schrittwieser et al. 2020, App. F);
 value prefix and consistency (Ye et al. 2021, App. A). `NetworkConfig()` is
 EfficientZero's network for 96x96x12 Atari frames; latents may be small images
-or vectors, observations frames, small images or vectors.
+or vectors, observations frames, small images or vectors. One place may have a
+mixture of experts (`networks.mixture`).
 
 Axes: `B` batch, `A` actions, `P` projection; `[B, ...]` is a latent,
 `[B, H, W, channels]` or `[B, latent_size]`. All outputs are float32.
@@ -18,7 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from networks import consistency, heads, mlp, resnet, value_prefix
+from networks import consistency, heads, mixture, mlp, resnet, value_prefix
+from networks.moe import Aux
+from networks.moe import Config as MixtureConfig
 
 # Images with both sides at least this long get the Atari torso under 'auto'.
 _ATARI_SIDE = 64
@@ -58,6 +61,16 @@ class NetworkConfig:
       and maximum (MuZero, App. G).
     compute_dtype: of activations and matrix products; parameters,
       statistics, carries and outputs stay float32.
+    mixture: which place has a residual block of experts behind its residual
+      blocks (`blocks=0`: in their place): the `'torso'`, of represented
+      states; the `'dynamics'`; or the `'heads'`, before policy and value.
+    mixture_tokens: chunks that a vector latent is cut into, a token each. An
+      image latent has one token a pixel.
+    mixture_control: one expert in the place of many, with the same tokens and
+      operations: the control that arXiv 2410.01930 demands, which found that
+      tokens explain the gain and experts do not.
+    moe: the mixture. `expert_choice` is refused, and a backend that drops: a
+      search's result would depend on the batch.
   """
 
   torso: Literal['auto', 'atari', 'image', 'vector'] = 'auto'
@@ -80,6 +93,12 @@ class NetworkConfig:
   observation_scale: Literal['none', 'symlog'] = 'none'
   state_norm: bool = False
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  mixture: Literal['none', 'torso', 'dynamics', 'heads'] = 'none'
+  mixture_tokens: int = 1
+  mixture_control: bool = False
+  moe: MixtureConfig = dataclasses.field(
+    default_factory=lambda: MixtureConfig(num_experts=8, k=2, hidden=128)
+  )
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -96,6 +115,8 @@ class NetworkConfig:
     momentum = self.norm_momentum
     if isinstance(momentum, int | float) and not 0 <= momentum < 1:
       raise ValueError(f'norm_momentum={momentum}: must be in [0, 1)')
+    if self.mixture != 'none':
+      mixture.check(self.moe, 'moe')
 
 
 def _check_field(name, kind, value):
@@ -139,6 +160,12 @@ class MuZeroNetworks(NamedTuple):
     project: `(params, stats, state, train) -> (projection [B, P], stats)`.
     predict_projection: `(params, stats, projection, train) -> (prediction
       [B, P], stats)`.
+    listen: `(stats, key) -> stats`, to be called by a loss before it calls the
+      others with what it returns: with `train`, gates are noisy from there on.
+      Without it, and without `train`, gates are those of acting.
+    told: `(stats) -> (stats, moe.Aux)`, back again, and what the mixture told
+      in between, see `mixture.told`. Without a mixture both return statistics
+      as they are, and the `Aux` is None.
   """
 
   init: Callable[[jax.Array], tuple[Any, Any]]
@@ -149,6 +176,8 @@ class MuZeroNetworks(NamedTuple):
   initial_carry: Callable[[int], Any]
   project: Callable[..., tuple[jax.Array, Any]]
   predict_projection: Callable[..., tuple[jax.Array, Any]]
+  listen: Callable[[Any, jax.Array], Any] = lambda stats, key: stats
+  told: Callable[[Any], tuple[Any, Aux | None]] = lambda stats: (stats, None)
 
 
 def make(
@@ -179,13 +208,15 @@ def make(
 
   Raises:
     ValueError: the torso cannot take this observation, or no actions, or no
-      outputs of the policy head.
+      outputs of the policy head, or a latent that does not make the tokens.
   """
   if num_actions < 1:
     raise ValueError(f'num_actions={num_actions}: must be at least 1')
   if policy_size is not None and policy_size < 1:
     raise ValueError(f'policy_size={policy_size}: must be at least 1')
   config = dataclasses.replace(config, torso=_choose_torso(config, observation))
+  if config.mixture != 'none':
+    config = _with_mixture(config)
   module = _Module(config, num_actions, reduce, policy_size)
   carry_of = functools.partial(_initial_carry, config)
 
@@ -199,14 +230,24 @@ def make(
     return params, variables.get('stats', {})
 
   def call(method, params, stats, train, *inputs) -> tuple[Any, Any]:
+    listener, rngs = None, None
+    if isinstance(stats, mixture.Listener):
+      listener, stats = stats, stats.statistics
+      rngs = {'gate': mixture.next_key(listener)}
     collections = {'stats': stats} if stats else {}
     variables = {'params': params, **collections}
+    own = {'method': method, 'rngs': rngs}
     if train and stats:
-      output, new = module.apply(
-        variables, *inputs, True, method=method, mutable=['stats']
+      (output, aux), new = module.apply(
+        variables, *inputs, True, mutable=['stats'], **own
       )
-      return output, new['stats']
-    return module.apply(variables, *inputs, train, method=method), stats
+      stats = new['stats']
+    else:
+      result: Any = module.apply(variables, *inputs, train, **own)
+      output, aux = result
+    if listener is not None:
+      stats = mixture.hear(listener, stats, aux)
+    return output, stats
 
   def represent(params, stats, observation, train):
     return call('represent', params, stats, train, observation)
@@ -231,6 +272,10 @@ def make(
   def predict_projection(params, stats, projection, train):
     return call('predict_projection', params, stats, train, projection)
 
+  telling = {}
+  if config.mixture != 'none':
+    telling['listen'] = functools.partial(mixture.listen, config.moe)
+    telling['told'] = functools.partial(mixture.told, config.moe)
   return MuZeroNetworks(
     init=init,
     represent=represent,
@@ -240,7 +285,29 @@ def make(
     initial_carry=carry_of,
     project=project,
     predict_projection=predict_projection,
+    **telling,
   )
+
+
+def _with_mixture(config):
+  """The config with the mixture that it means, if its latent can be cut."""
+  tokens, size = config.mixture_tokens, config.latent_size
+  if _has_image(config):
+    if tokens != 1:
+      raise ValueError(
+        f'mixture_tokens={tokens}: an image latent has one token a pixel, must '
+        'be 1'
+      )
+  elif size % tokens:
+    raise ValueError(f'mixture_tokens={tokens}: must divide latent_size={size}')
+  if not config.mixture_control:
+    return config
+  return dataclasses.replace(config, moe=mixture.control(config.moe))
+
+
+def _has_image(config):
+  """Whether latents are images; `config.torso` is resolved."""
+  return config.torso != 'vector' and config.latent == 'image'
 
 
 def _choose_torso(config, observation):
@@ -270,7 +337,10 @@ def _initial_carry(config, batch_size):
 
 
 class _Module(nn.Module):
-  """All networks of one agent, a method each; `config.torso` is resolved."""
+  """All networks of one agent, a method each; `config.torso` is resolved.
+
+  A method returns its output and what a mixture told in it, or None.
+  """
 
   config: NetworkConfig
   num_actions: int
@@ -284,7 +354,7 @@ class _Module(nn.Module):
       mlp.Norm, config.norm, config.norm_momentum, self.reduce, dtype
     )
     style = {'norm': norm, 'dtype': dtype}
-    self.is_image = config.torso != 'vector' and config.latent == 'image'
+    self.is_image = _has_image(config)
     if config.torso == 'atari':
       self.torso = resnet.AtariTorso(config.channels, **style)
     elif config.torso == 'image':
@@ -311,6 +381,8 @@ class _Module(nn.Module):
     for name in ('represent', 'dynamics', 'predict'):
       blocks = tuple(block() for _ in range(config.blocks))
       setattr(self, f'{name}_blocks', blocks)
+    if config.mixture != 'none':
+      self.mixture = mixture.Block(config.moe, config.mixture_tokens, **style)
 
     sizes = {'channels': config.head_channels, 'hidden': config.head_hidden}
     outputs = self.policy_size or self.num_actions
@@ -340,7 +412,8 @@ class _Module(nn.Module):
       x = jax.nn.relu(self.flatten_norm(x, train))
     for block in self.represent_blocks:
       x = block(x, train)
-    return self._finish(x)
+    x, aux = self._mix('torso', x, train)
+    return self._finish(x), aux
 
   def dynamics(self, state, action, train):
     encoded = self._encode(state, action)
@@ -352,7 +425,14 @@ class _Module(nn.Module):
     x = jax.nn.relu(x + state.astype(x.dtype))
     for block in self.dynamics_blocks:
       x = block(x, train)
-    return self._finish(x)
+    x, aux = self._mix('dynamics', x, train)
+    return self._finish(x), aux
+
+  def _mix(self, place, x, train):
+    """Through the mixture, if it is here, and what it tells, or None."""
+    if self.config.mixture != place:
+      return x, None
+    return self.mixture(x, train)
 
   def _encode(self, state, action):
     """The action as float32 `[B, H, W, 1 or A]`, or `[B, A]` for a vector."""
@@ -381,23 +461,25 @@ class _Module(nn.Module):
     x = state
     for block in self.predict_blocks:
       x = block(x, train)
-    return self.policy_head(x, train), self.value_head(x, train)
+    x, aux = self._mix('heads', x, train)
+    return (self.policy_head(x, train), self.value_head(x, train)), aux
 
   def reward(self, state, carry, train):
     if self.config.reward == 'reward':
-      return self.plain_reward(state, train), carry
-    return self.value_prefix(state, carry, train)
+      return (self.plain_reward(state, train), carry), None
+    return self.value_prefix(state, carry, train), None
 
   def project(self, state, train):
-    return self.projector(state, train)
+    return self.projector(state, train), None
 
   def predict_projection(self, projection, train):
-    return self.predictor(projection, train)
+    return self.predictor(projection, train), None
 
   def __call__(self, observation, action, carry):
     """Touches every parameter, for `init`."""
-    state = self.represent(observation, False)
+    state, _ = self.represent(observation, False)
     self.predict(state, False)
-    state = self.dynamics(state, action, False)
+    state, _ = self.dynamics(state, action, False)
     self.reward(state, carry, False)
-    self.predict_projection(self.project(state, False), False)
+    projection, _ = self.project(state, False)
+    self.predict_projection(projection, False)

@@ -1,0 +1,244 @@
+"""A mixture of experts as a block of an agent's network, and its bookkeeping.
+
+The block is residual, `relu(x + MoE(norm(x)))`, on tokens of a latent: the
+pixels of an image (Obando-Ceron 2024, arXiv 2402.08609, `PerConv`), or a vector
+whole or in chunks. Gates are noisy only where a random stream `gate` is given.
+
+A loss calls a network several times: for each unrolled step, and again for
+other observations. A `Listener` around the network's statistics goes through
+all these calls, and through `lax.scan`; it deals out the gates' keys and sums
+what the mixture tells. What comes out is balanced over all calls together, as
+if they were one batch: that is what Shazeer 2017 (section 3.1) does with
+unrolled steps, it lets experts specialise by depth, and a step's few states
+have not to be spread evenly by themselves.
+
+What later work demands beside every curve (arXiv 2410.01930: tokens explain
+the gain, experts do not) is `control`.
+
+Axes: `B` batch; see `networks.routing` for the others.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from networks import balance, mlp, moe
+
+_GATE = 0x6A7E0000
+
+
+def check(config: moe.Config, name: str, statistics: bool = True) -> None:
+  """Refuses a mixture that an agent cannot plan or act with.
+
+  Args:
+    config: of the mixture.
+    name: of its field, for the message.
+    statistics: whether the network keeps statistics beside its parameters.
+
+  Raises:
+    ValueError: no experts; a router with which a state's value depends on the
+      batch that it comes in, or a backend that drops; or statistics that
+      nobody keeps.
+  """
+  if config.num_experts < 1:
+    raise ValueError(
+      f'{name}.num_experts={config.num_experts}: must be 1 or more'
+    )
+  if config.router not in moe.PER_STATE:
+    raise ValueError(
+      f'{name}.router={config.router!r}: makes a state depend on its batch, '
+      f'must be one of {", ".join(moe.PER_STATE)}'
+    )
+  if config.backend == 'capacity':
+    raise ValueError(
+      f"{name}.backend='capacity': drops by what else is in the batch, must "
+      'be auto, loop, ragged or dense'
+    )
+  if statistics:
+    return
+  if config.router == 'biased_top_k':
+    raise ValueError(
+      f"{name}.router='biased_top_k': its biases are statistics, which this "
+      'network does not keep'
+    )
+  pruning = config.prune_below
+  if not (isinstance(pruning, (int, float)) and pruning == 0):
+    raise ValueError(
+      f'{name}.prune_below={pruning}: needs statistics, which this network '
+      'does not keep; must be 0'
+    )
+
+
+def control(config: moe.Config) -> moe.Config:
+  """One expert in the place of many, with the same tokens and operations.
+
+  As wide as all that work on a token, without a choice; of `soft`, with all
+  slots. Source: arXiv 2410.01930.
+  """
+  one = {'num_experts': 1, 'k': 1, 'groups': 0, 'group_k': 1}
+  # Of a gate without a choice no loss should reach what is before it.
+  one |= {'noise': False, 'prune_below': 0.0, 'z_weight': 0.0}
+  if config.router == 'soft':
+    slots = config.num_experts * config.slots
+    return dataclasses.replace(config, **one, slots=slots)
+  hidden = config.active * config.hidden
+  return dataclasses.replace(config, **one, hidden=hidden)
+
+
+class Block(nn.Module):
+  """`(x [B, ..., D], train) -> (relu(x + MoE(norm(x))), moe.Aux)`.
+
+  Attributes:
+    config: of the mixture, for which `check` has no objection.
+    chunks: tokens that a vector `[B, D]` is cut into; of an image `[B, H, W,
+      D]`, every pixel is one.
+    norm: makes the normalisation.
+    dtype: of the experts' computation; gates have float32.
+  """
+
+  config: moe.Config
+  chunks: int = 1
+  norm: mlp.ModuleDef = mlp.Norm
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, moe.Aux]:
+    tokens = self.norm()(x, train)
+    size = x.shape[-1] // self.chunks
+    # One axis of tokens: `soft` mixes those of a state along it.
+    tokens = tokens.reshape(x.shape[0], -1, size)
+    # Outside of any module: the mixture adopts it.
+    expert = moe.FeedForward(self.config.hidden, size, self.dtype, parent=None)
+    learns = train and self.has_rng('gate')
+    y, aux = moe.MoE(self.config, expert)(tokens, learns)
+    return jax.nn.relu(x + y.reshape(x.shape).astype(x.dtype)), aux
+
+
+class Regressor(nn.Module):
+  """`(x [B, F], train) -> ([B, outputs], moe.Aux)`: linear, block, linear.
+
+  Attributes:
+    width: of the hidden layer.
+    outputs: of the last one.
+    config: see `Block`.
+    chunks: see `Block`.
+    norm: of the hidden layer and in the block.
+  """
+
+  width: int
+  outputs: int
+  config: moe.Config
+  chunks: int = 1
+  norm: mlp.ModuleDef = mlp.Norm
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, moe.Aux]:
+    x = mlp.Linear(self.width, use_bias=False)(x)
+    x = jax.nn.relu(self.norm()(x, train))
+    x, aux = Block(self.config, self.chunks, self.norm)(x, train)
+    return mlp.Linear(self.outputs)(x), aux
+
+
+def gate_key(key: jax.Array) -> jax.Array:
+  """The key of an update's gates, beside all that is drawn from `key` itself.
+
+  Another one than any split of it: those are what it makes of small numbers.
+  """
+  return jax.random.fold_in(key, _GATE)
+
+
+class Listener(NamedTuple):
+  """Statistics on their way through a loss's calls of a network.
+
+  Attributes:
+    statistics: the network's.
+    key: of all gates' noise.
+    calls: int32 scalar, of the mixture so far.
+    aux: sums over them.
+  """
+
+  statistics: Any
+  key: jax.Array
+  calls: jax.Array
+  aux: moe.Aux
+
+
+def listen(config: moe.Config, statistics: Any, key: jax.Array) -> Listener:
+  """A listener that has heard nothing yet.
+
+  Args:
+    config: of the mixture.
+    statistics: of the network that has it.
+    key: typed, for nothing else.
+  """
+  names = ['importance', 'load', 'z']
+  if config.router == 'balanced':
+    names.append('threshold')
+  zeros = lambda: jnp.zeros((config.num_experts,))
+  aux = moe.Aux(
+    loss=jnp.zeros(()),
+    losses={name: jnp.zeros(()) for name in names},
+    importance=zeros(),
+    load=zeros(),
+    count=zeros(),
+    dropped=jnp.zeros(()),
+  )
+  return Listener(statistics, key, jnp.zeros((), jnp.int32), aux)
+
+
+def next_key(listener: Listener) -> jax.Array:
+  """The gates' key of the next call."""
+  return jax.random.fold_in(listener.key, listener.calls)
+
+
+def hear(listener: Listener, statistics: Any, aux: moe.Aux | None) -> Listener:
+  """The listener after a call of the network.
+
+  Args:
+    listener: before it.
+    statistics: the network's after it.
+    aux: what the mixture told; None where the call did not pass it.
+  """
+  if aux is None:
+    return listener._replace(statistics=statistics)
+  total = jax.tree.map(jnp.add, listener.aux, aux)
+  return Listener(statistics, listener.key, listener.calls + 1, total)
+
+
+def told(config: moe.Config, listener: Listener) -> tuple[Any, moe.Aux]:
+  """The statistics, and one account of all calls.
+
+  Importance, load and counts are sums over calls, and the two losses of
+  balance are those of the sums (`noisy_top_k`; no other router has any). Other
+  losses and `dropped` are means over calls. Pruned experts count as idle in
+  the losses of balance, which moves no minimum.
+  """
+  _, _, calls, total = listener
+  mean = lambda x: x / jnp.maximum(calls, 1)
+  losses = jax.tree.map(mean, total.losses)
+  if config.router == 'noisy_top_k':
+    losses |= {
+      'importance': balance.cv_squared(total.importance),
+      'load': balance.cv_squared(total.load),
+    }
+  loss = sum(getattr(config, f'{k}_weight') * x for k, x in losses.items())
+  aux = total._replace(
+    loss=jnp.asarray(loss), losses=losses, dropped=mean(total.dropped)
+  )
+  return listener.statistics, aux
+
+
+def metrics(aux: moe.Aux) -> dict[str, jax.Array]:
+  """`moe.metrics` under names of their own, `moe_cv_load` and so on.
+
+  Args:
+    aux: of one mixture, or of an ensemble's, leaves `[members, ...]`: the
+      means over them.
+  """
+  found = moe.metrics
+  if aux.loss.ndim:
+    found = jax.vmap(found)
+  return {f'moe_{k}': jnp.mean(x) for k, x in found(aux).items()}
