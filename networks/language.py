@@ -88,10 +88,13 @@ class LanguageModel(NamedTuple):
       [B, L, V], aux, stats)`. Logits at a step are of the token behind it.
       `aux` is a tuple of `moe.Aux`, one a mixture. `key` (dropout and gates)
       may be None where `train` is False.
+    plans: `(params, stats, tokens int32 [B, L]) -> ` a tuple of
+      `networks.routing` plans of the B L tokens, one a mixture, without noise.
   """
 
   init: Callable[[jax.Array], tuple[Any, Any]]
   apply: Callable[..., tuple[jax.Array, tuple[mixtures.Aux, ...], Any]]
+  plans: Callable[..., tuple[Any, ...]]
 
 
 def make(config: Config, vocabulary: int) -> LanguageModel:
@@ -128,7 +131,14 @@ def make(config: Config, vocabulary: int) -> LanguageModel:
     )
     return logits, aux, {**stats, **changed}
 
-  return LanguageModel(init, apply)
+  def plans(params, stats, tokens):
+    _, kept = module.apply(
+      {'params': params, **stats}, tokens, False, mutable=['plans']
+    )
+    plans: Any = kept.get('plans') or {}
+    return tuple(plans[name]['plan'][0] for name in sorted(plans))
+
+  return LanguageModel(init, apply, plans)
 
 
 class Size(NamedTuple):

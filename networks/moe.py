@@ -271,6 +271,9 @@ class MoE(nn.Module):
       found = found._replace(losses=losses)
     else:
       found = self._route(tokens.astype(jnp.float32), train)
+      # Kept for those alone who ask with `mutable=['plans']`.
+      if not self.is_initializing():
+        self.sow('plans', 'plan', found.plan)
       y, dropped = expert_parallel.apply(
         found.plan,
         tokens,

@@ -21,6 +21,7 @@ from experiments import (
   corpus,
   play,
   presets,
+  specialisation,
   stages,
   sweep_plan,
   sweep_program,
@@ -422,6 +423,37 @@ def test_a_trained_network_goes_on_with_a_prompt(whole, path, capsys):
   assert longer.startswith(first.removesuffix('\n').rstrip('�'))
   with pytest.raises(configs.UserError, match=r'^prompt: .* --prompt='):
     by_flags(play, f'--workdir={whole}')
+
+
+def test_what_experts_specialise_in(whole, path, tmp_path, capsys):
+  out = tmp_path / 'experts.png'
+  by_flags(specialisation, f'--workdir={whole}', f'--out={out}', '--tokens=6')
+  printed = capsys.readouterr().out
+  assert printed.count('expert ') == 4 and 'a token tells' in printed
+  assert out.stat().st_size > 10_000
+  table = rows(out.with_suffix('.csv'))
+  assert len(table) == 6
+  for row in table:
+    shares = [float(row[f'expert_{e}']) for e in range(4)]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+  shares = specialisation.measure(str(whole), 'final', 0)
+  windows = text.held_out(describe(path), text.opened(describe(path)))
+  # Two experts a token.
+  assert shares.counts.sum() == 2 * windows[..., :-1].size
+  history = specialisation.through_training(str(whole), 0)
+  np.testing.assert_allclose(history[:, 1:].sum(1), 1, rtol=1e-5)
+
+
+def test_how_much_a_token_tells():
+  assert specialisation.information(np.eye(3)) == pytest.approx(1)
+  assert specialisation.information(np.ones((3, 5))) == pytest.approx(0)
+  # One bit of expert; half of the tokens tell it.
+  counts = np.array([[2.0, 0, 1], [0, 2, 1]])
+  assert specialisation.information(counts) == pytest.approx(4 / 6)
+  shares = specialisation.Shares(
+    np.array([[9.0, 1, 5], [1, 9, 5]]), ('a', 'b', 'c')
+  )
+  assert specialisation.characteristic(shares, 2) == [['a', 'c'], ['b', 'c']]
 
 
 MISTAKES = {
