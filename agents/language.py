@@ -10,6 +10,9 @@ measured without noise at the gates and without dropout.
 Departures:
 
 * Every window starts from an empty memory; the paper's texts are sentences.
+* `router=balanced` (Appendix F) chooses among all tokens of a batch in
+  training, later ones included, so that its training perplexity is no measure;
+  thresholds, which decide on held-out text, see a token alone.
 * The softmax is whole, where the paper samples words.
 """
 

@@ -256,7 +256,10 @@ def traceable(
     return True
 
   floats = tuple(
-    p for p in paths if type(sweep_plan.get(experiment, p)) is float
+    p
+    for p in paths
+    # What a text is cut into is settled before there is a program.
+    if type(sweep_plan.get(experiment, p)) is float and '.text.' not in p
   )
   if floats and works(floats):
     return floats

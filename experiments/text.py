@@ -17,6 +17,7 @@ from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
 _VOCABULARY = 'vocabulary.json'
+_HELD_OUT_BATCH = 32
 
 
 def complete(experiment: Any, env: str | None):
@@ -120,7 +121,9 @@ def make_source(experiment: Any, corpus: Corpus, place: Callable):
 def held_out(experiment: Any, corpus: Corpus):
   """Windows that are never trained on, int32 `[n, B, L + 1]`.
 
-  The last ones, which would not fill a batch, are left out.
+  B is 32, whatever the batch that is trained on, so that all runs on a text
+  are measured on the same; the last windows, which would not fill one, are
+  left out.
   """
   import numpy as np
 
@@ -128,7 +131,7 @@ def held_out(experiment: Any, corpus: Corpus):
 
   length = experiment.config.text.length
   windows = runtime.num_windows(corpus.held_out, length)
-  size = min(experiment.run.batch_size, windows)
+  size = min(_HELD_OUT_BATCH, windows)
   index = np.arange(windows // size * size)
   taken = runtime.take_windows(corpus.held_out, index, length)
   return taken.astype(np.int32).reshape(-1, size, length + 1)

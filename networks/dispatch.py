@@ -28,6 +28,7 @@ a block, `O` outputs.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -114,6 +115,11 @@ def apply(
   return _sorted(plan, x, params, work), nothing
 
 
+def places(even: float) -> int:
+  """A capacity, rounded up, less a hair for errors of rounding."""
+  return math.ceil(even - 1e-6)
+
+
 def num_experts(params: Any) -> int:
   """E, from the experts' parameters."""
   return jax.tree.leaves(params)[0].shape[0]
@@ -148,15 +154,15 @@ def _mixed(plan, x, params, expert):
 
 def _chosen(plan, x, params, expert):
   each = jax.vmap(expert.apply)(params, x[plan.token])
-  weighted = each * plan.gate[..., None].astype(each.dtype)
-  y = jnp.zeros((x.shape[0], each.shape[-1]), each.dtype)
+  weighted = each * plan.gate[..., None]
+  y = jnp.zeros((x.shape[0], each.shape[-1]), weighted.dtype)
   return y.at[plan.token].add(weighted)
 
 
 def _capacity(plan, x, params, expert, factor):
   tokens, number = x.shape[0], num_experts(params)
   chosen = plan.expert.reshape(-1)
-  capacity = min(int(-(-factor * chosen.size // number)), tokens)
+  capacity = min(places(factor * chosen.size / number), tokens)
   order = jnp.argsort(chosen, stable=True)
   sizes = _sizes(chosen, number)
   rank = jnp.arange(chosen.size) - (jnp.cumsum(sizes) - sizes)[chosen[order]]
@@ -165,7 +171,9 @@ def _capacity(plan, x, params, expert, factor):
   # What does not fit is sent out of bounds.
   place = jnp.where(fits, place, capacity)
   token = jnp.repeat(jnp.arange(tokens), plan.expert.shape[1])
-  rows = jnp.zeros((number, capacity, x.shape[1]), x.dtype)
+  # Empty places hold a token and not zeros, where an expert's gradient may not
+  # be finite.
+  rows = jnp.broadcast_to(x[0], (number, capacity, x.shape[1]))
   rows = rows.at[chosen, place].set(x[token], mode='drop')
   each = jax.vmap(expert.apply)(params, rows)
   pairs = each.at[chosen, place].get(mode='fill', fill_value=0)
@@ -308,7 +316,7 @@ def _foldable(function):
 def _forward(function, block, params, groups, x):
   length, owned = x.shape[0], _pick(params, 0)
   # A block may reach into the next group's rows, which are written later.
-  x = jnp.pad(x, ((0, block), (0, 0)))
+  x = _pad(x, block)
   shape = jax.eval_shape(function, owned, x[:block])
   y = jnp.zeros((x.shape[0], *shape.shape[1:]), shape.dtype)
   order, occupied = _occupied(groups)
@@ -331,7 +339,7 @@ def _forward(function, block, params, groups, x):
 
 def _backward(function, block, params, groups, x, g):
   length, number = x.shape[0], groups.size.shape[0]
-  x, g = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x, g))
+  x, g = _pad(x, block), jnp.pad(g, ((0, block), (0, 0)))
   params_bar = jax.tree.map(
     lambda p: jnp.zeros((number, *p.shape[1:]), p.dtype), params
   )
@@ -367,6 +375,11 @@ def _backward(function, block, params, groups, x, g):
   start = (params_bar, jnp.zeros_like(x))
   params_bar, x_bar = jax.lax.fori_loop(0, occupied, one, start)
   return params_bar, x_bar[:length]
+
+
+def _pad(x, block):
+  # Not by zeros, where an expert's gradient may not be finite.
+  return jnp.pad(x, ((0, block), (0, 0)), mode='edge')
 
 
 def _occupied(groups):

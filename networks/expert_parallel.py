@@ -27,7 +27,6 @@ of them at most to each device.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -131,7 +130,7 @@ def _on_device(
   room = tokens * min(trips, own // bundle)
   if options['backend'] == 'capacity':
     even = options['capacity_factor'] * tokens * trips / n
-    room = min(math.ceil(even), room)
+    room = min(dispatch.places(even), room)
     # As many places of an expert as on one device, whatever the room is.
     options = options | {'capacity_factor': even / room}
   chosen = chosen.reshape(-1, bundle)

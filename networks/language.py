@@ -65,7 +65,7 @@ class Config:
     if self.layer == 'moe' and self.moe.router in ('soft', 'expert_choice'):
       raise ValueError(
         f'router={self.moe.router}: sees the tokens that are to be predicted; '
-        'take noisy_top_k, biased_top_k or balanced'
+        'take noisy_top_k or biased_top_k'
       )
     # Under a sweep's vmap it may be a tracer, which has no value to check.
     if isinstance(self.dropout, (int, float)) and not 0 <= self.dropout < 1:
@@ -173,7 +173,8 @@ def size_of(config: Config) -> Size:
 
 def _mixture_size(config, d, expert):
   # The gate of noisy routers has a second matrix, for the noise.
-  gates = d * (2 if config.router == 'noisy_top_k' else 1)
+  noisy = config.router == 'noisy_top_k' and config.noise
+  gates = d * (2 if noisy else 1)
   experts, groups = config.num_experts, config.groups
   used = chosen = experts
   if groups:

@@ -54,6 +54,8 @@ class Config:
       `expert_choice` (Zhou 2022), `soft` (Puigcerver 2023) or `biased_top_k`
       (Wang 2024).
     k: experts of a token; with `groups` in each chosen group.
+    limit: of `balanced`, experts of a token at most where thresholds decide;
+      0 for 4 k.
     groups: of experts, the first level of a hierarchy (equation 12); 0 for a
       flat mixture. `noisy_top_k` only.
     group_k: chosen groups of a token.
@@ -77,6 +79,7 @@ class Config:
   num_experts: int = 32
   router: Router = 'noisy_top_k'
   k: int = 4
+  limit: int = 0
   groups: int = 0
   group_k: int = 2
   hidden: int = 1024
@@ -104,8 +107,9 @@ class Config:
         f'backend={self.backend!r}: must be one of '
         f'{", ".join(dispatch.BACKENDS)}'
       )
-    if self.num_experts < 0:
-      raise ValueError(f'num_experts={self.num_experts}: must be 0 or more')
+    for name in ('num_experts', 'limit'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name}={getattr(self, name)}: must be 0 or more')
     for name in ('hidden', 'slots', 'k', 'group_k'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
@@ -193,12 +197,16 @@ class Aux(NamedTuple):
 def metrics(aux: Aux) -> dict[str, jax.Array]:
   """What one looks at: coefficients of variation, fullest expert over mean.
 
+  `cv_load` is of the smooth load where there is noise; `cv_count` of the tokens
+  that experts really got, which even a perfect router leaves uneven by chance.
+
   Source: the columns of Shazeer 2017, Table 6.
   """
   mean = jnp.maximum(jnp.mean(aux.count), 1e-9)
   return {
     'cv_importance': jnp.sqrt(balance.cv_squared(aux.importance)),
-    'cv_load': jnp.sqrt(balance.cv_squared(aux.count)),
+    'cv_load': jnp.sqrt(balance.cv_squared(aux.load)),
+    'cv_count': jnp.sqrt(balance.cv_squared(aux.count)),
     'max_over_mean_load': jnp.max(aux.count) / mean,
     'idle_experts': jnp.sum(aux.count == 0).astype(jnp.float32),
     'dropped': aux.dropped,
@@ -370,7 +378,9 @@ class MoE(nn.Module):
     thresholds = self.param('thresholds', zeros, (number,))
     if train:
       return routing.balanced(logits, thresholds, config.k)
-    return routing.thresholded(logits, thresholds)
+    return routing.thresholded(
+      logits, thresholds, min(config.limit or 4 * config.k, number)
+    )
 
   def _scores(self, prefix, tokens, size, train):
     """Logits, deviations and noise `[T, size]`; None where there is none."""
@@ -384,9 +394,11 @@ class MoE(nn.Module):
     return clean, std, jax.random.normal(self.make_rng('gate'), clean.shape)
 
   def _linear(self, name, tokens, size):
-    # "No signal and some noise" at first (Shazeer 2017, Appendix A).
-    zeros = nn.initializers.zeros
-    return nn.Dense(size, use_bias=False, kernel_init=zeros, name=name)(tokens)
+    # "No signal and some noise" at first (Shazeer 2017, Appendix A). Without
+    # noise equal logits would give all tokens to the same experts for good.
+    noisy = self.config.router == 'noisy_top_k' and self.config.noise
+    start = nn.initializers.zeros if noisy else mlp.spread
+    return nn.Dense(size, use_bias=False, kernel_init=start, name=name)(tokens)
 
   def _soft_logits(self, states):
     """`[B, T, E, S]` of states `[B, T, D]`: cosines times a learned scale."""

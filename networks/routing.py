@@ -214,9 +214,9 @@ def hierarchical(
 def balanced(logits: jax.Array, thresholds: jax.Array, k: int) -> Routing:
   """Strictly balanced gating, for training: each expert takes its top m.
 
-  With X = softmax(logits) and m = k * T / E, an expert chooses the m tokens
-  with the highest X in its column (18), and a token's gates are its X among
-  the experts that chose it, normalised (16). Logits learn through the gates.
+  With X = softmax(logits) and m = k * T / E, rounded up, an expert chooses the
+  m tokens with the highest X in its column (18), and a token's gates are its X
+  among the experts that chose it, normalised (16). Logits learn through them.
 
   The loss `threshold` is `sum((over - chosen) * (X - thresholds)) / T`, where
   `over` says that X is above the threshold (19) and `chosen` that the expert
@@ -236,7 +236,7 @@ def balanced(logits: jax.Array, thresholds: jax.Array, k: int) -> Routing:
     batch: act with `thresholded`.
 
   Raises:
-    ValueError: k, a shape, or k * T is not a multiple of E.
+    ValueError: k or a shape.
 
   Source: Shazeer 2017, Appendix F, equations 15 to 20.
   """
@@ -244,13 +244,8 @@ def balanced(logits: jax.Array, thresholds: jax.Array, k: int) -> Routing:
   tokens, experts = logits.shape
   _check_k('k', k, experts)
   _check_size('thresholds', thresholds, experts)
-  if k * tokens % experts:
-    raise ValueError(
-      f'logits: k={k} times {tokens} tokens must be a multiple of the number '
-      f'of experts, {experts}'
-    )
   probs = jax.nn.softmax(logits)
-  chosen, token = jax.lax.top_k(probs.T, k * tokens // experts)
+  chosen, token = jax.lax.top_k(probs.T, -(-k * tokens // experts))
   total = jnp.zeros((tokens,), probs.dtype).at[token].add(chosen)
   gate = chosen / _positive(total)[token]
   mask = jnp.zeros_like(probs)

@@ -185,6 +185,7 @@ def test_sizes_are_those_of_table_7(layer, mixture, operations, parameters):
     {'num_layers_moe': 2},
     {'moe': dataclasses.replace(MIXTURE, groups=2, k=1)},
     {'moe': dataclasses.replace(MIXTURE, router='balanced')},
+    {'moe': dataclasses.replace(MIXTURE, noise=False)},
   ],
 )
 def test_sizes_are_those_of_the_networks(changes):
@@ -234,13 +235,19 @@ def test_rows_of_a_sweep_are_runs_alone(built):
     after, info = own.update(state, batch, jax.random.key(seed))
     return after.params, info.metrics
 
-  floats = jnp.float32([0.1, 0.5]), jnp.float32([0.1, 3.0])
-  params, metrics = jax.jit(jax.vmap(one))(jnp.arange(2), *floats)
+  # The second row is the one that the agent alone has.
+  floats = jnp.float32([0.5, 0.1]), jnp.float32([3.0, 0.1])
+  params, metrics = jax.jit(jax.vmap(one))(jnp.arange(1, -1, -1), *floats)
   after, info = update(state, batch, jax.random.key(0))
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-  jax.tree.map(close, first(metrics), info.metrics)
-  jax.tree.map(close, first(params), after.params)
+  row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+  jax.tree.map(close, row(metrics, 1), info.metrics)
+  jax.tree.map(close, row(params, 1), after.params)
+  mixture = dataclasses.replace(MIXTURE, importance_weight=3.0)
+  other = make_agent(with_network(dropout=0.5, moe=mixture))
+  after, info = jax.jit(other.update)(state, batch, jax.random.key(1))
+  jax.tree.map(close, row(metrics, 0), info.metrics)
+  jax.tree.map(close, row(params, 0), after.params)
 
 
 def test_metrics_of_two_mixtures_have_their_number():

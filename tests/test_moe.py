@@ -84,7 +84,8 @@ def test_it_is_the_gated_sum_of_its_experts():
   expected = counts.var() / counts.mean() ** 2
   np.testing.assert_allclose(aux.losses['load'], expected, rtol=1e-5)
   shown = moe.metrics(aux)
-  np.testing.assert_allclose(shown['cv_load'], expected**0.5, rtol=1e-5)
+  for name in ('cv_load', 'cv_count'):
+    np.testing.assert_allclose(shown[name], expected**0.5, rtol=1e-5)
   np.testing.assert_allclose(
     shown['max_over_mean_load'], counts.max() / counts.mean(), rtol=1e-6
   )
@@ -153,6 +154,29 @@ def test_gates_are_zero_at_first_and_noise_spreads_the_load():
   train = lambda v, x, key: layer.apply(v, x, True, rngs={'gate': key})
   _, aux = jax.jit(train)(variables, x, jax.random.key(0))
   assert np.asarray(aux.count).min() > 20
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [{'noise': False}, {'router': 'biased_top_k'}, {'router': 'expert_choice'}],
+)
+def test_without_noise_gates_differ_at_first(fields):
+  """Equal ones would give all tokens to the same experts for good."""
+  layer = _layer(**fields)
+  x = _x(4, 50, 2)
+  params = jax.jit(layer.init)(jax.random.key(0), x)['params']
+  params = mlp.randomise(params, jax.random.key(1))
+  assert np.std(params['gate']['kernel']) > 0.1
+
+
+def test_thresholds_choose_no_more_than_the_limit():
+  # At first every expert is over its threshold.
+  for limit, chosen in ((1, 1), (3, 3), (0, E)):
+    layer = _layer(router='balanced', k=1, limit=limit)
+    x = _x(4, 5)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    _, aux = jax.jit(layer.apply)(variables, x)
+    assert aux.count.sum() == 5 * chosen
 
 
 class _Odd(nn.Module):

@@ -205,6 +205,30 @@ def test_plans_of_experts_and_of_mixtures(case):
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('backend', ['loop', 'capacity'])
+def test_empty_places_leave_gradients_finite(case, backend):
+  """Of an expert that has no gradient at zero."""
+  params, x, plan = case
+
+  def unit(params, x):
+    h = x @ params['in']
+    return h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+
+  def loss(params, x):
+    y, _ = dispatch.apply(
+      plan, x, params, dispatch.Expert(unit), backend=backend
+    )
+    return jnp.sum(jnp.sin(y))
+
+  gradients = jax.jit(jax.grad(loss, (0, 1)))({'in': params['in']}, x)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_places_are_rounded_up_but_for_errors():
+  assert dispatch.places(1.1 * 100 / 10) == 11
+  assert dispatch.places(10.1) == 11
+
+
 def test_wrong_backends_are_refused(case):
   params, x, plan = case
   with pytest.raises(ValueError, match="backend='fast': must be one of auto"):

@@ -8,12 +8,14 @@ back as it was. The end of the text is held out: nothing is counted there.
 
 import array
 import collections
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import re
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -200,12 +202,24 @@ def _tokens(path, content, vocabulary, held_out, encoding) -> Corpus:
 def _cached(
   file: pathlib.Path, name: str, make: Callable[[], Corpus]
 ) -> Corpus:
-  if file.exists():
-    with np.load(file) as saved:
-      words = saved['words'].tobytes().decode().split('\0')
-      vocabulary = Vocabulary(tuple(words))
-      return Corpus(name, saved['train'], saved['held_out'], vocabulary)
+  # What cannot be read or kept is made again.
+  with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
+    return _load(file, name)
   corpus = make()
+  with contextlib.suppress(OSError):
+    _keep(file, corpus)
+  return corpus
+
+
+def _load(file: pathlib.Path, name: str) -> Corpus:
+  # A damaged file would leave np.load's own handle open.
+  with file.open('rb') as handle, np.load(handle) as saved:
+    words = saved['words'].tobytes().decode()
+    vocabulary = Vocabulary(tuple(words.split('\0') if words else ()))
+    return Corpus(name, saved['train'], saved['held_out'], vocabulary)
+
+
+def _keep(file: pathlib.Path, corpus: Corpus) -> None:
   words = '\0'.join(corpus.vocabulary.words).encode()
   arrays: dict[str, Any] = {
     'train': corpus.train,
@@ -218,4 +232,3 @@ def _cached(
   with os.fdopen(handle, 'wb') as target:
     np.savez(target, **arrays)
   os.replace(unfinished, file)
-  return corpus
