@@ -13,6 +13,7 @@ experiments/results/.
             them the model); agents play their mode, the data's policy samples
   betas     ATAC from beta 0 to 64
   residual  TD3+BC with and without the DQRA loss
+  hopper    the cheap agents on medium data of a larger task (--envs=hopper)
 """
 
 import concurrent.futures
@@ -78,7 +79,20 @@ def _residual() -> list[Cell]:
   return [Cell('td3_bc', q, (*arguments, *_EVALUATION)) for q in QUALITIES]
 
 
-STUDIES = {'agents': _agents, 'betas': _betas, 'residual': _residual}
+def _hopper() -> list[Cell]:
+  return [
+    cell
+    for cell in _agents()
+    if cell.quality == 'medium' and cell.agent not in ('cql', 'combo')
+  ]
+
+
+STUDIES = {
+  'agents': _agents,
+  'betas': _betas,
+  'residual': _residual,
+  'hopper': _hopper,
+}
 
 
 def run_one(
