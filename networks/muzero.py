@@ -452,10 +452,14 @@ class _Module(nn.Module):
     state = state.astype(jnp.float32)
     if not self.config.state_norm:
       return state
-    axes = tuple(range(1, state.ndim))
-    low = state.min(axes, keepdims=True)
-    spread = state.max(axes, keepdims=True) - low
-    return (state - low) / jnp.maximum(spread, 1e-5)
+    # By place and not by `min`, whose gradient looks for the entries that equal
+    # it and divides by their number: a compiler that computes the state twice,
+    # rounding differently, may find none of them.
+    flat = state.reshape(state.shape[0], -1)
+    ends = (jnp.argmin(flat, -1), jnp.argmax(flat, -1))
+    low, high = (jnp.take_along_axis(flat, i[:, None], -1) for i in ends)
+    flat = (flat - low) / jnp.maximum(high - low, 1e-5)
+    return flat.reshape(state.shape)
 
   def predict(self, state, train):
     x = state

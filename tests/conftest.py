@@ -1,23 +1,12 @@
 """Shared settings of the tests: strict warnings, two CPU devices, a cache."""
 
-import importlib.metadata
 import os
 import pathlib
 
-
-def _cheap_compilation() -> str:
-  """Flags that halve the time of compiling, most of the tests' cost."""
-  flags = '--xla_backend_optimization_level=0'
-  # A flag that a version of XLA does not know ends the process.
-  version = importlib.metadata.version('jaxlib').split('.')
-  if tuple(map(int, version[:2])) < (0, 12):
-    flags += ' --xla_cpu_use_fusion_emitters=false'
-  return flags
-
-
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Launchers that tests start inherit it.
-os.environ.setdefault('XLA_FLAGS', _cheap_compilation())
+# Compiling is most of the tests' cost, and takes a third less without
+# optimisation. Launchers that tests start inherit it.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 import jax
 import pytest

@@ -122,6 +122,7 @@ def test_nothing_is_compiled_after_the_warm_up(finished):
   assert 'GB of the process' in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_over_sampled_actions(tmp_path):
   workdir = tmp_path / 'pendulum'
   done = launch(

@@ -212,7 +212,14 @@ def assert_equal_runs(experiment, one, two):
   leaves_equal(a, b)
 
 
-@pytest.mark.parametrize('where', [15, 'border', 35])
+@pytest.mark.parametrize(
+  'where',
+  [
+    pytest.param(15, marks=pytest.mark.slow),
+    'border',
+    pytest.param(35, marks=pytest.mark.slow),
+  ],
+)
 def test_a_run_goes_on_as_if_uninterrupted(
   whole, tmp_path, monkeypatch, capsys, where
 ):
