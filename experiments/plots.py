@@ -119,7 +119,9 @@ def curves_figure(
     for i, (label, curve) in enumerate(groups.items()):
       colour = _COLOURS[i % len(_COLOURS)]
       text = f'{label} ({curve.runs} seed{"s" if curve.runs > 1 else ""})'
-      axes.plot(curve.x, curve.mean, color=colour, lw=1.8, label=text)
+      # More curves than colours differ in their strokes.
+      stroke = ('-', '--', ':')[i // len(_COLOURS) % 3]
+      axes.plot(curve.x, curve.mean, stroke, color=colour, lw=1.8, label=text)
       if curve.runs > 1:
         axes.fill_between(
           curve.x, curve.low, curve.high, color=colour, alpha=0.2, lw=0
