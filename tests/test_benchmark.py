@@ -149,6 +149,7 @@ def test_operations_of_convolutions_by_hand(stride):
   assert flops(gradient, image, kernel) == 3 * once
 
 
+@pytest.mark.slow
 def test_update_counts_the_unrolled_steps():
   """Twice the batch is twice the work, more steps are more."""
 
@@ -229,7 +230,9 @@ def test_paths_are_counted_by_hand():
   assert benchmark_search.mean_path(parents) == (1 + 2 + 3 + 1 + 1 + 1) / 6
 
 
-@pytest.mark.parametrize('kind', ['table', 'network'])
+@pytest.mark.parametrize(
+  'kind', ['table', pytest.param('network', marks=pytest.mark.slow)]
+)
 def test_sampled_searches_beside_the_plain_one(kind):
   sizes = measure.QUICK._replace(repeats=1)
   name = 'factored, 7 bins x 6 dimensions'

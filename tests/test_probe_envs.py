@@ -214,9 +214,8 @@ def make_target():
   return Environment(reset, step, BOX)
 
 
-@pytest.mark.parametrize(
-  'policy', ['gaussian', pytest.param('factored', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('policy', ['gaussian', 'factored'])
 def test_a_real_action_is_found(policy):
   updates, module = 1000, sampled_muzero
   config = module.Config(
