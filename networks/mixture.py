@@ -224,9 +224,10 @@ def told(config: moe.Config, listener: Listener) -> tuple[Any, moe.Aux]:
       'importance': balance.cv_squared(total.importance),
       'load': balance.cv_squared(total.load),
     }
-  loss = sum(getattr(config, f'{k}_weight') * x for k, x in losses.items())
   aux = total._replace(
-    loss=jnp.asarray(loss), losses=losses, dropped=mean(total.dropped)
+    loss=moe.weighted(config, losses),
+    losses=losses,
+    dropped=mean(total.dropped),
   )
   return listener.statistics, aux
 

@@ -194,6 +194,12 @@ class Aux(NamedTuple):
   dropped: jax.Array
 
 
+def weighted(config: Config, losses: dict[str, jax.Array]) -> jax.Array:
+  """The sum of a mixture's losses, each with its weight, float32 scalar."""
+  each = (getattr(config, f'{name}_weight') * x for name, x in losses.items())
+  return jnp.asarray(sum(each))
+
+
 def metrics(aux: Aux) -> dict[str, jax.Array]:
   """What one looks at: coefficients of variation, fullest expert over mean.
 
@@ -302,16 +308,8 @@ class MoE(nn.Module):
     return self.config.k if whole else 1
 
   def _aux(self, found, dropped):
-    config = self.config
-    weights = {
-      'importance': config.importance_weight,
-      'load': config.load_weight,
-      'z': config.z_weight,
-      'threshold': config.threshold_weight,
-    }
-    loss = sum(weights[name] * value for name, value in found.losses.items())
     return Aux(
-      jnp.asarray(loss),
+      weighted(self.config, found.losses),
       found.losses,
       found.importance,
       found.load,
