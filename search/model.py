@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import jax
+import jax.numpy as jnp
 import mctx
 
 
@@ -58,6 +60,56 @@ class Environment(NamedTuple):
   reset: Callable[[chex.PRNGKey], tuple[Any, TimeStep]]
   step: Callable[[Any, chex.Array, chex.PRNGKey], tuple[Any, TimeStep]]
   spec: Any
+
+
+class Move(NamedTuple):
+  """What a move of a game leads to.
+
+  Attributes:
+    state: the position after it.
+    reward: float32 `[]`, what whoever moved gets for it.
+    discount: float32 `[]`, what the value of `state`, seen by its own mover,
+      is worth to whoever moved: 0 where the game is over, -1 where the other
+      one moves next, 1 where the same one goes on.
+  """
+
+  state: Any
+  reward: chex.Array
+  discount: chex.Array
+
+
+class Game(NamedTuple):
+  """Exact rules, pure functions of one (unbatched) position.
+
+  A position is a pytree of arrays that holds all that the future depends on,
+  so that search may start from it and go through it. A game that is over stays
+  as it is: its moves get reward 0 and discount 0.
+
+  Attributes:
+    init: `(key) -> state`.
+    step: `(state, action, key) -> Move`. An illegal action must not be given.
+    observe: `(state) -> observation`, a pytree that a network can take, as
+      the player to move sees it.
+    invalid_actions: `(state) -> bool [A]`, all False where the game is over;
+      None where `candidates` lists what can be done.
+    player: `(state) -> int32`, 0 or 1: who moves.
+    spec: the `agents.core.types.Spec` of what `observe` returns, and of the
+      actions.
+    candidates: `(state) -> actions [K, ...]`, all that can be done, where
+      actions are not small numbers; the first one is repeated in the places
+      that are left. None where `invalid_actions` says it.
+    outcomes: `(state, action) -> (probability [C], Move of [C, ...])`, the
+      chance outcomes of an action; None where there is no chance.
+  """
+
+  init: Callable[[chex.PRNGKey], Any]
+  step: Callable[[Any, chex.Array, chex.PRNGKey], Move]
+  observe: Callable[[Any], Any]
+  invalid_actions: Callable[[Any], chex.Array] | None
+  player: Callable[[Any], chex.Array]
+  spec: Any
+  candidates: Callable[[Any], chex.Array] | None = None
+  outcomes: Callable[[Any, chex.Array], tuple[chex.Array, Move]] | None = None
 
 
 class Model(NamedTuple):
@@ -108,3 +160,78 @@ class PolicyOutput(NamedTuple):
   value: chex.Array
   search_tree: Any = None
   sampled_actions: chex.Array | None = None
+
+
+def exact(
+  game: Game, evaluate: Callable[..., Any], gamma: float = 1.0
+) -> Model:
+  """The rules of a game and a network's opinion of positions, as a model.
+
+  Its embedding is the position, and so is the observation of the time steps
+  that its `root` takes (`experiments.envs.self_play` makes such).
+
+  Args:
+    game: the rules.
+    evaluate: `(params, observation [B, ...]) -> (prior_logits [B, A], value
+      [B])`, the value as the player to move sees it. What it says of illegal
+      actions, and of games that are over, is not used. Where the game lists
+      candidates, prior logits are `[B, K]`, of any finite numbers.
+    gamma: discount a move, in (0, 1].
+
+  Returns:
+    A `Model` of batched functions.
+  """
+
+  def opinion(params, state):
+    logits, value = evaluate(params, jax.vmap(game.observe)(state))
+    if game.invalid_actions is not None:
+      invalid = jax.vmap(game.invalid_actions)(state)
+      logits = jnp.where(invalid, -jnp.inf, logits)
+    return logits, value
+
+  def root(params, timestep, key):
+    del key
+    logits, value = opinion(params, timestep.observation)
+    return mctx.RootFnOutput(logits, value, timestep.observation)
+
+  def step(params, key, action, embedding):
+    keys = jax.random.split(key, action.shape[0])
+    move = jax.vmap(game.step)(embedding, action, keys)
+    logits, value = opinion(params, move.state)
+    return recurrent(move, logits, value), move.state
+
+  def recurrent(move, logits, value):
+    return mctx.RecurrentFnOutput(
+      reward=move.reward,
+      discount=gamma * move.discount,
+      prior_logits=logits,
+      value=jnp.where(move.discount == 0, 0.0, value),
+    )
+
+  def actions(params, key, embedding):
+    del params, key
+    assert game.candidates is not None
+    return jax.vmap(game.candidates)(embedding)
+
+  def outcomes(params, action, embedding):
+    assert game.outcomes is not None
+    probability, move = jax.vmap(game.outcomes)(embedding, action)
+    batch, chances = probability.shape
+    flat = jax.tree.map(
+      lambda x: x.reshape(batch * chances, *x.shape[2:]), move
+    )
+    logits, value = opinion(params, flat.state)
+    output = recurrent(flat, logits, value)
+    back = lambda x: x.reshape(batch, chances, *x.shape[1:])
+    return (
+      probability,
+      jax.tree.map(back, output),
+      jax.tree.map(back, flat.state),
+    )
+
+  return Model(
+    root,
+    step,
+    actions=None if game.candidates is None else actions,
+    outcomes=None if game.outcomes is None else outcomes,
+  )

@@ -59,6 +59,8 @@ class Spec(NamedTuple):
     name: the environment's name, for error messages.
     statistics: mean and standard deviation `[F]` of a data set's observations,
       their leaves laid end to end; None where nothing is known beforehand.
+    game: the exact rules (`search.model.Game`) where the environment is a game
+      against oneself whose observations are positions; None elsewhere.
   """
 
   observation: Any
@@ -67,6 +69,7 @@ class Spec(NamedTuple):
   masks_actions: bool = False
   name: str = 'environment'
   statistics: tuple[np.ndarray, np.ndarray] | None = None
+  game: Any = None
 
 
 def check_bounds(spec: Spec) -> None:
