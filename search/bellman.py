@@ -5,17 +5,39 @@ compute in the dtype of their arrays; identities hold to rounding in float64
 (`with jax.enable_x64(True):` around everything that makes or takes arrays).
 
 A row of `transition` may sum to less than 1: what is missing ends the episode.
+Rewards are maximised. Where a source minimises costs, these are negative
+rewards: its J* is minus ours, and its inequalities turn round.
+
+How can on-line play be Newton's method without a Hessian? It is Newton's
+method for roots, not for minima: it solves `H(J) = J - TJ = 0`, where T is
+Bellman's operator `bellman`, and needs the Jacobian of H. A Hessian is what
+that Jacobian happens to be where H is a gradient; this H is the gradient of
+nothing (`I - g P` is not symmetric), so no Hessian is missing. By Danskin's
+theorem the Jacobian of T at J is `g P_mu`, where mu is the policy that attains
+the maximum in TJ: choosing the action by look-ahead is taking the derivative.
+With `TJ = r_mu + g P_mu J`, Newton's step from J is
+
+  J - (I - g P_mu)^-1 (J - TJ) = (I - g P_mu)^-1 r_mu = J_mu,
+
+the value of the one-step look-ahead policy. Nobody solves the system on-line:
+playing mu earns J_mu along the way. T is convex, each `T_mu` a tangent plane
+below it, so J_mu is at most J* from whatever J. (Kleinman 1968; Puterman and
+Brumelle 1979; Bertsekas 2022, "Lessons from AlphaZero", chapter 3.)
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import mctx
 import numpy as np
 
 from search import linear
 from search._root import check_range
+from search.model import Model
 
 # Rows that sum to 1 only as far as float32 can.
 _ROUNDING = 1e-5
@@ -142,10 +164,7 @@ def optimal(mdp: MDP) -> tuple[chex.Array, chex.Array]:
   by more than rounding (Howard 1960; it is Newton's method on Bellman's
   equation, Puterman and Brumelle 1979).
   """
-  num_actions = mdp.reward.shape[1]
-  one_hot = lambda action: jax.nn.one_hot(
-    action, num_actions, dtype=mdp.reward.dtype
-  )
+  one_hot = functools.partial(_one_hot, mdp)
   rounding = 100 * jnp.finfo(mdp.reward.dtype).eps
 
   def improve(carry):
@@ -160,6 +179,168 @@ def optimal(mdp: MDP) -> tuple[chex.Array, chex.Array]:
   action, _ = jax.lax.while_loop(lambda carry: carry[1], improve, start)
   policy = one_hot(action)
   return policy, policy_value(mdp, policy)
+
+
+def bellman(mdp: MDP, value: chex.Array) -> chex.Array:
+  """Bellman's operator T on state values `[S]`: TJ, `[S]`."""
+  return jnp.max(backup(mdp, value), axis=-1)
+
+
+def policy_bellman(
+  mdp: MDP, policy: chex.Array, value: chex.Array
+) -> chex.Array:
+  """A policy's operator T_mu on state values `[S]`: `[S]`.
+
+  Args:
+    mdp: any.
+    policy: mu, `[S, A]`.
+    value: J, `[S]`.
+  """
+  return jnp.sum(policy * backup(mdp, value), axis=-1)
+
+
+def greedy(mdp: MDP, value: chex.Array) -> chex.Array:
+  """The policy mu with `T_mu J = TJ`, one-hot `[S, A]`; the first of ties."""
+  return _one_hot(mdp, jnp.argmax(backup(mdp, value), axis=-1))
+
+
+def newton(
+  operator: Callable[[chex.Array], chex.Array],
+  value: chex.Array,
+  solve: Callable[[chex.Array, chex.Array], chex.Array] = linear.solve,
+) -> chex.Array:
+  """One step of Newton's method for the root of `H(J) = J - T(J)`.
+
+  The Jacobian is by automatic differentiation through T, so that this knows
+  nothing of policies. Where T is a maximum with ties the derivative jumps, and
+  what is taken, the mean over the ties, is no policy's: the step then differs
+  from the value of any greedy policy. Start from generic values.
+
+  Args:
+    operator: T, of an array to an array of its shape.
+    value: J, any shape, `N` numbers.
+    solve: `(matrix [N, N], right [N]) -> [N]`.
+
+  Returns:
+    The next J.
+  """
+  flat = jnp.ravel(value)
+  residual = lambda x: x - jnp.ravel(operator(jnp.reshape(x, value.shape)))
+  step = solve(jax.jacrev(residual)(flat), residual(flat))
+  return value - jnp.reshape(step, value.shape)
+
+
+def newton_step(mdp: MDP, value: chex.Array) -> chex.Array:
+  """Newton's step for `J = TJ` from values `[S]`: `[S]`; see `newton`.
+
+  It is `policy_value(mdp, greedy(mdp, value))`, found another way.
+  """
+  return newton(functools.partial(bellman, mdp), value)
+
+
+def value_iteration(mdp: MDP, value: chex.Array, num_steps: int) -> chex.Array:
+  """`J, TJ, T^2 J, ...`, `[num_steps + 1, S]`, from values `[S]`."""
+  return _iterates(functools.partial(bellman, mdp), value, num_steps)
+
+
+def policy_iteration(mdp: MDP, value: chex.Array, num_steps: int) -> chex.Array:
+  """Values of greedy policies, each greedy towards the value before it.
+
+  Newton's method repeated. `optimal` is the same until nothing improves.
+
+  Args:
+    mdp: any.
+    value: the first, `[S]`.
+    num_steps: how many policies.
+
+  Returns:
+    `[num_steps + 1, S]`, the first value first.
+  """
+  step = lambda value: policy_value(mdp, greedy(mdp, value))
+  return _iterates(step, value, num_steps)
+
+
+def modified_policy_iteration(
+  mdp: MDP, value: chex.Array, num_steps: int, num_evaluations: int
+) -> chex.Array:
+  """Policy iteration whose evaluations end after a few steps of T_mu.
+
+  With one it is value iteration, with many policy iteration (Puterman and
+  Shin 1978; "optimistic" in Bertsekas).
+
+  Args:
+    mdp: any.
+    value: the first, `[S]`.
+    num_steps: how many policies.
+    num_evaluations: m, at least 1: `J <- T_mu^m J`, mu greedy towards J.
+
+  Returns:
+    `[num_steps + 1, S]`, the first value first.
+
+  Raises:
+    ValueError: `num_evaluations` is below 1.
+  """
+  check_range('num_evaluations', num_evaluations, low=1)
+
+  def step(value):
+    operator = functools.partial(policy_bellman, mdp, greedy(mdp, value))
+    return jax.lax.fori_loop(
+      0, num_evaluations, lambda _, value: operator(value), value
+    )
+
+  return _iterates(step, value, num_steps)
+
+
+def model(mdp: MDP, policy: chex.Array | None = None) -> Model:
+  """An MDP as what planners plan in, `B` copies at once.
+
+  The observation of the time steps that its `root` takes is the state, int32
+  `[B]`, and so is its embedding. Its `params` are the values `[S]` at which a
+  plan ends, J~. Where an episode ends, the state stays and the discount is 0.
+
+  Args:
+    mdp: any.
+    policy: base policy `[S, A]`, whose logarithms are the prior logits; equal
+      logits if None.
+
+  Returns:
+    A `Model` whose `outcomes` has `C = S + 1` chances: every next state, and
+    the end of the episode.
+  """
+  mdp = jax.tree.map(jnp.asarray, mdp)
+  num_states = mdp.reward.shape[0]
+  prior = jnp.zeros_like(mdp.reward) if policy is None else jnp.log(policy)
+
+  def root(params, timestep, key):
+    del key
+    state = timestep.observation
+    return mctx.RootFnOutput(
+      prior_logits=prior[state], value=params[state], embedding=state
+    )
+
+  def outcomes(params, action, embedding):
+    into = mdp.transition[embedding, action]
+    end = jnp.maximum(0, 1 - jnp.sum(into, axis=-1, keepdims=True))
+    probability = jnp.concatenate([into, end], axis=-1)
+    number = jnp.arange(num_states + 1, dtype=embedding.dtype)[None]
+    goes_on = number < num_states
+    state = jnp.where(goes_on, number, embedding[:, None])
+    reward = mdp.reward[embedding, action][:, None]
+    output = mctx.RecurrentFnOutput(
+      reward=jnp.broadcast_to(reward, state.shape),
+      discount=jnp.broadcast_to(mdp.discount * goes_on, state.shape),
+      prior_logits=prior[state],
+      value=jnp.where(goes_on, params[state], 0),
+    )
+    return probability, output, state
+
+  def step(params, key, action, embedding):
+    probability, output, state = outcomes(params, action, embedding)
+    drawn = jax.random.categorical(key, jnp.log(probability), axis=-1)
+    pick = lambda x: x[jnp.arange(x.shape[0]), drawn]
+    return jax.tree.map(pick, (output, state))
+
+  return Model(root, step, outcomes=outcomes)
 
 
 def random_mdp(
@@ -200,6 +381,27 @@ def random_mdp(
     jnp.asarray(discount, transition.dtype),
     softmax(keys[2], num_states),
   )
+
+
+def _one_hot(mdp: MDP, action: chex.Array) -> chex.Array:
+  """A deterministic policy `[S, A]` of its actions `[S]`."""
+  num_actions = mdp.reward.shape[1]
+  return jax.nn.one_hot(action, num_actions, dtype=mdp.reward.dtype)
+
+
+def _iterates(
+  step: Callable[[chex.Array], chex.Array], start: chex.Array, num_steps: int
+) -> chex.Array:
+  """`start, step(start), ...`, `[num_steps + 1, ...]`."""
+  check_range('num_steps', num_steps, low=0)
+
+  def body(value, _):
+    value = step(value)
+    return value, value
+
+  start = jnp.asarray(start)
+  _, later = jax.lax.scan(body, start, length=num_steps)
+  return jnp.concatenate([start[None], later])
 
 
 def _resolvent(mdp: MDP, policy: chex.Array) -> chex.Array:
