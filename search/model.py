@@ -153,6 +153,8 @@ class PolicyOutput(NamedTuple):
       embedding alive: drop it before it leaves a compiled function.
     sampled_actions: `[B, K, ...]`, the actions that the root chose among;
       None where all are enumerated.
+    qvalues: `[B, A]`, or `[B, K]` of sampled actions: what each is worth,
+      -inf where it was not looked at. None where a tree says it.
   """
 
   action: chex.Array
@@ -160,6 +162,7 @@ class PolicyOutput(NamedTuple):
   value: chex.Array
   search_tree: Any = None
   sampled_actions: chex.Array | None = None
+  qvalues: chex.Array | None = None
 
 
 def exact(
@@ -192,7 +195,9 @@ def exact(
   def root(params, timestep, key):
     del key
     logits, value = opinion(params, timestep.observation)
-    return mctx.RootFnOutput(logits, value, timestep.observation)
+    return mctx.RootFnOutput(
+      prior_logits=logits, value=value, embedding=timestep.observation
+    )
 
   def step(params, key, action, embedding):
     keys = jax.random.split(key, action.shape[0])
