@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import conservative, dynamics, optim, rollout
+from agents.core import losses as terms
 from agents.core.rollout import ModelParams
 from agents.core.types import (
   Agent,
@@ -363,7 +364,7 @@ def make(
   def policy_loss(policy, critic, temperature, rows, weights, noise):
     gaussian = policy_net.apply(policy, rows.o_tm1)
     action, log_prob = box.sample(noise, gaussian)
-    q = jnp.min(critic_net.apply(critic, rows.o_tm1, action), 0)
+    q = terms.lowest(critic_net.apply(critic, rows.o_tm1, action))
     total = jnp.sum(losses.policy(log_prob, q, temperature) * weights.rows)
     entropy = -jnp.sum(log_prob * weights.rows)
     return total, ({'loss_policy': total, 'entropy': entropy}, log_prob)

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import conservative, optim
+from agents.core import losses as terms
 from agents.core.types import (
   Agent,
   Continuous,
@@ -322,7 +323,7 @@ def make(
   def policy_loss(policy, critic, temperature, batch, noise):
     gaussian = policy_net.apply(policy, batch.o_tm1)
     action, log_prob = box.sample(noise, gaussian)
-    q = jnp.min(critic_net.apply(critic, batch.o_tm1, action), 0)
+    q = terms.lowest(critic_net.apply(critic, batch.o_tm1, action))
     total = jnp.mean(losses.policy(log_prob, q, temperature))
     metrics = {'loss_policy': total, 'entropy': -jnp.mean(log_prob)}
     return total, (metrics, log_prob)

@@ -388,3 +388,10 @@ def test_observations_change_large_images_alone(key):
   # Floats are taken as they are.
   floats = np.asarray(augment.observations(key, jnp.float32(images)))
   np.testing.assert_allclose(floats, got * 255, rtol=1e-5)
+
+
+def test_lowest_takes_the_smallest_and_shares_its_gradient_at_ties():
+  q = jnp.asarray([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
+  np.testing.assert_array_equal(losses.lowest(q), [1.0, 1.0, 3.0])
+  gradient = jax.grad(lambda x: jnp.sum(losses.lowest(x)))(q)
+  np.testing.assert_array_equal(gradient, [[1, 0, 0.5], [0, 1, 0.5]])

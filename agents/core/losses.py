@@ -3,6 +3,8 @@
 Axes: `B` batch, `A` categories, `F` features.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,22 @@ def negative_cosine(
     return x / norm
 
   return -jnp.sum(unit(prediction) * unit(target), axis=-1)
+
+
+def lowest(q: chex.Array) -> chex.Array:
+  """The smallest of some critics, with a gradient that is always finite.
+
+  The gradient of `jnp.min` looks for the entries that equal the result, and
+  is 0 / 0 where a compiler rounds two copies of them differently.
+
+  Args:
+    q: float32 `[N, B]`, of N critics.
+
+  Returns:
+    float32 `[B]`.
+  """
+  chex.assert_rank(q, 2)
+  return functools.reduce(jnp.minimum, q)
 
 
 def masked_mean(x: chex.Array, mask: chex.Array) -> chex.Array:
