@@ -123,12 +123,14 @@ def describe(
     env=sections['env'],
     run=sections['run'],
   )
+  if is_fresh(experiment.config):
+    experiment = _complete_fresh(experiment)
   # A preset without an environment is not for play, whatever env is given.
-  if dataset or not preset.env:
+  elif dataset or not preset.env:
     experiment = offline.complete(experiment, env)
   else:
     _check(experiment)
-  # What of the agent depends on the length of the run.
+  # What of the agent depends on the size of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
   lengths = {'total_updates': experiment.updates}
   if not dataset:
@@ -137,6 +139,7 @@ def describe(
       'total_updates': experiment.pace.updates(experiment.steps),
       'total_decisions': experiment.steps,
     }
+  lengths |= {'streams': experiment.env.num_envs}
   known = {n: v for n, v in lengths.items() if n in fields}
   config = dataclasses.replace(experiment.config, **known)
   return experiment._replace(config=config)
@@ -175,6 +178,38 @@ def _check(experiment: Experiment) -> None:
     raise ValueError(
       f'acting_devices={run.acting_devices}: needs acting=asynchronous'
     )
+
+
+def is_fresh(config: Any) -> bool:
+  """Whether an agent takes all steps of its streams, once and in order.
+
+  Such agents keep memory of each stream in their state, and say so by a class
+  attribute of their `Config`. They have no replay: a batch is one row of each
+  environment.
+  """
+  return getattr(config, 'fresh', False)
+
+
+def _complete_fresh(experiment: Experiment) -> Experiment:
+  """The experiment, its pace that of fresh rows."""
+  if experiment.dataset:
+    raise ValueError(
+      f'dataset={experiment.dataset}: {experiment.agent_name} learns from '
+      'fresh steps of its own play, not from a data set'
+    )
+  if experiment.run.hold_out:
+    raise ValueError(
+      f'hold_out={experiment.run.hold_out}: {experiment.agent_name} learns '
+      'from fresh steps and not from windows; set it to 0'
+    )
+  num = experiment.env.num_envs
+  run = dataclasses.replace(
+    experiment.run,
+    batch_size=num,
+    warmup_decisions=num,
+    decisions_per_update=float(num),
+  )
+  return experiment._replace(run=run)
 
 
 def window_of(config: Any) -> int:
@@ -310,6 +345,12 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
       'have as many'
     )
   mesh = meshes.make_mesh(learning)
+  size = max(mesh.size, run.parts)
+  if is_fresh(experiment.config) and size > 1:
+    raise ValueError(
+      f'devices={mesh.size}, parts={run.parts}: {experiment.agent_name} keeps '
+      'memory of each stream on one device; take devices=1, parts=0'
+    )
   sizes = {
     'num_envs': experiment.env.num_envs,
     'batch_size': run.batch_size,
@@ -351,6 +392,8 @@ def make_source(
   from experiments.runtime import parts, sources
   from search.model import Environment
 
+  if is_fresh(experiment.config):
+    return _make_fresh(experiment, env, agent)
   if layout is None:
     return sources.reanalyzed(_make_part(experiment, env, agent), agent)
   mesh, number = layout.mesh, layout.parts
@@ -379,6 +422,19 @@ def make_source(
     sharding = state_sharding(experiment, agent, mesh)
     compiled = meshes.compile_refresh(agent, mesh, sharding)
   return sources.reanalyzed(source, agent, compiled)
+
+
+def _make_fresh(experiment: Experiment, env, agent):
+  """The environments alone, for an agent with memory of each stream."""
+  from experiments.runtime import sources
+  from search.model import Environment
+
+  if not isinstance(env, Environment):
+    raise ValueError(
+      f'env={experiment.env_name}: {experiment.agent_name} takes fresh '
+      'consecutive steps of an environment in JAX'
+    )
+  return sources.from_env(env, agent, experiment.env.num_envs)
 
 
 def state_sharding(experiment: Experiment, agent: Any, mesh: Any):

@@ -2,6 +2,11 @@
 
 python -m experiments.play --workdir=runs/NAME --simulations=0,4,16,64
 python -m experiments.play --workdir=runs/NAME --prompt='The '
+python -m experiments.play --workdir=runs/NAME --opponents=random,network \
+  --players=network,lookahead=2,gumbel=32,lookahead=1+rollout=8
+python -m experiments.play --workdir=runs/NAME --human --players=gumbel=64
+
+What players can be called is told in `experiments.players`.
 """
 
 import csv
@@ -302,6 +307,11 @@ def main() -> None:
         f'workdir={values.workdir}: its data set names no environment, and '
         'none was given: there is nothing to play in'
       )
+    if values.opponents or values.human:
+      from experiments import arena
+
+      arena.launch(experiment, values)
+      return
     names = values.checkpoint or ['final']
     env = build.make_env(
       experiment, training=False, num_envs=values.num_envs or None
@@ -348,6 +358,21 @@ def define_flags() -> None:
   flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1)
   flags.DEFINE_integer('num_envs', 0, "copies at once; 0 for the run's own", 0)
   flags.DEFINE_integer('seed', 0, 'of simulators and planner', 0)
+  flags.DEFINE_list(
+    'opponents',
+    [],
+    'of a game: random, solver, pubeval, gnubg=PLIES, or what players are',
+  )
+  flags.DEFINE_list(
+    'players',
+    ['network', 'lookahead=1', 'gumbel=16'],
+    'who meets them, e.g. network, lookahead=2, gumbel=32, puct=32, '
+    'lookahead=1+rollout=8, runs/OTHER@early:gumbel=32',
+  )
+  flags.DEFINE_integer('openings', 64, 'each played from both sides', 1)
+  flags.DEFINE_integer('opening_plies', 4, 'random moves before a game', 0)
+  flags.DEFINE_boolean('human', False, 'play the first player in the terminal')
+  flags.DEFINE_boolean('begin', True, 'who plays in the terminal begins')
   flags.DEFINE_string('prompt', None, 'what a language model is to continue')
   flags.DEFINE_integer('tokens', 100, 'how many a language model adds', 1)
   flags.DEFINE_float(

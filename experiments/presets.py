@@ -9,11 +9,17 @@ Nothing heavy is imported here: `--help` reads this table.
 
 import difflib
 
-from experiments import presets_language, presets_offline
+from experiments import (
+  presets_backgammon,
+  presets_games,
+  presets_language,
+  presets_offline,
+)
 from experiments.settings import EnvConfig, Preset, RunConfig
 
 # Modules of `agents/` that the launcher can train.
 AGENTS = (
+  'alphazero',
   'atac',
   'bc',
   'combo',
@@ -25,6 +31,7 @@ AGENTS = (
   'sac',
   'sampled_muzero',
   'td3_bc',
+  'td_gammon',
 )
 
 __all__ = ['AGENTS', 'DEFAULT', 'PRESETS', 'EnvConfig', 'Preset', 'RunConfig']
@@ -266,6 +273,8 @@ PRESETS = {
   ),
   **presets_offline.PRESETS,
   **presets_language.PRESETS,
+  **presets_games.PRESETS,
+  **presets_backgammon.PRESETS,
 }
 DEFAULT = 'efficientzero_catch'
 

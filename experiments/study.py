@@ -241,6 +241,24 @@ def _experts(seeds: int) -> Study:
   return Study(tuple(runs), False, (*_MIXTURE, 'max_over_mean_load'))
 
 
+def _connect_four(seeds: int) -> Study:
+  """AlphaZero's networks, for `experiments.study_games` to play with."""
+  arguments = ('--preset=alphazero_connect_four',)
+  runs = [Run('connect_four', seed, arguments) for seed in range(seeds)]
+  return Study(tuple(runs), False, ('decisions', 'eval_return'))
+
+
+def _othello(seeds: int) -> Study:
+  """Sampled AlphaZero by K at equal simulations (Hubert 2021, on Go)."""
+  shared = ('--preset=alphazero_othello', '--steps=300000')
+  runs = [
+    Run(f'k{k}', seed, (*shared, f'--set=num_samples={k}'))
+    for seed in range(seeds)
+    for k in (65, 4, 16, 8, 32)
+  ]
+  return Study(tuple(runs), False, ('decisions', 'eval_return'))
+
+
 def _balance(seeds: int) -> Study:
   """Balance losses on and off (Shazeer 2017, Table 6), and experts' fight."""
   shared = (
@@ -285,6 +303,8 @@ STUDIES = {
   'ball_in_cup': (functools.partial(_heads, 'sampled_muzero_ball_in_cup'), 5),
   'samples': (_samples, 3),
   'sac': (_sac, 5),
+  'connect_four': (_connect_four, 3),
+  'othello': (_othello, 2),
   'moe_experts': (_experts, 3),
   'moe_balance': (_balance, 3),
 }

@@ -46,13 +46,27 @@ class Continuous(NamedTuple):
   high: np.ndarray
 
 
+class Candidates(NamedTuple):
+  """Arrays, of which a game lists those that may be chosen in a position.
+
+  Attributes:
+    shape: of one action, without batch.
+    dtype: of its numbers.
+    number: how many `search.model.Game.candidates` lists, repeats included.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+  number: int
+
+
 class Spec(NamedTuple):
   """What an agent must know of an environment.
 
   Attributes:
     observation: pytree of `ArraySpec`, as the agent sees it (frames stacked
       along the last axis, channels last).
-    action: `Discrete` or `Continuous`.
+    action: `Discrete` or `Continuous`; `Candidates` of a game alone.
     frame_stack: how many consecutive frames one observation holds. A replay
       stores single frames: the last `C / frame_stack` channels.
     masks_actions: whether time steps carry `invalid_actions`.
@@ -64,7 +78,8 @@ class Spec(NamedTuple):
   """
 
   observation: Any
-  action: Discrete | Continuous
+  # `Any` for `Candidates`, so that who never sees any need not refuse them.
+  action: Discrete | Continuous | Any
   frame_stack: int = 1
   masks_actions: bool = False
   name: str = 'environment'
@@ -73,7 +88,7 @@ class Spec(NamedTuple):
 
 
 def check_bounds(spec: Spec) -> None:
-  """Refuses continuous actions without finite bounds; discrete ones pass.
+  """Refuses continuous actions without finite bounds; all others pass.
 
   Agents that scale, sample or divide actions within their bounds call it.
 
@@ -81,7 +96,7 @@ def check_bounds(spec: Spec) -> None:
     ValueError: a bound is NaN or infinite, or a low one is not below its high
       one.
   """
-  if isinstance(spec.action, Discrete):
+  if not isinstance(spec.action, Continuous):
     return
   bounds = {'low': spec.action.low, 'high': spec.action.high}
   for field, value in bounds.items():

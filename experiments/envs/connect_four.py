@@ -1,6 +1,7 @@
 """Connect Four in JAX: the rules, and the game against an opponent.
 
-The rules are pure functions of a `Board`, for search and self-play. A column
+The rules are pure functions of a `Board`; `game` is what search and self-play
+take. A column
 is a word of six bits, its lowest cell the lowest bit: stones fill a column
 from below, so the next free cell is `stones of both + 1`, and since no line
 leaves its words nothing can wrap around the edges.
@@ -15,11 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.core.types import ArraySpec, Discrete, Spec
-from search.model import Environment, TimeStep
+from search.model import Environment, Game, Move, TimeStep
 
 ROWS = 6
 COLUMNS = 7
 FULL = 2**ROWS - 1
+
+_SPEC = Spec(
+  ArraySpec((ROWS, COLUMNS, 2), np.float32),
+  Discrete(COLUMNS),
+  masks_actions=True,
+  name='ConnectFour',
+)
 
 
 class Board(NamedTuple):
@@ -103,6 +111,35 @@ def random_column(board: Board, key: chex.PRNGKey) -> chex.Array:
   return jnp.argmax(noise + legal(board)).astype(jnp.int32)
 
 
+def game() -> Game:
+  """The rules for planners; a position is a `Board`.
+
+  Whoever has four in a line gets 1. Observations are those of `observe`, as
+  the player to move sees them.
+  """
+
+  def step(board, action, key):
+    del key
+    over = is_over(board)
+    after = _select(over, board, play(board, action))
+    won = ~over & (winner(after) >= 0)
+    ended = over | is_over(after)
+    return Move(
+      state=after,
+      reward=won.astype(jnp.float32),
+      discount=ended.astype(jnp.float32) - 1.0,
+    )
+
+  return Game(
+    init=lambda key: new_board(),
+    step=step,
+    observe=lambda board: observe(board, board.player),
+    invalid_actions=lambda board: ~legal(board) & ~is_over(board),
+    player=lambda board: board.player,
+    spec=_SPEC,
+  )
+
+
 class ConnectFourState(NamedTuple):
   """`side`: int32, which player of the `board` the agent is."""
 
@@ -163,13 +200,7 @@ def make_connect_four(
     state = ConnectFourState(board, state.side)
     return state, time_step(state, ~is_legal, False)
 
-  spec = Spec(
-    ArraySpec((ROWS, COLUMNS, 2), np.float32),
-    Discrete(COLUMNS),
-    masks_actions=True,
-    name='ConnectFour',
-  )
-  return Environment(reset, step, spec)
+  return Environment(reset, step, _SPEC)
 
 
 def _select(condition, yes, no):

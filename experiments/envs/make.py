@@ -21,12 +21,14 @@ def make(
   """Finds and describes an environment; nothing is simulated yet.
 
   Args:
-    name: `jax:catch` for one of our own, `gymnasium:CartPole-v1` for one that
-      Gymnasium makes, anything else for envpool (`Catch-v0`, `Pong-v5`,
+    name: `jax:catch` for one of our own, `self_play:connect_four` for a game
+      of `games.make_game`, `gymnasium:CartPole-v1` for one that Gymnasium
+      makes, anything else for envpool (`Catch-v0`, `Pong-v5`,
       `PongNoFrameskip-v4`, `HopperHop-v1`).
     num_envs: copies stepped together on the host; a pure environment is
       unbatched and takes none.
-    training: on Atari, life loss ends episodes and rewards are clipped.
+    training: on Atari, life loss ends episodes and rewards are clipped; a game
+      is played against oneself in training, else against an opponent.
     frame_stack: frames in an observation; None for the environment's usual.
     num_threads: of envpool; 0 for as many as help.
     options: the environment's own.
@@ -34,13 +36,14 @@ def make(
       (`discretise`); 0 leaves them.
 
   Returns:
-    An `Environment` for `jax:` names, else a `HostEnvironment`.
+    An `Environment` for `jax:` and `self_play:` names, else a
+    `HostEnvironment`.
 
   Raises:
     ValueError: an unknown name or option, a space that no agent can take, or
       actions that cannot be divided.
   """
-  env = _make(name, num_envs, training, frame_stack, num_threads, options)
+  env: Any = _make(name, num_envs, training, frame_stack, num_threads, options)
   if action_bins:
     from experiments.envs.discretise import discretise
 
@@ -69,12 +72,15 @@ def _make(name, num_envs, training, frame_stack, num_threads, options):
     return gymnasium.make_gymnasium(
       rest, num_envs, frame_stack=stack, **options
     )
-  if kind != 'jax':
+  if kind not in ('jax', 'self_play'):
     raise ValueError(
-      f'env={name!r}: what stands before the colon must be jax or gymnasium'
+      f'env={name!r}: what stands before the colon must be jax, self_play or '
+      'gymnasium'
     )
   if frame_stack not in (None, 1):
     raise ValueError(f'frame_stack={frame_stack}: {name} has no frames')
+  if kind == 'self_play':
+    return _make_game(name, rest, training, options)
   from experiments.envs import (
     acrobot,
     breakout,
@@ -106,3 +112,17 @@ def _make(name, num_envs, training, frame_stack, num_threads, options):
     return makers[rest](**options)
   except TypeError as error:
     raise ValueError(f'options={options}: {error}') from error
+
+
+def _make_game(name, rest, training, options):
+  from experiments.envs import against, games, self_play
+
+  opponent = options.pop('opponent', 'random')
+  plies = options.pop('opening_plies', 0)
+  if options:
+    raise ValueError(
+      f'options={options}: {name} knows opponent and opening_plies only'
+    )
+  game = games.make_game(rest)
+  versus = against.against(game, opponent)
+  return self_play.self_play(game, plies) if training else versus

@@ -1,0 +1,358 @@
+"""AlphaZero: a network that learns from a search in the true rules.
+
+A network gives a policy p and a value v of a position. In self-play a search
+with both finds a better policy pi, the game ends with z as the player to move
+sees it, and the network follows (Silver 2018, equation 1):
+
+  l = (z - v)^2 - pi^T log p + c |theta|^2.
+
+With `sampled` the search chooses among K sampled actions at every node, and p
+is projected on them (Hubert 2021, section 5): Sampled AlphaZero, for games of
+many moves.
+
+Departures and choices:
+
+* The search is Gumbel AlphaZero's (Danihelka 2022): with few simulations its
+  target still improves the policy; it needs no Dirichlet noise, and its own
+  noise is the exploration. `rule=puct` is the paper's.
+* z is a lambda-return over the values that the searches found; with
+  `td_lambda=1`, the default, it is the outcome, wherever the game ends within
+  `td_steps`.
+* The network is shared by acting and learning at once: there is no gate that
+  a new one has to pass (as in the paper, unlike AlphaGo Zero).
+* The policy's term is the KL divergence, which differs by what no gradient
+  sees; it is 0 where nothing is left to learn. Illegal actions are masked.
+* With Adam the decay c is decoupled; with SGD it joins the gradient, so that c
+  is half of it.
+* Moves are drawn at one temperature throughout (AlphaGo Zero's falls to 0
+  after 30 moves), and boards are not turned or mirrored.
+* The first positions of a game are in fewer windows than others, by a factor
+  of up to `positions`: they are in every game.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from agents.core import losses as terms
+from agents.core import optim, planning
+from agents.core.types import Agent, Discrete, Info, Spec, Trajectory
+from agents.core.unroll import flatten_steps
+from networks import actions, policy_value
+from networks.mlp import Network
+from networks.policy_value import NetworkConfig
+from search import sampled
+from search.model import exact
+
+# What an illegal action's logit is: no probability, and finite.
+_MASKED = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """AlphaZero's hyper-parameters.
+
+  Attributes:
+    network: sizes and kind of the network.
+    search: the search when acting; `num_samples` is K where `sampled`.
+    sampled: search among K sampled actions at every node.
+    temperature: of the moves drawn by visit counts; Gumbel's rule has its own.
+    positions: of a window that are trained on, from its first.
+    td_steps: positions behind each of them that its return may see.
+    td_lambda: 1 for the outcome of the game, less to trust the searches'
+      values on the way there.
+    value_weight: of the value loss.
+    optimiser: `adam`, or `sgd` with momentum, the paper's.
+    learning_rate: its peak.
+    warmup_updates: linear warm-up.
+    decay_every: updates between decays of the learning rate; 0 for none.
+    decay_rate: the factor of each.
+    momentum: of SGD.
+    weight_decay: c, of SGD (in the gradient) or Adam (decoupled).
+    max_gradient_norm: gradients are clipped to it.
+  """
+
+  network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+  search: planning.SearchConfig = dataclasses.field(
+    default_factory=lambda: planning.SearchConfig(
+      rule='gumbel', num_simulations=16
+    )
+  )
+  sampled: bool = False
+  temperature: float = 1.0
+  positions: int = 8
+  td_steps: int = 64
+  td_lambda: float = 1.0
+  value_weight: float = 1.0
+  optimiser: Literal['sgd', 'adam'] = 'adam'
+  learning_rate: float = 1e-3
+  warmup_updates: int = 100
+  decay_every: int = 0
+  decay_rate: float = 0.1
+  momentum: float = 0.9
+  weight_decay: float = 1e-4
+  max_gradient_norm: float = 5.0
+
+  def __post_init__(self):
+    for name in ('positions', 'td_steps'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
+    value = self.td_lambda
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+      raise ValueError(f'td_lambda={value}: must be within [0, 1]')
+    value = self.temperature
+    if isinstance(value, (int, float)) and value < 0:
+      raise ValueError(f'temperature={value}: must be 0 or more')
+
+  @property
+  def window(self) -> int:
+    """Steps that a replayed window must have."""
+    return self.positions + self.td_steps
+
+
+class State(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: of the network, handed to actors.
+    opt_state: the optimiser's.
+  """
+
+  params: Any
+  opt_state: optax.OptState
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[N]` positions; replace one with `losses._replace`.
+
+  Attributes:
+    policy: `(log_probs [N, K], weights [N, K]) -> [N]`, of the actions that
+      the search chose among: all, or the sampled ones.
+    value: `(value [N], target [N]) -> [N]`.
+  """
+
+  policy: Callable[[chex.Array, chex.Array], chex.Array]
+  value: Callable[[chex.Array, chex.Array], chex.Array]
+
+
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Callable[[Any], Any] | None = None,
+) -> Network:
+  """The network for a spec; it has no statistics, so `reduce` is not needed.
+
+  Raises:
+    ValueError: the environment has no exact rules, its actions cannot be
+      enumerated, or K actions cannot be drawn.
+  """
+  del reduce
+  if spec.game is None:
+    raise ValueError(
+      f'alphazero needs exact rules, and {spec.name} has none: take '
+      'env=self_play:connect_four, self_play:tic_tac_toe or self_play:othello; '
+      'agent=muzero needs no rules'
+    )
+  action = spec.action
+  if not isinstance(action, Discrete) or spec.game.candidates is not None:
+    raise ValueError(
+      f'alphazero needs actions that can be enumerated; {spec.name} lists '
+      'candidates'
+    )
+  if config.sampled:
+    sampled.check(
+      actions.flat(action.num_actions),
+      config.search.num_samples,
+      config.search.replacement,
+    )
+  return policy_value.make(
+    config.network, spec.game.spec.observation, action.num_actions
+  )
+
+
+def make_losses() -> Losses:
+  """The paper's terms."""
+  return Losses(
+    policy=terms.sampled_kl,
+    value=lambda value, target: jnp.square(target - value),
+  )
+
+
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+  """The optimiser that a config names."""
+  schedule = optim.warmup_step_decay(
+    config.learning_rate,
+    warmup_steps=config.warmup_updates,
+    decay_every=config.decay_every,
+    decay_rate=config.decay_rate,
+  )
+  shared = {
+    'weight_decay': config.weight_decay,
+    'max_norm': config.max_gradient_norm,
+  }
+  if config.optimiser == 'adam':
+    return optim.adamw(schedule, **shared)
+  return optim.sgd(schedule, momentum=config.momentum, **shared)
+
+
+def game_returns(
+  reward: chex.Array,
+  discount: chex.Array,
+  truncated: chex.Array,
+  player: chex.Array,
+  value: chex.Array,
+  td_lambda: chex.Numeric,
+) -> chex.Array:
+  """lambda-returns of a game of two, each as its own player to move sees it.
+
+  `z_k = r_{k+1} + s_{k+1} ((1 - lambda) v_{k+1} + lambda z_{k+1})`, where
+  `s_{k+1}` is 0 if the game ended there, 1 if the same player moves again and
+  -1 if the other one does. At the last step, and where an episode was cut, z
+  is the value itself.
+
+  Args:
+    reward: float32 `[L]`, received on arriving by whoever moved.
+    discount: float32 `[L]`, 0 at an end, else 1.
+    truncated: bool `[L]`, the episode was cut here.
+    player: int32 `[L]`, who is to move.
+    value: float32 `[L]`, as that player sees it.
+    td_lambda: lambda, in [0, 1]; may be traced.
+
+  Returns:
+    float32 `[L]`, meaningless where a game is over.
+  """
+  chex.assert_rank([reward, discount, truncated, player, value], 1)
+  sign = jnp.where(player[1:] == player[:-1], 1.0, -1.0) * discount[1:]
+
+  def back(later, step):
+    reward, sign, value, next_value, cut = step
+    ahead = (1 - td_lambda) * next_value + td_lambda * later
+    now = jnp.where(cut, value, reward + sign * ahead)
+    return now, now
+
+  steps = (reward[1:], sign, value[:-1], value[1:], truncated[:-1])
+  _, returns = jax.lax.scan(back, value[-1], steps, reverse=True)
+  return jnp.append(returns, value[-1])
+
+
+def make(
+  config: Config,
+  networks: Network,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment, with its `game`.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Trajectory`s of `config.window` steps, their
+    observations positions, with `extras` `search_policy [B, L, A]` and
+    `search_value [B, L]`; where `sampled`, `search_policy [B, L, K]` and
+    `sampled_actions [B, L, K]`.
+  """
+  game = spec.game
+  assert game is not None and isinstance(spec.action, Discrete)
+  family = actions.flat(spec.action.num_actions) if config.sampled else None
+  model = exact(game, networks.apply)._replace(distribution=family)
+  search = planning.make_search(config.search, family)
+  optimiser = make_optimiser(config)
+  head = slice(0, config.positions)
+
+  def init(key) -> State:
+    params = networks.init(key)
+    return State(params, optimiser.init(params))
+
+  def act(params, key, timestep):
+    root_key, search_key = jax.random.split(key)
+    output = search(
+      params,
+      search_key,
+      model.root(params, timestep, root_key),
+      model.step,
+      invalid_actions=timestep.invalid_actions,
+      temperature=config.temperature,
+    )
+    extras = {
+      'search_policy': output.action_weights,
+      'search_value': output.value,
+    }
+    if config.sampled:
+      extras['sampled_actions'] = output.sampled_actions
+    return output.action, extras
+
+  def make_targets(batch: Trajectory):
+    timestep = batch.experience.timestep
+    returns = jax.vmap(game_returns, (0, 0, 0, 0, 0, None))(
+      timestep.reward,
+      timestep.discount,
+      timestep.truncated,
+      jax.vmap(jax.vmap(game.player))(timestep.observation),
+      batch.experience.extras['search_value'],
+      config.td_lambda,
+    )
+    return returns[:, head]
+
+  def loss(params, batch: Trajectory):
+    target = make_targets(batch).reshape(-1)
+    first = jax.tree.map(lambda x: x[:, head], batch.experience)
+    mask = batch.valid[:, head] & ~first.timestep.is_last()
+    weight = mask.astype(jnp.float32)
+    if batch.sample is not None:
+      weight *= batch.sample.weight[:, None]
+    mask, weight = mask.reshape(-1).astype(jnp.float32), weight.reshape(-1)
+    rows = flatten_steps(first)
+    observation = jax.vmap(game.observe)(rows.timestep.observation)
+    logits, value = networks.apply(params, observation)
+    invalid = rows.timestep.invalid_actions
+    if invalid is not None:
+      logits = jnp.where(invalid, _MASKED, logits)
+    log_probs = jax.nn.log_softmax(logits)
+    chosen, weights = log_probs, rows.extras['search_policy']
+    if config.sampled:
+      among = rows.extras['sampled_actions']
+      chosen = jnp.take_along_axis(log_probs, among, axis=-1)
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    mean = lambda x: jnp.sum(weight * x) / count
+    policy_loss = mean(losses.policy(chosen, weights))
+    value_loss = mean(losses.value(value, target))
+    total = policy_loss + config.value_weight * value_loss
+    entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), -1)
+    metrics = {
+      'loss': total,
+      'loss_policy': policy_loss,
+      'loss_value': value_loss,
+      'value': terms.masked_mean(value, mask),
+      'value_target': terms.masked_mean(target, mask),
+      'target_entropy': terms.masked_mean(entropy, mask),
+    }
+    return total, metrics
+
+  step = optim.minimise(loss, optimiser, reduce)
+
+  def update(state: State, batch: Trajectory, key) -> tuple[State, Info]:
+    del key
+    params, opt_state, metrics, norm = step(
+      state.params, state.opt_state, batch
+    )
+    metrics = reduce(metrics | {'gradient_norm': norm})
+    return State(params, opt_state), Info(metrics)
+
+  def evaluate(params, batch, key):
+    del key
+    return loss(params, batch)[1]
+
+  return Agent(
+    init=init, act=act, update=update, model=model, evaluate=evaluate
+  )

@@ -1,0 +1,37 @@
+"""Exact rules by the name of a game."""
+
+import difflib
+
+from search.model import Game
+
+
+def make_game(name: str) -> Game:
+  """The rules of a game.
+
+  Args:
+    name: `backgammon`, `connect_four`, `tic_tac_toe`, or one of
+      `pgx_games.NAMES` such as `othello` and `go_9x9`.
+
+  Raises:
+    ValueError: an unknown name, or a library that is not installed.
+  """
+  from experiments.envs import (
+    backgammon,
+    connect_four,
+    pgx_games,
+    tic_tac_toe,
+  )
+
+  makers = {
+    'backgammon': backgammon.game,
+    'connect_four': connect_four.game,
+    'tic_tac_toe': tic_tac_toe.game,
+  }
+  if name in makers:
+    return makers[name]()
+  if name in pgx_games.NAMES:
+    return pgx_games.make_pgx(name)
+  known = (*makers, *pgx_games.NAMES)
+  near = difflib.get_close_matches(name, known, 1)
+  hint = f'; did you mean {near[0]}?' if near else ''
+  raise ValueError(f'game={name!r}: known are {", ".join(known)}{hint}')

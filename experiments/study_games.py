@@ -1,0 +1,370 @@
+"""Strength of players of a game against what they spend, over training seeds.
+
+python -m experiments.study --study=connect_four     # trains, resumes
+python -m experiments.study_games                    # plays, resumes
+
+Every player of `PLAYERS` is made of every seed's network. In Connect Four it
+is scored by three: perfect play (the share of judged positions in which it
+keeps the game's value, and games against the solver), a third party (the next
+seed's network under a search), and, as the score that misleads, its own
+network alone. A row is written as it comes.
+"""
+
+import csv
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments import arena, judge, match, players
+from experiments.runtime import config as configs
+
+# Stages, rollouts and simulations, and both together.
+PLAYERS = (
+  'network',
+  'lookahead=1',
+  'lookahead=2',
+  'lookahead=3',
+  'rollout=4',
+  'rollout=12',
+  'rollout=end',
+  'lookahead=2+rollout=8',
+  'gumbel=8',
+  'gumbel=32',
+  'gumbel=64',
+  'gumbel=128',
+  'gumbel=256',
+  'gumbel=32+rollout=8',
+)
+# Who every player meets: a search with another seed's network.
+THIRD = 'gumbel=32'
+
+
+TITLES = {
+  'judge': 'value kept in judged positions',
+  'third': f"score against another seed's {THIRD}",
+  'solver': 'score against perfect play',
+  'network': 'score against its own network (misleads)',
+}
+
+
+class Row(NamedTuple):
+  """One line of the study's CSV.
+
+  Attributes:
+    seed: of training.
+    player: see `PLAYERS`.
+    opponent: `judge`, `solver`, `third`, or `network`, its own.
+    games: or judged positions.
+    score: share of points; for the judge, of positions whose value was kept.
+    score_se: standard error over openings or positions.
+    optimal: for the judge, the share of moves that none is better than.
+    evaluations: of the network a decision.
+    ms_per_decision: wall time in a batch.
+  """
+
+  seed: int
+  player: str
+  opponent: str
+  games: int
+  score: float
+  score_se: float
+  optimal: float | None
+  evaluations: int
+  ms_per_decision: float
+
+
+def read(path: pathlib.Path) -> list[Row]:
+  """Rows that a study has written so far."""
+  if not path.exists():
+    return []
+  with path.open(newline='') as file:
+    return [
+      Row(
+        int(row['seed']),
+        row['player'],
+        row['opponent'],
+        int(row['games']),
+        float(row['score']),
+        float(row['score_se']),
+        float(row['optimal']) if row['optimal'] else None,
+        int(row['evaluations']),
+        float(row['ms_per_decision']),
+      )
+      for row in csv.DictReader(file)
+    ]
+
+
+def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes rows, atomically."""
+  lines = [','.join(Row._fields)]
+  for row in rows:
+    cells = ['' if x is None else x for x in row]
+    lines.append(
+      ','.join(f'{x:.5g}' if isinstance(x, float) else str(x) for x in cells)
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  configs.write_text(path, '\n'.join(lines) + '\n')
+
+
+def run(
+  workdirs: Mapping[int, str],
+  names: Sequence[str],
+  opponents: Sequence[str],
+  out: pathlib.Path,
+  *,
+  openings: int,
+  opening_plies: int,
+) -> list[Row]:
+  """Plays what has not been played yet.
+
+  Args:
+    workdirs: a finished run for each seed.
+    names: of players.
+    opponents: of `Row.opponent`.
+    out: the CSV.
+    openings: each played from both sides.
+    opening_plies: random moves before a game.
+
+  Raises:
+    UserError: a run cannot be read, or the solver is not installed.
+  """
+  from rich.progress import Progress
+
+  from experiments import build, play
+
+  rows = read(out)
+  done = {(row.seed, row.player, row.opponent) for row in rows}
+  seeds = list(workdirs)
+  own = play.load_experiment(workdirs[seeds[0]])
+  game = build.make_env(own, training=False, num_envs=1).spec.game
+  starts = match.openings(game, openings, opening_plies)
+  solver = judge.solver() if 'solver' in opponents else None
+  judged = judge.read() if 'judge' in opponents else None
+  missing = [
+    (opponent, seed, name)
+    for opponent in opponents
+    for seed in seeds
+    for name in names
+    if (seed, name, opponent) not in done
+    and not (opponent == 'network' and name == 'network')
+  ]
+  with Progress() as bar:
+    task = bar.add_task('players', total=len(missing))
+    made: dict[tuple[int, str], players.Player] = {}
+
+    def find(seed, name):
+      if (seed, name) not in made:
+        made[seed, name] = arena.make_player(name, workdirs[seed], own, game)
+      return made[seed, name]
+
+    for opponent, seed, name in missing:
+      player = find(seed, name)
+      bar.update(task, description=f'{opponent}: seed {seed}, {name}')
+      if opponent == 'judge':
+        assert judged is not None
+        row = _judge(seed, player, game, judged)
+      else:
+        after = seeds[(seeds.index(seed) + 1) % len(seeds)]
+        other = {
+          'solver': lambda: solver,
+          'network': lambda seed=seed: find(seed, 'network'),
+          'third': lambda after=after: find(after, THIRD),
+        }[opponent]()
+        row = _meet(seed, player, opponent, other, game, starts)
+      rows.append(row)
+      write(out, rows)
+      bar.advance(task)
+  return rows
+
+
+def _judge(seed, player, game, judged) -> Row:
+  import jax
+  import numpy as np
+
+  positions = judge.positions(judged.moves)
+  timestep = match.time_step(game, positions)
+  output = player.decide(player.params, jax.random.key(seed), timestep)
+  verdict = judge.judge(np.asarray(output.action), judged)
+  return Row(
+    seed,
+    player.name,
+    'judge',
+    len(judged.moves),
+    verdict.kept,
+    verdict.kept_se,
+    verdict.optimal,
+    player.evaluations,
+    match.measure(game, player, positions),
+  )
+
+
+def _meet(seed, player, opponent, other, game, starts) -> Row:
+  games = match.play(game, player, other, starts, seed=seed)
+  speed = match.measure(game, player, starts)
+  result = match.summarise(player, other, games, speed)
+  return Row(
+    seed,
+    player.name,
+    opponent,
+    result.games,
+    result.score,
+    result.score_se,
+    None,
+    player.evaluations,
+    speed,
+  )
+
+
+def kind(name: str) -> str:
+  """The line of the figure that a player is on."""
+  if name == 'network':
+    return 'network alone'
+  search = 'lookahead' if 'rollout' not in name else 'rollout'
+  if name.startswith('gumbel'):
+    search = 'tree search' + (' over rollouts' if 'rollout' in name else '')
+  return search
+
+
+def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
+  """A panel for each opponent: score against network evaluations.
+
+  Args:
+    rows: of the study; a point is the mean over seeds, a bar its standard
+      error over them.
+    out: a picture.
+  """
+  # Not pyplot: its figures are global state.
+  from matplotlib.figure import Figure
+
+  opponents = [n for n in TITLES if any(r.opponent == n for r in rows)]
+  lines = list(dict.fromkeys(kind(row.player) for row in rows))
+  figure = Figure((4.6 * len(opponents), 3.8), layout='constrained')
+  for axes, opponent in zip(
+    figure.subplots(1, len(opponents), squeeze=False)[0], opponents
+  ):
+    for number, line in enumerate(lines):
+      some = [r for r in rows if r.opponent == opponent]
+      points = sorted(
+        (p['evaluations'], p[opponent], p[f'{opponent}_se'], p['player'])
+        for p in table(some)
+        if kind(p['player']) == line
+      )
+      if not points:
+        continue
+      x, y, error, names = zip(*points)
+      axes.errorbar(
+        x,
+        y,
+        error,
+        marker='o',
+        ms=4,
+        lw=1.2,
+        capsize=2,
+        label=line,
+        color=f'C{number}',
+      )
+      for at, height, name in zip(x, y, names):
+        short = name.replace('lookahead=', 'l=').replace('rollout=', 'm=')
+        axes.annotate(
+          short.replace('gumbel=', ''),
+          (at, height),
+          fontsize=6,
+          xytext=(3, 3),
+          textcoords='offset points',
+        )
+    axes.set(
+      xscale='log',
+      title=TITLES[opponent],
+      xlabel='network evaluations a decision',
+    )
+    axes.title.set_fontsize(9)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', color='#dddddd', lw=0.7)
+  figure.axes[0].legend(fontsize=7)
+  figure.savefig(out, dpi=160)
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """Means over seeds, one dict a player, with `_se` over seeds."""
+  import numpy as np
+
+  lines = []
+  for name in dict.fromkeys(row.player for row in rows):
+    line: dict[str, Any] = {'player': name}
+    for opponent in dict.fromkeys(row.opponent for row in rows):
+      some = [
+        r.score for r in rows if (r.player, r.opponent) == (name, opponent)
+      ]
+      if some:
+        line[opponent] = float(np.mean(some))
+        spread = np.std(some, ddof=1) if len(some) > 1 else 0.0
+        line[f'{opponent}_se'] = float(spread / np.sqrt(len(some)))
+    line['evaluations'] = max(r.evaluations for r in rows if r.player == name)
+    lines.append(line)
+  return lines
+
+
+def main() -> None:
+  """Plays and draws as the flags say."""
+  from absl import flags
+  from rich.console import Console
+  from rich.table import Table
+
+  values = flags.FLAGS
+  folder, results = pathlib.Path(values.folder), pathlib.Path(values.results)
+  out = results / f'{values.name}_strength.csv'
+  with configs.user_errors():
+    found = {
+      int(path.name.rpartition('_s')[2]): str(path)
+      for path in sorted(folder.glob(f'{values.name}_s*'))
+      if (path / 'final').is_dir()
+    }
+    if not found:
+      raise configs.UserError(
+        f'folder={folder}: no finished runs {values.name}_s*; train them with '
+        f'python -m experiments.study --study={values.name}'
+      )
+    rows = run(
+      found,
+      values.players,
+      values.opponents,
+      out,
+      openings=values.openings,
+      opening_plies=values.opening_plies,
+    )
+  draw(rows, out.with_suffix('.png'))
+  shown = Table()
+  lines = table(rows)
+  opponents = list(dict.fromkeys(r.opponent for r in rows))
+  for column in ('player', 'evaluations', *opponents):
+    shown.add_column(column, justify='right')
+  for line in lines:
+    cells = [
+      f'{line[n]:.3f} ± {line[n + "_se"]:.3f}' if n in line else ''
+      for n in opponents
+    ]
+    shown.add_row(line['player'], str(line['evaluations']), *cells)
+  Console().print(shown)
+  print(f'results: {out}')
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.study_games`."""
+  from absl import flags
+
+  flags.DEFINE_string('name', 'connect_four', 'the study that trained')
+  flags.DEFINE_string(
+    'folder', 'runs/studies/connect_four', 'where its runs are'
+  )
+  flags.DEFINE_list('players', list(PLAYERS), 'who plays')
+  flags.DEFINE_list(
+    'opponents', ['judge', 'third', 'solver', 'network'], 'who scores them'
+  )
+  flags.DEFINE_integer('openings', 64, 'each played from both sides', 1)
+  flags.DEFINE_integer('opening_plies', 4, 'random moves before a game', 0)
+  flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')
+
+
+if __name__ == '__main__':
+  define_flags()
+  configs.run_main(main)
