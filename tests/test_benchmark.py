@@ -257,6 +257,7 @@ def test_sampled_tables_tell_actions_apart():
   assert np.mean(np.asarray(first) == np.asarray(second)) < 0.1
 
 
+@pytest.mark.slow
 def test_launcher(tmp_path):
   out = tmp_path / 'results/benchmark.csv'
   cache = pathlib.Path(__file__).resolve().parent.parent / '.jax_cache'

@@ -145,6 +145,7 @@ def test_a_row_of_nans_is_kept_as_such(points):
   assert np.isfinite(last['eval_return'][:2]).all()
 
 
+@pytest.mark.slow
 def test_stopped_and_run_again_equals_uninterrupted(program, points, tmp_path):
   two = mesh.make_mesh()
   stopped = sweep_program.run(
