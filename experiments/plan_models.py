@@ -1,0 +1,317 @@
+"""From an actor, a critic and a dynamics to a model that planners plan in.
+
+What was trained off-line becomes the ingredients of model predictive control
+(Bertsekas 2022, "Lessons from AlphaZero", chapter 5): the actor proposes
+candidate actions and is the base policy of rollouts, the critic is the cost at
+the end, and what lies between them is stepped by a dynamics, which is the exact
+simulator's or was learned from the same data:
+
+  planner = lookahead.lookahead(1)
+  inner = planning_model(agent, q, exact(env), spec, gamma=0.99)
+  model = rollout.truncated(inner, base_policy(agent), steps=8)
+  planner(model, Params(agent_params, None), key, timestep).action
+
+Embeddings are observations, so the exact dynamics needs to find the simulator's
+state in them: `STATES` lists the simulators for which it can.
+
+Axes: `B` batch, `K` candidates, `D` components of an action.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Params(NamedTuple):
+  """What a planner's model is parametrised by.
+
+  Attributes:
+    agent: of actor and critic, an agent's `state.params`.
+    dynamics: of the dynamics; None for the exact one.
+  """
+
+  agent: Any
+  dynamics: Any
+
+
+class Change(NamedTuple):
+  """What an action leads to.
+
+  Attributes:
+    observation: pytree `[B, ...]`, float32.
+    reward: float32 `[B]`, in the simulator's or the data set's units.
+    discount: float32 `[B]`, 0 at termination, or the chance that it goes on.
+  """
+
+  observation: Any
+  reward: Any
+  discount: Any
+
+
+# `(params, observation [B, ...], action [B, D]) -> Change`.
+Dynamics = Callable[[Any, Any, Any], Change]
+
+
+def _pendulum(observation):
+  import jax.numpy as jnp
+
+  from experiments.envs.pendulum import PendulumState
+
+  cosine, sine, speed = observation
+  return PendulumState(jnp.arctan2(sine, cosine), speed, jnp.int32(0))
+
+
+def _swingup(observation):
+  import jax.numpy as jnp
+
+  from experiments.envs.swingup import SwingupState
+
+  x, cosine, sine, v, spin = observation
+  angle = jnp.arctan2(sine, cosine)
+  return SwingupState(jnp.stack([x, angle, v, spin]), jnp.int32(0))
+
+
+# By the simulator's name: `(observation) -> state`, unbatched, at its first
+# step, because no observation tells the time.
+STATES = {'Pendulum': _pendulum, 'Swingup': _swingup}
+# Environments that a simulator of ours moves exactly like.
+EXACT = {
+  'jax:pendulum': 'jax:pendulum',
+  'Pendulum-v1': 'jax:pendulum',
+  'gymnasium:Pendulum-v1': 'jax:pendulum',
+  'jax:swingup': 'jax:swingup',
+}
+
+
+def exact(env: Any) -> Dynamics:
+  """The dynamics of a simulator, found again from what is observed.
+
+  Time limits are not part of it: nothing is ever truncated.
+
+  Args:
+    env: an unbatched `search.model.Environment` without chance, whose
+      observation determines its state.
+
+  Raises:
+    ValueError: no way from its observation to its state is known.
+  """
+  import jax
+
+  if env.spec.name not in STATES:
+    raise ValueError(
+      f'env={env.spec.name}: no state is known from its observation; there is '
+      f'one of {", ".join(STATES)}'
+    )
+  restore = STATES[env.spec.name]
+
+  def one(observation, action):
+    # Its step draws nothing, so one key serves all.
+    state = restore(observation)
+    _, timestep = env.step(state, action, jax.random.key(0))
+    return Change(timestep.observation, timestep.reward, timestep.discount)
+
+  def dynamics(params, observation, action):
+    del params
+    return jax.vmap(one)(observation, action)
+
+  return dynamics
+
+
+def learned(ensemble: Any, reward_factor: float = 1.0) -> Dynamics:
+  """The dynamics that the elites of an ensemble expect on average.
+
+  Args:
+    ensemble: a `networks.ensemble.Ensemble`; its parameters are
+      `agents.core.rollout.ModelParams`.
+    reward_factor: what the rewards that it learned from had been multiplied
+      by; it is divided out.
+  """
+  from agents.core import rollout
+
+  def dynamics(params, observation, action):
+    out = rollout.expect(ensemble, params, observation, action)
+    return Change(out.o_t, out.r_t / reward_factor, out.discount_t)
+
+  return dynamics
+
+
+def critic_value(networks: Any, value: str = 'min') -> Callable[..., Any]:
+  """The critics of an agent as one: `(agent_params, o, a [B, D]) -> [B]`.
+
+  Args:
+    networks: with `critic.apply(params.critic, o, a) -> [E, B]`.
+    value: the `'min'` of the E critics, as the agents' own targets take it, or
+      their `'mean'`.
+
+  Raises:
+    ValueError: another word, or no critic.
+  """
+  import jax.numpy as jnp
+
+  reductions = {'min': jnp.min, 'mean': jnp.mean}
+  if value not in reductions:
+    raise ValueError(f"value={value!r}: must be 'min' or 'mean'")
+  if not hasattr(networks, 'critic'):
+    raise ValueError('networks have no critic, which values the states')
+
+  def q(params, observation, action):
+    each = networks.critic.apply(params.critic, observation, action)
+    return reductions[value](each, axis=0)
+
+  return q
+
+
+def planning_model(
+  agent: Any,
+  q: Callable[..., Any],
+  dynamics: Dynamics,
+  spec: Any,
+  *,
+  gamma: float,
+  reward_factor: float = 1.0,
+  num: int = 8,
+  proposal: str = 'actor',
+) -> Any:
+  """The model of a planner, over `Params`.
+
+  A state is worth what the critic says of the actor's mode in it, in the
+  critic's units: rewards are multiplied by `reward_factor`.
+
+  Args:
+    agent: with `act` and `exploit`, which look at observations alone.
+    q: from `critic_value`.
+    dynamics: from `exact` or `learned`.
+    spec: of the environment.
+    gamma: discount a decision.
+    reward_factor: what the critic's rewards had been multiplied by.
+    num: K, candidates a state: the actor's mode, then others.
+    proposal: where these come from: draws of the `'actor'` (how it explores),
+      or uniformly from the `'box'` of all actions.
+
+  Returns:
+    A `search.model.Model` with `actions`; its prior logits are all 0.
+
+  Raises:
+    ValueError: an argument is out of range.
+  """
+  import jax
+  import jax.numpy as jnp
+  import mctx
+
+  from search.model import Model
+
+  if num < 1:
+    raise ValueError(f'candidates={num}: must be 1 or more')
+  if proposal not in ('actor', 'box'):
+    raise ValueError(f"proposal={proposal!r}: must be 'actor' or 'box'")
+  mode = _chosen(agent.exploit)
+  explored = _chosen(agent.act)
+  low, high = jnp.asarray(spec.action.low), jnp.asarray(spec.action.high)
+
+  def opinion(params, observation):
+    rows = jax.tree.leaves(observation)[0].shape[0]
+    action = mode(params.agent, jax.random.key(0), observation)
+    value = q(params.agent, observation, action)
+    return {'prior_logits': jnp.zeros((rows, num)), 'value': value}
+
+  def root(params, timestep, key):
+    del key
+    observation = jax.tree.map(
+      lambda x: x.astype(jnp.float32), timestep.observation
+    )
+    return mctx.RootFnOutput(
+      embedding=observation, **opinion(params, observation)
+    )
+
+  def step(params, key, action, embedding):
+    del key
+    change = dynamics(params.dynamics, embedding, action)
+    output = mctx.RecurrentFnOutput(
+      reward=reward_factor * change.reward,
+      discount=gamma * change.discount,
+      **opinion(params, change.observation),
+    )
+    return output, change.observation
+
+  def actions(params, key, embedding):
+    first = mode(params.agent, key, embedding)[:, None]
+    if num == 1:
+      return first
+    if proposal == 'box':
+      shape = (first.shape[0], num - 1, *first.shape[2:])
+      unit = jax.random.uniform(key, shape)
+      fit = lambda x: jnp.broadcast_to(x, shape)
+      return jnp.concatenate([first, fit(low) + fit(high - low) * unit], 1)
+    keys = jax.random.split(key, num - 1)
+    draw = lambda key: explored(params.agent, key, embedding)
+    return jnp.concatenate([first, jax.vmap(draw, out_axes=1)(keys)], 1)
+
+  return Model(root, step, actions=actions)
+
+
+def base_policy(agent: Any) -> Callable[..., Any]:
+  """The actor's mode, as `rollout.truncated` wants its policy."""
+  mode = _chosen(agent.exploit)
+
+  def policy(params, key, prior_logits, embedding):
+    del prior_logits
+    return mode(params.agent, key, embedding)
+
+  return policy
+
+
+def actor_planner(agent: Any) -> Callable[..., Any]:
+  """The planner that does not plan: the actor's mode."""
+
+  def planner(model, params, key, timestep):
+    import jax.numpy as jnp
+
+    from search.model import PolicyOutput
+
+    action = agent.exploit(params.agent, key, timestep)[0]
+    value = model.root(params, timestep, key).value
+    return PolicyOutput(action, jnp.ones((*value.shape, 1)), value)
+
+  return planner
+
+
+def critic_planner(q: Callable[..., Any]) -> Callable[..., Any]:
+  """The planner without a model, l = 0: the candidate of the highest Q."""
+
+  def planner(model, params, key, timestep):
+    import jax
+    import jax.numpy as jnp
+
+    from search import lookahead
+    from search.model import PolicyOutput
+
+    observation = model.root(params, timestep, key).embedding
+    actions = model.actions(params, key, observation)
+    tried, node = lookahead.pairs(actions, observation)
+    value = q(params.agent, node, tried).reshape(actions.shape[:2])
+    slot = jnp.argmax(value, axis=-1)
+    return PolicyOutput(
+      lookahead.take(actions, slot),
+      jax.nn.one_hot(slot, value.shape[1]),
+      jnp.max(value, axis=-1),
+      sampled_actions=actions,
+      qvalues=value,
+    )
+
+  return planner
+
+
+def _chosen(act):
+  """An agent's `act` or `exploit` as `(params, key, observation) -> action`."""
+
+  def choose(params, key, observation):
+    import jax
+    import jax.numpy as jnp
+
+    from search.model import TimeStep
+
+    rows = jax.tree.leaves(observation)[0].shape[0]
+    zeros, no = jnp.zeros((rows,)), jnp.zeros((rows,), bool)
+    timestep = TimeStep(observation, zeros, zeros + 1, no, no)
+    return act(params, key, timestep)[0]
+
+  return choose
