@@ -102,6 +102,10 @@ class Config:
     for name in ('positions', 'td_steps'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
+    if self.search.rule == 'efficientzero':
+      raise ValueError(
+        'rule=efficientzero: is for one player; take gumbel or puct'
+      )
     value = self.td_lambda
     if isinstance(value, (int, float)) and not 0 <= value <= 1:
       raise ValueError(f'td_lambda={value}: must be within [0, 1]')

@@ -16,7 +16,12 @@ from experiments.runtime.config import UserError
 
 
 def make_player(
-  name: str, workdir: str, own: Any, game: Any, host: Any = None
+  name: str,
+  workdir: str,
+  own: Any,
+  game: Any,
+  host: Any = None,
+  usual: str = 'final',
 ) -> players.Player:
   """A player by its name, with the parameters of its run.
 
@@ -27,6 +32,7 @@ def make_player(
     own: that run's `build.Experiment`.
     game: the rules of the run's environment.
     host: `(name) -> Player` of further opponents; None for none.
+    usual: the checkpoint of a name that has no run in front.
 
   Raises:
     UserError: an unknown name or run, or one of another game.
@@ -41,6 +47,7 @@ def make_player(
   if strategy.planner == 'random':
     return players.make(name, strategy, None, None, game)
   folder = run or workdir
+  checkpoint = checkpoint if run else usual
   experiment = own if not run else play.load_experiment(folder)
   if experiment.env_name != own.env_name:
     raise UserError(
@@ -115,7 +122,10 @@ def matches(
   starts = match.openings(game, openings, opening_plies, seed)
   results = []
   for player in ours:
-    speed = match.measure(game, player, starts)
+    # Who has no network is timed on what it has seen before, if at all.
+    speed = None
+    if player.params is not None:
+      speed = match.measure(game, player, starts)
     for other in others:
       games = match.play(game, player, other, starts, seed=seed)
       results.append(match.summarise(player, other, games, speed))
@@ -154,8 +164,8 @@ def print_results(results: Sequence[match.Result]) -> None:
       row.opponent,
       points if counts else score,
       f'{row.elo:+.0f} [{row.elo_low:+.0f}, {row.elo_high:+.0f}]',
-      str(row.evaluations),
-      f'{row.ms_per_decision:.2f}',
+      '' if row.evaluations is None else str(row.evaluations),
+      '' if row.ms_per_decision is None else f'{row.ms_per_decision:.2f}',
     )
   Console().print(table)
 
@@ -195,7 +205,7 @@ def against_person(
     moves += 1
     move_key, decide_key = jax.random.split(jax.random.fold_in(key, moves))
     legal = boards.legal_moves(game, state)
-    tell(boards.show(game, state))
+    tell(boards.show(game, state, person))
     is_person = int(game.player(state)) == person
     if is_person:
       action = _ask(legal, ask, tell)
@@ -210,7 +220,7 @@ def against_person(
     move = jax.jit(game.step)(state, action, move_key)
     state = move.state
     if float(move.discount) == 0:
-      tell(boards.show(game, state))
+      tell(boards.show(game, state, person))
       points = float(move.reward) * (1 if is_person else -1)
       tell(
         'a draw'
@@ -238,10 +248,11 @@ def _opinion(legal, action, output) -> str:
 
   said = next(n for n, a in legal.items() if np.array_equal(a, action))
   text = f'plays {said}; expects {float(output.value[0]):+.2f}'
-  if output.sampled_actions is None:
-    weights = np.asarray(output.action_weights)[0]
-    if output.qvalues is not None:
-      weights = np.asarray(output.qvalues)[0]
+  weights = np.asarray(output.action_weights)[0]
+  if output.qvalues is not None:
+    weights = np.asarray(output.qvalues)[0]
+  # Whoever comes from outside has none, and candidates have no numbers.
+  if output.sampled_actions is None and len(weights) > 1:
     shown = [f'{n} {weights[int(n)]:.2f}' for n in legal]
     kind = 'weights' if output.qvalues is None else 'values'
     text += f'; {kind}: {", ".join(shown)}'
@@ -263,9 +274,15 @@ def launch(experiment: Any, values: Any) -> None:
       'self_play:NAME are'
     )
   host = other_players(game)
-  find = lambda name: make_player(name, values.workdir, experiment, game, host)
+  usual = values.checkpoint[0] if values.checkpoint else 'final'
+  find = lambda name: make_player(
+    name, values.workdir, experiment, game, host, usual
+  )
+  names = list(values.players) or ['network', 'lookahead=1', 'gumbel=16']
+  if game.candidates is not None:
+    names = list(values.players) or ['lookahead=1']
   if values.human:
-    player = find(values.players[0])
+    player = find(names[0])
     against_person(game, player, begins=values.begin, seed=values.seed)
     return
   results: list[match.Result] = []
@@ -282,7 +299,7 @@ def launch(experiment: Any, values: Any) -> None:
 
   matches(
     game,
-    [find(name) for name in values.players],
+    [find(name) for name in names],
     [find(name) for name in values.opponents],
     openings=values.openings,
     opening_plies=values.opening_plies,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 
-def show(game: Any, state: Any) -> str:
+def show(game: Any, state: Any, side: int = 0) -> str:
   """A position as text, `X` for player 0 and `O` for player 1.
 
   Args:
@@ -13,9 +13,10 @@ def show(game: Any, state: Any) -> str:
       stones in the first plane and the other one's in the second, or it is
       backgammon.
     state: one position.
+    side: the player from whose side backgammon is seen.
   """
   if hasattr(state, 'dice'):
-    return _backgammon(state)
+    return _backgammon(state, side)
   planes = np.asarray(game.observe(state))
   own, other = ('X', 'O') if int(game.player(state)) == 0 else ('O', 'X')
   rows = [
@@ -38,8 +39,8 @@ def legal_moves(game: Any, state: Any) -> dict[str, Any]:
     state: one position.
 
   Returns:
-    Of numbered actions their numbers; of candidates what they change, the
-    point and how many stones more or less there are of either side.
+    Of numbered actions their numbers; of turns of backgammon where stones
+    go, as the mover counts points, and where they hit.
   """
   if game.candidates is None:
     invalid = np.asarray(game.invalid_actions(state))
@@ -56,14 +57,25 @@ def _change(before, after) -> str:
   reached = [p for p in range(own.size) for _ in range(max(own[p], 0))]
   name = lambda p: 'bar' if p == 25 else 'off' if p == 0 else str(p)
   pairs = zip(sorted(left, reverse=True), sorted(reached, reverse=True))
-  return ' '.join(f'{name(a)}/{name(b)}' for a, b in pairs) or 'pass'
+  moves = ' '.join(f'{name(a)}/{name(b)}' for a, b in pairs) or 'pass'
+  # The other side counts from its own end.
+  fewer = np.flatnonzero(after[1][1:25] < before[1][1:25]) + 1
+  hits = ' '.join(name(25 - p) for p in fewer[::-1])
+  return f'{moves} hits {hits}' if hits else moves
 
 
-def _backgammon(state) -> str:
-  """The board as the player to move, X, sees it; points are X's."""
+def _backgammon(state, side) -> str:
+  """The board as one side sees it, whose points are counted."""
   own, other = np.asarray(state.board, int)
+  if int(state.player) != side:
+    own, other = other, own
+  me, them = 'XO' if side == 0 else 'OX'
   cell = lambda p: (
-    f'X{own[p]}' if own[p] else f'O{other[25 - p]}' if other[25 - p] else ' .'
+    f'{me}{own[p]}'
+    if own[p]
+    else f'{them}{other[25 - p]}'
+    if other[25 - p]
+    else ' .'
   )
   line = lambda points, show: ' '.join(f'{show(p):>3}' for p in points)
   upper, lower = range(13, 25), range(12, 0, -1)
@@ -73,7 +85,8 @@ def _backgammon(state) -> str:
       line(upper, cell),
       line(lower, cell),
       line(lower, str),
-      f'bar X{own[25]} O{other[25]}   off X{own[0]} O{other[0]}   '
+      f'bar {me}{own[25]} {them}{other[25]}   off {me}{own[0]} '
+      f'{them}{other[0]}   '
       f'dice {int(state.dice[0])} {int(state.dice[1])}',
     )
   )

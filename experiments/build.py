@@ -202,13 +202,24 @@ def _complete_fresh(experiment: Experiment) -> Experiment:
       f'hold_out={experiment.run.hold_out}: {experiment.agent_name} learns '
       'from fresh steps and not from windows; set it to 0'
     )
-  num = experiment.env.num_envs
-  run = dataclasses.replace(
-    experiment.run,
-    batch_size=num,
-    warmup_decisions=num,
-    decisions_per_update=float(num),
-  )
+  num, usual = experiment.env.num_envs, RunConfig()
+  pace = {
+    'batch_size': num,
+    'warmup_decisions': num,
+    'decisions_per_update': float(num),
+  }
+  for name, value in pace.items():
+    asked = getattr(experiment.run, name)
+    if asked not in (value, getattr(usual, name)):
+      raise ValueError(
+        f'{name}={asked:g}: {experiment.agent_name} takes one step of each of '
+        f'its {num} games an update; set env.num_envs instead'
+      )
+  if experiment.steps <= num:
+    raise ValueError(
+      f'steps={experiment.steps}: must be above env.num_envs={num}'
+    )
+  run = dataclasses.replace(experiment.run, **pace)
   return experiment._replace(run=run)
 
 

@@ -46,10 +46,13 @@ class Result(NamedTuple):
     points: a game; where a win counts more than one it says more than `score`.
     points_se: standard error likewise.
     elo: difference that the score stands for; infinite where all is won.
-    elo_low: end of its 95% interval.
+    elo_low: end of its 95% interval; where all openings went alike it is that
+      of a binomial with half a point more on either side.
     elo_high: the other end.
-    evaluations: of the player's network a decision, all actions legal.
-    ms_per_decision: wall time of the player's, in a batch of P decisions.
+    evaluations: of the player's network a decision, all actions legal; None
+      where they depend on the game's length.
+    ms_per_decision: wall time of the player's, in a batch of P decisions;
+      None for players without a network.
   """
 
   player: str
@@ -65,8 +68,8 @@ class Result(NamedTuple):
   elo: float
   elo_low: float
   elo_high: float
-  evaluations: int
-  ms_per_decision: float
+  evaluations: int | None
+  ms_per_decision: float | None
 
 
 def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
@@ -86,7 +89,6 @@ def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
     ValueError: a number is out of range, or there are not so many.
   """
   import jax
-  import jax.numpy as jnp
 
   from experiments.envs.against import random_opponent
 
@@ -97,13 +99,13 @@ def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
   choose = random_opponent(game)
 
   def draw(key):
-    state = game.init(key)
-    goes_on = jnp.asarray(True)
-    for number in range(plies):
+    def move(number, carry):
+      state, goes_on = carry
       choice_key, step_key = jax.random.split(jax.random.fold_in(key, number))
-      move = game.step(state, choose(state, choice_key), step_key)
-      state, goes_on = move.state, goes_on & (move.discount != 0)
-    return state, goes_on
+      after = game.step(state, choose(state, choice_key), step_key)
+      return after.state, goes_on & (after.discount != 0)
+
+    return jax.lax.fori_loop(0, plies, move, (game.init(key), True))
 
   drawn = jax.jit(jax.vmap(draw))
   kept, seen = [], set()
@@ -113,7 +115,9 @@ def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
     states, goes_on = jax.tree.map(np.asarray, drawn(keys))
     for row in range(num):
       state = jax.tree.map(lambda x, row=row: x[row], states)
-      mark = b''.join(leaf.tobytes() for leaf in jax.tree.leaves(state))
+      # What players see, for positions may hold a name that nobody sees.
+      seen_by = state if game.outcomes is not None else game.observe(state)
+      mark = b''.join(np.asarray(x).tobytes() for x in jax.tree.leaves(seen_by))
       if goes_on[row] and (mark not in seen or not plies):
         seen.add(mark)
         kept.append(state)
@@ -244,15 +248,24 @@ def elo(score: float) -> float:
 
 
 def summarise(
-  player: Player, opponent: Player, games: Games, ms_per_decision: float
+  player: Player,
+  opponent: Player,
+  games: Games,
+  ms_per_decision: float | None,
 ) -> Result:
   """A line of the table; intervals are over openings."""
   points = np.stack([games.first, games.second], axis=1)
   scores = np.sign(points) / 2 + 0.5
   error = lambda x: (
-    float(np.std(x.mean(1), ddof=1) / np.sqrt(len(x))) if len(x) > 1 else 0.0
+    float(np.std(x.mean(1), ddof=1) / np.sqrt(len(x)))
+    if len(x) > 1
+    else math.nan
   )
   score, score_se = float(scores.mean()), error(scores)
+  # Half a point on either side: an interval that ends where all is won.
+  middle, width = (scores.sum() + 0.5) / (scores.size + 1), score_se
+  if not width > 0:
+    width = math.sqrt(middle * (1 - middle) / (scores.size + 1))
   return Result(
     player=player.name,
     opponent=opponent.name,
@@ -265,8 +278,8 @@ def summarise(
     points=float(points.mean()),
     points_se=error(points),
     elo=elo(score),
-    elo_low=elo(score - 1.96 * score_se),
-    elo_high=elo(score + 1.96 * score_se),
+    elo_low=elo(min(score, middle) - 1.96 * width),
+    elo_high=elo(max(score, middle) + 1.96 * width),
     evaluations=player.evaluations,
     ms_per_decision=ms_per_decision,
   )

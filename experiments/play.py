@@ -159,7 +159,7 @@ def _planners(experiment, agent, simulations, rule):
     if rule is not None or any(simulations):
       raise configs.UserError(
         f'simulations={",".join(map(str, simulations))}: '
-        f'{experiment.agent_name} has no model to search in; take 0'
+        f'{experiment.agent_name} has no tree search; take 0'
       )
     exploit = agent.exploit
     return [('policy', 0, jax.jit(lambda *args: exploit(*args)[0]))]
@@ -170,6 +170,8 @@ def _planners(experiment, agent, simulations, rule):
     )
     if rule is not None:
       chosen = dataclasses.replace(chosen, rule=rule)
+    # It is the agent that knows which searches suit it.
+    dataclasses.replace(experiment.config, search=chosen)
     planner = planning.make_planner(chosen, evaluate=True)
     label = chosen.rule if budget else 'network'
     found.append((label, budget, playing.player(planner, agent.model)))
@@ -365,8 +367,10 @@ def define_flags() -> None:
   )
   flags.DEFINE_list(
     'players',
-    ['network', 'lookahead=1', 'gumbel=16'],
-    'who meets them, e.g. network, lookahead=2, gumbel=32, puct=32, '
+    [],
+    'who meets them (the first of them, the person); if left out network, '
+    'lookahead=1 and gumbel=16, or lookahead=1 where moves are not numbered; '
+    'e.g. network, lookahead=2, gumbel=32, puct=32, '
     'lookahead=1+rollout=8, runs/OTHER@early:gumbel=32',
   )
   flags.DEFINE_integer('openings', 64, 'each played from both sides', 1)
@@ -378,7 +382,9 @@ def define_flags() -> None:
   flags.DEFINE_float(
     'temperature', 1.0, 'that it draws them at; 0 takes the likeliest', 0.0
   )
-  flags.DEFINE_string('out', None, 'the CSV; WORKDIR/play.csv if left out')
+  flags.DEFINE_string(
+    'out', None, 'the CSV; WORKDIR/play.csv or match.csv if left out'
+  )
 
 
 if __name__ == '__main__':

@@ -59,13 +59,14 @@ class Player(NamedTuple):
     decide: `(params, key, timestep) -> PolicyOutput`, compiled or of the host;
       the observation of its time steps is the position.
     params: of its network; None without one.
-    evaluations: of its network a decision, if all actions are legal.
+    evaluations: of its network a decision, if all actions are legal; None
+      where games decide how many there are.
   """
 
   name: str
   decide: Callable[..., Any]
   params: Any
-  evaluations: int
+  evaluations: int | None
 
 
 def parse(name: str) -> Strategy:
@@ -132,7 +133,7 @@ def make(
       None for the defaults.
 
   Raises:
-    UserError: a tree search where actions cannot be enumerated.
+    UserError: what needs priors, where actions are candidates without.
   """
   import jax
 
@@ -141,6 +142,8 @@ def make(
 
   if strategy.planner == 'random':
     return Player(name, jax.jit(_random(game)), None, 0)
+  if model.actions is not None:
+    _check_candidates(name, strategy)
   if strategy.planner not in _TREES and hasattr(game.spec.action, 'factors'):
     # Who learned from sampled actions can look at all of them.
     model = model._replace(distribution=None)
@@ -152,11 +155,6 @@ def make(
       steps=None if strategy.steps < 0 else strategy.steps,
       trials=strategy.trials,
       terminal=strategy.steps >= 0,
-    )
-  if model.actions is not None and strategy.planner in _TREES:
-    raise UserError(
-      f'player={name}: a tree search needs actions that can be enumerated; '
-      'take lookahead=L'
     )
   if strategy.planner == 'network' and model.actions is None:
     planner = policies.make_planner(policies.raw, evaluate=True)
@@ -184,13 +182,13 @@ def make(
 def _pruning(model, strategy: Strategy) -> dict[str, Any]:
   """How far lookahead looks where hundreds of candidates meet chance.
 
-  As Tesauro's: of the first stage the best few by the value behind them go on,
-  and the last stage sees boards before the dice.
+  As Tesauro's 2-ply: of the first stage the best few by the value behind them
+  go on, and the second one sees boards before the dice.
   """
   if model.actions is None or model.outcomes is None or strategy.budget < 2:
     return {}
   return {
-    'widths': (_KEPT,) * (strategy.budget - 1) + (None,),
+    'widths': (_KEPT, None),
     'rank': 'value',
     'later': model._replace(outcomes=None),
   }
@@ -217,25 +215,43 @@ def _random(game):
   return decide
 
 
-def _evaluations(strategy: Strategy, game: Any, model: Any) -> int:
-  """Network evaluations of one decision; rollouts to an end count no move."""
+def _check_candidates(name: str, strategy: Strategy) -> None:
+  """Refuses what makes no sense where moves have no priors."""
+  if strategy.planner in _TREES:
+    raise UserError(
+      f'player={name}: a tree search needs actions that can be enumerated; '
+      'take lookahead=1 or lookahead=2'
+    )
+  if strategy.steps is not None:
+    raise UserError(
+      f'player={name}: a rollout follows the policy of the network, and this '
+      'one has a value only; take lookahead=1 or lookahead=2'
+    )
+  if strategy.budget > 2:
+    raise UserError(
+      f'player={name}: candidates and chance are looked at two stages deep; '
+      'take lookahead=2'
+    )
+
+
+def _evaluations(strategy: Strategy, game: Any, model: Any) -> int | None:
+  """Network evaluations of one decision."""
   from search import lookahead
 
-  action = game.spec.action
-  number = getattr(action, 'num_actions', None) or action.number
-  steps = max(strategy.steps or 0, 0) * strategy.trials
+  if model.actions is not None:
+    number = game.spec.action.number
+    # The first stage is ranked by values, and so are replies to each roll.
+    second = 0 if strategy.budget < 2 else min(_KEPT, number) * number
+    chances = _chances(game) if model.outcomes is not None else 1
+    return number + second * chances
   if strategy.planner == 'network':
     return 1
+  if strategy.steps is not None and strategy.steps < 0:
+    return None
+  steps = (strategy.steps or 0) * strategy.trials
   if strategy.planner == 'lookahead':
-    pruning = _pruning(model, strategy)
     return lookahead.num_evaluations(
-      strategy.budget,
-      number,
-      chances=_chances(game) if pruning else 1,
-      widths=pruning.get('widths'),
-      rank=pruning.get('rank', 'prior'),
-      interior=not pruning,
-      steps=steps,
+      strategy.budget, game.spec.action.num_actions, steps=steps
     )
   return (strategy.budget + 1) * (1 + steps)
 

@@ -12,6 +12,7 @@ network alone. A row is written as it comes.
 
 import csv
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,8 +59,10 @@ class Row(NamedTuple):
     score: share of points; for the judge, of positions whose value was kept.
     score_se: standard error over openings or positions.
     optimal: for the judge, the share of moves that none is better than.
-    evaluations: of the network a decision.
+    evaluations: of the network a decision; None for rollouts to the end.
     ms_per_decision: wall time in a batch.
+    other: seed of the opponent's network; None for those without one.
+    opening_plies: random moves before the games; None for the judge.
   """
 
   seed: int
@@ -69,14 +72,17 @@ class Row(NamedTuple):
   score: float
   score_se: float
   optimal: float | None
-  evaluations: int
+  evaluations: int | None
   ms_per_decision: float
+  other: int | None = None
+  opening_plies: int | None = None
 
 
 def read(path: pathlib.Path) -> list[Row]:
   """Rows that a study has written so far."""
   if not path.exists():
     return []
+  whole = lambda text: int(text) if text else None
   with path.open(newline='') as file:
     return [
       Row(
@@ -87,8 +93,10 @@ def read(path: pathlib.Path) -> list[Row]:
         float(row['score']),
         float(row['score_se']),
         float(row['optimal']) if row['optimal'] else None,
-        int(row['evaluations']),
+        whole(row['evaluations']),
         float(row['ms_per_decision']),
+        whole(row['other']),
+        whole(row['opening_plies']),
       )
       for row in csv.DictReader(file)
     ]
@@ -126,17 +134,23 @@ def run(
     opening_plies: random moves before a game.
 
   Raises:
-    UserError: a run cannot be read, or the solver is not installed.
+    UserError: a run cannot be read, a name is unknown, the solver is not
+      installed, or what has been played was played otherwise.
   """
   from rich.progress import Progress
 
   from experiments import build, play
 
-  rows = read(out)
+  rows, seeds = read(out), list(workdirs)
+  _check(rows, names, opponents, seeds, openings, opening_plies)
   done = {(row.seed, row.player, row.opponent) for row in rows}
-  seeds = list(workdirs)
   own = play.load_experiment(workdirs[seeds[0]])
   game = build.make_env(own, training=False, num_envs=1).spec.game
+  if game.spec.name != 'ConnectFour' and {'judge', 'solver'} & {*opponents}:
+    raise configs.UserError(
+      f'opponents={",".join(opponents)}: judge and solver know Connect Four, '
+      f'and this is {game.spec.name}; take third,network'
+    )
   starts = match.openings(game, openings, opening_plies)
   solver = judge.solver() if 'solver' in opponents else None
   judged = judge.read() if 'judge' in opponents else None
@@ -165,16 +179,47 @@ def run(
         row = _judge(seed, player, game, judged)
       else:
         after = seeds[(seeds.index(seed) + 1) % len(seeds)]
-        other = {
-          'solver': lambda: solver,
-          'network': lambda seed=seed: find(seed, 'network'),
-          'third': lambda after=after: find(after, THIRD),
-        }[opponent]()
+        whose = {'solver': None, 'network': seed, 'third': after}[opponent]
+        other = solver
+        if whose is not None:
+          other = find(whose, THIRD if opponent == 'third' else 'network')
         row = _meet(seed, player, opponent, other, game, starts)
+        row = row._replace(other=whose, opening_plies=opening_plies)
       rows.append(row)
       write(out, rows)
       bar.advance(task)
   return rows
+
+
+def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
+  """Refuses what would only fail after the rows before it have been played."""
+  for name in names:
+    players.parse(name)
+  for opponent in opponents:
+    if opponent not in TITLES:
+      raise configs.UserError(
+        f'opponents={opponent}: must be of {", ".join(TITLES)}'
+      )
+  if 'third' in opponents and len(seeds) < 2:
+    raise configs.UserError(
+      'opponents=third: is the network of another seed, and there is one run'
+    )
+  played = 2 * openings, opening_plies
+  for row in rows:
+    before = row.games, row.opening_plies
+    if row.opponent in opponents and row.opponent != 'judge':
+      if before != played:
+        raise configs.UserError(
+          f'openings={openings}, opening_plies={opening_plies}: the results '
+          f'hold rows of {row.games // 2} and {row.opening_plies}; take those, '
+          'or other results'
+        )
+      after = seeds[(seeds.index(row.seed) + 1) % len(seeds)]
+      if row.opponent == 'third' and row.other != after:
+        raise configs.UserError(
+          f'opponents=third: seed {row.seed} has met seed {row.other}, and of '
+          f'these runs it would meet {after}; take other results'
+        )
 
 
 def _judge(seed, player, game, judged) -> Row:
@@ -247,7 +292,7 @@ def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
       points = sorted(
         (p['evaluations'], p[opponent], p[f'{opponent}_se'], p['player'])
         for p in table(some)
-        if kind(p['player']) == line
+        if kind(p['player']) == line and p['evaluations'] is not None
       )
       if not points:
         continue
@@ -299,7 +344,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         line[opponent] = float(np.mean(some))
         spread = np.std(some, ddof=1) if len(some) > 1 else 0.0
         line[f'{opponent}_se'] = float(spread / np.sqrt(len(some)))
-    line['evaluations'] = max(r.evaluations for r in rows if r.player == name)
+    line['evaluations'] = next(r.evaluations for r in rows if r.player == name)
     lines.append(line)
   return lines
 
@@ -314,10 +359,12 @@ def main() -> None:
   folder, results = pathlib.Path(values.folder), pathlib.Path(values.results)
   out = results / f'{values.name}_strength.csv'
   with configs.user_errors():
+    pattern = re.compile(rf'{re.escape(values.name)}_s(\d+)')
+    matching = [pattern.fullmatch(p.name) for p in folder.glob('*/')]
     found = {
-      int(path.name.rpartition('_s')[2]): str(path)
-      for path in sorted(folder.glob(f'{values.name}_s*'))
-      if (path / 'final').is_dir()
+      int(m[1]): str(folder / m[0])
+      for m in sorted(filter(None, matching), key=lambda m: int(m[1]))
+      if (folder / m[0] / 'final').is_dir()
     }
     if not found:
       raise configs.UserError(
@@ -343,7 +390,8 @@ def main() -> None:
       f'{line[n]:.3f} ± {line[n + "_se"]:.3f}' if n in line else ''
       for n in opponents
     ]
-    shown.add_row(line['player'], str(line['evaluations']), *cells)
+    count = line['evaluations']
+    shown.add_row(line['player'], '' if count is None else str(count), *cells)
   Console().print(shown)
   print(f'results: {out}')
 

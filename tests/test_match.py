@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import arena, boards, judge, match, players
+from experiments import arena, boards, judge, match, players, study_games
 from experiments.envs import connect_four, games, tic_tac_toe
 from experiments.runtime.config import UserError
 from search.model import PolicyOutput, exact
@@ -129,10 +129,10 @@ def test_perfect_lookahead_does_not_lose_tic_tac_toe():
       (jnp.zeros((x.shape[0], 9)),) + (jnp.zeros((x.shape[0],)),)
     ),
   )
-  full = players.make('l', players.parse('lookahead=5'), model, (), game)
+  full = players.make('l', players.parse('lookahead=4'), model, (), game)
   other = players.make('r', players.parse('random'), None, None, game)
-  # After four moves five are left: it sees to the end.
-  starts = match.openings(game, 12, 4, seed=0)
+  # After five moves four are left: it sees to the end.
+  starts = match.openings(game, 12, 5, seed=0)
   reply = match.play(game, full, other, starts)
   first = _fixed('first', _first_free)
   worse = match.play(game, first, other, starts)
@@ -216,3 +216,145 @@ def test_a_board_shows_who_is_where():
   assert shown[-1] == '0 1 2 3 4 5 6'
   assert shown[-2] == '. . . X X O .'
   assert shown[-3] == '. . . O . . .'
+
+
+@pytest.fixture(scope='module')
+def backgammon_model():
+  """Backgammon of 8 candidates, valued by the mover's pips alone."""
+  from experiments.envs import backgammon
+
+  game = backgammon.game(8)
+  pips = jnp.arange(26.0) / 100
+
+  def evaluate(params, seen):
+    value = params * seen[:, :4].sum(-1)
+    return jnp.zeros((seen.shape[0], 8)), value + 0 * pips.sum()
+
+  return game, exact(game, evaluate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'name, evaluations',
+  # 8 turns; each of 5 of them meets 21 rolls, each with 8 replies.
+  [('network', 8), ('lookahead=1', 8), ('lookahead=2', 8 + 5 * 21 * 8)],
+)
+def test_players_of_candidates(backgammon_model, name, evaluations):
+  game, model = backgammon_model
+  player = players.make(
+    name, players.parse(name), model, jnp.float32(0.1), game
+  )
+  assert player.evaluations == evaluations
+  starts = match.openings(game, 2, 6)
+  timestep = match.time_step(game, starts)
+  action = player.decide(player.params, jax.random.key(0), timestep).action
+  legal = np.asarray(jax.vmap(game.candidates)(timestep.observation))
+  assert (legal == np.asarray(action)[:, None]).all((2, 3)).any(1).all()
+
+
+@pytest.mark.parametrize(
+  'name, complaint',
+  [
+    ('gumbel=4', 'take lookahead=1 or lookahead=2'),
+    ('rollout=4', 'has a value only'),
+    ('lookahead=3', 'two stages deep; take lookahead=2'),
+  ],
+)
+def test_what_candidates_cannot_do_is_refused(
+  backgammon_model, name, complaint
+):
+  game, model = backgammon_model
+  with pytest.raises(UserError, match=complaint):
+    players.make(name, players.parse(name), model, 0.1, game)
+
+
+@pytest.mark.parametrize(
+  'name, evaluations',
+  [
+    ('network', 1),
+    ('lookahead=2', 1 + 9 + 81),
+    ('gumbel=4', 5),
+    ('gumbel=4+rollout=3x2', 5 * 7),
+    ('rollout=end', None),
+  ],
+)
+def test_evaluations_are_counted(name, evaluations):
+  game = tic_tac_toe.game()
+  model = exact(game, lambda params, x: (jnp.zeros((x.shape[0], 9)), 0.0))
+  player = players.make(name, players.parse(name), model, (), game)
+  assert player.evaluations == evaluations
+
+
+@pytest.mark.slow
+def test_every_turn_of_backgammon_has_a_name_of_its_own():
+  from experiments.envs import backgammon
+
+  game = backgammon.game(64)
+  starts = match.openings(game, 60, 10, seed=5)
+  count = np.asarray(jax.jit(jax.vmap(backgammon.count))(starts))
+  for row in range(60):
+    state = jax.tree.map(lambda x, row=row: x[row], starts)
+    assert len(boards.legal_moves(game, state)) == min(count[row], 64)
+
+
+def test_backgammon_is_seen_from_ones_own_side():
+  from experiments.envs import backgammon
+
+  game = backgammon.game(8)
+  state = jax.tree.map(np.asarray, game.init(jax.random.key(3)))
+  moved = state._replace(board=state.board[::-1], player=1 - state.player)
+  # The same board, whoever is to move.
+  assert boards.show(game, state, 1) == boards.show(game, moved, 1)
+  assert 'X5' in boards.show(game, state, 0).splitlines()[1]
+
+
+def test_a_person_meets_a_random_player_who_has_no_opinion():
+  game = games.make_game('tic_tac_toe')
+  told = []
+  other = players.make('random', players.parse('random'), None, None, game)
+  answers = iter(map(str, [0, 1, 2, 3, 4, 5, 6, 7, 8] * 9))
+  arena.against_person(
+    game, other, ask=lambda prompt: next(answers), tell=told.append
+  )
+  assert told[-1].startswith(('you win', 'you lose', 'a draw'))
+
+
+def test_an_interval_ends_where_all_is_won():
+  game = tic_tac_toe.game()
+  player = _fixed('first', _first_free)
+  won = match.Games(np.ones(4), np.ones(4), 5)
+  result = match.summarise(player, player, won, None)
+  assert (result.elo, result.elo_high) == (np.inf, np.inf)
+  assert 0 < result.elo_low < 400
+  one = match.summarise(player, player, match.Games(*won[:2], 5), None)
+  assert one.score == 1
+  assert game.spec.name == 'TicTacToe'
+
+
+def _row(**changes):
+  row = study_games.Row(0, 'network', 'third', 8, 0.5, 0.1, None, 1, 0.1, 1, 4)
+  return row._replace(**changes)
+
+
+@pytest.mark.parametrize(
+  'rows, names, opponents, seeds, complaint',
+  [
+    ([], ['netwrk'], ['third'], [0, 1], 'must be network, random'),
+    ([], ['network'], ['sovler'], [0, 1], 'opponents=sovler: must be of'),
+    ([], ['network'], ['third'], [0], 'there is one run'),
+    ([_row(games=4)], ['network'], ['third'], [0, 1], 'rows of 2 and 4'),
+    ([_row(other=2)], ['network'], ['third'], [0, 1], 'it would meet 1'),
+  ],
+)
+def test_a_study_refuses_before_it_plays(
+  rows, names, opponents, seeds, complaint
+):
+  with pytest.raises(UserError, match=complaint):
+    study_games._check(rows, names, opponents, seeds, 4, 4)
+  study_games._check([_row()], ['network'], ['third'], [0, 1], 4, 4)
+
+
+def test_rows_of_a_study_are_read_as_written(tmp_path):
+  rows = [_row(), _row(seed=1, optimal=0.25, evaluations=None, other=None)]
+  study_games.write(tmp_path / 'rows.csv', rows)
+  assert study_games.read(tmp_path / 'rows.csv') == rows

@@ -363,7 +363,7 @@ def test_backgammon_is_traced_whole():
 
 def test_pace_is_a_row_an_update():
   experiment = build.describe(
-    'td_gammon', steps=800, settings=['env.num_envs=8', 'batch_size=64']
+    'td_gammon', steps=800, settings=['env.num_envs=8']
   )
   assert experiment.run.batch_size == 8
   assert experiment.updates == 99
@@ -380,6 +380,8 @@ def refusal(message, **options):
 
 def test_what_it_cannot_learn_from_is_refused():
   refusal('dataset=rows.npz: td_gammon learns from fresh', dataset='rows.npz')
+  refusal('batch_size=7: .* set env.num_envs', settings=['batch_size=7'])
+  refusal('steps=1: must be above env.num_envs=1', steps=1)
   refusal('hold_out=8: .* set it to 0', settings=['hold_out=8'])
   refusal('devices=2, .* take devices=1', settings=['devices=2'])
   refusal('parts=2: .* parts=0', settings=['parts=2', 'env.num_envs=2'])

@@ -123,6 +123,10 @@ def _make_game(name, rest, training, options):
     raise ValueError(
       f'options={options}: {name} knows opponent and opening_plies only'
     )
+  if not isinstance(plies, int) or plies < 0:
+    raise ValueError(
+      f'opening_plies={plies!r}: must be a whole number, 0 or more'
+    )
   game = games.make_game(rest)
   versus = against.against(game, opponent)
   return self_play.self_play(game, plies) if training else versus
