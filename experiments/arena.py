@@ -234,7 +234,10 @@ def _ask(legal, ask, tell):
   """The person's action; None to leave."""
   names = ', '.join(legal)
   while True:
-    answer = ' '.join(ask('your move (? for all, q to leave): ').split())
+    try:
+      answer = ' '.join(ask('your move (? for all, q to leave): ').split())
+    except EOFError:
+      return None
     if answer in ('q', 'quit', 'exit'):
       return None
     if answer in legal:
@@ -293,14 +296,15 @@ def launch(experiment: Any, values: Any) -> None:
     write(out, results)
     print(
       f'{result.player} against {result.opponent}: '
-      f'{result.score:.3f} ± {result.score_se:.3f}',
+      f'score {result.score:.3f} ± {result.score_se:.3f}, '
+      f'points {result.points:+.3f} ± {result.points_se:.3f}',
       flush=True,
     )
 
   matches(
     game,
     [find(name) for name in names],
-    [find(name) for name in values.opponents],
+    [find(name) for name in values.opponents or ['random']],
     openings=values.openings,
     opening_plies=values.opening_plies,
     seed=values.seed,

@@ -62,7 +62,8 @@ class Keeper:
     self._params = {
       name: checkpoint.open(workdir / name, keep=1)
       for name in ('final', 'early')
-      if name == 'final' or experiment.run.early_update
+      if name == 'final'
+      or 0 < experiment.run.early_update <= experiment.updates
     }
     self._best = None
     if experiment.run.evaluate_every:

@@ -309,7 +309,7 @@ def main() -> None:
         f'workdir={values.workdir}: its data set names no environment, and '
         'none was given: there is nothing to play in'
       )
-    if values.opponents or values.human:
+    if values.opponents or values.human or values.players:
       from experiments import arena
 
       arena.launch(experiment, values)
@@ -363,7 +363,8 @@ def define_flags() -> None:
   flags.DEFINE_list(
     'opponents',
     [],
-    'of a game: random, solver, pubeval, gnubg=PLIES, or what players are',
+    'of a game: random (if left out), solver, pubeval, gnubg=PLIES, or what '
+    'players are',
   )
   flags.DEFINE_list(
     'players',

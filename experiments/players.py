@@ -271,5 +271,5 @@ def _unknown(name: str) -> UserError:
   return UserError(
     f'player={name!r}: must be network, random, lookahead=L, gumbel=N or '
     'puct=N, the last three also with +rollout=M, +rollout=MxTRIALS, '
-    '+rollout=end or +greedy_rollout=M'
+    '+rollout=end or +greedy_rollout=M; of another run runs/NAME:network'
   )
