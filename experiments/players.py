@@ -25,6 +25,7 @@ from experiments.runtime.config import UserError
 _TREES = ('gumbel', 'puct')
 # Candidates of a turn that are looked at further, where there are chances.
 _KEPT = 5
+_CHUNK = 64
 _PATTERN = re.compile(
   r'((?P<planner>network|random|lookahead|gumbel|puct)(=(?P<budget>\d+))?)?'
   r'(?P<plus>\+)?((?P<greedy>greedy_)?rollout=(?P<steps>\d+|end)'
@@ -191,6 +192,8 @@ def _pruning(model, strategy: Strategy) -> dict[str, Any]:
     'widths': (_KEPT, None),
     'rank': 'value',
     'later': model._replace(outcomes=None),
+    # Hundreds of replies to each of 21 rolls: not for all turns at once.
+    'chunk': _CHUNK,
   }
 
 

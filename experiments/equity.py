@@ -1,0 +1,152 @@
+"""Points that players of backgammon lose a turn, as GNU Backgammon sees it.
+
+python -m experiments.equity --workdir=runs/td --players=lookahead=1,lookahead=2
+
+The table is that of Tesauro and Galperin 1996 (Table 3): turns with contact
+and a choice, what the best choice is worth and what the player's is. gnubg
+looks `--plies` ahead of each choice. Pubeval and a random player stand beside.
+"""
+
+import csv
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from experiments.runtime import config as configs
+
+# Turns decided on together.
+_BATCH = 8
+
+
+class Row(NamedTuple):
+  """One line of equity.csv.
+
+  Attributes:
+    player: its name.
+    positions: how many turns.
+    loss: expected points lost a turn.
+    loss_se: standard error.
+    less: loss of the first player less this one's, in the same turns.
+    less_se: standard error of that difference.
+  """
+
+  player: str
+  positions: int
+  loss: float
+  loss_se: float
+  less: float
+  less_se: float
+
+
+def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
+  """Judges every player on the same turns.
+
+  Args:
+    players: name to `gnubg.Player`.
+    positions: how many turns, at least 2.
+    plies: of the judge.
+
+  Raises:
+    UserError: gnubg-nn is not installed.
+  """
+  import numpy as np
+  from rich.progress import track
+
+  from experiments import gnubg
+
+  boards, dice = gnubg.contact_positions(positions, seed=1)
+  judged = []
+  for i in track(range(positions), description='gnubg judges'):
+    judged += gnubg.judge(boards[i : i + 1], dice[i : i + 1], plies)
+  rows, first = [], None
+  for name, player in players.items():
+    loss = gnubg.equity_loss(player, judged)
+    first = loss.each if first is None else first
+    less = first - loss.each
+    error = float(np.std(less, ddof=1) / np.sqrt(positions))
+    rows.append(
+      Row(
+        name,
+        positions,
+        loss.mean,
+        loss.standard_error,
+        float(less.mean()),
+        error,
+      )
+    )
+  return rows
+
+
+def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes equity.csv, atomically."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(Row._fields)
+  writer.writerows(
+    [f'{x:.5g}' if isinstance(x, float) else x for x in row] for row in rows
+  )
+  configs.write_text(path, text.getvalue())
+
+
+def main() -> None:
+  """Judges as the flags say."""
+  from absl import flags
+  from rich.console import Console
+  from rich.table import Table
+
+  values = flags.FLAGS
+  with configs.user_errors():
+    rows = measure(_players(values), values.positions, values.plies)
+  table = Table()
+  for column in ('player', 'points lost a turn', 'less than the first'):
+    table.add_column(column, justify='right')
+  for row in rows:
+    table.add_row(
+      row.player,
+      f'{row.loss:.4f} ± {row.loss_se:.4f}',
+      f'{row.less:+.4f} ± {row.less_se:.4f}',
+    )
+  Console().print(table)
+  out = pathlib.Path(values.out or f'{values.workdir}/equity.csv')
+  write(out, rows)
+  print(f'results: {out}')
+
+
+def _players(values) -> dict[str, Any]:
+  """Those of the flags, pubeval and a random one."""
+  from experiments import arena, build, gnubg, play
+
+  experiment = play.load_experiment(values.workdir)
+  game = build.make_env(experiment, training=False, num_envs=1).spec.game
+  if game is None or game.spec.name != 'backgammon':
+    raise configs.UserError(
+      f'workdir={values.workdir}: plays {experiment.env_name}, and gnubg '
+      'judges backgammon'
+    )
+
+  def planned(name):
+    player = arena.make_player(name, values.workdir, experiment, game)
+    choose = lambda key, timestep: (
+      player.decide(player.params, key, timestep).action
+    )
+    return gnubg.planned(choose, _BATCH)
+
+  named = {name: planned(name) for name in values.players}
+  return named | {'pubeval': gnubg.pubeval(), 'random': gnubg.random_player}
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.equity`."""
+  from absl import flags
+
+  flags.DEFINE_string('workdir', None, 'the folder of a run', required=True)
+  flags.DEFINE_list('players', ['lookahead=1', 'lookahead=2'], 'who is judged')
+  flags.DEFINE_integer('positions', 200, 'turns', 2)
+  flags.DEFINE_integer('plies', 1, 'that gnubg looks ahead', 0)
+  flags.DEFINE_string('out', None, 'the CSV; WORKDIR/equity.csv if left out')
+
+
+if __name__ == '__main__':
+  define_flags()
+  configs.run_main(main)
