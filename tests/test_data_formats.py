@@ -6,10 +6,10 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
+from test_data import assert_same, toy
 
 from experiments.data import d4rl, layout, minari_files, npz
 from experiments.data.open import open_dataset
-from tests.test_data import assert_same, toy
 
 h5py = pytest.importorskip('h5py')
 

@@ -248,7 +248,7 @@ MISTAKES = {
   'preset': ({'preset_name': 'efficientzero_cach'}, 'efficientzero_catch'),
   'agent': ({'agent': 'muzer'}, 'muzero'),
   'env': ({'env': 'Cach-v0'}, 'Catch-v0'),
-  'env kind': ({'env': 'brax:ant'}, 'jax or gymnasium'),
+  'env kind': ({'env': 'brax:ant'}, 'self_play or gymnasium'),
   'jax env': ({'env': 'jax:catc'}, 'jax:catch'),
   'field': ({'settings': ['learning_rte=1']}, 'learning_rate'),
   'type': ({'settings': ['learning_rate=fast']}, 'float'),
@@ -297,6 +297,7 @@ def test_every_preset_builds(name):
   assert presets.PRESETS[name].source
   if agent.exploit is None:
     assert agent.model is not None
+  if agent.refresh is not None:
     _refresh_fits(experiment, env.spec, agent)
 
 

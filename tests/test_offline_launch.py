@@ -9,6 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from test_launchers import ENVIRONMENT, ROOT, command, launch, rows
 
 from experiments import (
   assess,
@@ -28,7 +29,6 @@ from experiments.keeper import Saved
 from experiments.runtime import checkpoint, distributed, evaluate, loop, mesh
 from experiments.runtime import config as configs
 from experiments.sweep_plan import Row
-from tests.test_launchers import ENVIRONMENT, ROOT, command, launch, rows
 
 N = 240
 REF_MIN, REF_MAX = -100.0, 0.0

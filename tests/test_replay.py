@@ -523,8 +523,8 @@ def test_pruning_spares_what_is_being_saved_and_drops_what_was_overwritten(
 _KILLED = """
 import os, sys
 import numpy as np
-sys.path.insert(0, {root!r})
-from tests.test_replay import host, host_replay, stream
+sys.path[:0] = [{root!r}, os.path.join({root!r}, 'tests')]
+from test_replay import host, host_replay, stream
 rows = stream(2000, shape=(24, 24))
 replay = host_replay(2 * 64, 4, 2)
 state = replay.init(rows[0])
