@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup check test slow lint types format constraints
+.PHONY: setup check test slow lint types docs format constraints
 
 setup:  # A pinned environment with the tools of development.
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt uv
 	$(BIN)/uv pip install -q -p $(VENV) -c constraints.txt -e '.[dev]'
 
-check: test lint types
+check: test lint types docs
 
 test:
 	$(BIN)/python -m pytest -n 2
@@ -24,6 +24,9 @@ lint:
 
 types:
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+docs:  # Into build/docs; a warning is an error.
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 format:
 	$(BIN)/ruff check --fix

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import optax
 
 from agents.core import losses as terms
-from agents.core import optim, planning
+from agents.core import optim, planning, ranges
 from agents.core.types import Agent, Discrete, Info, Spec, Trajectory
 from agents.core.unroll import flatten_steps
 from networks import actions, policy_value
@@ -99,19 +99,15 @@ class Config:
   max_gradient_norm: float = 5.0
 
   def __post_init__(self):
-    for name in ('positions', 'td_steps'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
+    ranges.at_least(self, 1, 'positions', 'td_steps')
+    ranges.at_least(self, 0, 'temperature', 'value_weight')
+    ranges.at_least(self, 0, *optim.SCHEDULE_FIELDS)
+    ranges.within(self, 0, 1, 'td_lambda', 'momentum')
+    ranges.above(self, 0, 'max_gradient_norm', finite=False)
     if self.search.rule == 'efficientzero':
       raise ValueError(
         'rule=efficientzero: is for one player; take gumbel or puct'
       )
-    value = self.td_lambda
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
-      raise ValueError(f'td_lambda={value}: must be within [0, 1]')
-    value = self.temperature
-    if isinstance(value, (int, float)) and value < 0:
-      raise ValueError(f'temperature={value}: must be 0 or more')
 
   @property
   def window(self) -> int:

@@ -52,7 +52,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import losses as terms
-from agents.core import optim
+from agents.core import optim, ranges
 from agents.core.types import (
   Agent,
   Continuous,
@@ -131,11 +131,13 @@ class Config:
   critic_control: bool = False
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     for name in ('gamma', 'residual_weight', 'target_rate'):
       self._check(name, lambda x: 0 <= x <= 1, 'within [0, 1]')
     for name in ('beta', 'fast_rate', 'slow_rate', 'warm_start_updates'):
       self._check(name, lambda x: 0 <= x < math.inf, 'finite and 0 or more')
-    for name in ('radius', 'min_std'):
+    ranges.at_least(self, 1, 'critic_tokens')
+    for name in ('radius', 'min_std', 'max_std'):
       self._check(name, lambda x: x > 0, 'above 0')
     self._check('init_temperature', lambda x: 0 < x < math.inf, 'above 0')
     self._check('target_entropy', math.isfinite, 'finite or None')
@@ -241,12 +243,12 @@ class Losses(NamedTuple):
 
 
 class Noise(NamedTuple):
-  """All random numbers of an update, standard normal `[B, D]`.
+  """All random numbers of an update, standard normal.
 
   Attributes:
-    tm1: of new actions at the batch's observations.
-    t: of actions at the next observations.
-    first: of actions at first observations (ATAC_0 alone).
+    tm1: float32 `[B, D]`, of new actions at the batch's observations.
+    t: float32 `[B, D]`, of actions at the next observations.
+    first: float32 `[B, D]`, of actions at first observations (ATAC_0 alone).
   """
 
   tm1: chex.Array
@@ -264,6 +266,14 @@ def normalised_sum(
   x: chex.Array, y: chex.Array, weight: chex.Numeric
 ) -> chex.Array:
   """`x + weight y`, divided by `weight` where that is above 1.
+
+  Args:
+    x: float32 scalar.
+    y: float32 scalar.
+    weight: at least 0; may be traced.
+
+  Returns:
+    float32 scalar.
 
   Source: ATAC, Appendix; official code, `normalized_sum`.
   """
@@ -372,6 +382,10 @@ def make_phases(
     losses: see there.
     spec: see there.
     reduce: see there.
+
+  Raises:
+    ValueError: see `make`; in an update of ATAC_0, a batch without first
+      observations.
   """
   args = (config, networks, losses, spec, reduce)
 

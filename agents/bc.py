@@ -23,7 +23,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import optim
+from agents.core import optim, ranges
 from agents.core.types import (
   Agent,
   Info,
@@ -62,6 +62,7 @@ class Config:
   init_temperature: float = 1.0
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     if self.loss not in ('likelihood', 'squared'):
       raise ValueError(f'loss={self.loss}: must be likelihood or squared')
     for name in ('policy_rate', 'temperature_rate'):

@@ -32,7 +32,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import conservative, dynamics, optim, rollout
+from agents.core import conservative, dynamics, optim, ranges, rollout
 from agents.core import losses as terms
 from agents.core.rollout import ModelParams
 from agents.core.types import (
@@ -104,6 +104,7 @@ class Config:
   model: dynamics.Config = dataclasses.field(default_factory=dynamics.Config)
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     counts = ('num_samples', 'rollout_length', 'rollout_batch')
     for name in (*counts, 'model_capacity', 'model_updates'):
       if getattr(self, name) < 1:
@@ -432,13 +433,13 @@ def make(
 
 
 class Weights(NamedTuple):
-  """What each row counts in a loss, float32 `[B]`; each sums to 1 (or to 0).
+  """What each row counts in a loss; each sums to 1 (or to 0).
 
   Attributes:
-    rows: in what is learned from both kinds.
-    states: where values are pushed down.
-    real: the real ones alone.
-    model: the imagined ones alone.
+    rows: float32 `[B]`, in what is learned from both kinds.
+    states: float32 `[B]`, where values are pushed down.
+    real: float32 `[B]`, the real ones alone.
+    model: float32 `[B]`, the imagined ones alone.
   """
 
   rows: chex.Array

@@ -39,7 +39,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import conservative, optim
+from agents.core import conservative, optim, ranges
 from agents.core import losses as terms
 from agents.core.types import (
   Agent,
@@ -96,6 +96,7 @@ class Config:
   multiplier_rate: float = 3e-4
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     if self.num_samples < 1:
       raise ValueError(f'num_samples={self.num_samples}: must be 1 or more')
     for name in ('gamma', 'target_rate'):

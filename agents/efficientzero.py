@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agents.core import augment, optim, planning, targets
+from agents.core import augment, optim, planning, ranges, targets
 from agents.core import losses as terms
 from agents.core.types import Agent, Discrete, Info, Spec, Trajectory
 from agents.core.unroll import (
@@ -135,13 +135,16 @@ class Config:
   total_decisions: int = 100_000
 
   def __post_init__(self):
-    for name in ('unroll_steps', 'td_steps', 'prefix_horizon', 'target_period'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
-    for name in ('gamma', 'reanalyze_fraction'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
+    ranges.at_least(
+      self, 1, 'unroll_steps', 'td_steps', 'prefix_horizon', 'target_period'
+    )
+    ranges.at_least(self, 1, 'total_updates', 'total_decisions')
+    weights = ('reward_weight', 'value_weight', 'policy_weight')
+    ranges.at_least(self, 0, *weights, 'consistency_weight')
+    ranges.at_least(self, 0, *optim.SCHEDULE_FIELDS, 'reanalyze_chunk')
+    ranges.within(self, 0, 1, 'gamma', 'reanalyze_fraction', 'momentum')
+    ranges.above(self, 0, 'off_policy_fraction')
+    ranges.above(self, 0, 'max_gradient_norm', finite=False)
 
   @property
   def window(self) -> int:
@@ -195,12 +198,13 @@ def make_networks(
   if not isinstance(spec.action, Discrete):
     raise ValueError(
       f'efficientzero needs discrete actions; {spec.name} has actions of shape '
-      f'{spec.action.shape}'
+      f'{spec.action.shape}: set env.action_bins where they are continuous, or '
+      'take another agent'
     )
   if not hasattr(spec.observation, 'shape'):
     raise ValueError(
-      f'efficientzero needs one observation array; {spec.name} has '
-      f'{jax.tree.structure(spec.observation)}'
+      f'efficientzero needs one observation array; {spec.name} has a '
+      f'{type(spec.observation).__name__}; agent=alphazero takes positions'
     )
   reward = 'value_prefix' if config.value_prefix else 'reward'
   network = dataclasses.replace(config.network, reward=reward)

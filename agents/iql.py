@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from agents.core import losses as terms
-from agents.core import optim
+from agents.core import optim, ranges
 from agents.core.types import (
   Agent,
   Info,
@@ -79,6 +79,7 @@ class Config:
   total_updates: int = 1_000_000
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     if self.total_updates < 1:
       raise ValueError(f'total_updates={self.total_updates}: must be 1 or more')
     for name in ('gamma', 'target_rate'):

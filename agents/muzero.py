@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import optax
 
 from agents.core import losses as terms
-from agents.core import optim, planning, targets
+from agents.core import optim, planning, ranges, targets
 from agents.core.types import Agent, Discrete, Info, Spec, Trajectory
 from agents.core.unroll import (
   Params,
@@ -106,13 +106,12 @@ class Config:
   total_updates: int = 1_000_000
 
   def __post_init__(self):
-    for name in ('unroll_steps', 'td_steps', 'target_period'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
-    for name in ('gamma', 'reanalyze_fraction'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
+    ranges.at_least(self, 1, 'unroll_steps', 'td_steps', 'target_period')
+    ranges.at_least(self, 1, 'total_updates')
+    ranges.at_least(self, 0, 'value_weight', *optim.SCHEDULE_FIELDS)
+    ranges.at_least(self, 0, 'reanalyze_chunk')
+    ranges.within(self, 0, 1, 'gamma', 'reanalyze_fraction', 'momentum')
+    ranges.above(self, 0, 'max_gradient_norm', finite=False)
 
   @property
   def window(self) -> int:
@@ -164,12 +163,13 @@ def make_networks(
   if not isinstance(spec.action, Discrete):
     raise ValueError(
       f'muzero needs discrete actions; {spec.name} has actions of shape '
-      f'{spec.action.shape}'
+      f'{spec.action.shape}: set env.action_bins where they are continuous, or '
+      'take another agent'
     )
   if not hasattr(spec.observation, 'shape'):
     raise ValueError(
-      f'muzero needs one observation array; {spec.name} has '
-      f'{jax.tree.structure(spec.observation)}'
+      f'muzero needs one observation array; {spec.name} has a '
+      f'{type(spec.observation).__name__}; agent=alphazero takes positions'
     )
   network = dataclasses.replace(config.network, reward='reward')
   return muzero_networks.make(

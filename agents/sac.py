@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import losses as terms
-from agents.core import optim
+from agents.core import optim, ranges
 from agents.core.types import (
   Agent,
   Continuous,
@@ -80,6 +80,7 @@ class Config:
   residual_weight: float = 1.0
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     for name in ('gamma', 'target_rate', 'residual_weight'):
       value = getattr(self, name)
       if isinstance(value, (int, float)) and not 0 <= value <= 1:
@@ -155,11 +156,11 @@ class Losses(NamedTuple):
 
 
 class Noise(NamedTuple):
-  """All random numbers of an update, standard normal `[B, D]`.
+  """All random numbers of an update, standard normal.
 
   Attributes:
-    tm1: of new actions at the batch's observations.
-    t: of actions at the next observations.
+    tm1: float32 `[B, D]`, of new actions at the batch's observations.
+    t: float32 `[B, D]`, of actions at the next observations.
   """
 
   tm1: chex.Array

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agents.core import augment, optim, planning, targets
+from agents.core import augment, optim, planning, ranges, targets
 from agents.core import losses as terms
 from agents.core.types import (
   Agent,
@@ -157,19 +157,19 @@ class Config:
   total_decisions: int = 100_000
 
   def __post_init__(self):
-    for name in (
-      'unroll_steps',
-      'td_steps',
-      'prefix_horizon',
-      'target_period',
-      'entropy_samples',
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
-    for name in ('gamma', 'reanalyze_fraction'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
+    ranges.at_least(
+      self, 1, 'unroll_steps', 'td_steps', 'prefix_horizon', 'target_period'
+    )
+    ranges.at_least(self, 1, 'entropy_samples', 'total_updates')
+    ranges.at_least(self, 1, 'total_decisions', 'bins')
+    weights = ('reward_weight', 'value_weight', 'policy_weight')
+    ranges.at_least(self, 0, *weights, 'consistency_weight', 'entropy_weight')
+    ranges.at_least(self, 0, *optim.SCHEDULE_FIELDS, 'temperature')
+    ranges.at_least(self, 0, 'reanalyze_chunk')
+    ranges.within(self, 0, 1, 'gamma', 'reanalyze_fraction')
+    ranges.above(self, 0, 'off_policy_fraction')
+    ranges.above(self, 0, 'max_gradient_norm', finite=False)
+    ranges.above(self, 0, 'min_std', 'init_std', 'reward_scale')
 
   @property
   def window(self) -> int:
@@ -276,8 +276,8 @@ def make_networks(
   """
   if not hasattr(spec.observation, 'shape'):
     raise ValueError(
-      f'sampled_muzero needs one observation array; {spec.name} has '
-      f'{jax.tree.structure(spec.observation)}'
+      f'sampled_muzero needs one observation array; {spec.name} has a '
+      f'{type(spec.observation).__name__}; agent=alphazero takes positions'
     )
   distribution = make_distribution(config, spec)
   reward = 'value_prefix' if config.value_prefix else 'reward'

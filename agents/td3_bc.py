@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import losses as terms
-from agents.core import optim
+from agents.core import optim, ranges
 from agents.core.types import (
   Agent,
   Info,
@@ -89,6 +89,7 @@ class Config:
   residual_weight: float = 1.0
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'hidden_sizes')
     if self.policy_delay < 1:
       raise ValueError(f'policy_delay={self.policy_delay}: must be 1 or more')
     for name in ('gamma', 'target_rate', 'residual_weight'):

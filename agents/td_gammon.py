@@ -38,6 +38,7 @@ Axes: `B` streams, `K` candidates, `H` heads.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -80,7 +81,7 @@ class Config:
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
     value = self.learning_rate
-    if isinstance(value, (int, float)) and value <= 0:
+    if isinstance(value, (int, float)) and not 0 < value < math.inf:
       raise ValueError(f'learning_rate={value}: must be above 0')
     value = self.trace_decay
     if isinstance(value, (int, float)) and not 0 <= value <= 1:
@@ -173,7 +174,7 @@ def equity(heads: chex.Array) -> chex.Array:
 
 
 def turned(heads: chex.Array) -> chex.Array:
-  """The heads `[..., H]` as the other player sees them."""
+  """Heads float32 `[..., H]` as the other player sees them, `[..., H]`."""
   win, win_2, win_3, lose_2, lose_3 = jnp.moveaxis(heads, -1, 0)
   return jnp.stack([1.0 - win, lose_2, lose_3, win_2, win_3], -1)
 
@@ -208,6 +209,9 @@ def make(
     An `Agent` whose batches are `Experience`s, one row a stream, each one the
     row that follows its last one. `act` explores by the dice alone, and
     `exploit` is the same.
+
+  Raises:
+    ValueError: the environment is no game that lists its candidates.
   """
   game = _game_of(spec)
   assert isinstance(spec.action, Candidates)

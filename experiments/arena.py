@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import boards, match, players
+from experiments import human, match, players, terminal
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
@@ -70,8 +70,11 @@ def other_players(game: Any) -> Callable[[str], players.Player | None]:
     game: the rules.
 
   Returns:
-    `(name) -> Player`, None for a name that is none of theirs; UserError for
-    one that does not play this game, or is not installed.
+    `(name) -> Player`, None for a name that is none of theirs.
+
+  Raises:
+    UserError: by what it returns, for one that does not play this game, or is
+      not installed.
   """
 
   def find(name):
@@ -127,7 +130,8 @@ def matches(
     if player.params is not None:
       speed = match.measure(game, player, starts)
     for other in others:
-      games = match.play(game, player, other, starts, seed=seed)
+      tick = terminal.ticker(f'{player.name} against {other.name}: move')
+      games = match.play(game, player, other, starts, seed=seed, progress=tick)
       results.append(match.summarise(player, other, games, speed))
       report(results[-1])
   return results
@@ -146,120 +150,25 @@ def write(path: pathlib.Path, results: Sequence[match.Result]) -> None:
 
 def print_results(results: Sequence[match.Result]) -> None:
   """A table for people."""
-  from rich.console import Console
-  from rich.table import Table
-
   # Where all wins count one, points say nothing that scores do not.
   counts = any(abs(row.points - 2 * row.score + 1) > 1e-9 for row in results)
-  table = Table()
-  for column in ('player', 'opponent', 'points' if counts else 'score', 'Elo'):
-    table.add_column(column, justify='right', overflow='fold')
-  table.add_column('evaluations', justify='right')
-  table.add_column('ms', justify='right')
+  columns = ('player', 'opponent', 'points' if counts else 'score', 'Elo')
+  lines = []
   for row in results:
     score = f'{row.score:.3f} ± {row.score_se:.3f}'
     points = f'{row.points:+.3f} ± {row.points_se:.3f}'
-    table.add_row(
-      row.player,
-      row.opponent,
-      points if counts else score,
-      f'{row.elo:+.0f} [{row.elo_low:+.0f}, {row.elo_high:+.0f}]',
-      '' if row.evaluations is None else str(row.evaluations),
-      '' if row.ms_per_decision is None else f'{row.ms_per_decision:.2f}',
-    )
-  Console().print(table)
-
-
-def against_person(
-  game: Any,
-  player: players.Player,
-  *,
-  begins: bool = True,
-  seed: int = 0,
-  ask: Callable[[str], str] = input,
-  tell: Callable[[str], None] = print,
-) -> float | None:
-  """One game against whoever sits at the terminal.
-
-  Args:
-    game: the rules.
-    player: the opponent; its opinion is told before it moves.
-    begins: whether the person moves first.
-    seed: of chance.
-    ask: shows a prompt and gives the answer.
-    tell: shows a text.
-
-  Returns:
-    The person's points; None if they left.
-  """
-  import jax
-  import numpy as np
-
-  key = jax.random.key(seed)
-  state = game.init(key)
-  first = int(game.player(state))
-  person = first if begins else 1 - first
-  moves = 0
-  tell(f'you are {"XO"[person]}, and {player.name} is {"OX"[person]}')
-  while True:
-    moves += 1
-    move_key, decide_key = jax.random.split(jax.random.fold_in(key, moves))
-    legal = boards.legal_moves(game, state)
-    tell(boards.show(game, state, person))
-    is_person = int(game.player(state)) == person
-    if is_person:
-      action = _ask(legal, ask, tell)
-      if action is None:
-        return None
-    else:
-      batch = jax.tree.map(lambda x: np.asarray(x)[None], state)
-      timestep = match.time_step(game, batch)
-      output = player.decide(player.params, decide_key, timestep)
-      action = np.asarray(output.action)[0]
-      tell(_opinion(legal, action, output))
-    move = jax.jit(game.step)(state, action, move_key)
-    state = move.state
-    if float(move.discount) == 0:
-      tell(boards.show(game, state, person))
-      points = float(move.reward) * (1 if is_person else -1)
-      tell(
-        'a draw'
-        if not points
-        else f'you {"win" if points > 0 else "lose"} {abs(points):g}'
+    speed = row.ms_per_decision
+    lines.append(
+      (
+        row.player,
+        row.opponent,
+        points if counts else score,
+        f'{row.elo:+.0f} [{row.elo_low:+.0f}, {row.elo_high:+.0f}]',
+        '' if row.evaluations is None else str(row.evaluations),
+        '' if speed is None else f'{speed:.2f}',
       )
-      return points
-
-
-def _ask(legal, ask, tell):
-  """The person's action; None to leave."""
-  names = ', '.join(legal)
-  while True:
-    try:
-      answer = ' '.join(ask('your move (? for all, q to leave): ').split())
-    except EOFError:
-      return None
-    if answer in ('q', 'quit', 'exit'):
-      return None
-    if answer in legal:
-      return legal[answer]
-    tell(f'legal moves: {names}' if answer == '?' else f'not legal: {answer}')
-
-
-def _opinion(legal, action, output) -> str:
-  """What the player does, and what it thinks of its chances and moves."""
-  import numpy as np
-
-  said = next(n for n, a in legal.items() if np.array_equal(a, action))
-  text = f'plays {said}; expects {float(output.value[0]):+.2f}'
-  weights = np.asarray(output.action_weights)[0]
-  if output.qvalues is not None:
-    weights = np.asarray(output.qvalues)[0]
-  # Whoever comes from outside has none, and candidates have no numbers.
-  if output.sampled_actions is None and len(weights) > 1:
-    shown = [f'{n} {weights[int(n)]:.2f}' for n in legal]
-    kind = 'weights' if output.qvalues is None else 'values'
-    text += f'; {kind}: {", ".join(shown)}'
-  return text
+    )
+  terminal.print_table((*columns, 'evaluations', 'ms'), lines)
 
 
 def launch(experiment: Any, values: Any) -> None:
@@ -272,8 +181,10 @@ def launch(experiment: Any, values: Any) -> None:
 
   game = build.make_env(experiment, training=False, num_envs=1).spec.game
   if game is None:
+    kinds = ('human', 'opponents', 'players')
+    asked = next((n for n in kinds if getattr(values, n)), 'opponents')
     raise UserError(
-      f'opponents: {experiment.env_name} is no game with rules; runs on '
+      f'{asked}: {experiment.env_name} is no game with rules; runs on '
       'self_play:NAME are'
     )
   host = other_players(game)
@@ -285,8 +196,14 @@ def launch(experiment: Any, values: Any) -> None:
   if game.candidates is not None:
     names = list(values.players) or ['lookahead=1']
   if values.human:
-    player = find(names[0])
-    against_person(game, player, begins=values.begin, seed=values.seed)
+    usual_one = 'lookahead=1' if game.candidates is not None else 'gumbel=16'
+    player = find(values.players[0] if values.players else usual_one)
+    about = () if player.params is None else (player.params,)
+    terminal.begin(
+      f'{game.spec.name} against {player.name} of {values.workdir}',
+      *map(terminal.parameters, about),
+    )
+    human.against_person(game, player, begins=values.begin, seed=values.seed)
     return
   results: list[match.Result] = []
   out = pathlib.Path(values.out or f'{values.workdir}/match.csv')
@@ -301,14 +218,25 @@ def launch(experiment: Any, values: Any) -> None:
       flush=True,
     )
 
+  others = list(values.opponents) or ['random']
+  ours = [find(name) for name in names]
+  terminal.begin(
+    f'{game.spec.name}, {2 * values.openings} games each: {", ".join(names)} '
+    f'against {", ".join(others)}',
+    *[terminal.parameters(p.params) for p in ours[:1] if p.params is not None],
+  )
   matches(
     game,
-    [find(name) for name in names],
-    [find(name) for name in values.opponents or ['random']],
+    ours,
+    [find(name) for name in others],
     openings=values.openings,
     opening_plies=values.opening_plies,
     seed=values.seed,
     report=report,
   )
   print_results(results)
-  print(f'results: {out}')
+  terminal.end(
+    str(out),
+    f'python -m experiments.play --workdir={values.workdir} --human '
+    f'--players={names[-1]}',
+  )

@@ -16,7 +16,7 @@ others use, the latter is the one to trust. On an accelerator it says little.
 
 import pathlib
 
-from experiments import build, presets
+from experiments import build, presets, terminal
 from experiments.measure import (
   QUICK,
   Row,
@@ -71,7 +71,11 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Measures as the flags say."""
+  """Measures as the flags say.
+
+  Raises:
+    UserError: an unknown suite.
+  """
   from absl import flags
 
   values = flags.FLAGS
@@ -87,6 +91,7 @@ def main() -> None:
   for suite in values.suite:
     if suite not in _SUITES:
       raise UserError(f'suite={suite}: must be of {", ".join(_SUITES)}')
+  configs.check_place('out', values.out)
   sizes = (QUICK if values.quick else Sizes())._replace(repeats=values.repeats)
   with configs.user_errors():
     experiment = build.describe(
@@ -98,6 +103,10 @@ def main() -> None:
       chosen = benchmark_scale.cases(values.preset, values.set, scale)
     pong = build.describe('efficientzero_atari', settings=_PONG)
   about = machine()
+  terminal.begin(
+    f'measuring {", ".join(values.suite)}, {values.repeats} repeats of each',
+    compiles=False,
+  )
   print(', '.join(f'{name}: {value}' for name, value in about.items()))
   rows: list[Row] = []
 
@@ -106,33 +115,43 @@ def main() -> None:
     print_rows(measured)
     write_rows(values.out, rows, about)
 
+  say = lambda suite: print(f'{suite}: compiling and measuring', flush=True)
   if 'search' in values.suite:
+    say('search')
     done(benchmark_search.search_rows(sizes))
   if 'sampled' in values.suite:
+    say('sampled')
     done(benchmark_search.sampled_rows(sizes))
   if 'learner' in values.suite:
+    say('learner')
     done(benchmark_agent.learner_rows(experiment, sizes))
   if 'acting' in values.suite:
+    say('acting')
     done(benchmark_agent.acting_rows(experiment, sizes))
     if not values.quick:
       done(
         benchmark_agent.acting_rows(pong, sizes._replace(steps=100, updates=8))
       )
   if 'scale' in values.suite:
+    say('scale')
     for measured in benchmark_scale.scale_rows(chosen, scale):
       done(measured)
     picture = pathlib.Path(values.out).with_suffix('.png')
     benchmark_figure.scale_figure(rows, picture)
     print(f'figure: {picture}')
   if 'offline' in values.suite:
+    say('offline')
     least = benchmark_offline.sizes_here(values.quick, values.repeats)
     for measured in benchmark_offline.offline_rows(least):
       done(measured)
   if 'experts' in values.suite:
+    say('experts')
     few = benchmark_experts.sizes_here(values.quick, values.repeats)
     for measured in benchmark_experts.expert_rows(few):
       done(measured)
-  print(f'results: {values.out}')
+  terminal.end(
+    values.out, 'python -m experiments.benchmark --suite=scale,offline,experts'
+  )
 
 
 def _integers(name: str, texts: list[str]) -> list[int]:

@@ -171,7 +171,11 @@ def learner_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
 
 
 def acting_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
-  """Decisions and frames a second, and how long the learner waits for them."""
+  """Decisions and frames a second, and how long the learner waits for them.
+
+  Raises:
+    UserError: the environment is no simulator on the host.
+  """
   from search.model import Environment
 
   env = build.make_env(experiment, training=True)

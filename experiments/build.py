@@ -126,7 +126,7 @@ def describe(
   if is_fresh(experiment.config):
     experiment = _complete_fresh(experiment)
   # A preset without an environment is not for play, whatever env is given.
-  elif dataset or not preset.env:
+  elif dataset or not preset.env or presets.is_offline(agent_name):
     experiment = offline.complete(experiment, env)
   else:
     _check(experiment)
@@ -223,13 +223,27 @@ def _complete_fresh(experiment: Experiment) -> Experiment:
   return experiment._replace(run=run)
 
 
+def reads_text(agent_name: str) -> bool:
+  """Whether an agent learns from a text.
+
+  Raises:
+    ValueError: there is no such agent.
+  """
+  module = importlib.import_module(f'agents.{presets.find_agent(agent_name)}')
+  return 'text' in {field.name for field in dataclasses.fields(module.Config)}
+
+
 def window_of(config: Any) -> int:
   """Steps of what an agent learns from; single transitions take two."""
   return getattr(config, 'window', 2)
 
 
 def make_env(experiment: Experiment, *, training: bool, num_envs=None):
-  """The environment of an experiment; see `experiments.envs.make.make`."""
+  """The environment of an experiment; see `experiments.envs.make.make`.
+
+  Raises:
+    ValueError: an option of the environment that it does not take.
+  """
   from experiments.envs import make
 
   options = {}
@@ -344,7 +358,8 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
       and_ = f', acting_devices={run.acting_devices}'
       raise ValueError(
         f'devices={run.devices}{and_ if run.acting_devices else ""}: '
-        f'this machine has {len(own)}'
+        f'this machine has {len(own)}; take 0 for all that do not act, one at '
+        'least'
       )
     learning += own[:wanted]
     if run.acting_devices and process == jax.process_index():
@@ -398,6 +413,9 @@ def make_source(
     layout: from `make_layout`; None for one device and one part.
     stopping: ends the wait for the rows before the first update; see
       `sources.replayed`.
+
+  Raises:
+    ValueError: devices for acting, but the environment is pure JAX.
   """
   from experiments.runtime import mesh as meshes
   from experiments.runtime import parts, sources

@@ -26,13 +26,14 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import pathlib
 import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import collector
+from experiments import collector, terminal
 from experiments.runtime import config as configs
 
 # In an order in which each finds what it is made of.
@@ -74,7 +75,7 @@ class Collection:
       if field.type is int and value < 1:
         raise ValueError(f'{field.name}={value}: must be at least 1')
     updates = self.updates * self.num_envs
-    if updates < 1 or updates != round(updates):
+    if not math.isfinite(updates) or updates < 1 or updates != round(updates):
       raise ValueError(
         f'updates={self.updates}: times num_envs={self.num_envs} it must be a '
         'whole number of at least 1'
@@ -133,7 +134,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
     'set', [], "field=value, repeatable: SAC's and this module's Collection's"
   )
-  flags.DEFINE_integer('seed', 0, 'of everything', 0)
+  flags.DEFINE_integer('seed', 0, 'of everything', 0, configs.MAX_SEED)
   flags.DEFINE_bool(
     'minari', False, "write Minari's folders into OUT/minari, too"
   )
@@ -151,6 +152,7 @@ def main() -> None:
   steps, fields, collection = TASKS.get(values.env, _OTHERS)
   sections = {'sac': sac.Config(**fields), 'collection': collection}
   out = values.out or f'data/{values.env}_s{values.seed}'
+  configs.check_place('out', out, folder=True)
   with configs.user_errors():
     run(
       values.env,
@@ -207,6 +209,10 @@ def run(
   wanted |= {'seed': seed, 'sac': sac, 'collection': collection}
   if configs.check_run_config(out, wanted) is None:
     configs.write_run_config(out, wanted)
+  terminal.begin(
+    f'{env_name}: SAC learns ({steps:,} decisions), then {transitions:,} '
+    f'transitions of each quality, folder {out}'
+  )
   play = collector.players(agent)
   if not ((out / 'agent').exists() and (out / 'medium-replay').exists()):
     _train(env, agent, play, out, steps, seed, collection)
@@ -221,6 +227,10 @@ def run(
     print(_line(quality, dataset), flush=True)
     if minari:
       _to_minari(quality, dataset, out / 'minari')
+  terminal.end(
+    f'{out}/{{{",".join(QUALITIES)}}}',
+    f'python -m experiments.train --preset=atac_small --dataset={out}/medium',
+  )
 
 
 def stream_seed(seed: int, what: str, number: int = 0) -> int:
@@ -259,7 +269,7 @@ def _train(env, agent, play, out, steps, seed, collection):
   from experiments.runtime import metrics
 
   name = env.spec.name
-  print(f'{name}: training SAC for {steps:,} decisions', flush=True)
+  print(f'training SAC for {steps:,} decisions', flush=True)
 
   def evaluate(params, number):
     at = stream_seed(seed, 'evaluate', number)

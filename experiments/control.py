@@ -30,7 +30,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import control_runs, plan_models
+from experiments import control_runs, plan_models, terminal
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
@@ -276,21 +276,19 @@ def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 def print_rows(rows: Sequence[Row]) -> None:
   """A table for people."""
-  from rich.console import Console
-  from rich.table import Table
-
-  table = Table()
-  for column in ('planner', 'dynamics', 'return', 'gain', 'model steps'):
-    table.add_column(column, justify='right')
-  for row in rows:
-    table.add_row(
-      row.planner,
-      row.dynamics,
-      f'{row.return_mean:.1f} ± {row.return_se:.1f}',
-      f'{row.gain:+.1f} ± {row.gain_se:.1f}',
-      str(row.model_steps),
-    )
-  Console().print(table)
+  terminal.print_table(
+    ('planner', 'dynamics', 'return', 'gain', 'model steps'),
+    [
+      (
+        row.planner,
+        row.dynamics,
+        f'{row.return_mean:.1f} ± {row.return_se:.1f}',
+        f'{row.gain:+.1f} ± {row.gain_se:.1f}',
+        str(row.model_steps),
+      )
+      for row in rows
+    ],
+  )
 
 
 def launch(values: Any) -> list[Row]:
@@ -304,6 +302,8 @@ def launch(values: Any) -> list[Row]:
   from experiments import build
 
   names = [name.strip() for name in values.planners.split(';') if name.strip()]
+  if not names:
+    raise UserError(f'planners={values.planners}: names none; actor is one')
   strategies = {name: parse(name) for name in names}
   budget = Budget(values.candidates, values.later_candidates)
   trained = control_runs.load(values.workdir, values.checkpoint)
@@ -312,6 +312,12 @@ def launch(values: Any) -> list[Row]:
   params = plan_models.Params(trained.params, own)
   kind = 'exact' if values.dynamics == 'exact' else 'learned'
   rows, returns = [], {}
+  terminal.begin(
+    f'{trained.experiment.agent_name} of {values.workdir} on '
+    f'{trained.experiment.env_name}, {kind} dynamics: actor, '
+    f'{", ".join(names)}; {values.episodes} episodes each',
+    terminal.parameters(trained.params),
+  )
 
   def played(strategy):
     player = make_player(
@@ -330,12 +336,20 @@ def launch(values: Any) -> list[Row]:
   print_rows(rows)
   out = pathlib.Path(values.out or f'{values.workdir}/control.csv')
   write_rows(out, rows)
-  print(f'results: {out}')
+  terminal.end(
+    str(out),
+    f'python -m experiments.control --workdir={values.workdir} '
+    "--planners='lookahead=2;lookahead=1+rollout=16'",
+  )
   return rows
 
 
 def main() -> None:
-  """Plays, or runs the study, as the flags say."""
+  """Plays, or runs the study, as the flags say.
+
+  Raises:
+    UserError: neither a folder nor a study.
+  """
   from absl import flags
 
   from experiments import control_study
@@ -347,6 +361,8 @@ def main() -> None:
       control_study.check(values)
     elif not values.workdir:
       raise UserError('workdir: the folder of a run is needed, or --study')
+    elif values.out:
+      configs.check_place('out', values.out)
     use_compilation_cache()
     if values.study:
       control_study.launch(values)
@@ -374,7 +390,9 @@ def define_flags() -> None:
   flags.DEFINE_integer('later_candidates', 4, 'of each later one', 1)
   flags.DEFINE_enum('value', 'min', ['min', 'mean'], 'of the critics')
   flags.DEFINE_integer('episodes', 64, 'episodes for each planner', 1)
-  flags.DEFINE_integer('seed', 0, 'of the starts and of the planner', 0)
+  flags.DEFINE_integer(
+    'seed', 0, 'of the starts and of the planner', 0, configs.MAX_SEED
+  )
   flags.DEFINE_string('out', None, 'the CSV; WORKDIR/control.csv if left out')
   flags.DEFINE_boolean('study', False, 'the table of experiments/results')
   flags.DEFINE_string('data', 'data/pendulum', 'of the study: its data sets')

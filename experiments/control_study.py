@@ -16,7 +16,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import control, control_runs, plan_models
+from experiments import control, control_runs, plan_models, terminal
+from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 from experiments.sweep_results import write_csv
 
@@ -208,6 +209,8 @@ def check(values: Any) -> None:
   Raises:
     UserError: a data set is not there, or an agent has no critic.
   """
+  for field in ('folder', 'results'):
+    configs.check_place(field, getattr(values, field), folder=True)
   data = pathlib.Path(values.data)
   for quality in values.qualities:
     if not (data / quality).is_dir():
@@ -234,6 +237,7 @@ def launch(values: Any) -> None:
   done = {_key(row) for row in rows}
   players = _Players(values)
   tasks = list(work(values))
+  terminal.begin(f'{len(tasks)} planners of trained runs on {data}')
   for number, (cell, kind, planner) in enumerate(tasks, start=1):
     task = cell._asdict() | {'dynamics': kind, 'planner': planner}
     if _key(task) in done:
@@ -251,7 +255,7 @@ def launch(values: Any) -> None:
   summary = summarised(read(path))
   write_csv(path.with_name(f'{path.stem}_summary.csv'), summary)
   draw(summary, path.with_suffix('.png'))
-  print(f'results: {path}, {path.stem}_summary.csv and {path.stem}.png')
+  terminal.end(f'{path}, {path.stem}_summary.csv and {path.stem}.png')
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

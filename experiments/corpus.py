@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from experiments import terminal
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
@@ -54,7 +55,11 @@ def read_gcide(folder: pathlib.Path) -> str:
 
 
 def read_kjv(folder: pathlib.Path) -> str:
-  """One verse a line, with book, chapter and verse in front."""
+  """One verse a line, with book, chapter and verse in front.
+
+  Raises:
+    UserError: the program that prints it is missing or fails.
+  """
   command = [folder / 'usr/bin/bible', '-p', folder / 'usr/lib', '-f']
   found = _run([*map(str, command), 'gen1:1-rev22:21'])
   return found.decode('latin-1')
@@ -146,6 +151,9 @@ def main() -> None:
 
   name = flags.FLAGS.name
   out = pathlib.Path(flags.FLAGS.out or f'data/{name}.txt')
+  configs.check_place('out', out)
+  names = ' '.join(PACKAGES[name].names)
+  terminal.begin(f'fetching {names} by apt-get into {out}', compiles=False)
   text = fetch(PACKAGES[name])
   out.parent.mkdir(parents=True, exist_ok=True)
   configs.write_text(out, text)

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from experiments import terminal
 from experiments.runtime import config as configs
 
 # Turns decided on together.
@@ -90,27 +91,39 @@ def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-  """Judges as the flags say."""
+  """Judges as the flags say.
+
+  Raises:
+    UserError: the run is not one of backgammon.
+  """
   from absl import flags
-  from rich.console import Console
-  from rich.table import Table
 
   values = flags.FLAGS
   with configs.user_errors():
-    rows = measure(_players(values), values.positions, values.plies)
-  table = Table()
-  for column in ('player', 'points lost a turn', 'less than the first'):
-    table.add_column(column, justify='right')
-  for row in rows:
-    table.add_row(
-      row.player,
-      f'{row.loss:.4f} ± {row.loss_se:.4f}',
-      f'{row.less:+.4f} ± {row.less_se:.4f}',
+    if values.out:
+      configs.check_place('out', values.out)
+    players = _players(values)
+    terminal.begin(
+      f'gnubg, {values.plies} plies deep, judges {values.positions} turns of '
+      f'{", ".join(players)}'
     )
-  Console().print(table)
+    rows = measure(players, values.positions, values.plies)
+  terminal.print_table(
+    ('player', 'points lost a turn', 'less than the first'),
+    [
+      (
+        row.player,
+        f'{row.loss:.4f} ± {row.loss_se:.4f}',
+        f'{row.less:+.4f} ± {row.less_se:.4f}',
+      )
+      for row in rows
+    ],
+  )
   out = pathlib.Path(values.out or f'{values.workdir}/equity.csv')
   write(out, rows)
-  print(f'results: {out}')
+  terminal.end(
+    str(out), f'python -m experiments.play --workdir={values.workdir} --human'
+  )
 
 
 def _players(values) -> dict[str, Any]:

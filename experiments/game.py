@@ -1,4 +1,4 @@
-"""Plays ATAC's game in random MDPs: its guarantee, measured; and which beta?
+"""Plays ATAC's game in random MDPs: its guarantee, and the choice of beta.
 
 python -m experiments.game --out=experiments/results/atac_game.csv
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import game_selection
+from experiments import game_selection, terminal
 from experiments.game_selection import BETAS, COVERAGE
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
@@ -299,7 +299,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('states', 5, 'of each MDP', 1)
   flags.DEFINE_integer('actions', 3, 'of each MDP; mu may lack one', 3)
   flags.DEFINE_integer('iterations', 300, 'K of each play', 1)
-  flags.DEFINE_integer('seed', 0, 'of MDPs and data', 0)
+  flags.DEFINE_integer('seed', 0, 'of MDPs and data', 0, configs.MAX_SEED)
   flags.DEFINE_integer(
     'datasets', 60, 'MDPs that beta is chosen for from data; 0: none', 0
   )
@@ -321,13 +321,18 @@ def _read_sizes(texts: Sequence[str]) -> list[int]:
 
 
 def main() -> None:
-  """Plays as the flags say."""
+  """Plays as the flags say.
+
+  Raises:
+    UserError: the name of the file, or sizes.
+  """
   from absl import flags
 
   values = flags.FLAGS
   out, sizes = pathlib.Path(values.out), _read_sizes(values.sizes)
   if out.suffix != '.csv':
     raise UserError(f'out={out}: must end in .csv')
+  configs.check_place('out', out)
 
   from experiments.train import use_compilation_cache
 
@@ -336,6 +341,11 @@ def main() -> None:
   settings: dict[str, Any] = {
     name: getattr(values, name) for name in ('states', 'actions', 'iterations')
   }
+  terminal.begin(
+    f"ATAC's game in tables: {values.mdps} MDPs of {values.states} states and "
+    f'{values.actions} actions, {values.iterations} iterations, '
+    f'{len(BETAS)} betas'
+  )
   rows = measure(mdps=values.mdps, seed=values.seed, **settings)
   _write(out, [Row._fields, *rows])
   print(summary(rows))
@@ -348,7 +358,12 @@ def main() -> None:
     _write(selection, [game_selection.Row._fields, *chosen])
     print(f'results: {selection}')
   figure(rows, chosen, out.with_suffix('.png'))
-  print(f'results: {out}, {out.with_suffix(".png")}')
+  terminal.end(
+    f'{out}, {out.with_suffix(".png")}',
+    'python -m experiments.collect --env=Pendulum-v1 --out=data/pendulum',
+    'python -m experiments.train --preset=atac_small '
+    '--dataset=data/pendulum/medium',
+  )
 
 
 if __name__ == '__main__':

@@ -140,7 +140,16 @@ def _board(key):
 def random_player(
   boards: np.ndarray, dice: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-  """A `Player` for whom all boards that a turn may lead to are alike."""
+  """A `Player` for whom all boards that a turn may lead to are alike.
+
+  Args:
+    boards: int8 `[B, 2, 26]`.
+    dice: int8 `[B, 2]`.
+    generator: of the choices.
+
+  Returns:
+    Boards after the turn, int8 `[B, 2, 26]`.
+  """
   listed = [moves(board, roll) for board, roll in zip(boards, dice)]
   return np.stack([found[generator.integers(len(found))] for found in listed])
 

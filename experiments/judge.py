@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import terminal
 from experiments.players import Player
+from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
 POSITIONS = pathlib.Path(__file__).parent / 'results/connect_four_judged.csv'
@@ -162,6 +164,7 @@ def make_positions(number: int, seed: int = 0) -> Judged:
     UserError: the solver is not installed.
   """
   bully, board_type = _bitbully()
+  tick = terminal.ticker('position', number)
   rng = np.random.default_rng(seed)
   found: dict[str, list[float]] = {}
   while len(found) < number:
@@ -176,14 +179,13 @@ def make_positions(number: int, seed: int = 0) -> Judged:
     scores = bully.score_all_moves(board)
     if len(set(np.sign(list(scores.values())))) > 1:
       found[moves] = [scores.get(c, np.nan) for c in range(COLUMNS)]
+      tick(len(found))
   score = np.asarray(list(found.values()), float)
   return Judged(tuple(found), np.sign(score), score)
 
 
 def write(judged: Judged, path: pathlib.Path) -> None:
   """Writes judged positions, atomically."""
-  from experiments.runtime import config as configs
-
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(['moves', *(f'score_{c}' for c in range(COLUMNS))])
@@ -216,25 +218,37 @@ def _best(bully, board_type, stones, invalid) -> int:
   return max(legal, key=lambda c: (scores[c], -abs(c - COLUMNS // 2), -c))
 
 
-def main() -> None:
-  """Writes judged positions as the flags say."""
+def define_flags() -> None:
+  """The flags of `python -m experiments.judge`."""
   from absl import flags
 
-  from experiments.runtime import config as configs
+  flags.DEFINE_integer('positions', 300, 'how many', 1)
+  flags.DEFINE_integer(
+    'seed', 0, 'of the moves that lead there', 0, configs.MAX_SEED
+  )
+  flags.DEFINE_string('out', str(POSITIONS), 'the CSV')
+
+
+def main() -> None:
+  """Writes judged positions as the flags say.
+
+  Raises:
+    UserError: flags that do not fit together.
+  """
+  from absl import flags
 
   values = flags.FLAGS
+  configs.check_place('out', values.out)
+  _bitbully()
+  terminal.begin(
+    f'{values.positions} positions of Connect Four, solved', compiles=False
+  )
   with configs.user_errors():
     judged = make_positions(values.positions, values.seed)
   write(judged, pathlib.Path(values.out))
-  print(f'{len(judged.moves)} positions: {values.out}')
+  terminal.end(values.out, 'python -m experiments.study_games')
 
 
 if __name__ == '__main__':
-  from absl import flags
-
-  from experiments.runtime import config as configs
-
-  flags.DEFINE_integer('positions', 300, 'how many', 1)
-  flags.DEFINE_integer('seed', 0, 'of the moves that lead there', 0)
-  flags.DEFINE_string('out', str(POSITIONS), 'the CSV')
+  define_flags()
   configs.run_main(main)

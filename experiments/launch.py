@@ -76,11 +76,16 @@ def define_flags() -> None:
 
 
 def main(command: Sequence[str]) -> None:
-  """Runs a command as the flags say; exits with the first failure's code."""
+  """Runs a command as the flags say; exits with the first failure's code.
+
+  Raises:
+    SystemExit: with the first failure's code, where a process failed.
+  """
   from absl import flags
 
   values = flags.FLAGS
   command = resolve(command)
+  _say(f'{values.processes} processes; lines of process i begin with [i]')
   for left in range(values.restarts, -1, -1):
     outcome = supervise(
       command,

@@ -18,12 +18,12 @@ from experiments.measure import Row, interleaved, speed_row
 
 
 class Roof(NamedTuple):
-  """The largest rates, by wall second and by CPU second, float64 `[2]` each.
+  """The largest rates, by wall second and by CPU second.
 
   Attributes:
-    flops: float32 operations of a large matrix product, at the precision that
-      is the default (TF32 on some GPUs).
-    bandwidth: bytes that a large triad reads and writes.
+    flops: float64 `[2]`, float32 operations of a large matrix product, at the
+      precision that is the default (TF32 on some GPUs).
+    bandwidth: float64 `[2]`, bytes that a large triad reads and writes.
   """
 
   flops: np.ndarray

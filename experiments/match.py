@@ -241,7 +241,11 @@ def measure(game: Any, player: Player, states: Any) -> float:
 
 
 def elo(score: float) -> float:
-  """The rating difference at which a score is expected, in Elo points."""
+  """The rating difference at which a score is expected, in Elo points.
+
+  >>> [round(elo(score)) for score in (0.5, 0.75)]
+  [0, 191]
+  """
   if score <= 0 or score >= 1:
     return math.copysign(math.inf, score - 0.5)
   return 400 * math.log10(score / (1 - score))

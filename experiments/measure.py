@@ -17,7 +17,12 @@ from experiments.runtime import config as configs
 
 
 class Timing(NamedTuple):
-  """Seconds a call, one entry a repeat, float64 `[R]` each."""
+  """Seconds a call.
+
+  Attributes:
+    wall: float64 `[R]`, one entry a repeat.
+    cpu: float64 `[R]`, of the process.
+  """
 
   wall: np.ndarray
   cpu: np.ndarray
@@ -212,8 +217,9 @@ def write_rows(path: Any, rows: Sequence[Row], about: dict[str, str]) -> None:
 
 def print_rows(rows: Sequence[Row]) -> None:
   """A table for people, for each setting and unit."""
-  from rich.console import Console
   from rich.table import Table
+
+  from experiments import terminal
 
   groups: dict[str, list[Row]] = {}
   for row in rows:
@@ -230,7 +236,7 @@ def print_rows(rows: Sequence[Row]) -> None:
       table.add_column(column, justify='right', no_wrap=True)
     for row in group:
       table.add_row(row.name, *map(short, row[4:10]))
-    Console().print(table)
+    terminal.show(table)
 
 
 def short(number: float) -> str:

@@ -13,7 +13,6 @@ newton_step.png and newton_uses.png (`experiments.newton_figures`).
 import csv
 import functools
 import io
-import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import newton_cases as cases
+from experiments import terminal
 from experiments.runtime import config as configs
 
 
@@ -77,7 +77,11 @@ def examine() -> list[Row]:
     _certain_and_joint,
     _newton,
   )
-  return list(itertools.chain.from_iterable(part() for part in parts))
+  rows, tick = [], terminal.ticker('part', len(parts))
+  for number, part in enumerate(parts, start=1):
+    rows += part()
+    tick(number)
+  return rows
 
 
 def _small_processes() -> Iterator[Row]:
@@ -296,14 +300,11 @@ def _text(values: Sequence[float], digits: int) -> str:
 
 def show(rows: Sequence[Row]) -> None:
   """Prints a table."""
-  from rich.console import Console
-  from rich.table import Table
-
-  table = Table('item', 'what', 'printed or claimed', 'ours', 'agree')
-  for row in rows:
-    item, what, printed, ours, agree = row
-    table.add_row(item, what, printed, _text(ours, 6), agree)
-  Console().print(table)
+  terminal.print_table(
+    ('item', 'what', 'printed or claimed', 'ours', 'agree'),
+    [(*row[:3], _text(row.ours, 6), row.agree) for row in rows],
+    left=5,
+  )
 
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -331,14 +332,19 @@ def main() -> None:
   from experiments import newton_figures
 
   out = pathlib.Path(flags.FLAGS.out)
+  configs.check_place('out', out, folder=True)
   with configs.writing(out):
     out.mkdir(parents=True, exist_ok=True)
+  terminal.begin("Bellman's operator and Newton's step: the book's examples")
   with jax.enable_x64(True):
     rows = examine()
     show(rows)
     write(out / 'newton_examples.csv', rows)
     newton_figures.draw(out)
-  print(f'results: {out}/newton_examples.csv, newton_step.png, newton_uses.png')
+  terminal.end(
+    f'{out}/newton_examples.csv, newton_step.png, newton_uses.png',
+    'python -m experiments.train --preset=alphazero_connect_four',
+  )
 
 
 if __name__ == '__main__':

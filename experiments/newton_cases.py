@@ -27,10 +27,10 @@ def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """What policies cost and what look-ahead on them costs, beside K*.
 
   Args:
-    policies: L of `MILD`.
+    policies: L of `MILD`, float64 `[n]`.
 
   Returns:
-    `K_L - K*` and `K_L~ - K*`, each of that shape.
+    `K_L - K*` and `K_L~ - K*`, float64 `[n]` each.
   """
   from search import riccati
 
@@ -42,7 +42,7 @@ def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rollout_errors(start: float, depth: int = 1) -> np.ndarray:
-  """`K_L~ - K*` in `STEEP` after rollouts of `STEPS` steps from K~."""
+  """`K_L~ - K*` in `STEEP` after rollouts of `STEPS` steps from K~, `[m]`."""
   from search import riccati
 
   of = system(STEEP)
@@ -57,7 +57,8 @@ def replanned(b: Any, r: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     b, r: the new ones, broadcast.
 
   Returns:
-    Optimal, of the old policy, and of one step of Newton's method from it.
+    Optimal, of the old policy, and of one step of Newton's method from it,
+    each of the shape of `b` and `r`.
   """
   from search import riccati
 
@@ -169,12 +170,13 @@ def stability(seed: int, number: int) -> Stability:
 
 
 class Certainty(NamedTuple):
-  """`max_x (J_mu - J*)` in the inventory, for look-ahead of 1, 2, ... steps.
+  """`max_x (J_mu - J*)` in the inventory, for look-ahead of 1 to `l` steps.
 
   Attributes:
-    exact: every step plans with chance.
-    after_first: the first one does, those behind it are certain.
-    throughout: none does.
+    exact: float64 `[l]`, every step plans with chance.
+    after_first: float64 `[l]`, the first one does, those behind it are
+      certain.
+    throughout: float64 `[l]`, none does.
   """
 
   exact: np.ndarray

@@ -34,7 +34,11 @@ def _opened(name: str, stamp: tuple):
   from experiments.data import open as data
 
   del stamp
-  return data.open_dataset(name)
+  try:
+    return data.open_dataset(name)
+  except ValueError as error:
+    what = str(error).removeprefix(f'{name}: ')
+    raise UserError(f'dataset={name}: {what}') from error
 
 
 def _stamp(name: str) -> tuple:
@@ -53,13 +57,13 @@ def complete(experiment: Any, env: str | None):
     env: what the user wants to evaluate in; None for the data set's own.
 
   Raises:
-    ValueError: there is no data set, or the agent cannot learn from one.
+    UserError: there is no data set, or the agent cannot learn from one.
   """
   if experiment.is_text:
     return text.complete(experiment, env)
   if not experiment.dataset:
     raise UserError(
-      f'dataset: preset {experiment.name} learns from a data set: '
+      f'dataset: {experiment.agent_name} learns from a data set: '
       '--dataset=PATH (python -m experiments.collect makes one)'
     )
   if hasattr(experiment.config, 'window'):
@@ -69,7 +73,8 @@ def complete(experiment: Any, env: str | None):
     )
   if experiment.run.hold_out or experiment.run.early_update:
     field = 'hold_out' if experiment.run.hold_out else 'early_update'
-    raise UserError(f'{field}: needs a run that acts; set it to 0')
+    value = getattr(experiment.run, field)
+    raise UserError(f'{field}={value}: needs a run that acts; set it to 0')
   if not env:
     env = opened(experiment.dataset).about.env
   return experiment._replace(env_name=env)
@@ -152,7 +157,7 @@ def spec_of(dataset: Any, env_spec: Any | None):
     env_spec: of the environment to evaluate in; None without one.
 
   Raises:
-    ValueError: they do not fit together.
+    UserError: they do not fit together.
   """
   import numpy as np
 
@@ -230,6 +235,10 @@ def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
     dataset: from `material`.
     phase: from `build.make_phases`.
     mesh: devices that a batch is divided over; None for one.
+
+  Raises:
+    UserError: rows on the host for an agent that imagines, or rollouts of more
+      rows than a batch has.
   """
   import jax
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import terminal
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
@@ -445,7 +446,7 @@ def define_flags() -> None:
 
   flags.DEFINE_string('out', 'experiments/results', 'where the files go')
   flags.DEFINE_integer('trials', 20_000, 'of each estimate', 2)
-  flags.DEFINE_integer('seed', 0, 'of the draws', 0)
+  flags.DEFINE_integer('seed', 0, 'of the draws', 0, configs.MAX_SEED)
   flags.DEFINE_list(
     'ks',
     [str(2**i) for i in range(2, 11)],
@@ -467,12 +468,21 @@ def _read_ks(texts: Sequence[str]) -> list[int]:
 
 
 def main() -> None:
-  """Measures as the flags say."""
+  """Measures as the flags say.
+
+  Raises:
+    UserError: numbers of samples that are none.
+  """
   from absl import flags
 
   values = flags.FLAGS
   ks, out = _read_ks(values.ks), pathlib.Path(values.out)
+  configs.check_place('out', out, folder=True)
   out.mkdir(parents=True, exist_ok=True)
+  terminal.begin(
+    'policy improvement from K sampled actions, K = '
+    f'{", ".join(map(str, ks))}; {values.trials:,} trials each'
+  )
   problem, rows, errors = make_problem(), [], {}
   predictions = predict(problem)
   for k in ks:
@@ -493,7 +503,10 @@ def main() -> None:
     [('operator', 'beta', 'correction', 'slope'), *fitted],
   )
   figure(rows, errors, stem.with_suffix('.png'))
-  print(f'results: {stem}.csv, {stem}.png, {out / "operators_slopes.csv"}')
+  terminal.end(
+    f'{stem}.csv, {stem}.png, {out / "operators_slopes.csv"}',
+    'python -m experiments.train --preset=sampled_muzero_pendulum',
+  )
 
 
 if __name__ == '__main__':

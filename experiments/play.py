@@ -5,6 +5,7 @@ python -m experiments.play --workdir=runs/NAME --prompt='The '
 python -m experiments.play --workdir=runs/NAME --opponents=random,network \
   --players=network,lookahead=2,gumbel=32,lookahead=1+rollout=8
 python -m experiments.play --workdir=runs/NAME --human --players=gumbel=64
+python -m experiments.play --workdir=runs/NAME --record=agent.gif
 
 What players can be called is told in `experiments.players`.
 """
@@ -16,10 +17,10 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import build
+from experiments import build, terminal
 from experiments.runtime import config as configs
 
 
@@ -59,23 +60,21 @@ def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 def print_rows(rows: Sequence[Row]) -> None:
   """A table for people."""
-  from rich.console import Console
-  from rich.table import Table
-
-  table = Table()
-  for column in ('checkpoint', 'planner', 'simulations', 'return', 'episodes'):
-    table.add_column(column, justify='right')
-  table.add_column('ms a decision', justify='right')
-  for row in rows:
-    table.add_row(
-      row.checkpoint,
-      row.planner,
-      str(row.simulations),
-      f'{row.return_mean:.3f} ± {row.return_se:.3f}',
-      str(row.episodes),
-      f'{1e3 * row.seconds_per_decision:.2f}',
-    )
-  Console().print(table)
+  terminal.print_table(
+    ('checkpoint', 'planner', 'simulations', 'return', 'episodes', 'ms'),
+    [
+      (
+        row.checkpoint,
+        row.planner,
+        str(row.simulations),
+        f'{row.return_mean:.3f} ± {row.return_se:.3f}',
+        str(row.episodes),
+        f'{1e3 * row.seconds_per_decision:.2f}',
+      )
+      for row in rows
+    ],
+    'return of an episode; ms: wall milliseconds a decision',
+  )
 
 
 def evaluate(
@@ -106,13 +105,19 @@ def evaluate(
 
   Returns:
     Rows in that order.
+
+  Raises:
+    UserError: the agent does not search as is asked.
   """
   import jax
 
   from experiments.runtime import evaluate as playing
+  from experiments.runtime import metrics
   from search.model import Environment
 
   rows = []
+  total = len(simulations) * len(checkpoints)
+  bar = metrics.progress(total, columns=('return',))
   for label, budget, play in _planners(experiment, agent, simulations, rule):
     for name, params in checkpoints.items():
       key = jax.random.fold_in(jax.random.key(seed), 7)
@@ -144,44 +149,103 @@ def evaluate(
           seconds_per_decision=seconds / max(float(played.lengths.sum()), 1.0),
         )
       )
+      bar.write(len(rows), {'return': rows[-1].return_mean})
+  bar.close()
   rows.sort(key=lambda row: list(checkpoints).index(row.checkpoint))
   return rows
 
 
 def _planners(experiment, agent, simulations, rule):
   """Name, budget and compiled function of everyone who plays."""
+  found = []
+  for budget in simulations:
+    decide = make_decider(experiment, agent, budget, rule)
+    label = 'policy' if agent.exploit is not None else 'network'
+    if budget:
+      label = rule or experiment.config.search.rule
+    play = lambda *args, decide=decide: decide(*args)[0]
+    found.append((label, budget, play))
+  return found
+
+
+def make_decider(
+  experiment: build.Experiment, agent: Any, budget: int, rule: str | None = None
+) -> Callable[..., tuple[Any, Any]]:
+  """How an agent plays to win, compiled.
+
+  Args:
+    experiment: what was run.
+    agent: from `build.make_agent`.
+    budget: simulations a decision; 0 is the network alone.
+    rule: another search rule than the agent's.
+
+  Returns:
+    `(params, key, timestep) -> (action [B, ...], value [B])`; the value is the
+    planner's, None of an agent that only has a policy.
+
+  Raises:
+    UserError: a search is asked of an agent that has none.
+    ValueError: one that does not suit the agent.
+  """
   import jax
 
   from agents.core import planning
-  from experiments.runtime import evaluate as playing
 
   if agent.exploit is not None:
-    if rule is not None or any(simulations):
+    if rule is not None or budget:
       raise configs.UserError(
-        f'simulations={",".join(map(str, simulations))}: '
-        f'{experiment.agent_name} has no tree search; take 0'
+        f'simulations={budget}: {experiment.agent_name} has no tree search; '
+        'take 0'
       )
     exploit = agent.exploit
-    return [('policy', 0, jax.jit(lambda *args: exploit(*args)[0]))]
-  found = []
-  for budget in simulations:
-    chosen = dataclasses.replace(
-      experiment.config.search, num_simulations=budget
-    )
-    if rule is not None:
-      chosen = dataclasses.replace(chosen, rule=rule)
-    # It is the agent that knows which searches suit it.
-    dataclasses.replace(experiment.config, search=chosen)
-    planner = planning.make_planner(chosen, evaluate=True)
-    label = chosen.rule if budget else 'network'
-    found.append((label, budget, playing.player(planner, agent.model)))
-  return found
+    return jax.jit(lambda *args: (exploit(*args)[0], None))
+  chosen = dataclasses.replace(experiment.config.search, num_simulations=budget)
+  if rule is not None:
+    chosen = dataclasses.replace(chosen, rule=rule)
+  # It is the agent that knows which searches suit it.
+  dataclasses.replace(experiment.config, search=chosen)
+  planner = planning.make_planner(chosen, evaluate=True)
+
+  def decide(params, key, timestep):
+    output = planner(agent.model, params, key, timestep)
+    return output.action, output.value
+
+  return jax.jit(decide)
+
+
+def read_budgets(
+  texts: Sequence[str] | None, usual: Sequence[int]
+) -> list[int]:
+  """The numbers of `--simulations`.
+
+  Args:
+    texts: the flag's; None or none for `usual`.
+    usual: what is taken then.
+
+  Raises:
+    UserError: one is no whole number, or below 0.
+  """
+  for text in texts or ():
+    if not text.isdecimal():
+      raise configs.UserError(
+        f'simulations={text}: must be whole numbers, 0 or more, with commas '
+        'between, such as 0,16,64'
+      )
+  return [int(text) for text in texts or ()] or list(usual)
 
 
 def _decide_once(env, play, params, key):
   simulator = env.start(0)
   play(params, key, simulator.reset()).block_until_ready()
   simulator.close()
+
+
+# What config.json holds of an experiment.
+_KINDS = {
+  **dict.fromkeys(('name', 'agent_name', 'env_name'), str),
+  **dict.fromkeys(('steps', 'seed'), int),
+  **dict.fromkeys(('agent', 'env', 'run'), dict),
+}
 
 
 def load_experiment(workdir: str) -> build.Experiment:
@@ -191,7 +255,13 @@ def load_experiment(workdir: str) -> build.Experiment:
     UserError: no such run, or one that this version cannot read.
   """
   saved = configs.read_run_config(workdir)
+  file = f'{workdir}/config.json'
   try:
+    for name, kind in _KINDS.items():
+      if not isinstance(saved[name], kind):
+        raise configs.UserError(
+          f'{file}: {name} is {saved[name]!r}, must be of type {kind.__name__}'
+        )
     settings = [
       f'{section}.{name}={text}'
       for section in ('agent', 'env', 'run')
@@ -209,8 +279,12 @@ def load_experiment(workdir: str) -> build.Experiment:
     )
   except KeyError as error:
     raise configs.UserError(
-      f'{workdir}/config.json lacks {error}: was it written by another version?'
+      f'{file} lacks {error}: was it written by another version?'
     ) from error
+  except configs.UserError as error:
+    # What its settings name need not be told from what flags do.
+    message = str(error).removeprefix(f'{file}: ')
+    raise configs.UserError(f'{file}: {message}') from error
 
 
 def _assignments(config: Mapping[str, Any], prefix: str = ''):
@@ -242,14 +316,22 @@ def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
   Args:
     workdir: the run's folder.
     env_spec: of the environment.
+
+  Raises:
+    UserError: the statistics that the run keeps are damaged.
   """
   import numpy as np
 
   path = pathlib.Path(workdir) / _STATISTICS
   if not path.exists():
     return env_spec
-  saved = json.loads(path.read_text(encoding='utf-8'))
-  found = tuple(np.asarray(saved[n], np.float32) for n in ('mean', 'std'))
+  try:
+    saved = json.loads(path.read_text(encoding='utf-8'))
+    found = tuple(np.asarray(saved[n], np.float32) for n in ('mean', 'std'))
+  except (KeyError, TypeError, ValueError) as error:
+    raise configs.UserError(
+      f'{path}: mean or std is missing or damaged ({error}); copy it back'
+    ) from error
   return env_spec._replace(statistics=found)
 
 
@@ -292,12 +374,29 @@ def available(workdir: str) -> list[str]:
 
 
 def main() -> None:
-  """Evaluates as the flags say."""
+  """Evaluates as the flags say.
+
+  Raises:
+    UserError: there is nothing to play in.
+  """
   from absl import flags
+
+  from experiments import record
+  from experiments.train import use_compilation_cache
 
   values = flags.FLAGS
   with configs.user_errors():
     experiment = load_experiment(values.workdir)
+    for name in ('out', 'record'):
+      if getattr(values, name):
+        configs.check_place(name, getattr(values, name))
+    if values.prompt and not experiment.is_text:
+      raise configs.UserError(
+        f'prompt={values.prompt}: {experiment.agent_name} is no language '
+        f'model; leave it out, or name the run of one instead of '
+        f'{values.workdir}'
+      )
+    use_compilation_cache()
     if experiment.is_text:
       from experiments import text
 
@@ -309,6 +408,9 @@ def main() -> None:
         f'workdir={values.workdir}: its data set names no environment, and '
         'none was given: there is nothing to play in'
       )
+    if values.record:
+      record.launch(experiment, values)
+      return
     if values.opponents or values.human or values.players:
       from experiments import arena
 
@@ -319,9 +421,15 @@ def main() -> None:
       experiment, training=False, num_envs=values.num_envs or None
     )
     agent = build.make_agent(experiment, load_spec(values.workdir, env.spec))
-    usual = ['0'] if agent.exploit is not None else ['0', '16']
-    budgets = [int(n) for n in values.simulations or usual]
+    usual = [0] if agent.exploit is not None else [0, 16]
+    budgets = read_budgets(values.simulations, usual)
     checkpoints = load_params(values.workdir, agent, names)
+    terminal.begin(
+      f'{experiment.agent_name} on {experiment.env_name}: checkpoint '
+      f'{", ".join(names)}, {", ".join(map(str, budgets))} simulations a '
+      f'decision, {values.episodes} episodes each',
+      terminal.parameters(checkpoints[names[0]]),
+    )
     rows = evaluate(
       experiment,
       env,
@@ -335,7 +443,13 @@ def main() -> None:
   print_rows(rows)
   out = pathlib.Path(values.out or f'{values.workdir}/play.csv')
   write_rows(out, rows)
-  print(f'results: {out}')
+  again = f'python -m experiments.play --workdir={values.workdir}'
+  following = f'python -m experiments.plots --workdirs={values.workdir}'
+  if env.spec.game is not None:
+    following = f'{again} --human'
+  elif record.is_drawn(env.spec):
+    following = f'{again} --record=agent.gif'
+  terminal.end(str(out), following)
 
 
 def define_flags() -> None:
@@ -359,7 +473,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1)
   flags.DEFINE_integer('num_envs', 0, "copies at once; 0 for the run's own", 0)
-  flags.DEFINE_integer('seed', 0, 'of simulators and planner', 0)
+  flags.DEFINE_integer(
+    'seed', 0, 'of simulators and planner', 0, configs.MAX_SEED
+  )
   flags.DEFINE_list(
     'opponents',
     [],
@@ -370,7 +486,8 @@ def define_flags() -> None:
     'players',
     [],
     'who meets them (the first of them, the person); if left out network, '
-    'lookahead=1 and gumbel=16, or lookahead=1 where moves are not numbered; '
+    'lookahead=1 and gumbel=16 (gumbel=16, the person), or lookahead=1 where '
+    'moves are not numbered; '
     'e.g. network, lookahead=2, gumbel=32, puct=32, '
     'lookahead=1+rollout=8, runs/OTHER@early:gumbel=32',
   )
@@ -378,6 +495,15 @@ def define_flags() -> None:
   flags.DEFINE_integer('opening_plies', 4, 'random moves before a game', 0)
   flags.DEFINE_boolean('human', False, 'play the first player in the terminal')
   flags.DEFINE_boolean('begin', True, 'who plays in the terminal begins')
+  flags.DEFINE_string(
+    'record',
+    None,
+    'a file to draw an episode into, with the last of --simulations: .gif an '
+    'animation, .png a strip; of a game the first player and opponent',
+  )
+  flags.DEFINE_integer(
+    'frames', 0, 'time steps of a .gif at most (300), shown in a .png (8)', 0
+  )
   flags.DEFINE_string('prompt', None, 'what a language model is to continue')
   flags.DEFINE_integer('tokens', 100, 'how many a language model adds', 1)
   flags.DEFINE_float(

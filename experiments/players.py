@@ -75,6 +75,9 @@ def parse(name: str) -> Strategy:
 
   Raises:
     UserError: it stands for none.
+
+  >>> parse('lookahead=2+rollout=8x4')
+  Strategy(planner='lookahead', budget=2, steps=8, trials=4, greedy=False)
   """
   found = _PATTERN.fullmatch(name)
   if not name or found is None:
@@ -170,7 +173,7 @@ def make(
       rule=strategy.planner,
       num_simulations=strategy.budget,
     )
-    planner = planning.make_planner(config, evaluate=True)
+    planner = _tree_search(config)
 
   def decide(params, key, timestep):
     return planner(planned, params, key, timestep)._replace(search_tree=None)
@@ -178,6 +181,32 @@ def make(
   return Player(
     name, jax.jit(decide), params, _evaluations(strategy, game, model)
   )
+
+
+def _tree_search(config):
+  """`planning.make_planner` that also tells what the moves are worth."""
+
+  def planner(model, params, key, timestep):
+    import jax
+    import jax.numpy as jnp
+
+    from agents.core import planning
+
+    root_key, search_key = jax.random.split(key)
+    output = planning.make_search(config, model.distribution)(
+      params,
+      search_key,
+      model.root(params, timestep, root_key),
+      model.step,
+      invalid_actions=timestep.invalid_actions,
+      evaluate=True,
+    )
+    summary = output.search_tree.summary()
+    seen = summary.visit_counts > 0
+    qvalues = jnp.where(seen, summary.qvalues, -jnp.inf)
+    return output._replace(qvalues=qvalues)
+
+  return planner
 
 
 def _pruning(model, strategy: Strategy) -> dict[str, Any]:

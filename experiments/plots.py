@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import atari_scores
+from experiments import atari_scores, terminal
 from experiments.runs import Path, Run, find_runs, read_column, read_csv
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
@@ -85,7 +85,7 @@ def mean_curve(
   """The mean of several runs over the part that they have in common.
 
   Args:
-    columns: `(xs, ys)` of each run, xs rising.
+    columns: `(xs [N], ys [N])` of each run, xs `[N]` rising.
     points: of the grid.
 
   Returns:
@@ -112,7 +112,11 @@ def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
 def curves_figure(
   curves: Mapping[str, Mapping[str, Curve]], path: Path, *, x: str
 ) -> None:
-  """Draws `{y: {label: Curve}}`, one panel for each y, and saves it."""
+  """Draws `{y: {label: Curve}}`, one panel for each y, and saves it.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   figure = _figure(5.6 * len(curves), 4.0)
   panels = figure.subplots(1, len(curves), squeeze=False)[0]
   for axes, (y, groups) in zip(panels, curves.items()):
@@ -201,7 +205,7 @@ class Pooled(NamedTuple):
 def aggregate_evaluations(
   workdirs: Iterable[Path], name: str = 'evaluation.csv'
 ) -> list[Pooled]:
-  """Pools the final evaluations over seeds: what does search add?
+  """Pools the final evaluations over seeds, to see what search adds.
 
   Args:
     workdirs: folders, or patterns of them.
@@ -418,6 +422,22 @@ def _save(figure: Any, path: Path) -> None:
     raise UserError(f'{path}: {error}') from error
 
 
+def check_picture(path: Path) -> None:
+  """Refuses a name that no picture can be written to.
+
+  Raises:
+    UserError: see `configs.check_place`; a suffix that is no picture's.
+  """
+  from matplotlib.backend_bases import FigureCanvasBase
+
+  configs.check_place('out', path)
+  known = FigureCanvasBase.get_supported_filetypes()
+  if pathlib.Path(path).suffix[1:].lower() not in known:
+    raise UserError(
+      f'out={path}: must end in one of .{", .".join(sorted(known))}'
+    )
+
+
 def final_score(workdir: Path) -> float:
   """A finished run's return: of its final checkpoint with the most search.
 
@@ -469,7 +489,14 @@ def main() -> None:
   from absl import flags
 
   values = flags.FLAGS
+  check_picture(values.out)
   runs = find_runs(values.workdirs)
+  groups = len({run.label for run in runs})
+  terminal.begin(
+    f'{len(runs)} runs in {groups} groups: {", ".join(values.y)} against '
+    f'{values.x}',
+    compiles=False,
+  )
   curves = {
     y: learning_curves(values.workdirs, x=values.x, y=y, smooth=values.smooth)
     for y in values.y
@@ -521,15 +548,7 @@ def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 
 
 def _print_table(title: str, table: list[list[str]]) -> None:
-  from rich.console import Console
-  from rich.table import Table
-
-  shown = Table(title=title)
-  for i, column in enumerate(table[0]):
-    shown.add_column(column, justify='right' if i else 'left')
-  for row in table[1:]:
-    shown.add_row(*row)
-  Console().print(shown)
+  terminal.print_table(table[0], table[1:], title, left=1)
 
 
 if __name__ == '__main__':

@@ -297,6 +297,12 @@ def find_agent(name: str) -> str:
   return _known('agent', name, AGENTS)
 
 
+def is_offline(agent: str) -> bool:
+  """Whether an agent learns from a data set or a text only: no preset acts."""
+  own = [preset for preset in PRESETS.values() if preset.agent == agent]
+  return bool(own) and not any(preset.env for preset in own)
+
+
 def _known(what: str, name: str, names: tuple[str, ...]) -> str:
   if name in names:
     return name

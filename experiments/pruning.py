@@ -228,6 +228,19 @@ def draw(rows: Sequence[Row]) -> Any:
   return figure
 
 
+def define_flags() -> None:
+  """The flags of `python -m experiments.pruning`."""
+  from absl import flags
+
+  flags.DEFINE_integer('processes', 2000, 'random ones', 2)
+  flags.DEFINE_string(
+    'folder', 'runs/studies/connect_four', 'where the trained runs lie'
+  )
+  flags.DEFINE_string(
+    'results', 'experiments/results', 'where CSV and figure go'
+  )
+
+
 def main() -> None:
   """Measures and draws as the flags say.
 
@@ -243,6 +256,7 @@ def main() -> None:
   values = flags.FLAGS
   out = pathlib.Path(values.results) / 'lookahead_stages.csv'
   with configs.user_errors():
+    configs.check_place('results', values.results, folder=True)
     print(
       f'three-stage lookahead with one coarse stage: {values.processes} random '
       'processes, then Connect Four'
@@ -268,15 +282,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  from absl import flags
-
   from experiments.runtime import config as configs
 
-  flags.DEFINE_integer('processes', 2000, 'random ones', 2)
-  flags.DEFINE_string(
-    'folder', 'runs/studies/connect_four', 'where the trained runs lie'
-  )
-  flags.DEFINE_string(
-    'results', 'experiments/results', 'where CSV and figure go'
-  )
+  define_flags()
   configs.run_main(main)

@@ -57,7 +57,10 @@ def find_runs(workdirs: Iterable[Path]) -> list[Run]:
     folders = [f for f in matches if (pathlib.Path(f) / 'config.json').exists()]
     if not folders:
       reason = "holds no run's config.json" if matches else 'there is none'
-      raise UserError(f'workdirs={pattern}: {reason}')
+      raise UserError(
+        f'workdirs={pattern}: {reason}; name folders that experiments.train '
+        'has made'
+      )
     found += folders
   if not found:
     raise UserError("workdirs: name at least one run's folder")
@@ -97,6 +100,10 @@ def _settings(folder: pathlib.Path) -> tuple[dict[str, Any], int]:
     _head(flat)
   except KeyError as error:
     raise UserError(f'{folder}/config.json has no {error}') from error
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'{folder}/config.json: seed is no number ({error}); copy it back'
+    ) from error
   return {n: v for n, v in flat.items() if n not in _DERIVED}, seed
 
 
@@ -141,7 +148,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
       reader = csv.DictReader(file)
       return list(reader.fieldnames or []), list(reader)
   except FileNotFoundError as error:
-    raise UserError(f'{path}: there is none') from error
+    raise UserError(f'{path}: there is none; has the run begun?') from error
 
 
 def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ Nothing heavy is imported here: `--help` reads it.
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 
@@ -28,6 +29,9 @@ class EnvConfig:
 
   def __post_init__(self):
     _at_least(self, 1, 'num_envs')
+    _at_least(self, 0, 'num_threads')
+    if self.frame_stack is not None:
+      _at_least(self, 1, 'frame_stack')
     if self.action_bins < 0 or self.action_bins == 1:
       raise ValueError(f'action_bins={self.action_bins}: must be 0 or >= 2')
 
@@ -111,6 +115,7 @@ class RunConfig:
       self,
       1,
       'batch_size',
+      'replay_capacity',
       'warmup_decisions',
       'queue_size',
       'publish_every',
@@ -134,9 +139,10 @@ class RunConfig:
       'early_update',
       'final_episodes',
     )
-    if self.decisions_per_update < 1e-3:
+    _at_least(self, 1e-3, 'decisions_per_update')
+    if not math.isfinite(self.reward_factor) or not self.reward_factor:
       raise ValueError(
-        f'decisions_per_update={self.decisions_per_update}: must be >= 0.001'
+        f'reward_factor={self.reward_factor}: must be finite and not 0'
       )
     if any(n < 0 for n in self.final_simulations):
       raise ValueError(
@@ -146,8 +152,11 @@ class RunConfig:
 
 def _at_least(config, least, *names):
   for name in names:
-    if getattr(config, name) < least:
-      raise ValueError(f'{name}={getattr(config, name)}: must be >= {least}')
+    value = getattr(config, name)
+    if value == math.inf:
+      raise ValueError(f'{name}={value}: must be finite')
+    if value < least:
+      raise ValueError(f'{name}={value}: must be >= {least}')
 
 
 class Preset(NamedTuple):

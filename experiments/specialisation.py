@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import plots, terminal
+from experiments.runs import read_csv
 from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
@@ -102,9 +104,8 @@ def measure(workdir: str, checkpoint: str, layer: int) -> Shares:
 
 def through_training(workdir: str, layer: int) -> np.ndarray | None:
   """Steps and experts' shares `[n, 1 + E]` of metrics.csv; None if not kept."""
-  with open(pathlib.Path(workdir) / 'metrics.csv', newline='') as file:
-    rows = list(csv.DictReader(file))
-  names = [n for n in rows[0] if n.startswith(('load_', f'layer{layer}_load_'))]
+  columns, rows = read_csv(pathlib.Path(workdir) / 'metrics.csv')
+  names = [n for n in columns if n.startswith(('load_', f'layer{layer}_load_'))]
   if not names:
     return None
   values = np.array([[float(r[n]) for n in ('step', *names)] for r in rows])
@@ -173,18 +174,23 @@ def main() -> None:
   from absl import flags
 
   values = flags.FLAGS
+  plots.check_picture(values.out)
+  terminal.begin(f'which tokens the experts of {values.workdir} take')
   with configs.user_errors():
     shares = measure(values.workdir, values.checkpoint, values.layer)
+    history = through_training(values.workdir, values.layer)
   for e, words in enumerate(characteristic(shares, 8)):
     share = shares.counts[e].sum() / shares.counts.sum()
     print(f'expert {e:3d} ({share:6.1%}): {" ".join(map(repr, words))}')
   told = information(shares.counts)
   print(f'a token tells {told:.0%} of which experts it goes to')
   out = pathlib.Path(values.out)
-  history = through_training(values.workdir, values.layer)
   draw(out, shares, history, values.tokens)
   write(out.with_suffix('.csv'), shares, values.tokens)
-  print(f'results: {out}, {out.with_suffix(".csv")}')
+  terminal.end(
+    f'{out}, {out.with_suffix(".csv")}',
+    f"python -m experiments.play --workdir={values.workdir} --prompt='The '",
+  )
 
 
 if __name__ == '__main__':

@@ -15,6 +15,9 @@ def iqm(scores: Any) -> float:
 
   `scores` are all runs of all games, in any shape; a quarter of them is
   rounded down.
+
+  >>> iqm([0, 1, 2, 3, 4, 5, 6, 1000])
+  3.5
   """
   from scipy import stats
 
@@ -47,6 +50,11 @@ def bootstrap_interval(
 
   Raises:
     ValueError: if a stratum is empty.
+
+  >>> mean = lambda strata: np.mean([s.mean() for s in strata])
+  >>> low, high = bootstrap_interval([[0, 1, 2], [10, 10, 10]], mean)
+  >>> float(low), float(high)
+  (5.0, 6.0)
   """
   strata = [np.asarray(s, np.float64) for s in strata]
   if not strata or min(map(len, strata)) == 0:
@@ -68,6 +76,9 @@ def mean_interval(values: Any, level: float = 0.95) -> tuple[float, float]:
 
   For a handful of seeds, where the bootstrap's is too narrow. NaN for one
   value.
+
+  >>> [round(x, 2) for x in mean_interval([1, 2, 3])]
+  [-0.48, 4.48]
   """
   from scipy import stats
 
@@ -92,6 +103,9 @@ def probability_of_improvement(
 
   Raises:
     ValueError: if the games differ.
+
+  >>> probability_of_improvement({'pong': [1, 3]}, {'pong': [0, 3]})
+  0.625
   """
   if set(scores) != set(others) or not scores:
     raise ValueError(

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from experiments import terminal
 from experiments.runtime import config as configs
 
 
@@ -445,6 +446,14 @@ def main() -> None:
   study = make(values.seeds or seeds)
   folder = pathlib.Path(values.folder) / values.study
   results = pathlib.Path(values.results)
+  for field in ('folder', 'results'):
+    configs.check_place(field, getattr(values, field), folder=True)
+  terminal.begin(
+    f'{len(study.runs)} runs, {values.at_once} at a time, each by '
+    'python -m experiments.train',
+    f'folders and logs: {folder}',
+    compiles=False,
+  )
   with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
     futures = [pool.submit(run_one, study, run, folder) for run in study.runs]
     for done, future in enumerate(
@@ -460,6 +469,10 @@ def main() -> None:
     out = results / f'{values.study}_curves.png'
     draw_beside(curves, out) if study.beside else draw(curves, out, returns)
     print(f'figure: {out}')
+  terminal.end(
+    f'{results}/{values.study}_*.csv',
+    f"python -m experiments.plots --workdirs='{folder}/*' --out=curves.png",
+  )
 
 
 def define_flags() -> None:

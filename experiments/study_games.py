@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import arena, judge, match, players
+from experiments import arena, judge, match, players, terminal
 from experiments.runtime import config as configs
 
 # Stages, rollouts and simulations, and both together.
@@ -329,6 +329,38 @@ def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
   figure.savefig(out, dpi=160)
 
 
+def draw_search(rows: Sequence[Row], out: pathlib.Path) -> None:
+  """The network alone beside the same network with tree search.
+
+  Args:
+    rows: of the study, with `judge` and `third` among the opponents.
+    out: a picture, with mean and standard error over seeds.
+  """
+  from matplotlib.figure import Figure
+
+  panels = {
+    'judge': "moves that keep the game's value",
+    'third': 'score against a third party',
+  }
+  figure = Figure((8, 3.2), layout='constrained')
+  for axes, (opponent, title) in zip(figure.subplots(1, 2), panels.items()):
+    lines = table([r for r in rows if r.opponent == opponent])
+    trees = [x for x in lines if kind(x['player']) == 'tree search']
+    some = [x for x in lines if x['player'] == 'network'] + trees
+    names = ['network\nalone', *(x['player'].split('=')[1] for x in trees)]
+    bars = axes.bar(
+      names,
+      [x[opponent] for x in some],
+      yerr=[x[f'{opponent}_se'] for x in some],
+      color=['#9aa5ad'] + len(trees) * ['#1b4f8f'],
+      capsize=3,
+    )
+    axes.bar_label(bars, fmt='%.2f', fontsize=9, padding=2)
+    axes.set(ylim=(0, 1), title=title, xlabel='simulations a move')
+    axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(out, dpi=130)
+
+
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
   """Means over seeds, one dict a player, with `_se` over seeds."""
   import numpy as np
@@ -350,15 +382,18 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-  """Plays and draws as the flags say."""
+  """Plays and draws as the flags say.
+
+  Raises:
+    UserError: runs of the study are missing.
+  """
   from absl import flags
-  from rich.console import Console
-  from rich.table import Table
 
   values = flags.FLAGS
   folder, results = pathlib.Path(values.folder), pathlib.Path(values.results)
   out = results / f'{values.name}_strength.csv'
   with configs.user_errors():
+    configs.check_place('results', results, folder=True)
     pattern = re.compile(rf'{re.escape(values.name)}_s(\d+)')
     matching = [pattern.fullmatch(p.name) for p in folder.glob('*/')]
     found = {
@@ -371,6 +406,10 @@ def main() -> None:
         f'folder={folder}: no finished runs {values.name}_s*; train them with '
         f'python -m experiments.study --study={values.name}'
       )
+    terminal.begin(
+      f'{len(found)} runs of {folder}: {", ".join(values.players)} against '
+      f'{", ".join(values.opponents)}, {2 * values.openings} games each'
+    )
     rows = run(
       found,
       values.players,
@@ -380,20 +419,23 @@ def main() -> None:
       opening_plies=values.opening_plies,
     )
   draw(rows, out.with_suffix('.png'))
-  shown = Table()
-  lines = table(rows)
+  if {'judge', 'third'} <= {row.opponent for row in rows}:
+    draw_search(rows, out.with_name(out.stem + '_search.png'))
+  shown = []
   opponents = list(dict.fromkeys(r.opponent for r in rows))
-  for column in ('player', 'evaluations', *opponents):
-    shown.add_column(column, justify='right')
-  for line in lines:
+  for line in table(rows):
     cells = [
       f'{line[n]:.3f} ± {line[n + "_se"]:.3f}' if n in line else ''
       for n in opponents
     ]
     count = line['evaluations']
-    shown.add_row(line['player'], '' if count is None else str(count), *cells)
-  Console().print(shown)
-  print(f'results: {out}')
+    shown.append((line['player'], '' if count is None else str(count), *cells))
+  terminal.print_table(('player', 'evaluations', *opponents), shown)
+  terminal.end(
+    f'{out}, {out.with_suffix(".png")}',
+    f'python -m experiments.play --workdir={next(iter(found.values()))} '
+    '--human --players=gumbel=64',
+  )
 
 
 def define_flags() -> None:

@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from experiments import terminal
 from experiments.runtime import config as configs
 from experiments.sweep_results import write_csv
 
@@ -322,7 +323,11 @@ def _draw_betas(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  """Runs the study that the flags name."""
+  """Runs the study that the flags name.
+
+  Raises:
+    UserError: data are missing, or a cell of the table did not finish.
+  """
   from absl import flags
 
   values = flags.FLAGS
@@ -331,6 +336,14 @@ def main() -> None:
     for cell in STUDIES[values.study]()
     if not values.only or cell.agent in values.only
   ]
+  known = dict.fromkeys(cell.agent for cell in STUDIES[values.study]())
+  for agent in values.only:
+    if agent not in known:
+      raise configs.UserError(
+        f'only={agent}: {values.study} has {", ".join(known)}'
+      )
+  for field in ('folder', 'results'):
+    configs.check_place(field, getattr(values, field), folder=True)
   results = pathlib.Path(values.results)
   places = [pathlib.Path(values.data) / env for env in values.envs]
   for place in places:
@@ -360,6 +373,12 @@ def main() -> None:
     draw(summary, results / f'{name}.png')
 
   results.mkdir(parents=True, exist_ok=True)
+  terminal.begin(
+    f'{len(work)} cells of {values.seeds} seeds, {values.at_once} at a time, '
+    'each by python -m experiments.sweep',
+    f'folders and logs: {values.folder}',
+    compiles=False,
+  )
   failed = 0
   with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
     futures = [
@@ -374,7 +393,11 @@ def main() -> None:
       print(f'{done} of {len(work)} cells', flush=True)
   if failed:
     raise configs.UserError(f'{failed} of {len(work)} cells did not finish')
-  print(f'results: {results}/offline_{values.study}.csv and .png')
+  terminal.end(
+    f'{results}/offline_{values.study}.csv and .png',
+    'python -m experiments.train --preset=atac_small '
+    f'--dataset={places[0]}/medium',
+  )
 
 
 def define_flags() -> None:

@@ -10,6 +10,7 @@ process a row. The same command goes on with what is left, also with more
 `--seeds`.
 """
 
+import importlib.util
 import pathlib
 
 from experiments import (
@@ -19,6 +20,7 @@ from experiments import (
   sweep_engines,
   sweep_plan,
   sweep_results,
+  terminal,
   train,
 )
 from experiments.runtime import config as configs
@@ -53,7 +55,7 @@ def define_flags() -> None:
     'repeated ones are drawn together',
   )
   flags.DEFINE_integer('samples', 0, 'settings drawn from --random', 0)
-  flags.DEFINE_integer('sweep_seed', 0, 'of that drawing', 0)
+  flags.DEFINE_integer('sweep_seed', 0, 'of that drawing', 0, configs.MAX_SEED)
   flags.DEFINE_string('workdir', None, "the sweep's folder", required=True)
   flags.DEFINE_string(
     'metric',
@@ -81,7 +83,11 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Sweeps as the flags say."""
+  """Sweeps as the flags say.
+
+  Raises:
+    SystemExit: with 1, where rows are left to do.
+  """
   from absl import flags
 
   values = flags.FLAGS
@@ -100,6 +106,7 @@ def main() -> None:
       seed=values.sweep_seed,
       dataset=train.text_or_dataset(values),
     )
+    configs.check_place('workdir', workdir, folder=True)
     first = plan.describe(sweep_plan.Row(0, 0))
     if first.is_text and not values.metric:
       metric = 'held_log_likelihood'
@@ -112,10 +119,14 @@ def main() -> None:
       content |= {'dataset_checksum': offline.checksum_of(first)}
     if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
       configs.write_run_config(workdir, content, engine)
-    print(
+    where = first.dataset or first.env_name
+    terminal.begin(
       f'{len(plan.settings)} settings x {values.seeds} seeds = {len(rows)} '
       f'rows, engine {engine}, folder {workdir}',
-      flush=True,
+      f'{first.agent_name} on {where}, {first.updates:,} updates of '
+      f'{first.run.batch_size} rows',
+      # Processes and machines of a cluster have devices of their own.
+      compiles=engine == 'vmap',
     )
   run = _run_programs if engine == 'vmap' else _run_jobs
   results, failed = run(plan, rows, workdir, engine, metric)
@@ -141,6 +152,10 @@ def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
   """
   from search.model import Environment
 
+  if asked == 'ray' and importlib.util.find_spec('ray') is None:
+    raise configs.UserError(
+      'engine=ray: needs Ray: pip install "ray>=2.50", or take processes'
+    )
   if plan.dataset:
     experiment = plan.describe(sweep_plan.Row(0, 0))
     if not experiment.env_name and metric.startswith('eval_'):

@@ -154,8 +154,10 @@ def _split(text: str, flag: str, hint: str) -> tuple[str, str]:
 
 def _read_grid(text: str) -> tuple[str, tuple[str, ...]]:
   name, values = _split(text, 'grid', 'should be field=value,value')
-  parts = values.split(';' if ';' in values else ',')
-  return name, tuple(p.strip() for p in parts if p.strip())
+  parts = [p.strip() for p in values.split(';' if ';' in values else ',')]
+  if not any(parts):
+    raise UserError(f'--grid={text}: should be field=value,value')
+  return name, tuple(filter(None, parts))
 
 
 def _read_range(text: str) -> tuple[str, Callable[[Any], str]]:

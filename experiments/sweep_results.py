@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import sweep_plan
+from experiments import sweep_plan, terminal
 from experiments.runtime import config as configs
 from experiments.sweep_plan import Plan, Row
 
@@ -245,29 +245,33 @@ def show(
   workdir: pathlib.Path,
 ) -> None:
   """Prints the ten best settings and how to train the best one alone."""
-  from rich.console import Console
-  from rich.table import Table
-
-  table = Table(title=f'{metric}: IQM and 95% interval over seeds')
-  for name in (*plan.fields, 'IQM', 'interval', 'mean', 'seeds', 'lost'):
-    table.add_column(name, justify='right')
-  for s in summaries[:10]:
-    table.add_row(
-      *plan.settings[s.setting],
-      f'{s.iqm:.3f}',
-      f'{s.low:.3f} to {s.high:.3f}',
-      f'{s.mean:.3f}',
-      str(s.seeds),
-      str(s.lost),
-    )
-  Console().print(table)
+  terminal.print_table(
+    (*plan.fields, 'IQM', 'interval', 'mean', 'seeds', 'lost'),
+    [
+      (
+        *plan.settings[s.setting],
+        f'{s.iqm:.3f}',
+        f'{s.low:.3f} to {s.high:.3f}',
+        f'{s.mean:.3f}',
+        str(s.seeds),
+        str(s.lost),
+      )
+      for s in summaries[:10]
+    ],
+    f'{metric}: IQM and 95% interval over seeds',
+  )
   if len(summaries) > 10:
     print(f'and {len(summaries) - 10} settings below these')
+  alone = []
   if summaries and summaries[0].seeds:
     best = sweep_plan.Row(summaries[0].setting, 0)
-    print(f'best: {label(plan, best.setting)}; alone it is trained by')
-    print(command(plan, best))
-  print(f'results: {workdir}/summary.csv, sweep.csv, curves.csv, sweep.png')
+    print(
+      f'best: {label(plan, best.setting)}; the next command trains it alone'
+    )
+    alone = [command(plan, best)]
+  terminal.end(
+    f'{workdir}/summary.csv, sweep.csv, curves.csv, sweep.png', *alone
+  )
 
 
 def command(plan: Plan, row: Row) -> str:

@@ -32,7 +32,7 @@ def complete(experiment: Any, env: str | None):
   """
   if not experiment.dataset:
     raise UserError(
-      f'text: preset {experiment.name} learns from a text: --text=PATH '
+      f'text: {experiment.agent_name} learns from a text: --text=PATH '
       '(python -m experiments.corpus fetches some)'
     )
   if env:
@@ -40,7 +40,8 @@ def complete(experiment: Any, env: str | None):
   for field in ('hold_out', 'early_update'):
     if getattr(experiment.run, field):
       raise UserError(
-        f'{field}: needs a run that acts; set it to 0, and text.held_out to '
+        f'{field}={getattr(experiment.run, field)}: needs a run that acts; set '
+        'it to 0, and text.held_out to '
         'the share of the text that is not trained on'
       )
   if experiment.run.data_on != 'device':
@@ -250,7 +251,10 @@ def play(experiment: Any, workdir: str, name: str, options: Any) -> None:
   path = pathlib.Path(workdir) / _VOCABULARY
   if not path.exists():
     raise UserError(f'workdir={workdir}: has no {_VOCABULARY}')
-  words = json.loads(path.read_text(encoding='utf-8'))
+  try:
+    words = [str(x) for x in json.loads(path.read_text(encoding='utf-8'))]
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{path}: is damaged ({error}); copy it back') from error
   vocabulary = texts.Vocabulary(tuple(words))
   nothing = np.zeros(0, np.uint16)
   spec = spec_of(Corpus(path.parent.name, nothing, nothing, vocabulary))

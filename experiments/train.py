@@ -12,7 +12,16 @@ import shutil
 import time
 from typing import Any, NamedTuple
 
-from experiments import assess, build, offline, play, presets, stages, text
+from experiments import (
+  assess,
+  build,
+  offline,
+  play,
+  presets,
+  stages,
+  terminal,
+  text,
+)
 from experiments.keeper import Keeper, peek
 from experiments.runtime import config as configs
 
@@ -45,7 +54,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
     'set', [], 'field=value, repeatable; --show lists the fields'
   )
-  flags.DEFINE_integer('seed', 0, 'of everything', 0)
+  flags.DEFINE_integer('seed', 0, 'of everything', 0, configs.MAX_SEED)
   flags.DEFINE_integer('steps', None, 'decisions; the preset has its own', 1)
   flags.DEFINE_string(
     'workdir', None, "the run's folder; runs/PRESET_ENV_sSEED if left out"
@@ -55,6 +64,9 @@ def define_flags() -> None:
     'profile', 0, 'updates to trace for the profiler into WORKDIR/profile', 0
   )
   flags.DEFINE_bool('tensorboard', False, 'write TensorBoard events, too')
+  flags.DEFINE_string(
+    'wandb', None, 'a project of Weights & Biases to write to, too'
+  )
   flags.DEFINE_string(
     'distributed',
     None,
@@ -74,7 +86,7 @@ def main() -> None:
   """Trains as the flags say."""
   from absl import flags
 
-  from experiments.runtime import distributed
+  from experiments.runtime import distributed, metrics
 
   values = flags.FLAGS
   with configs.user_errors():
@@ -89,16 +101,19 @@ def main() -> None:
     )
     if values.show:
       return _show(experiment)
+    metrics.check_installed(values.tensorboard, values.wandb or '')
     distributed.initialize(
       values.distributed, values.num_processes, values.process_id
     )
     use_compilation_cache()
     workdir = pathlib.Path(values.workdir or default_workdir(experiment))
+    configs.check_place('workdir', workdir, folder=True)
   return run(
     experiment,
     workdir,
     profile=values.profile,
     tensorboard=values.tensorboard,
+    wandb=values.wandb or '',
   )
 
 
@@ -106,10 +121,18 @@ def text_or_dataset(values) -> str | None:
   """The path that either flag gives.
 
   Raises:
-    UserError: both are given.
+    UserError: both are given, or a text to an agent that reads none.
   """
   if values.text and values.dataset:
-    raise configs.UserError(f'text={values.text}: --dataset is given, too')
+    raise configs.UserError(
+      f'text={values.text}: --dataset is given, too; take one of them'
+    )
+  agent = values.agent or presets.find(values.preset).agent
+  if values.text and not build.reads_text(agent):
+    raise configs.UserError(
+      f'text={values.text}: {agent} does not learn from a text; take '
+      '--preset=moe_language_small'
+    )
   return values.text or values.dataset
 
 
@@ -124,10 +147,36 @@ def default_workdir(experiment: build.Experiment) -> str:
   return f'runs/{experiment.name}_{where}_s{experiment.seed}'
 
 
-def use_compilation_cache() -> None:
-  """Keeps compiled programs in the user's cache folder, if none is set."""
+_OLDEST_JAX = (0, 10)
+
+
+def _check_jax() -> None:
   import jax
 
+  if jax.__version_info__ < _OLDEST_JAX:
+    raise configs.UserError(
+      f'jax={jax.__version__}: must be {".".join(map(str, _OLDEST_JAX))} or '
+      'newer: pip install -c constraints.txt -e .'
+    )
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    raise configs.UserError(
+      f'JAX_PLATFORMS={asked}: {error}; take JAX_PLATFORMS=cpu, or install '
+      'what these devices need'
+    ) from error
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder, if none is set.
+
+  Raises:
+    UserError: JAX is too old, or has not the devices that it was asked for.
+  """
+  import jax
+
+  _check_jax()
   # Compiling takes most of a short run; the next one finds it done.
   folder = pathlib.Path.home() / '.cache' / 'outplay' / 'jax'
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -135,20 +184,8 @@ def use_compilation_cache() -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
-def _device() -> str:
-  import jax
-
-  devices = jax.devices()
-  return f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})'
-
-
 def _show(experiment: build.Experiment) -> None:
-  from rich.console import Console
-  from rich.table import Table
-
-  table = Table(title=f'{experiment.name}: --set=FIELD=VALUE')
-  for column in ('field', 'value', 'meaning'):
-    table.add_column(column)
+  rows = []
 
   def add(prefix, config):
     docs = {field.name: field for field in configs.describe(config)}
@@ -158,23 +195,22 @@ def _show(experiment: build.Experiment) -> None:
         add(f'{prefix}{field.name}.', value)
       else:
         doc = docs[field.name].doc or ''
-        table.add_row(prefix + field.name, str(value), doc)
+        rows.append((prefix + field.name, str(value), doc))
 
   add('', experiment.config)
   add('env.', experiment.env)
   add('run.', experiment.run)
-  Console().print(table)
+  title = f'{experiment.name}: --set=FIELD=VALUE'
+  terminal.print_table(('field', 'value', 'meaning'), rows, title, left=3)
 
 
 def _announce(experiment, trainer, workdir) -> None:
   import jax
-  import numpy as np
 
   from experiments.runtime import distributed
 
   layout, agent = trainer.layout, trainer.stages[-1].agent
   state = jax.eval_shape(agent.init, jax.random.key(0))
-  size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
   spec = trainer.spec
   shape = getattr(spec.observation, 'shape', spec.observation)
   _, processes = distributed.process()
@@ -197,9 +233,10 @@ def _announce(experiment, trainer, workdir) -> None:
     shares, first = '', 'compiling: the first numbers take a while'
   print(
     f'{experiment.agent_name} on {seen}\n'
-    f'{size:,} parameters, {length} of {experiment.run.batch_size} rows, '
-    f'seed {experiment.seed}\n'
-    f'{_device()}, {processes} process{"es" if processes > 1 else ""}: {deal}, '
+    f'{terminal.parameters(state.params)}, {length} of '
+    f'{experiment.run.batch_size} rows, seed {experiment.seed}\n'
+    f'{terminal.device()}, '
+    f'{processes} process{"es" if processes > 1 else ""}: {deal}, '
     f'{layout.parts} part{"s" if layout.parts > 1 else ""}{shares}\n'
     f'folder: {workdir}\n{first}',
     flush=True,
@@ -216,6 +253,7 @@ def run(
   *,
   profile: int = 0,
   tensorboard: bool = False,
+  wandb: str = '',
 ) -> None:
   """Trains in a folder, from its last checkpoint if it has one.
 
@@ -227,12 +265,16 @@ def run(
     workdir: the run's folder; its config.json is there.
     profile: updates to trace.
     tensorboard: whether to write events.
+    wandb: the project that wandb gets the numbers for; '' for none.
+
+  Raises:
+    UserError: the folder cannot be gone on with.
   """
   from experiments.runtime import checkpoint, distributed
 
   started = time.perf_counter()
   with checkpoint.graceful_exit() as asked:
-    trained = _train(experiment, workdir, profile, tensorboard, asked)
+    trained = _train(experiment, workdir, profile, tensorboard, wandb, asked)
   players = None
   agent = trained.trainer.stages[-1].agent
   ended = trained.end == experiment.updates
@@ -266,7 +308,7 @@ class _Trained(NamedTuple):
   end: int
 
 
-def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
+def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
   import jax
 
   from experiments.runtime import distributed, loop, mesh, watch
@@ -275,7 +317,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   key = jax.random.key(experiment.seed)
   is_main = distributed.is_main()
   with configs.user_errors():
-    device = _device()
+    device = terminal.device()
     about = experiment.as_dict()
     if experiment.dataset:
       about |= {'dataset_checksum': offline.checksum_of(experiment)}
@@ -316,7 +358,7 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   if begin and is_main:
     print(f'resumed at update {begin:,} of {updates:,}', flush=True)
 
-  writer = _writer(workdir, updates, begin, tensorboard)
+  writer = _writer(experiment, workdir, begin, tensorboard, wandb)
   watcher = assess.Watcher(experiment, trainer, keeper, writer, begin, key)
   intervals = loop.Intervals(
     log=settings.log_every,
@@ -375,16 +417,25 @@ def _train(experiment, workdir, profile, tensorboard, asked) -> _Trained:
   return _Trained(trainer, begin, end)
 
 
-def _writer(workdir: pathlib.Path, updates: int, begin: int, tensorboard: bool):
+def _writer(
+  experiment: build.Experiment,
+  workdir: pathlib.Path,
+  begin: int,
+  tensorboard: bool,
+  wandb: str,
+):
   """Where metrics go: files and the terminal of the first process."""
   from experiments.runtime import distributed, metrics
 
   if not distributed.is_main():
     return metrics.tee()
-  writers = [metrics.csv_writer(workdir / 'metrics.csv', begin or None)]
+  resumed = begin or None
+  writers = [metrics.csv_writer(workdir / 'metrics.csv', resumed)]
   if tensorboard:
+    writers.append(metrics.tensorboard_writer(workdir / 'tensorboard', resumed))
+  if wandb:
     writers.append(
-      metrics.tensorboard_writer(workdir / 'tensorboard', begin or None)
+      metrics.wandb_writer(workdir, wandb, experiment.as_dict(), resumed)
     )
   shown = (
     'episode_return',
@@ -393,7 +444,7 @@ def _writer(workdir: pathlib.Path, updates: int, begin: int, tensorboard: bool):
     'held_perplexity',
     'decisions',
   )
-  writers.append(metrics.progress(updates, begin, shown))
+  writers.append(metrics.progress(experiment.updates, begin, shown))
   return metrics.tee(*writers)
 
 

@@ -18,19 +18,22 @@ _COMPARE_ALL = 64
 
 
 def is_masked(logits):
+  """Which logits `[...]` stand for no probability, bool `[...]`."""
   return logits <= MASKED / 2
 
 
 def safe_log(probs):
+  """Logarithms of probabilities `[...]`, finite at 0, `[...]`."""
   return jnp.log(jnp.maximum(probs, np.finfo(np.float32).tiny))
 
 
 def inverse_softplus(x):
+  """The y with `softplus(y) = x`, for positive x `[...]`: `[...]`."""
   return x + jnp.log(-jnp.expm1(-x))
 
 
 def log1mexp(x):
-  """`log(1 - exp(-x))` for positive x, exact at both ends."""
+  """`log(1 - exp(-x))` for positive x `[...]`, exact at both ends: `[...]`."""
   small = x < math.log(2)
   near = jnp.log(-jnp.expm1(-jnp.where(small, x, 1.0)))
   far = jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, x)))
@@ -38,7 +41,7 @@ def log1mexp(x):
 
 
 def log_slope(x):
-  """`log(1 - tanh(x)^2)`, each component alone, without cancellation."""
+  """`log(1 - tanh(x)^2)` of x `[...]`, without cancellation: `[...]`."""
   return 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
 
 
@@ -56,13 +59,13 @@ def split_logits(sizes, parameters):
 
 
 def pick(table, digits):
-  """Entries `[B, K, F]` of `table [B, F, n]` at `digits [B, K, F]`."""
+  """Entries of a table `[B, F, n]` at digits int32 `[B, K, F]`: `[B, K, F]`."""
   index = digits.swapaxes(1, 2)
   return jnp.take_along_axis(table, index, -1).swapaxes(1, 2)
 
 
 def invert_cdf(probs, uniforms):
-  """Which of `probs [B, F, n]` each of `uniforms [B, K, F]` hits, int32."""
+  """Which of `[B, F, n]` uniforms `[B, K, F]` hit, int32 `[B, K, F]`."""
   bins, uniforms = probs.shape[-1], uniforms.swapaxes(1, 2)
   if bins <= _COMPARE_ALL:
     total = running_sum(probs)
@@ -84,7 +87,10 @@ def invert_cdf(probs, uniforms):
 
 
 def running_sum(x):
-  """Cumulative sum over a short last axis, as a product: XLA's is slow."""
+  """Cumulative sum over a short last axis `[..., n]`, `[..., n]`.
+
+  As a product, for XLA's is slow.
+  """
   ones = np.tri(x.shape[-1], dtype=np.float32).T
   return jnp.dot(x, ones, precision='highest')
 
@@ -96,8 +102,12 @@ def first_above(probs, total, target):
   neither makes that one possible.
 
   Args:
-    probs, total: `[..., n]`.
+    probs: `[..., n]`.
+    total: `[..., n]`, its running sum.
     target: `[..., K]`.
+
+  Returns:
+    int32 `[..., K]`.
   """
   index = np.arange(probs.shape[-1], dtype=np.int32)[:, None]
   index = jnp.broadcast_to(index, (*probs.shape, 1))
@@ -108,33 +118,39 @@ def first_above(probs, total, target):
 
 
 def dirichlet(key, logits, alpha):
-  """Dirichlet(alpha) weights `[B, F, n]`; masked logits get none."""
+  """Dirichlet(alpha) weights for logits `[B, F, n]`, `[B, F, n]`.
+
+  Masked logits get none.
+  """
   log_gamma = jax.random.loggamma(key, alpha, logits.shape)
   return jax.nn.softmax(jnp.where(is_masked(logits), MASKED, log_gamma))
 
 
 def ravel(sizes, digits):
-  """Digits `[..., F]` to joint indices `[...]` in C order."""
+  """Digits int32 `[..., F]` to joint indices int32 `[...]` in C order."""
   strides = np.cumprod((1, *sizes[:0:-1]), dtype=np.int64)[::-1]
   strides = jnp.broadcast_to(strides.astype(np.int32), digits.shape)
   return (digits * strides).sum(-1, dtype=jnp.int32)
 
 
 def unravel(sizes, actions):
-  """Joint indices `[...]` in C order to digits `[..., F]`."""
+  """Joint indices int32 `[...]` in C order to digits int32 `[..., F]`."""
   digits = jnp.unravel_index(actions.astype(jnp.int32), sizes)
   return jnp.stack(digits, -1)
 
 
 def one_hots(sizes, actions):
-  """Joint indices `[...]` to one one-hot vector a factor, side by side."""
+  """Joint indices int32 `[...]` to one-hot vectors, side by side, `[..., P]`.
+
+  One vector a factor.
+  """
   digits = unravel(sizes, actions)
   hot = [jax.nn.one_hot(digits[..., i], n) for i, n in enumerate(sizes)]
   return jnp.concatenate(hot, -1)
 
 
 def hash_bits(x):
-  """A 32-bit hash int32 `[...]` of numbers `[..., D]`, 0 equal to -0."""
+  """Of numbers `[..., D]` a 32-bit hash int32 `[...]`, 0 equal to -0."""
   if x.dtype != jnp.int32:
     x = jnp.where(x == 0, 0, x).astype(jnp.float32)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -146,7 +162,10 @@ def hash_bits(x):
 
 
 def mix(x):
-  """The finaliser of MurmurHash3: a bijection of uint32 that spreads bits."""
+  """The finaliser of MurmurHash3, of uint32 `[...]`: uint32 `[...]`.
+
+  A bijection that spreads bits.
+  """
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

@@ -129,7 +129,7 @@ def tanh_gaussian(
   `K^2 / 2^33` (5e-8 for 20).
 
   Args:
-    low, high: bounds, one shape (any), finite.
+    low, high: bounds `[*shape]`, finite; any shape.
     min_std, init_std: before squashing, `0 < min_std < init_std`.
     noise_bins: parts of each dimension under the noise.
 
@@ -234,7 +234,7 @@ def factored_bins(
   would not fit int32 a hash (see `tanh_gaussian`).
 
   Args:
-    low, high: bounds, one shape (any), finite.
+    low, high: bounds `[*shape]`, finite; any shape.
     num_bins: in each dimension; `P = D num_bins`.
 
   Raises:

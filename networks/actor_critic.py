@@ -48,8 +48,8 @@ class Squash(NamedTuple):
     log_prob: `(Gaussian, actions [..., D]) -> [...]`, of stored actions; those
       at a bound are moved inside by 1e-6 of the unit box.
     mode: `(Gaussian) -> actions [..., D]`, tanh of the mean.
-    to_unit: `(actions) -> ` the same in the unit box.
-    from_unit: back.
+    to_unit: `(actions [..., D]) -> [..., D]`, the same in the unit box.
+    from_unit: `(unit [..., D]) -> [..., D]`, back.
   """
 
   sample: Callable[..., tuple[jax.Array, jax.Array]]
@@ -60,7 +60,11 @@ class Squash(NamedTuple):
 
 
 def squash(low: np.ndarray, high: np.ndarray) -> Squash:
-  """Functions of squashed Gaussians over the box from `low` to `high` `[D]`.
+  """Functions of squashed Gaussians over a box.
+
+  Args:
+    low: float32 `[D]`, bounds of the actions.
+    high: float32 `[D]`.
 
   Source: SAC (Haarnoja et al. 2018), Appendix C; the logarithm of the slope of
   tanh in the form that does not cancel.
@@ -133,6 +137,8 @@ def gaussian_policy(
 
   Raises:
     ValueError: an unknown kind of std, or `init_std` not between the others.
+
+  Source: SAC (Haarnoja et al. 2018), Appendix C.
   """
   if std not in ('state', 'free'):
     raise ValueError(f"std={std!r}: must be 'state' or 'free'")
@@ -190,7 +196,14 @@ def q_ensemble(
     hidden_sizes: widths of the layers, each followed by a ReLU.
     members: `E`.
     norm: of the hidden layers, `'none'` or `'layer'`.
-    statistics: see `gaussian_policy`.
+    statistics: mean and standard deviation of observations, `[F]` each, to
+      normalise by; None for 0 and 1.
+
+  Raises:
+    ValueError: statistics of another size; a size or a norm that
+      `networks.mlp.make` refuses.
+
+  Source: TD3 (Fujimoto et al. 2018), section 4: two critics.
   """
   size = observation_size + int(np.size(low))
   body = mlp.make(size, hidden_sizes, 1, norm=norm)
@@ -257,18 +270,20 @@ def q_mixture(
 
   Args:
     observation_size: see `q_ensemble`, as for what is not told here.
-    low: see there.
-    high: see there.
+    low: `[D]`, see there.
+    high: `[D]`, see there.
     width: of the hidden layer, the mixture's input and output.
     config: of the mixture; without statistics, see `mixture.check`.
     tokens: chunks that the hidden layer is cut into.
     members: `E`.
     norm: of the hidden layer and of the mixture's input.
-    statistics: see there.
+    statistics: `[F]` each, see there.
 
   Raises:
     ValueError: what `mixture.check` refuses, or tokens that do not divide the
       width.
+
+  Source: the place of the mixture is that of Obando-Ceron 2024.
   """
   mixture.check(config, 'moe', statistics=False)
   if tokens < 1 or width % tokens:
@@ -321,7 +336,18 @@ def v_network(
   norm: str = 'none',
   statistics: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Network:
-  """A state's value, `apply(params, observation) -> float32 [B]`."""
+  """A state's value, `apply(params, observation) -> float32 [B]`.
+
+  Args:
+    observation_size: numbers in an observation.
+    hidden_sizes: widths of the layers, each followed by a ReLU.
+    norm: of the hidden layers, `'none'` or `'layer'`.
+    statistics: mean and standard deviation of observations, `[F]` each, to
+      normalise by; None for 0 and 1.
+
+  Raises:
+    ValueError: as `q_ensemble`.
+  """
   body = mlp.make(observation_size, hidden_sizes, 1, norm=norm)
 
   def init(key):

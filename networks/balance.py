@@ -40,10 +40,13 @@ def cv_squared(x: jax.Array, keep: Any = None) -> jax.Array:
       not count.
 
   Returns:
-    Float scalar. 0 where nobody gets anything.
+    float scalar. 0 where nobody gets anything.
 
   Source: Shazeer 2017, equations 7 and 11; population variance and the 1e-10
   as its authors' code has them.
+
+  >>> [cv_squared(jnp.array(x)).item() for x in ([2.0, 2, 2], [6.0, 0, 0])]
+  [0.0, 2.0]
   """
   chex.assert_rank(x, 1)
   mean = jnp.mean(x, where=keep)
@@ -59,24 +62,35 @@ def importance(expert: jax.Array, gate: jax.Array, experts: int) -> jax.Array:
     experts: E.
 
   Returns:
-    Float `[E]`.
+    float `[E]`.
   """
   return jnp.zeros((experts,), gate.dtype).at[expert].add(gate, mode='drop')
 
 
 def count(expert: jax.Array, experts: int) -> jax.Array:
-  """How many tokens each expert gets, float32 `[E]`; see `importance`."""
+  """How many tokens each expert gets; `importance` of gates that are 1.
+
+  Args:
+    expert: int32 `[T, K]`; E where a place is empty.
+    experts: E.
+
+  Returns:
+    float32 `[E]`.
+  """
   return importance(expert, jnp.ones(expert.shape, jnp.float32), experts)
 
 
 def chosen(noisy: jax.Array, k: int) -> jax.Array:
-  """Which experts are among the k highest, bool, of the shape of `noisy`.
+  """Which experts are among the k highest.
 
   Of equals the first are chosen, as by `jax.lax.top_k`; -inf never is.
 
   Args:
     noisy: float `[..., E]`.
     k: from 1 to E.
+
+  Returns:
+    bool `[..., E]`.
   """
   index = jax.lax.top_k(noisy, k)[1]
   is_chosen = jax.nn.one_hot(index, noisy.shape[-1], dtype=bool).any(-2)
@@ -104,7 +118,7 @@ def chance(
     k: from 1 to E.
 
   Returns:
-    Float `[..., E]`, in [0, 1].
+    float `[..., E]`, in [0, 1].
 
   Source: Shazeer 2017, equations 8 and 9.
   """
@@ -136,7 +150,7 @@ def smooth_load(
     k: from 1 to E.
 
   Returns:
-    Float `[E]`.
+    float `[E]`.
   """
   return chance(clean, noisy, std, k).sum(0)
 
@@ -148,7 +162,7 @@ def z_loss(logits: jax.Array) -> jax.Array:
     logits: float `[..., E]`; -inf does not count, a row of them counts as 0.
 
   Returns:
-    Float scalar.
+    float scalar.
 
   Source: Zoph 2022, arXiv 2202.08906, equation 5.
   """

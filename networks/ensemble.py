@@ -184,9 +184,15 @@ def row_uniforms(rows: jax.Array, count: int) -> jax.Array:
 
 
 def poisson(uniforms: jax.Array) -> jax.Array:
-  """Poisson(1) numbers, float32, where uniform ones fall in its distribution.
+  """Poisson(1) numbers where uniform ones fall in its distribution.
 
   The weights of an online bootstrap (Oza and Russell 2001).
+
+  Args:
+    uniforms: float32 `[...]`, in `[0, 1)`.
+
+  Returns:
+    float32 `[...]`, whole numbers from 0 to 8.
   """
   mass = [math.exp(-1) / math.factorial(k) for k in range(8)]
   above = jnp.stack([uniforms >= total for total in np.cumsum(mass)])
@@ -194,7 +200,10 @@ def poisson(uniforms: jax.Array) -> jax.Array:
 
 
 def unflatten(flat: jax.Array, observation: Any) -> Any:
-  """Rows float32 `[B, F]` as observations of the kind given, leaves float32."""
+  """Rows float32 `[B, F]` as observations of the kind given.
+
+  Leaves are float32 `[B, ...]`.
+  """
   leaves, treedef = jax.tree.flatten(observation)
   sizes = [math.prod(x.shape[1:]) for x in leaves]
   parts = jnp.split(flat, np.cumsum(sizes)[:-1], -1)

@@ -18,14 +18,14 @@ _EPSILON = 1e-3
 
 
 def signed_hyperbolic(x: jax.Array) -> jax.Array:
-  """`h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x`, any shape, float32."""
+  """`h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x`, `[...]` to `[...]`."""
   root = jnp.sqrt(jnp.abs(x) + 1)
   # sqrt(|x| + 1) - 1, without its cancellation near zero.
   return x / (root + 1) + _EPSILON * x
 
 
 def signed_parabolic(y: jax.Array) -> jax.Array:
-  """The inverse of `signed_hyperbolic`, any shape, float32.
+  """The inverse of `signed_hyperbolic`, `[...]` to `[...]`.
 
   With `s = sqrt(|x| + 1)`, `h` says `0.001 s^2 + s = |y| + 1.001`. This solves
   for `s - 1`, so that nothing cancels: exactly 0 at 0, unlike the textbook
@@ -47,6 +47,12 @@ def to_two_hot(scalar: jax.Array, num_bins: int) -> jax.Array:
 
   Returns:
     float32 `[..., num_bins]`, sums to one.
+
+  >>> probs = to_two_hot(jnp.array([0.0, 3.0]), num_bins=5)
+  >>> [[round(p, 3) for p in row] for row in probs.tolist()]
+  [[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.997, 0.003]]
+  >>> [round(x, 3) for x in from_logits(jnp.log(probs)).tolist()]
+  [0.0, 3.0]
   """
   limit = (num_bins - 1) // 2
   bins = jnp.arange(-limit, limit + 1, dtype=jnp.float32)

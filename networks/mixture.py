@@ -155,7 +155,7 @@ class Listener(NamedTuple):
 
   Attributes:
     statistics: the network's.
-    key: of all gates' noise.
+    key: of all gates' noise, a typed key `[]`.
     calls: int32 scalar, of the mixture so far.
     aux: sums over them.
   """
@@ -238,6 +238,9 @@ def metrics(aux: moe.Aux) -> dict[str, jax.Array]:
   Args:
     aux: of one mixture, or of an ensemble's, leaves `[members, ...]`: the
       means over them.
+
+  Returns:
+    float32 scalars by name.
   """
   found = moe.metrics
   if aux.loss.ndim:

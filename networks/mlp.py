@@ -24,6 +24,14 @@ def spread(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
   `randomise` then draws all kernels of a network at once: one program of
   random numbers instead of one for each kernel, whose compilation would cost
   as much as that of a whole training step. LeCun's `1 / sqrt(fan_in)`.
+
+  Args:
+    key: not used.
+    shape: of the kernel, its outputs last.
+    dtype: of the kernel.
+
+  Returns:
+    `[*shape]`.
   """
   del key
   return jnp.full(shape, math.prod(shape[:-1]) ** -0.5, dtype)

@@ -107,7 +107,7 @@ class Config:
         f'backend={self.backend!r}: must be one of '
         f'{", ".join(dispatch.BACKENDS)}'
       )
-    for name in ('num_experts', 'limit'):
+    for name in ('num_experts', 'limit', 'groups'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)}: must be 0 or more')
     for name in ('hidden', 'slots', 'k', 'group_k'):
@@ -132,6 +132,9 @@ class Config:
       'prune_below',
     ):
       _check_above(name, getattr(self, name), 0)
+    momentum = self.load_momentum
+    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+      raise ValueError(f'load_momentum={momentum}: must be within [0, 1]')
 
   def _check_groups(self):
     experts, groups = self.num_experts, self.groups
@@ -143,7 +146,7 @@ class Config:
       raise ValueError(
         f'groups={groups}: needs router=noisy_top_k, not {self.router}'
       )
-    if groups < 0 or experts % groups:
+    if experts % groups:
       raise ValueError(
         f'groups={groups}: must divide num_experts={experts}, or be 0'
       )
@@ -195,7 +198,15 @@ class Aux(NamedTuple):
 
 
 def weighted(config: Config, losses: dict[str, jax.Array]) -> jax.Array:
-  """The sum of a mixture's losses, each with its weight, float32 scalar."""
+  """The sum of a mixture's losses, each with its weight.
+
+  Args:
+    config: has the weights.
+    losses: float32 scalars by name.
+
+  Returns:
+    float32 scalar.
+  """
   each = (getattr(config, f'{name}_weight') * x for name, x in losses.items())
   return jnp.asarray(sum(each))
 
@@ -205,6 +216,9 @@ def metrics(aux: Aux) -> dict[str, jax.Array]:
 
   `cv_load` is of the smooth load where there is noise; `cv_count` of the tokens
   that experts really got, which even a perfect router leaves uneven by chance.
+
+  Returns:
+    float32 scalars by name.
 
   Source: the columns of Shazeer 2017, Table 6.
   """
@@ -243,7 +257,16 @@ class FeedForward(nn.Module):
     )
 
   def grouped(self, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """All experts on rows sorted by expert, see `dispatch.Expert`."""
+    """All experts on rows sorted by expert, see `dispatch.Expert`.
+
+    Args:
+      params: of all experts, leaves `[E, ...]`.
+      x: float `[N, D]`.
+      sizes: int32 `[E]`, rows of each expert.
+
+    Returns:
+      `[N, O]`.
+    """
     kernels = (
       params[name]['kernel'].astype(self.dtype) for name in ('in', 'out')
     )

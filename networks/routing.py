@@ -122,6 +122,12 @@ def noisy_top_k(
     ValueError: k, a shape, or too few experts to keep.
 
   Source: Shazeer 2017, equations 3 to 11.
+
+  >>> found = noisy_top_k(jnp.array([[0.0, 2, 2, -1]]), None, None, k=2)
+  >>> found.plan.expert.tolist(), found.plan.gate.tolist()
+  ([[1, 2]], [[0.5, 0.5]])
+  >>> found.count.tolist()
+  [0.0, 1.0, 1.0, 0.0]
   """
   chex.assert_rank(clean, 2)
   experts = clean.shape[1]

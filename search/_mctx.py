@@ -91,7 +91,14 @@ def search(
   extra_data: Any = None,
   loop_fn: mctx.LoopFn = jax.lax.fori_loop,
 ) -> mctx.Tree:
-  """`mctx.search`, argument for argument and bit for bit, but faster."""
+  """`mctx.search`, argument for argument and bit for bit, but faster.
+
+  Shapes of roots, invalid actions bool `[B, A]` and the tree are those of
+  `batched_search`.
+
+  Raises:
+    ValueError: if a size or shape is wrong.
+  """
   return batched_search(
     params,
     rng_key,

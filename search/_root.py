@@ -76,7 +76,7 @@ def dirichlet(
 
 
 def log_probs(probs: chex.Array) -> chex.Array:
-  """Finite logarithms."""
+  """Logarithms `[...]` of probabilities `[...]`, finite at 0."""
   return jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny))
 
 
@@ -85,7 +85,12 @@ def mask_logits(
 ) -> chex.Array:
   """Logits `[B, A]` with the lowest finite number at invalid actions.
 
-  Finite, so that a row without a valid action has a softmax.
+  Finite, so that a row without a valid action has a softmax. Each row is
+  shifted so that its highest logit is 0.
+
+  Args:
+    logits: `[B, A]`.
+    invalid_actions: bool `[B, A]`; None returns the logits as they are.
 
   Raises:
     ValueError: if the shapes differ.
@@ -103,7 +108,7 @@ def mask_logits(
 
 
 def as_bool(mask: chex.Array) -> chex.Array:
-  """A mask of any dtype as bool: mctx's have ones and zeros."""
+  """A mask `[...]` of any dtype as bool `[...]`: mctx's are ones and zeros."""
   return mask.astype(bool)
 
 

@@ -47,11 +47,11 @@ class MDP(NamedTuple):
   """A Markov decision process.
 
   Attributes:
-    transition: `[S, A, S]`, probability of the next state; a row sums to at
-      most 1.
-    reward: `[S, A]`, expected reward of an action.
-    discount: `[]`, at least 0 and below 1.
-    initial: `[S]`, distribution of the first state.
+    transition: float `[S, A, S]`, probability of the next state; a row sums to
+      at most 1.
+    reward: float `[S, A]`, expected reward of an action.
+    discount: float `[]`, at least 0 and below 1.
+    initial: float `[S]`, distribution of the first state.
   """
 
   transition: chex.Array
@@ -149,9 +149,10 @@ def expected_return(mdp: MDP, policy: chex.Array) -> chex.Array:
 
 
 def occupancy(mdp: MDP, policy: chex.Array) -> chex.Array:
-  """Normalised discounted visits `(1 - g) sum_t g^t P(s_t = s)`, `[S]`.
+  """Discounted visits under a policy `[S, A]`: a share of states, `[S]`.
 
-  It sums to one where no transition ends the episode.
+  `(1 - g) sum_t g^t P(s_t = s)`, by a linear solve. It sums to
+  one where no transition ends the episode.
   """
   start = (1 - mdp.discount) * mdp.initial
   return linear.solve(_resolvent(mdp, policy).T, start)
@@ -195,12 +196,20 @@ def policy_bellman(
     mdp: any.
     policy: mu, `[S, A]`.
     value: J, `[S]`.
+
+  >>> end = MDP(jnp.zeros((1, 2, 1)), jnp.array([[1.0, 3.0]]), 0.9, jnp.ones(1))
+  >>> j, uniform = jnp.zeros(1), jnp.full((1, 2), 0.5)
+  >>> policy_bellman(end, uniform, j).tolist(), bellman(end, j).tolist()
+  ([2.0], [3.0])
   """
   return jnp.sum(policy * backup(mdp, value), axis=-1)
 
 
 def greedy(mdp: MDP, value: chex.Array) -> chex.Array:
-  """The policy mu with `T_mu J = TJ`, one-hot `[S, A]`; the first of ties."""
+  """The mu with `T_mu J = TJ` for values `[S]`, one-hot `[S, A]`.
+
+  Of ties it takes the first.
+  """
   return _one_hot(mdp, jnp.argmax(backup(mdp, value), axis=-1))
 
 
@@ -218,11 +227,11 @@ def newton(
 
   Args:
     operator: T, of an array to an array of its shape.
-    value: J, any shape, `N` numbers.
+    value: J, `[...]`, `N` numbers.
     solve: `(matrix [N, N], right [N]) -> [N]`.
 
   Returns:
-    The next J.
+    The next J, `[...]`.
   """
   flat = jnp.ravel(value)
   residual = lambda x: x - jnp.ravel(operator(jnp.reshape(x, value.shape)))
@@ -234,12 +243,20 @@ def newton_step(mdp: MDP, value: chex.Array) -> chex.Array:
   """Newton's step for `J = TJ` from values `[S]`: `[S]`; see `newton`.
 
   It is `policy_value(mdp, greedy(mdp, value))`, found another way.
+
+  >>> from search import examples
+  >>> mdp = jax.tree.map(jnp.asarray, examples.two_states())
+  >>> j = jnp.array([0.0, 9.0])
+  >>> [round(x, 2) for x in newton_step(mdp, j).tolist()]
+  [-54.15, -50.2]
+  >>> [round(x, 2) for x in policy_value(mdp, greedy(mdp, j)).tolist()]
+  [-54.15, -50.2]
   """
   return newton(functools.partial(bellman, mdp), value)
 
 
 def value_iteration(mdp: MDP, value: chex.Array, num_steps: int) -> chex.Array:
-  """`J, TJ, T^2 J, ...`, `[num_steps + 1, S]`, from values `[S]`."""
+  """From values `[S]`: `J, TJ, T^2 J, ...`, `[num_steps + 1, S]`."""
   return _iterates(functools.partial(bellman, mdp), value, num_steps)
 
 

@@ -23,7 +23,7 @@ class SampledNode(NamedTuple):
 
   Attributes:
     state: pytree `[N, ...]`, the model's own embedding.
-    prior_logits: `[N, P]`, what the policy draws from.
+    prior_logits: float32 `[N, P]`, what the policy draws from.
   """
 
   state: Any

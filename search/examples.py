@@ -28,18 +28,21 @@ def two_states() -> MDP:
 
 
 def continuous_control(value: chex.Array) -> chex.Array:
-  """The u in [0, 1] that attains `continuous_bellman`'s minimum, `[2]`."""
+  """The u that attains `continuous_bellman`'s minimum at `[2]`: `[2]`.
+
+  Each is a probability, see there.
+  """
   stay, leave = jnp.array([3.0, 9.0]), jnp.array([15.0, 1.0])
   slope = 0.9 * (value[0] - value[1])
   return jnp.clip((2 * leave - slope) / (2 * (stay + leave)), 0, 1)
 
 
 def continuous_bellman(value: chex.Array) -> chex.Array:
-  """T on costs `[2]` of two states with u in [0, 1] [book, 3.1.2].
+  """T on costs `[2]` of two states with continuous control: `[2]`.
 
-  u is the probability of state 1 next, 1 - u of state 2; a step in state 1
-  costs `5 + 3 u^2 + 15 (1 - u)^2` and in state 2 `3 + 9 u^2 + (1 - u)^2`;
-  discount 0.9.
+  [book, 3.1.2]. u in [0, 1] is the probability of state 1 next, 1 - u of
+  state 2; a step in state 1 costs `5 + 3 u^2 + 15 (1 - u)^2` and in state 2
+  `3 + 9 u^2 + (1 - u)^2`; discount 0.9.
   """
   u = continuous_control(value)
   cost = jnp.array([5.0, 3.0]) + jnp.array([3.0, 9.0]) * u**2
@@ -48,12 +51,12 @@ def continuous_bellman(value: chex.Array) -> chex.Array:
 
 
 def blackmailer(value: chex.Array) -> chex.Array:
-  """T on the cost `[]` of a blackmailer's victim, who pays [book, 3.9].
+  """T on the cost `[]` of a blackmailer's victim, who pays: `[]`.
 
-  A demand mu in (0, 1] earns mu and is refused for ever with probability
-  `mu^2`: `T_mu J = -mu + (1 - mu^2) J`. Demands that shrink for ever earn
-  without bound, so J* is minus infinity, T has no fixed point, and Newton's
-  step halves mu for ever.
+  [book, 3.9]. A demand mu in (0, 1] earns mu and is refused for ever with
+  probability `mu^2`: `T_mu J = -mu + (1 - mu^2) J`. Demands that shrink for
+  ever earn without bound, so J* is minus infinity, T has no fixed point, and
+  Newton's step halves mu for ever.
   """
   # From -1/2 down the best demand, -1 / (2 J), is at most 1.
   low = jnp.minimum(value, -0.5)
@@ -61,7 +64,7 @@ def blackmailer(value: chex.Array) -> chex.Array:
 
 
 def matrix_game(cost: chex.Array) -> chex.Array:
-  """Value `[]` of a game `[2, 2]`: rows minimise, columns maximise."""
+  """Of a game `[2, 2]` the value, `[]`: rows minimise, columns maximise."""
   low = jnp.max(jnp.min(cost, axis=0))
   high = jnp.min(jnp.max(cost, axis=1))
   (a, b), (c, d) = cost
@@ -75,8 +78,8 @@ class MarkovGame(NamedTuple):
   """A zero-sum game of one state that ends by chance, discount 0.95.
 
   Attributes:
-    cost: `[2, 2]`, what the rows' player pays.
-    survival: `[2, 2]`, probability that it goes on.
+    cost: float `[2, 2]`, what the rows' player pays.
+    survival: float `[2, 2]`, probability that it goes on.
   """
 
   cost: chex.Array
@@ -84,7 +87,7 @@ class MarkovGame(NamedTuple):
 
 
 def markov_bellman(game: MarkovGame, value: chex.Array) -> chex.Array:
-  """T on the cost `[]` of a Markov game: neither concave nor convex."""
+  """T on the cost `[]` of a Markov game, `[]`: neither concave nor convex."""
   return matrix_game(game.cost + 0.95 * game.survival * value)
 
 
@@ -108,12 +111,15 @@ def random_games(seed: int, number: int) -> MarkovGame:
 def newton_iterates(
   operator: Operator, value: chex.Array, number: int
 ) -> chex.Array:
-  """Newton's iterates for `J = TJ`, `[number + 1, ...]`, the first one first.
+  """Newton's iterates for `J = TJ`, the first one first.
 
   Args:
     operator: T.
-    value: J, where to start.
+    value: J, where to start, `[...]`.
     number: of steps.
+
+  Returns:
+    `[number + 1, ...]`.
   """
 
   def step(value, _):

@@ -47,8 +47,8 @@ class Game(NamedTuple):
 
   Attributes:
     mdp: its rewards are within `[0, (1 - g) value_max]`.
-    weight: `[S, A]`, `d(s) mu(a | s)`, or the share of the data.
-    value_max: Vmax, `[]`: critics are within `[0, value_max]`.
+    weight: float `[S, A]`, `d(s) mu(a | s)`, or the share of the data.
+    value_max: Vmax, float `[]`: critics are within `[0, value_max]`.
   """
 
   mdp: bellman.MDP
@@ -76,8 +76,9 @@ class Critic(NamedTuple):
   """The answer to a policy.
 
   Attributes:
-    value: f, `[S, A]`, in `[0, Vmax]`; never worse than Q_pi.
-    gap: `[]`, the critic's objective is this far from its minimum at most.
+    value: f, float `[S, A]`, in `[0, Vmax]`; never worse than Q_pi.
+    gap: float `[]`, the critic's objective is this far from its minimum at
+      most.
     is_q: bool `[]`, Q_pi was better than what the solver found, and was taken.
   """
 
@@ -93,7 +94,7 @@ class Play(NamedTuple):
   play it for a whole episode.
 
   Attributes:
-    policy: `[K, S, A]`.
+    policy: float `[K, S, A]`.
     critic: each field `[K, ...]`.
   """
 
@@ -102,18 +103,19 @@ class Play(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What a play was worth; each `[]`, returns are discounted.
+  """What a play was worth; returns are discounted.
 
   Attributes:
-    mixture: J of the result.
-    last: J of the last policy.
-    behaviour: J of mu.
-    regret: `Reg / K`, measured, towards mu.
-    slack: `J(mixture) - J(mu) + Reg / (K (1 - g))`, not negative where the
-      theorem holds.
-    identity_error: the largest error of the performance difference.
-    gap: the largest of the critics'.
-    num_q: int32, how often Q_pi replaced the solver's critic.
+    mixture: float `[]`, J of the result.
+    last: float `[]`, J of the last policy.
+    behaviour: float `[]`, J of mu.
+    regret: float `[]`, `Reg / K`, measured, towards mu.
+    slack: float `[]`, `J(mixture) - J(mu) + Reg / (K (1 - g))`, not negative
+      where the theorem holds.
+    identity_error: float `[]`, the largest error of the performance
+      difference.
+    gap: float `[]`, the largest of the critics'.
+    num_q: int32 `[]`, how often Q_pi replaced the solver's critic.
   """
 
   mixture: chex.Array
@@ -248,12 +250,12 @@ def projected_gradient(
 
 
 def pessimism_term(game: Game, policy: chex.Array, f: chex.Array) -> chex.Array:
-  """`L(pi, f)` of a policy and a critic, both `[S, A]`: `[]`."""
+  """`L(pi, f)` of a policy `[S, A]` and a critic `[S, A]`, `[]`."""
   return jnp.sum(_coefficients(game, policy, 'relative') * f)
 
 
 def bellman_error(game: Game, policy: chex.Array, f: chex.Array) -> chex.Array:
-  """`E(pi, f)` of a policy and a critic, both `[S, A]`: `[]`."""
+  """`E(pi, f)` of a policy `[S, A]` and a critic `[S, A]`, `[]`."""
   return jnp.sum(game.weight * _residual(game, policy, f) ** 2)
 
 

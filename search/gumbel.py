@@ -37,7 +37,16 @@ def gumbel(
   Result for result `mctx.gumbel_muzero_policy` with its default Q transform,
   for the same key.
 
-  Args, where they are not `puct`'s:
+  Args:
+    params: passed to `recurrent_fn`.
+    key: consumed.
+    root: prior logits `[B, A]`, value `[B]`, embedding pytree `[B, ...]`.
+    recurrent_fn: a `Model.step`.
+    num_simulations: simulations for each root, at least 1; static.
+    invalid_actions: bool `[B, A]`, True where an action may not be taken.
+    root_qvalues: float `[B, A]`, Qs of the root's actions before their first
+      visit; None for the rule's own idea of an unvisited action.
+    max_depth: the most edges from the root to a leaf; static.
     max_num_considered_actions: actions that Sequential Halving starts from,
       at least 1; static.
     gumbel_scale: scale of the root's Gumbel noise.

@@ -136,6 +136,10 @@ def improve(
     The improved policy, float32 `[A]`, and its Z, float32 `[]`, in units of
     Q. The policy is not normalised again: how far its sum is from 1 tells how
     exactly Z solves its equation.
+
+  >>> policy, z = improve(mpo(1.0), jnp.log(jnp.full(2, 0.5)), jnp.arange(2.0))
+  >>> [round(p, 3) for p in policy.tolist()], round(z.item(), 3)
+  ([0.269, 0.731], 0.62)
   """
   advantages, top = _advantages(log_prior, qvalues)
   z = operator.solve(log_prior, advantages)
@@ -187,9 +191,9 @@ def corrected_log_prior(
   operator is not `mpo`: the theorem's Z_hat is that of this prior.
 
   Args:
-    log_prior: see `estimate`.
-    log_beta: see `estimate`.
-    counts: see `estimate`.
+    log_prior: float32 `[K]`, see `estimate`.
+    log_beta: float32 `[K]`, see there.
+    counts: `[K]`, see there.
   """
   log_frequency = _log_frequency(counts)
   ratio = jnp.where(counts > 0, log_prior - log_beta, 0.0)
@@ -208,8 +212,8 @@ def uncorrected_log_prior(
   improvement of beta, which is right for beta = pi alone.)
 
   Args:
-    log_prior: see `estimate`.
-    counts: see `estimate`.
+    log_prior: float32 `[K]`, see `estimate`.
+    counts: `[K]`, see there.
   """
   log_frequency = _log_frequency(counts)
   known = jnp.where(counts > 0, log_prior, 0.0)

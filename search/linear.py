@@ -40,6 +40,12 @@ def solve(matrix: chex.Array, right: chex.Array) -> chex.Array:
 def solve_with(
   matrix: chex.Array, inverted: chex.Array, right: chex.Array
 ) -> chex.Array:
-  """As `solve`, of a matrix whose `inverse` is at hand."""
+  """As `solve`, of a matrix whose `inverse` is at hand, `[N]`.
+
+  Args:
+    matrix: `[N, N]`.
+    inverted: `[N, N]`.
+    right: `[N]`.
+  """
   x = jnp.asarray(inverted @ right)
   return x + inverted @ (right - matrix @ x)

@@ -146,7 +146,8 @@ def qvalues(
     embedding: pytree `[N, ...]`.
 
   Returns:
-    Actions `[N, A, ...]` and their Qs `[N, A]`, -inf where they are invalid.
+    Actions int32 or float32 `[N, A, ...]` and their Qs float32 `[N, A]`, -inf
+    where they are invalid.
 
   Raises:
     ValueError: actions can neither be enumerated nor proposed.
@@ -172,8 +173,8 @@ def expand(
     embedding: pytree `[N, ...]`.
 
   Returns:
-    As `Model.outcomes`: probability `[N, C]`, outputs `[N, C]`, embeddings
-    `[N, C, ...]`; C = 1 for one successor.
+    As `Model.outcomes`: probability `[N, C]`, outputs `[N, C]`, embeddings as
+    pytree `[N, C, ...]`; C = 1 for one successor.
   """
   if model.outcomes is not None:
     return model.outcomes(params, action, embedding)
@@ -257,6 +258,9 @@ def num_evaluations(
 
   Raises:
     ValueError: a number is out of range.
+
+  >>> num_evaluations(2, 7), num_evaluations(2, 7, widths=(None, 3))
+  (57, 29)
   """
   check_range('depth', depth, low=1)
   total, nodes = int(interior), 1
@@ -327,7 +331,8 @@ def choices(
     invalid_actions: bool `[N, A]`, of enumerated actions; None for none.
 
   Returns:
-    Actions `[N, A, ...]`, and bool `[N, A]` where they may be taken.
+    Actions int32 or float32 `[N, A, ...]`, and bool `[N, A]` where they may be
+    taken.
 
   Raises:
     ValueError: actions can neither be enumerated nor proposed.

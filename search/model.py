@@ -144,17 +144,18 @@ class PolicyOutput(NamedTuple):
   """What a planner decided.
 
   Attributes:
-    action: `[B]` (or `[B, ...]` for continuous actions), what to do.
+    action: int32 `[B]` (or float32 `[B, ...]` for continuous actions), what
+      to do.
     action_weights: float32 `[B, A]`, sums to one: the improved policy, which
       is the target for the policy network. Over `sampled_actions` where there
       are any, `[B, K]`, 0 at spare slots.
     value: float32 `[B]`, the planner's estimate of the root's value.
     search_tree: the mctx tree where there is one, else None. It keeps every
       embedding alive: drop it before it leaves a compiled function.
-    sampled_actions: `[B, K, ...]`, the actions that the root chose among;
-      None where all are enumerated.
-    qvalues: `[B, A]`, or `[B, K]` of sampled actions: what each is worth,
-      -inf where it was not looked at. None where a tree says it.
+    sampled_actions: int32 or float32 `[B, K, ...]`, the actions that the root
+      chose among; None where all are enumerated.
+    qvalues: float32 `[B, A]`, or `[B, K]` of sampled actions: what each is
+      worth, -inf where it was not looked at. None where a tree says it.
   """
 
   action: chex.Array

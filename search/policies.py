@@ -162,6 +162,7 @@ def efficientzero(
   """EfficientZero's search (Ye et al. 2021; the rule is in its code alone).
 
   It differs from `puct` in four places:
+
   - Q-values are rescaled by the smallest and largest Q in the whole tree (of
     all expanded nodes but the root, as they stand when the descent begins),
     at least `minmax_delta` apart, and clipped to [0, 1].
@@ -180,9 +181,25 @@ def efficientzero(
   first for a new best where scores rise by less than 1e-6; ours compares with
   the best of all. For one player only: discounts must not be negative.
 
-  Args and returns are `puct`'s, and:
+  Args:
+    params: see `puct`, as for what is not told here.
+    key: see there.
+    root: see there.
     recurrent_fn: with value prefixes, one of `search.value_prefix`.
+    num_simulations: see there.
+    invalid_actions: bool `[B, A]`, see there.
+    root_qvalues: float `[B, A]`, see there.
+    max_depth: see there.
+    dirichlet_fraction: see there.
+    dirichlet_alpha: see there.
+    pb_c_init: see there.
+    pb_c_base: see there.
+    temperature: see there.
     minmax_delta: the least range of Qs that is stretched to [0, 1], above 0.
+    evaluate: see there.
+
+  Returns:
+    `action_weights` are the root's visit counts over their sum.
 
   Raises:
     ValueError: if an argument is out of range.

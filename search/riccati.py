@@ -13,9 +13,10 @@ has a cost only where `a + b L` is stable, and is unstable where Newton's step
 has no meaning (Bertsekas 2022, "Lessons from AlphaZero", chapter 4; Kleinman
 1968).
 
-Scalar systems, the book's, have numbers for fields; K and L are then arrays of
-any one shape. Others have matrices: `N` state variables, `M` controls, K
-`[N, N]` symmetric, L `[M, N]`. For float64, as `search.bellman`.
+Matrices are those of `N` state variables and `M` controls: K `[N, N]`
+symmetric, L `[M, N]`. Scalar systems, the book's, have numbers for fields; K
+and L, and what is told of them below, are then arrays of any one shape. For
+float64, as `search.bellman`.
 """
 
 import functools
@@ -37,10 +38,10 @@ class System(NamedTuple):
   """A linear system and its cost.
 
   Attributes:
-    a: `[]` or `[N, N]`, what the state does by itself.
-    b: `[]` or `[N, M]`, not 0, what the control does.
-    q: `[]` or `[N, N]`, cost of the state, positive (semi)definite.
-    r: `[]` or `[M, M]`, cost of the control, positive definite.
+    a: float `[N, N]` or `[]`, what the state does by itself.
+    b: float `[N, M]` or `[]`, not 0, what the control does.
+    q: float `[N, N]` or `[]`, cost of the state, positive (semi)definite.
+    r: float `[M, M]` or `[]`, cost of the control, positive definite.
   """
 
   a: chex.Numeric
@@ -50,7 +51,7 @@ class System(NamedTuple):
 
 
 def riccati(system: System, cost: chex.Array) -> chex.Array:
-  """Bellman's operator F on a cost K: F(K), of K's shape."""
+  """Bellman's operator F on a cost K `[N, N]`: F(K), `[N, N]`."""
   return policy_riccati(system, gain(system, cost), cost)
 
 
@@ -59,10 +60,10 @@ def gain(system: System, cost: chex.Array) -> chex.Array:
 
   Args:
     system: scalar or not.
-    cost: K, with `r + b'K b` positive definite.
+    cost: K, `[N, N]`, with `r + b'K b` positive definite.
 
   Returns:
-    L, of K's shape or `[M, N]`.
+    L, `[M, N]`.
   """
   a, b, _, r = system
   if _is_scalar(system):
@@ -77,8 +78,11 @@ def policy_riccati(
 
   Args:
     system: scalar or not.
-    policy: L.
-    cost: K.
+    policy: L, `[M, N]`.
+    cost: K, `[N, N]`.
+
+  Returns:
+    `[N, N]`.
   """
   loop = closed_loop(system, policy)
   if _is_scalar(system):
@@ -87,20 +91,29 @@ def policy_riccati(
 
 
 def closed_loop(system: System, policy: chex.Array) -> chex.Array:
-  """`a + b L`, of K's shape; F's derivative at K is its square at `gain(K)`."""
+  """`a + b L` of a policy L `[M, N]`: `[N, N]`.
+
+  F's derivative at a scalar K is its square at `gain(K)`.
+  """
   if _is_scalar(system):
     return system.a + system.b * policy
   return system.a + system.b @ policy
 
 
 def is_stable(system: System, policy: chex.Array) -> chex.Array:
-  """Whether a policy L brings every state to 0, bool `[]` (or L's shape)."""
+  """Whether a policy L `[M, N]` brings every state to 0, bool `[]`.
+
+  Of a scalar system bool of L's shape.
+  """
   loop = closed_loop(system, policy)
   return (jnp.abs(loop) if _is_scalar(system) else _radius(loop)) < 1
 
 
 def policy_cost(system: System, policy: chex.Array) -> chex.Array:
-  """What a policy L costs: K_L, the root of F_L; all inf where unstable."""
+  """What a policy L `[M, N]` costs: K_L, the root of F_L, `[N, N]`.
+
+  All of it is inf where L is unstable.
+  """
   loop = closed_loop(system, policy)
   if _is_scalar(system):
     step = system.q + system.r * policy * policy
@@ -120,11 +133,11 @@ def newton(system: System, cost: chex.Array) -> chex.Array:
 
   Args:
     system: scalar or not.
-    cost: K, `[]` or `[N, N]`; of a matrix the policy must be stable.
+    cost: K, `[N, N]`; of a matrix the policy must be stable.
 
   Returns:
-    The next K. Of a scalar K without a stable policy it is a finite number
-    that is no cost.
+    The next K, `[N, N]`. Of a scalar K without a stable policy it is a finite
+    number that is no cost.
   """
   operator = functools.partial(riccati, system)
   if _is_scalar(system):
@@ -151,16 +164,22 @@ def lookahead_cost(
 
   Args:
     system: scalar or not.
-    cost: K, the terminal cost.
+    cost: K, `[N, N]`, the terminal cost.
     depth: l, at least 1.
-    policy: base policy L; None without rollout.
+    policy: base policy L, `[M, N]`; None without rollout.
     num_steps: m, at least 0.
 
   Returns:
-    The player's cost, of K's shape; inf where it is unstable.
+    The player's cost, `[N, N]`; inf where it is unstable.
 
   Raises:
     ValueError: a number is too small, or there are steps without a policy.
+
+  >>> book, zero = System(1.0, 2.0, 1.0, 0.5), jnp.zeros(())
+  >>> [round(lookahead_cost(book, zero, l).item(), 3) for l in (1, 2)]
+  [inf, 1.112]
+  >>> round(float(optimal(book)), 3)
+  1.112
   """
   check_range('depth', depth, low=1)
   check_range('num_steps', num_steps, low=0)
@@ -197,11 +216,14 @@ def optimal(system: System) -> chex.Array:
 
 
 def fixed_points(system: System) -> tuple[chex.Array, chex.Array]:
-  """The roots of a scalar system's F, the upper one and the lower one.
+  """The roots of a scalar system's F, the upper `[]` and the lower one `[]`.
 
   The upper one is K* and the lower one negative where `q > 0`. With `q = 0`
   and `|a| > 1` they are `r (a^2 - 1) / b^2`, the best of stable policies, and
   0, the optimal cost, which is no stable policy's (section 4.8).
+
+  Raises:
+    ValueError: the system is not scalar.
   """
   _check_scalar(system)
   a, b, q, r = system
@@ -217,7 +239,7 @@ def fixed_points(system: System) -> tuple[chex.Array, chex.Array]:
 
 
 def stability_boundary(system: System, depth: int = 1) -> chex.Array:
-  """S_l: l-step look-ahead of a scalar system is stable for K above it.
+  """S_l, `[]`: l-step look-ahead of a scalar system is stable for K above it.
 
   `S_1 = (|a| - 1) r / b^2` and `F(S_(l + 1)) = S_l`; falls to the lower fixed
   point: the region of stability grows with l to all that value iteration
@@ -241,10 +263,14 @@ def stability_boundary(system: System, depth: int = 1) -> chex.Array:
 
 
 def newton_error(system: System, cost: chex.Array) -> chex.Array:
-  """`K_L - K*` of a scalar system's one-step look-ahead at K, in closed form.
+  """`K_L - K*` of a scalar system at K `[...]`, in closed form: `[...]`.
 
+  L is the one-step look-ahead at K. It is
   `a^2 b^2 r^2 (K - K*)^2 / ((r + b^2 K*) ((r + b^2 K)^2 - a^2 r^2))` where
   stable, else inf: never negative, quadratic near K*, bounded far above it.
+
+  Raises:
+    ValueError: the system is not scalar.
   """
   best = fixed_points(system)[0]
   a, b, _, r = system

@@ -18,6 +18,7 @@ and all K actions are evaluated before the search, which gives each its Q until
 its first visit (the paper's Appendix A; reported as very important).
 
 Choices of ours:
+
 - An evaluation at the root is no visit: the policy target counts visits only.
 - `with_mode` lets the policy's mode take the place of the root's first draw,
   for play without exploration: few samples may all lie far from it.
@@ -58,7 +59,7 @@ class SampledEmbedding(NamedTuple):
 
   Attributes:
     state: pytree `[B, ...]`, the model's own embedding.
-    actions: `[B, K, ...]`, what the node's slots stand for.
+    actions: int32 or float32 `[B, K, ...]`, what the node's slots stand for.
   """
 
   state: Any
@@ -69,7 +70,7 @@ class Proposal(NamedTuple):
   """Actions to choose among.
 
   Attributes:
-    actions: `[B, K, ...]`.
+    actions: int32 or float32 `[B, K, ...]`.
     logits: float32 `[B, K]`, of the priors; the lowest number at spare slots.
     is_spare: bool `[B, K]`.
   """
@@ -115,6 +116,9 @@ def merge(identity: chex.Array) -> chex.Array:
   Returns:
     float32 `[B, K]`, how often each action was drawn, 0 at spare slots; a row
     sums to K.
+
+  >>> merge(jnp.array([[7, 5, 7, 7]])).tolist()
+  [[3.0, 1.0, 0.0, 0.0]]
   """
   chex.assert_rank(identity, 2)
   size = identity.shape[1]

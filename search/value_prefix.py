@@ -97,6 +97,18 @@ def recurrent_fn(
 
   Raises:
     ValueError: if `horizon` is below 1.
+
+  >>> def prefix_step(params, key, action, state, carry):
+  ...   one = jnp.ones(1)  # What every step earns; the carry adds it up.
+  ...   return PrefixStep(carry + 1, one, one[None], one, state, carry + 1)
+  >>> step = recurrent_fn(prefix_step, horizon=2)
+  >>> node = root_embedding(jnp.zeros((1, 1)), jnp.zeros(1))
+  >>> for _ in range(3):
+  ...   output, node = step(None, None, jnp.zeros(1, int), node)
+  ...   print(output.reward.item(), node.prefix.item(), node.depth.item())
+  1.0 1.0 1
+  1.0 0.0 2
+  1.0 1.0 3
   """
   if isinstance(horizon, int) and horizon < 1:
     raise ValueError(f'horizon must be at least 1, but is {horizon}.')

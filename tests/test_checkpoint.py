@@ -210,7 +210,8 @@ def test_another_template_is_refused_in_one_line(saved, change, message):
   with pytest.raises(UserError) as caught:
     checkpoints.restore(carry | change)
   assert str(caught.value) == (
-    f'the checkpoint {root}/4 does not fit this run: {message}'
+    f'the checkpoint {root}/4 does not fit this run: {message}; another agent, '
+    'network or release has written it'
   )
 
 

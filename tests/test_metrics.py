@@ -1,8 +1,9 @@
 """Writers: what is on the disk or the terminal after a few rows."""
 
-import builtins
 import io
+import json
 import re
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -165,14 +166,67 @@ def test_tensorboard_writes_what_it_can_read_back(tmp_path):
   assert found == [(3, 'loss', 0.5)]
 
 
-def test_tensorboard_says_what_is_missing(tmp_path, monkeypatch):
-  original = builtins.__import__
+@pytest.fixture
+def offline_wandb(monkeypatch):
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  monkeypatch.setenv('WANDB_SILENT', 'true')
+  return pytest.importorskip('wandb')
 
-  def without(name, *args, **kwargs):
-    if name.startswith('tensorboardX'):
-      raise ImportError(name)
-    return original(name, *args, **kwargs)
 
-  monkeypatch.setattr(builtins, '__import__', without)
-  with pytest.raises(UserError, match=r'pip install "outplay\[tensorboard\]"'):
-    metrics.tensorboard_writer(tmp_path)
+def logged(path):
+  """`[(step, name, number)]` of a run's file: a LevelDB log of its records."""
+  from wandb.proto import wandb_internal_pb2
+
+  data, at, record, found = path.read_bytes(), 7, b'', []
+  while at < len(data):
+    # A block of 32 KiB ends with zeros where no header has room.
+    if 2**15 - at % 2**15 < 7:
+      at += 2**15 - at % 2**15
+      continue
+    size, kind = int.from_bytes(data[at + 4 : at + 6], 'little'), data[at + 6]
+    record += data[at + 7 : at + 7 + size]
+    at += 7 + size
+    if kind in (1, 4):  # whole, or the last part
+      items = wandb_internal_pb2.Record.FromString(record).history.item
+      row = {
+        (x.key or x.nested_key[0]): json.loads(x.value_json) for x in items
+      }
+      found += [
+        (row['_step'], name, value)
+        for name, value in row.items()
+        if not name.startswith('_')
+      ]
+      record = b''
+  return found
+
+
+def test_wandb_keeps_the_numbers_and_the_run(tmp_path, offline_wandb):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  ids = []
+  for resumed, steps in ((None, (3, 6)), (6, (9,)), (None, (3,))):
+    writer = metrics.wandb_writer(workdir, 'probe', {'seed': 1}, resumed)
+    for step in steps:
+      # The last one goes back, as who resumes behind a lost future does.
+      writer.write(step, {'loss': jnp.float32(step / 2), 'phase': 'x'})
+      writer.write(step - 1, {'loss': 99.0})
+    writer.close()
+    ids.append((workdir / 'wandb_id.txt').read_text().strip())
+  assert ids[0] == ids[1] != ids[2]
+  first, *_ = sorted(workdir.glob(f'wandb/offline-run-*/run-{ids[0]}.wandb'))
+  assert logged(first) == [(3, 'loss', 1.5), (6, 'loss', 3.0)]
+
+
+@pytest.mark.parametrize(
+  'make, package, extra',
+  [
+    (metrics.tensorboard_writer, 'tensorboardX', 'tensorboard'),
+    (lambda path: metrics.wandb_writer(path, 'p', {}), 'wandb', 'wandb'),
+    (lambda path: metrics.check_installed(True, ''), 'tensorboardX', '.*'),
+    (lambda path: metrics.check_installed(False, 'p'), 'wandb', 'wandb'),
+  ],
+)
+def test_a_missing_package_is_told(tmp_path, monkeypatch, make, package, extra):
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(UserError, match=rf'pip install "outplay\[{extra}\]"'):
+    make(tmp_path)

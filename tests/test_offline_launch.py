@@ -422,7 +422,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path):
 
   done = launch('train', '--preset=atac', '--env=jax:pendulum', check=False)
   assert done.returncode == 2
-  assert done.stderr.startswith('error: dataset: preset atac learns from')
+  assert done.stderr.startswith('error: dataset: atac learns from')
 
 
 OFFLINE = [

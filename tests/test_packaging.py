@@ -43,7 +43,7 @@ def test_constraints_pin_every_requirement_and_name_no_host():
     for requirement in extra
   ]
   assert {name_of(r) for r in requirements} <= PINS.keys()
-  line = re.compile(r'[\w.-]+==[\w.!+-]+( ; [\w\s\'"().=<>!]+)?')
+  line = re.compile(r'[\w.-]+==[\w.!+-]+( ; [\w\s\'"().=<>!*]+)?')
   for pin in CONSTRAINTS.splitlines():
     assert line.fullmatch(pin), pin
 

@@ -379,4 +379,7 @@ def test_launcher_errors_are_one_line(tmp_path):
     text=True,
   )
   assert done.returncode == 2
-  assert done.stderr == f'error: workdirs={tmp_path}/no_*: there is none\n'
+  assert done.stderr == (
+    f'error: workdirs={tmp_path}/no_*: there is none; name folders that '
+    'experiments.train has made\n'
+  )

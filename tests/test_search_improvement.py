@@ -307,7 +307,7 @@ def test_launcher(tmp_path):
   assert refused.stderr.startswith('error: ks=4,32: must be')
   done = launch('--ks=32,256', '--trials=400', f'--out={tmp_path}')
   assert done.returncode == 0, done.stderr
-  assert str(tmp_path) in done.stdout.splitlines()[-1]
+  assert f'results: {tmp_path}' in done.stdout
   with open(tmp_path / 'operators_convergence.csv', newline='') as file:
     rows = list(csv.DictReader(file))
   # Two operators, three proposals, three priors, two K.

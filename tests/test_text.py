@@ -135,7 +135,7 @@ def test_files_that_are_no_texts(tmp_path):
   with pytest.raises(ValueError, match=r'x.txt: No such file'):
     read()
   path.write_bytes(b'')
-  with pytest.raises(ValueError, match=r'x.txt: is empty$'):
+  with pytest.raises(ValueError, match=r'x.txt: is empty; take'):
     read()
   path.write_bytes(b'one\ntwo \xe9\n')
   with pytest.raises(ValueError, match=r'x.txt: byte 8 \(line 2\) is not utf'):
@@ -478,7 +478,7 @@ MISTAKES = {
   'env': ({'env': 'Catch-v0'}, 'env=Catch-v0: a text'),
   'hold out': (
     {'settings': (*SETTINGS, 'hold_out=3')},
-    'hold_out: needs a',
+    'hold_out=3: needs a',
   ),
   'host': ({'settings': (*SETTINGS, 'data_on=host')}, 'data_on=host: a text'),
   'long': (

@@ -19,12 +19,12 @@ class Noise(NamedTuple):
   """All random numbers of an update.
 
   Attributes:
-    tm1: normal `[B, D]`, of new actions at the batch's observations.
-    t: normal `[B, D]`, of actions at the next observations.
-    uniform: `[B, n, D]` in `[-1, 1)`, the penalty's uniform actions.
-    samples_tm1: normal `[B, n, D]`, the penalty's of the policy.
-    samples_t: normal `[B, n, D]`, the penalty's of the policy at the next
-      observations.
+    tm1: normal float32 `[B, D]`, of new actions at the batch's observations.
+    t: normal float32 `[B, D]`, of actions at the next observations.
+    uniform: float32 `[B, n, D]` in `[-1, 1)`, the penalty's uniform actions.
+    samples_tm1: normal float32 `[B, n, D]`, the penalty's of the policy.
+    samples_t: normal float32 `[B, n, D]`, the penalty's of the policy at the
+      next observations.
   """
 
   tm1: chex.Array
@@ -35,10 +35,15 @@ class Noise(NamedTuple):
 
 
 def draw_noise(key: chex.PRNGKey, action: chex.Array, samples: int) -> Noise:
-  """The noise of an update with `key` on actions `[B, D]`.
+  """The noise of an update.
 
   `split(key)` gives SAC's two, so that without a penalty the update is SAC's;
   `split(fold_in(key, 1), 3)` gives the penalty's, in the order of `Noise`.
+
+  Args:
+    key: consumed.
+    action: `[B, D]`, the batch's, of which only the shape counts.
+    samples: n, of each kind.
   """
   shape = (action.shape[0], samples, action.shape[1])
   normal = jax.random.normal
@@ -59,7 +64,7 @@ def candidates(
   Args:
     box: squashes Gaussians.
     gaussian_tm1: `[B, D]`, the policy at the batch's observations.
-    gaussian_t: the policy at the next ones.
+    gaussian_t: `[B, D]`, the policy at the next ones.
     noise: of the update.
 
   Returns:

@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import optim, rollout
+from agents.core import optim, ranges, rollout
 from agents.core.rollout import ModelParams
 from agents.core.types import (
   Agent,
@@ -60,6 +60,7 @@ class Config:
   planning_gamma: float = 0.99
 
   def __post_init__(self):
+    ranges.at_least(self, 1, 'widths')
     if not 1 <= self.elites <= self.members:
       raise ValueError(
         f'elites={self.elites}: must be within [1, members={self.members}]'

@@ -82,6 +82,10 @@ def double_q_residual(
     float32 `[B]`.
 
   Source: ATAC (Cheng et al. 2022), section 4.2; official code, `q_eval_mode`.
+
+  >>> q, r, d, target, q_t = (jnp.array([x]) for x in (1.0, 1.0, 0.5, 4.0, 2.0))
+  >>> [double_q_residual(q, r, d, target, q_t, w).item() for w in (1.0, 0.0)]
+  [4.0, 1.0]
   """
   chex.assert_rank([q_tm1, r_t, discount_t, target_q_t, q_t], 1)
   chex.assert_equal_shape([q_tm1, r_t, discount_t, target_q_t, q_t])
@@ -102,6 +106,9 @@ def expectile(x: chex.Array, tau: chex.Numeric) -> chex.Array:
     float32 `[B]`.
 
   Source: IQL (Kostrikov et al. 2021), equation 5.
+
+  >>> expectile(jnp.array([-2.0, 2.0]), 0.75).tolist()
+  [1.0, 3.0]
   """
   chex.assert_rank(x, 1)
   return jnp.where(x < 0, 1.0 - tau, tau) * jnp.square(x)
@@ -154,8 +161,8 @@ def masked_mean(x: chex.Array, mask: chex.Array) -> chex.Array:
   """Mean over the entries whose mask is 1; 0 where there are none.
 
   Args:
-    x: float32, any shape.
-    mask: float32, the same shape.
+    x: float32 `[...]`.
+    mask: float32 `[...]`, 0 or 1.
 
   Returns:
     float32 scalar.

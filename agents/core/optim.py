@@ -12,6 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Of a `Config` whose learning rate is `warmup_step_decay`'s: all 0 or more.
+SCHEDULE_FIELDS = (
+  'learning_rate',
+  'warmup_updates',
+  'decay_every',
+  'decay_rate',
+  'weight_decay',
+)
+
 
 def warmup_step_decay(
   peak: chex.Numeric,
@@ -268,6 +277,13 @@ def matrix_squares(path: Any, x: chex.Array, stacked: bool) -> Any:
 
 
 def periodic(new: Any, old: Any, step: chex.Array, period: int) -> Any:
-  """`new` where `step` is a multiple of `period`, else `old`, on a pytree."""
+  """`new` where `step` is a multiple of `period`, else `old`, leaves `[...]`.
+
+  Args:
+    new: pytree of arrays `[...]`.
+    old: pytree of arrays `[...]`.
+    step: int32 scalar.
+    period: at least 1.
+  """
   due = step % period == 0
   return jax.tree.map(lambda n, o: jnp.where(due, n, o), new, old)

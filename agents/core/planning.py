@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import unroll
+from agents.core import ranges, unroll
 from search import policies, sampled
 from search.model import Model, PolicyOutput, TimeStep
 
@@ -54,30 +54,15 @@ class SearchConfig:
   evaluate_root: bool = True
 
   def __post_init__(self):
-    if self.num_simulations < 0:
-      raise ValueError(
-        f'num_simulations={self.num_simulations}: must be 0 or more'
-      )
-    if self.max_considered < 1:
-      raise ValueError(f'max_considered={self.max_considered}: must be >= 1')
+    ranges.at_least(self, 0, 'num_simulations', 'pb_c_init')
+    ranges.at_least(self, 1, 'max_considered', 'num_samples')
     if self.max_depth < 0:
       raise ValueError(
         f'max_depth={self.max_depth}: must be above 0, or 0 for no bound'
       )
-    if self.num_samples < 1:
-      raise ValueError(f'num_samples={self.num_samples}: must be >= 1')
-    for name in (
-      'dirichlet_alpha',
-      'minmax_delta',
-      'pb_c_base',
-      'sample_temperature',
-    ):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and value <= 0:
-        raise ValueError(f'{name}={value}: must be above 0')
-    value = self.dirichlet_fraction
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
-      raise ValueError(f'dirichlet_fraction={value}: must be within [0, 1]')
+    ranges.above(self, 0, 'dirichlet_alpha', 'minmax_delta', 'pb_c_base')
+    ranges.above(self, 0, 'sample_temperature')
+    ranges.within(self, 0, 1, 'dirichlet_fraction')
 
 
 Searcher = Callable[..., PolicyOutput]

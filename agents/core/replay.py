@@ -82,6 +82,9 @@ def num_rows(
 
   Raises:
     ValueError: they do not hold one window and its history.
+
+  >>> num_rows(capacity=1000, num_streams=8, window=5, frame_stack=4)
+  125
   """
   rows = capacity // num_streams
   need = window + frame_stack - 1
@@ -95,7 +98,11 @@ def num_rows(
 
 
 def check_arguments(capacity, batch_size, window, frame_stack, alpha) -> None:
-  """Raises ValueError, naming the argument, where one is out of range."""
+  """Refuses arguments of a replay that are out of range.
+
+  Raises:
+    ValueError: naming the argument.
+  """
   for name, value in (
     ('capacity', capacity),
     ('batch_size', batch_size),
@@ -179,6 +186,9 @@ def weights(mass: chex.Array, beta: chex.Numeric) -> chex.Array:
   Args:
     mass: priority ** alpha of the drawn rows, `[B]`, positive.
     beta: exponent, 0 for none.
+
+  >>> weights(jnp.array([1.0, 4.0, 16.0]), 0.5).tolist()
+  [1.0, 0.5, 0.25]
   """
   return (mass.min() / mass) ** beta
 
@@ -238,6 +248,18 @@ def device_replay(
 
   Raises:
     ValueError: an argument out of range; in `init`, a capacity too small.
+
+  >>> from search.model import TimeStep
+  >>> replay = device_replay(capacity=3, batch_size=2, window=2)
+  >>> def row(t):
+  ...   reward, no = jnp.full(1, t, jnp.float32), jnp.zeros(1, bool)
+  ...   timestep = TimeStep(reward[:, None], reward, jnp.ones(1), no, no)
+  ...   return Experience(timestep, action=jnp.zeros(1, jnp.int32), extras={})
+  >>> state = replay.init(row(0))
+  >>> for t in range(4):
+  ...   state = replay.add(state, row(t))
+  >>> state.rows.timestep.reward[:, 0].tolist()
+  [3.0, 1.0, 2.0]
   """
   check_arguments(capacity, batch_size, window, frame_stack, alpha)
   history = frame_stack - 1

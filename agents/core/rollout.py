@@ -65,6 +65,8 @@ def predict(
     key: consumed; split into the elite's, the normal's, the ending's.
     observation: pytree `[B, ...]`.
     action: `[B, D]`, in its own units.
+
+  Source: MBPO (Janner et al. 2019), Algorithm 2: a member at random, each step.
   """
   keys = jax.random.split(key, 3)
   out = _elites(ensemble, params, observation, action)
@@ -80,7 +82,14 @@ def predict(
 def expect(
   ensemble: Ensemble, params: ModelParams, observation: Any, action: chex.Array
 ) -> Predicted:
-  """The step that the elites expect on average; arguments as `predict`."""
+  """The step that the elites expect on average.
+
+  Args:
+    ensemble: from `networks.ensemble`.
+    params: its parameters.
+    observation: pytree `[B, ...]`.
+    action: `[B, D]`, in its own units.
+  """
   out = _elites(ensemble, params, observation, action)
   goes_on = jnp.mean(jax.nn.sigmoid(-out.logit), 0)
   return _predicted(out, observation, jnp.mean(out.mean, 0), goes_on)

@@ -35,13 +35,18 @@ def n_step_values(
     v_t: float32 `[L]`, values of the observations.
     horizon: int32 scalar `l`, in `[1, max_horizon]`.
     gamma: the discount per step.
-    max_horizon: the static bound `n`.
+    max_horizon: `n`, the static bound.
 
   Returns:
     float32 `[L - max_horizon]`, meaningless at and behind an episode's end.
 
   Source: MuZero (Schrittwieser 2020), Appendix G; the dynamic horizon is
   EfficientZero (Ye 2021), equation 4.
+
+  >>> r, discount = jnp.array([0.0, 1, 2, 4, 8]), jnp.array([1.0, 1, 1, 0, 1])
+  >>> cut, v = jnp.zeros(5, bool), jnp.array([0.0, 0, 16, 0, 0])
+  >>> n_step_values(r, discount, cut, v, 2, gamma=0.5, max_horizon=2).tolist()
+  [6.0, 4.0, 4.0]
   """
   chex.assert_rank([r_t, discount_t, truncated_t, v_t], 1)
   chex.assert_equal_shape([r_t, discount_t, truncated_t, v_t])
@@ -113,6 +118,11 @@ def unroll_targets(
 
   Returns:
     `UnrollTargets`.
+
+  Raises:
+    ValueError: the window is too short for them.
+
+  Source: MuZero (Schrittwieser 2020), Appendix G.
   """
   chex.assert_equal_shape([r_t, discount_t, truncated_t, valid_t, v_t])
   if r_t.shape[0] < unroll_steps + max_horizon + 1:
@@ -161,6 +171,9 @@ def value_prefixes(reward: chex.Array, reset_every: int) -> chex.Array:
     float32 `[K + 1]`, entry 0 is 0.
 
   Source: EfficientZero (Ye 2021), section 4.2.
+
+  >>> value_prefixes(jnp.array([0.0, 1, 2, 3, 4]), reset_every=2).tolist()
+  [0.0, 1.0, 3.0, 3.0, 7.0]
   """
   chex.assert_rank(reward, 1)
   reward = reward.at[0].set(0.0)
@@ -193,6 +206,10 @@ def off_policy_horizon(
     int32 `[B]`.
 
   Source: EfficientZero (Ye 2021), equation 5.
+
+  >>> age = jnp.array([0.0, 299, 300, 1e6])
+  >>> off_policy_horizon(age, max_horizon=5, total_decisions=1000).tolist()
+  [5, 5, 4, 1]
   """
   drop = jnp.floor(age / (fraction * total_decisions)).astype(jnp.int32)
   return jnp.clip(max_horizon - drop, 1, max_horizon)

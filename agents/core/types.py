@@ -38,7 +38,10 @@ class Discrete(NamedTuple):
 class Continuous(NamedTuple):
   """Real vectors of `shape`, each component within `[low, high]`.
 
-  `low` and `high` are float32 numpy arrays of that shape.
+  Attributes:
+    shape: of an action, without batch.
+    low: float32 numpy array of that shape, `[*shape]`.
+    high: float32 numpy array, `[*shape]`.
   """
 
   shape: tuple[int, ...]
@@ -71,8 +74,9 @@ class Spec(NamedTuple):
       stores single frames: the last `C / frame_stack` channels.
     masks_actions: whether time steps carry `invalid_actions`.
     name: the environment's name, for error messages.
-    statistics: mean and standard deviation `[F]` of a data set's observations,
-      their leaves laid end to end; None where nothing is known beforehand.
+    statistics: mean and standard deviation, float32 `[F]` each, of a data
+      set's observations, their leaves laid end to end; None where nothing is
+      known beforehand.
     game: the exact rules (`search.model.Game`) where the environment is a game
       against oneself whose observations are positions; None elsewhere.
   """
@@ -121,7 +125,8 @@ class Vectors(NamedTuple):
   Attributes:
     observation_size: numbers in an observation, all leaves together.
     action: `Continuous` of shape `[D]`, with finite bounds.
-    statistics: see `Spec`; None where they are not wanted.
+    statistics: mean and standard deviation of observations, float32 `[F]`
+      each, see `Spec`; None where they are not wanted.
   """
 
   observation_size: int
@@ -144,7 +149,8 @@ def as_vectors(spec: Spec, agent: str, normalise: bool) -> Vectors:
   action = spec.action
   if not isinstance(action, Continuous) or len(action.shape) != 1:
     raise ValueError(
-      f'{agent} needs vectors of continuous actions; {spec.name} has {action}'
+      f'{agent} needs vectors of continuous actions; {spec.name} has {action}: '
+      'take another env, or an agent for such actions'
     )
   check_bounds(spec)
   if normalise and spec.statistics is None:
@@ -164,9 +170,10 @@ class Experience(NamedTuple):
 
   Attributes:
     timestep: `[B]` rows of `TimeStep`.
-    action: `[B, ...]`, ignored by the environment where `timestep.is_last()`.
-    extras: dict of arrays `[B, ...]` that `act` returned (search policy and
-      value, log-probabilities).
+    action: int32 or float32 `[B, ...]`, ignored by the environment where
+      `timestep.is_last()`.
+    extras: dict of arrays float32 `[B, ...]` that `act` returned (search policy
+      and value, log-probabilities).
   """
 
   timestep: TimeStep
@@ -201,7 +208,7 @@ class Transition(NamedTuple):
 
   Attributes:
     o_tm1: observation pytree, `[B, ...]`.
-    a_tm1: `[B, ...]`.
+    a_tm1: int32 or float32 `[B, ...]`.
     r_t: float32 `[B]`.
     discount_t: float32 `[B]`, 0 at termination, else 1.
     o_t: observation pytree, `[B, ...]`, the true next one.

@@ -39,7 +39,7 @@ class Unrolled(NamedTuple):
     policy_logits: float32 `[K + 1, B, A]`.
     value_logits: float32 `[K + 1, B, N]`.
     reward_logits: float32 `[K, B, N]`, of arriving at steps 1 to K.
-    states: `[K, B, ...]`, latent states 1 to K.
+    states: float32 `[K, B, ...]`, latent states 1 to K.
     statistics: batch statistics after the unroll.
   """
 
@@ -80,6 +80,8 @@ def unroll(
 
   Returns:
     `Unrolled`.
+
+  Source: MuZero (Schrittwieser 2020), Appendix G.
   """
   policy_0, value_0, statistics = networks.predict(
     params, statistics, state, train
@@ -250,7 +252,7 @@ def flatten_steps(tree: Any) -> Any:
 
 
 def unflatten_steps(tree: Any, batch: int) -> Any:
-  """The inverse of `flatten_steps` for a known batch size."""
+  """The inverse of `flatten_steps`, `[B * L, ...] -> [B, L, ...]`."""
   return jax.tree.map(lambda x: x.reshape((batch, -1) + x.shape[1:]), tree)
 
 

@@ -95,6 +95,21 @@ def load(path: str | pathlib.Path, max_steps: int | None = None):
   Raises:
     ValueError: h5py is not installed, a key is missing, torn or of a wrong
       shape, or the rows are not in order.
+
+  >>> import tempfile, h5py
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   file = pathlib.Path(folder) / 'walks-v0.hdf5'
+  ...   with h5py.File(file, 'w') as f:
+  ...     f['observations'] = np.arange(4, dtype=np.float32)[:, None]
+  ...     f['actions'] = np.zeros((4, 1), np.float32)
+  ...     f['rewards'] = np.ones(4, np.float32)
+  ...     f['terminals'] = np.array([0, 1, 0, 0], bool)
+  ...     f['timeouts'] = np.array([0, 0, 0, 1], bool)
+  ...   rows = load(file)
+  >>> rows.observation.tolist(), rows.next_observation.tolist()
+  ([[0.0], [1.0], [2.0]], [[1.0], [1.0], [3.0]])
+  >>> rows.terminated.tolist(), rows.episode.tolist()
+  ([False, True, False], [0, 0, 1])
   """
   path = pathlib.Path(path)
   task = TASKS.get(path.stem.replace('_', '-').partition('-')[0])

@@ -29,7 +29,7 @@ def open_file(path: pathlib.Path, mode: str = 'r') -> Any:
 
 
 def read(group: Any, key: str, path: pathlib.Path) -> np.ndarray:
-  """One array of numbers of a file or group, whole.
+  """One array of numbers of a file or group, whole, of the file's shape.
 
   Raises:
     ValueError: it is missing, a group, not numbers, or damaged.

@@ -52,8 +52,8 @@ class Dataset(NamedTuple):
     observation: float32 or uint8 `[N, ...]`.
     action: float32 `[N, ...]`.
     reward: float32 `[N]`.
-    next_observation: like `observation`, the true next one, also where the
-      episode ends.
+    next_observation: float32 or uint8 `[N, ...]`, the true next one, also
+      where the episode ends.
     terminated: bool `[N]`.
     truncated: bool `[N]`, cut though it could have gone on; never together
       with `terminated`.
@@ -86,6 +86,15 @@ def make(
   """A data set from arrays of any float or bool type; numbers its episodes.
 
   Where both flags are set the episode has terminated.
+
+  Args:
+    observation: `[N, ...]`; uint8 stays, all else becomes float32.
+    action: `[N, ...]`.
+    reward: `[N]`.
+    next_observation: `[N, ...]`.
+    terminated: `[N]`.
+    truncated: `[N]`.
+    about: what it is of.
   """
   terminated = np.asarray(terminated, bool)
   truncated = np.asarray(truncated, bool) & ~terminated
@@ -102,7 +111,11 @@ def make(
 
 
 def number_episodes(ended: np.ndarray) -> np.ndarray:
-  """Episode ids, int32 `[N]`, from bool `[N]` that marks last rows."""
+  """Episode ids, int32 `[N]`, from bool `[N]` that marks last rows.
+
+  >>> number_episodes(np.array([False, True, False, False, True])).tolist()
+  [0, 0, 1, 1, 1]
+  """
   before = np.concatenate([[0], np.asarray(ended)[:-1]])[: len(ended)]
   return np.cumsum(before, dtype=np.int32)
 

@@ -55,7 +55,7 @@ class Corpus(NamedTuple):
   Attributes:
     name: the file's, without its ending.
     train: uint16 or uint32 `[N]`, what is trained on.
-    held_out: likewise, the end of the text.
+    held_out: uint16 or uint32 `[M]`, the end of the text.
     vocabulary: what they mean.
   """
 
@@ -89,7 +89,16 @@ def count_words(text: str, size: int) -> Vocabulary:
 
 
 def encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
-  """Tokens of a text, uint16 (uint32 from V = 65,537) `[N]`."""
+  """Tokens of a text, uint16 (uint32 from V = 65,537) `[N]`.
+
+  >>> words = count_words('the red hat, the red cat', 300)
+  >>> words.words
+  (' red',)
+  >>> encode(words, 'a red cat').tolist()
+  [97, 256, 32, 99, 97, 116]
+  >>> decode(words, encode(words, 'a red cat'))
+  'a red cat'
+  """
   known = _Spelling(
     (word, (BYTES + i,)) for i, word in enumerate(vocabulary.words)
   )
@@ -102,7 +111,7 @@ def encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
 
 
 def decode(vocabulary: Vocabulary, tokens: Sequence[int] | np.ndarray) -> str:
-  """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+  """The text of tokens `[N]`; bytes that are no UTF-8 become U+FFFD."""
   words = vocabulary.words
   spelt = (
     bytes((t,)) if t < BYTES else words[t - BYTES].encode()
@@ -173,9 +182,12 @@ def _bytes(path: pathlib.Path) -> bytes:
   try:
     content = path.read_bytes()
   except OSError as error:
-    raise ValueError(f'text={path}: {error.strerror}') from error
+    raise ValueError(
+      f'text={path}: {error.strerror}; must be a text file, python -m '
+      'experiments.corpus fetches some'
+    ) from error
   if not content:
-    raise ValueError(f'text={path}: is empty')
+    raise ValueError(f'text={path}: is empty; take a longer text')
   return content
 
 
@@ -192,7 +204,7 @@ def _tokens(path, content, vocabulary, held_out, encoding) -> Corpus:
   if split < 1:
     raise ValueError(
       f'text={path}: held_out={held_out} of {len(text)} characters leaves none '
-      'to train on'
+      'to train on; take a longer text'
     )
   found = count_words(text[:split], vocabulary)
   whole = functools.partial(encode, found)

@@ -27,9 +27,13 @@ HEIGHT = 1.0
 
 
 class AcrobotState(NamedTuple):
-  """`physics`: float32 `[4]`, the first link's angle (rad, 0 hanging), the
-  second's relative to it, then their velocities. `steps`: int32, decisions so
-  far."""
+  """Where the links are, and since when.
+
+  Attributes:
+    physics: float32 `[4]`, the first link's angle (rad, 0 hanging), the
+      second's relative to it, then their velocities (rad/s).
+    steps: int32 scalar, decisions so far.
+  """
 
   physics: chex.Array
   steps: chex.Array

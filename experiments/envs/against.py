@@ -21,7 +21,12 @@ Opponent = Callable[[Any, chex.PRNGKey], chex.Array]
 
 
 class AgainstState(NamedTuple):
-  """`side`: int32, which player of the `position` the agent is."""
+  """A position, and whose side the agent is on.
+
+  Attributes:
+    position: the game's.
+    side: int32 scalar, which of its players the agent is.
+  """
 
   position: Any
   side: chex.Array

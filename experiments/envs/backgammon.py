@@ -53,7 +53,7 @@ class Position(NamedTuple):
       (its home is 1 to 6), on the bar. Point `i` of one is `25 - i` of the
       other.
     dice: int8 `[2]`, the higher one first.
-    player: int32, 0 or 1, whose move it is.
+    player: int32 scalar, 0 or 1, whose move it is.
   """
 
   board: chex.Array
@@ -67,15 +67,15 @@ def new_board() -> chex.Array:
 
 
 def is_over(board: chex.Array) -> chex.Array:
-  """Whether somebody has borne off all stones, bool."""
+  """Whether somebody has borne off all stones of int8 `[2, 26]`, bool `[]`."""
   return (board[:, OFF] == STONES).any()
 
 
 def points(board: chex.Array) -> chex.Array:
-  """What the first side's win is worth: float32 1, 2 or 3.
+  """What the first side's win is worth: float32 scalar, 1, 2 or 3.
 
   Args:
-    board: of a game that the first side has won.
+    board: int8 `[2, 26]`, of a game that the first side has won.
   """
   other = board[1].astype(jnp.int32)
   gammon = other[OFF] == 0
@@ -136,7 +136,7 @@ def candidates(position: Position, number: int = NUM_CANDIDATES) -> chex.Array:
 
 
 def count(position: Position) -> chex.Array:
-  """How many different boards the turn may lead to, int32; at least 1."""
+  """How many different boards a turn may lead to, int32 scalar, at least 1."""
   return _turns(position, 1)[1]
 
 

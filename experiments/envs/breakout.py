@@ -21,16 +21,16 @@ class BreakoutState(NamedTuple):
   """Rows count down from the top, columns from the left.
 
   Attributes:
-    paddle: int32, its column; it moves in the bottom row.
+    paddle: int32 scalar, its column; it moves in the bottom row.
     ball: int32 `[2]`, row and column.
     velocity: int32 `[2]`, -1 or 1 each, cells a decision.
     trail: int32 `[2]`, where the ball was one decision ago.
     bricks: bool `[10, 10]`.
-    inside: bool, the ball touched a brick on the last decision; it breaks no
-      other one before it has touched none.
-    lost: bool, the ball passed the paddle.
-    action: int32, the last action that was carried out.
-    steps: int32, decisions so far.
+    inside: bool scalar, the ball touched a brick on the last decision; it
+      breaks no other one before it has touched none.
+    lost: bool scalar, the ball passed the paddle.
+    action: int32 scalar, the last action that was carried out.
+    steps: int32 scalar, decisions so far.
   """
 
   paddle: chex.Array

@@ -23,8 +23,13 @@ MAX_POSITION = 2.4
 
 
 class CartPoleState(NamedTuple):
-  """`physics`: float32 `[4]`, position (m), velocity, angle (rad), its
-  velocity. `steps`: int32, decisions so far."""
+  """Where cart and pole are, and since when.
+
+  Attributes:
+    physics: float32 `[4]`, position (m), velocity (m/s), angle (rad), its
+      velocity (rad/s).
+    steps: int32 scalar, decisions so far.
+  """
 
   physics: chex.Array
   steps: chex.Array

@@ -12,7 +12,13 @@ from search.model import Environment, TimeStep
 
 
 class CatchState(NamedTuple):
-  """int32 scalars; the paddle moves in the bottom row."""
+  """Where ball and paddle are; the paddle moves in the bottom row.
+
+  Attributes:
+    ball_row: int32 scalar.
+    ball_column: int32 scalar.
+    paddle_column: int32 scalar.
+  """
 
   ball_row: chex.Array
   ball_column: chex.Array

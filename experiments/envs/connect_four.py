@@ -36,7 +36,7 @@ class Board(NamedTuple):
   Attributes:
     stones: uint8 `[2, 7]`, the columns of the player who began and of the
       other one; bit `r` is the cell `r` above the lowest.
-    player: int32, 0 or 1, whose move it is.
+    player: int32 scalar, 0 or 1, whose move it is.
   """
 
   stones: chex.Array
@@ -61,7 +61,7 @@ def play(board: Board, column: chex.Array) -> Board:
 
   Args:
     board: the position.
-    column: int32, from the left.
+    column: int32 scalar, from the left.
   """
   # Of a full column this is the bit above it, which the mask takes away.
   free = ((board.stones[0] | board.stones[1]) + 1) & FULL
@@ -74,7 +74,7 @@ def play(board: Board, column: chex.Array) -> Board:
 
 
 def winner(board: Board) -> chex.Array:
-  """Who has four in a line: int32, 0 or 1, and -1 for nobody."""
+  """Who has four in a line: int32 scalar, 0 or 1, and -1 for nobody."""
   x = board.stones
   a, b, c, d = (x[:, i : i + COLUMNS - 3] for i in range(4))
   across = (
@@ -88,12 +88,16 @@ def winner(board: Board) -> chex.Array:
 
 
 def is_over(board: Board) -> chex.Array:
-  """Whether somebody has won or the board is full (a draw), bool."""
+  """Whether somebody has won or the board is full (a draw), bool scalar."""
   return (winner(board) >= 0) | ~legal(board).any()
 
 
 def observe(board: Board, side: chex.Array) -> chex.Array:
-  """The board as `side` (int32, 0 or 1) sees it.
+  """The board as a side sees it.
+
+  Args:
+    board: the position.
+    side: int32 scalar, 0 or 1.
 
   Returns:
     float32 `[6, 7, 2]`, the top row first: 1 at one's own stones in channel 0,
@@ -106,7 +110,7 @@ def observe(board: Board, side: chex.Array) -> chex.Array:
 
 
 def random_column(board: Board, key: chex.PRNGKey) -> chex.Array:
-  """A legal column, all alike: int32. Any column if the board is full."""
+  """A legal column, all alike: int32 scalar. Any one if the board is full."""
   noise = jax.random.uniform(key, (COLUMNS,))
   return jnp.argmax(noise + legal(board)).astype(jnp.int32)
 
@@ -141,7 +145,12 @@ def game() -> Game:
 
 
 class ConnectFourState(NamedTuple):
-  """`side`: int32, which player of the `board` the agent is."""
+  """A position, and whose side the agent is on.
+
+  Attributes:
+    board: the position.
+    side: int32 scalar, which of its players the agent is.
+  """
 
   board: Board
   side: chex.Array

@@ -111,7 +111,10 @@ def resolve_id(env_id: str) -> str:
     stem = stem.replace(suffix, '')
   near = difflib.get_close_matches(stem, by_lower, n=4, cutoff=0.5)
   hint = ', '.join(by_lower[n] for n in near) or 'envpool.list_all_envs()'
-  raise ValueError(f'env_id={env_id!r}: envpool has none; nearest: {hint}')
+  raise ValueError(
+    f'env={env_id!r}: envpool has none; nearest: {hint}; other names begin '
+    'with jax:, self_play: or gymnasium:'
+  )
 
 
 def make_envpool(

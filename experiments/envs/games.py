@@ -34,4 +34,4 @@ def make_game(name: str) -> Game:
   known = (*makers, *pgx_games.NAMES)
   near = difflib.get_close_matches(name, known, 1)
   hint = f'; did you mean {near[0]}?' if near else ''
-  raise ValueError(f'game={name!r}: known are {", ".join(known)}{hint}')
+  raise ValueError(f'env=self_play:{name}: known are {", ".join(known)}{hint}')

@@ -48,7 +48,13 @@ def make_gymnasium(
   try:
     probe = make()
   except (gymnasium.error.Error, TypeError) as e:
-    raise ValueError(f'env {env_id_or_fn!r}: {e}') from e
+    why = str(e).rstrip('.')
+    name = env_id_or_fn
+    name = f'gymnasium:{name}' if isinstance(name, str) else name
+    raise ValueError(
+      f'env={name!r}: {why}; must be one of gymnasium.registry, and its '
+      'libraries installed'
+    ) from e
   name = probe.spec.id if probe.spec else type(probe.unwrapped).__name__
   frame, convert = host.observation_codec(probe.observation_space, name)
   action = host.action_spec(probe.action_space, name)

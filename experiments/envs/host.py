@@ -112,13 +112,17 @@ def env_seeds(seed: int, num_envs: int) -> list[int]:
 
 
 def check_num_envs(num_envs: int) -> None:
-  """Raises ValueError unless `num_envs` is an integer of at least 1."""
+  """Refuses a number of environments.
+
+  Raises:
+    ValueError: `num_envs` is not an integer of at least 1.
+  """
   if not isinstance(num_envs, int | np.integer) or num_envs < 1:
     raise ValueError(f'num_envs={num_envs!r}: must be an integer of at least 1')
 
 
 def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
-  """The action as a simulator takes it, or a ValueError.
+  """The action as a simulator takes it.
 
   Simulators written in C++ abort the process or silently read past their
   tables on a bad action, so none passes here.
@@ -132,6 +136,9 @@ def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
   Returns:
     int32 `[E]`, or float32 `[E, *shape]` clipped to the bounds, which it may
     exceed by rounding (1e-5 of the range) only.
+
+  Raises:
+    ValueError: a shape, a dtype or a number that the simulator does not take.
   """
   action = np.asarray(action)
   kind = spec.action

@@ -1,6 +1,7 @@
 """An environment by its name."""
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +79,9 @@ def _make(name, num_envs, training, frame_stack, num_threads, options):
       'gymnasium'
     )
   if frame_stack not in (None, 1):
-    raise ValueError(f'frame_stack={frame_stack}: {name} has no frames')
+    raise ValueError(
+      f'frame_stack={frame_stack}: {name} has no frames; leave it out'
+    )
   if kind == 'self_play':
     return _make_game(name, rest, training, options)
   from experiments.envs import (
@@ -108,10 +111,14 @@ def _make(name, num_envs, training, frame_stack, num_threads, options):
     near = difflib.get_close_matches(rest, makers, 1)
     hint = f'; did you mean jax:{near[0]}?' if near else ''
     raise ValueError(f'env={name!r}: known are {", ".join(makers)}{hint}')
-  try:
-    return makers[rest](**options)
-  except TypeError as error:
-    raise ValueError(f'options={options}: {error}') from error
+  known = inspect.signature(makers[rest]).parameters
+  for option, value in options.items():
+    if option not in known:
+      raise ValueError(
+        f'env.options={option}={value}: {name} has '
+        f'{", ".join(known) or "none"}; env.options= clears those of a preset'
+      )
+  return makers[rest](**options)
 
 
 def _make_game(name, rest, training, options):

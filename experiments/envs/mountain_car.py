@@ -19,8 +19,13 @@ GOAL = 0.5
 
 
 class MountainCarState(NamedTuple):
-  """`position` and `velocity`: float32, the valley's bottom at -pi / 6.
-  `steps`: int32, decisions so far."""
+  """Where the car is, and since when.
+
+  Attributes:
+    position: float32 scalar, the valley's bottom is at -pi / 6.
+    velocity: float32 scalar, of the position a decision.
+    steps: int32 scalar, decisions so far.
+  """
 
   position: chex.Array
   velocity: chex.Array

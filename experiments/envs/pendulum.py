@@ -21,8 +21,13 @@ MAX_SPEED = 8.0
 
 
 class PendulumState(NamedTuple):
-  """`angle`: float32 radians, 0 upright; `speed`: float32 radians a second;
-  `steps`: int32, simulator steps so far."""
+  """Where the pendulum is, and since when.
+
+  Attributes:
+    angle: float32 scalar, radians, 0 upright.
+    speed: float32 scalar, radians a second.
+    steps: int32 scalar, simulator steps so far.
+  """
 
   angle: chex.Array
   speed: chex.Array

@@ -17,7 +17,14 @@ CONTROL_COST = 0.05
 
 
 class PointMassState(NamedTuple):
-  """float32 `[D]` each, but for `steps`: int32, decisions so far."""
+  """Where the mass is, and where it should be.
+
+  Attributes:
+    position: float32 `[D]`.
+    velocity: float32 `[D]`.
+    target: float32 `[D]`.
+    steps: int32 scalar, decisions so far.
+  """
 
   position: chex.Array
   velocity: chex.Array

@@ -17,7 +17,16 @@ from search.model import Environment, Game, TimeStep
 
 
 def random_action(game: Game, state: Any, key: chex.PRNGKey) -> chex.Array:
-  """A legal action, all alike; any where the game is over."""
+  """A legal action, all alike; any where the game is over.
+
+  Args:
+    game: the rules.
+    state: a position.
+    key: consumed.
+
+  Returns:
+    int32 scalar, or one of the game's candidates `[...]`.
+  """
   if game.candidates is None:
     assert game.invalid_actions is not None
     valid = ~game.invalid_actions(state)

@@ -57,8 +57,13 @@ LEVER = POLE_MASS * POLE_LENGTH / 2
 
 
 class SwingupState(NamedTuple):
-  """`physics`: float32 `[4]`, position (m), angle (rad, 0 upright), velocity,
-  angular velocity. `steps`: int32, simulator steps so far."""
+  """Where cart and pole are, and since when.
+
+  Attributes:
+    physics: float32 `[4]`, position (m), angle (rad, 0 upright), velocity
+      (m/s), angular velocity (rad/s).
+    steps: int32 scalar, simulator steps so far.
+  """
 
   physics: chex.Array
   steps: chex.Array

@@ -22,7 +22,7 @@ class Board(NamedTuple):
   Attributes:
     stones: bool `[2, 9]`, of the player who began and of the other one, row by
       row.
-    player: int32, 0 or 1, whose move it is.
+    player: int32 scalar, 0 or 1, whose move it is.
   """
 
   stones: chex.Array
@@ -30,12 +30,12 @@ class Board(NamedTuple):
 
 
 def has_line(stones: chex.Array) -> chex.Array:
-  """Whether a player's stones, bool `[9]`, fill a line: bool."""
+  """Whether a player's stones, bool `[9]`, fill a line: bool scalar."""
   return stones[LINES].all(-1).any()
 
 
 def is_over(board: Board) -> chex.Array:
-  """Whether somebody has won or the board is full, bool."""
+  """Whether somebody has won or the board is full, bool scalar."""
   return jax.vmap(has_line)(board.stones).any() | board.stones.any(0).all()
 
 

@@ -193,6 +193,7 @@ def open(
         f'the checkpoint {root}/{step} does not fit this run: '
         + '; '.join(differences[:3])
         + (f'; and {more} more' if more > 0 else '')
+        + '; another agent, network or release has written it'
       )
     slots = _slots(meta['leaves'], template)
     wanted = {s.number: _wanted(s) for s in slots if s.is_stored()}

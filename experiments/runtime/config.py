@@ -38,12 +38,20 @@ _PACKAGES = (
 )
 
 
+# A simulator's seeds are int32, and some are counted up from the run's own.
+MAX_SEED = 2_000_000_000
+
+
 class UserError(ValueError):
   """A mistake of the person who runs us; its message is one line for them."""
 
 
 def fail(message: str) -> NoReturn:
-  """Prints `error: message` as one line on stderr and exits with code 2."""
+  """Prints `error: message` as one line on stderr and exits with code 2.
+
+  Raises:
+    SystemExit: always.
+  """
   print('error:', ' '.join(str(message).split()), file=sys.stderr)
   raise SystemExit(2)
 
@@ -54,6 +62,9 @@ def user_errors() -> Iterator[None]:
 
   For the part of a launcher that builds agents and environments from flags:
   they refuse bad input with a plain `ValueError`.
+
+  Raises:
+    UserError: in place of a `ValueError`.
   """
   try:
     yield
@@ -73,9 +84,16 @@ def run_main(main: Callable[[], None]) -> None:
 
   def parse(argv: list[str]) -> list[str]:
     try:
-      return flags.FLAGS(argv)
+      rest = flags.FLAGS(argv)
     except flags.Error as error:
-      fail(f'{error} (--help lists the flags)')
+      fail(f'{_flag_error(error)} (--help lists the flags)')
+    for name in flags.FLAGS:
+      value = flags.FLAGS[name].value
+      if flags.FLAGS[name].present and value in ('', []):
+        fail(f'flag --{name}=: is empty; give a value or leave the flag out')
+      if isinstance(value, float) and math.isnan(value):
+        fail(f'flag --{name}=nan: must be a number')
+    return rest
 
   def guarded(argv: list[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
@@ -89,6 +107,55 @@ def run_main(main: Callable[[], None]) -> None:
       fail(str(error))
 
   app.run(guarded, flags_parser=parse)
+
+
+def _flag_error(error: Exception) -> str:
+  """What is wrong with a flag and what would be right, from absl's error."""
+  from absl import flags
+
+  found = re.match(r'flag --(\w+)=(.*?): ', str(error), re.S)
+  if found is None or found[1] not in flags.FLAGS:
+    return str(error)
+  name, value = found.groups()
+  flag = flags.FLAGS[name]
+  if 'other than None' in str(error):
+    return f'flag --{name}: is needed: {flag.help}'
+  right = flag.parser.syntactic_help
+  choices = getattr(flag.parser, 'enum_values', ())
+  if flag.boolean:
+    right = 'true or false'
+  elif choices:
+    right = f'one of {", ".join(choices)}'
+  return f'flag --{name}={value}: must be {right}'
+
+
+def check_place(
+  field: str, path: str | os.PathLike, *, folder: bool = False
+) -> None:
+  """Refuses a place where nothing can be written; makes nothing.
+
+  Args:
+    field: the flag that names it.
+    path: of the file to write, which may be there already.
+    folder: whether it is a folder and not a file; neither need be there.
+
+  Raises:
+    UserError: a folder in the place of a file, or the reverse, at the path or
+      above it; or the operating system does not let us write there.
+  """
+  path = pathlib.Path(path)
+  if not folder and path.is_dir():
+    raise UserError(f'{field}={path}: is a folder, must be the name of a file')
+  above = path if folder else path.parent
+  while not above.exists():
+    above = above.parent
+  if not above.is_dir():
+    what = 'is' if above == path else f'{above} is'
+    raise UserError(f'{field}={path}: {what} a file, must be a folder')
+  if not os.access(above, os.W_OK | os.X_OK):
+    raise UserError(
+      f'{field}={path}: {above} must not be written to; take another place'
+    )
 
 
 def override(
@@ -115,6 +182,13 @@ def override(
   Raises:
     UserError: unknown or ambiguous field, value of a wrong type, value that
       the dataclass or `validate` refuses.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   widths: tuple[int, ...] = (64,)
+  ...   steps: int = 100
+  >>> override({'agent': Config()}, ['widths=32,32', 'agent.steps=1e5'])
+  {'agent': Config(widths=(32, 32), steps=100000)}
   """
   result, left = dict(sections), list(enumerate(assignments))
   applied: dict[tuple[str, ...], int] = {}
@@ -314,15 +388,19 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file at once or not at all, whatever ends the process."""
+  """Writes a file, its folder too, at once or not at all."""
   write_bytes(path, text.encode('utf-8'))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-  """Writes a file at once or not at all, whatever ends the process."""
+  """Writes a file, its folder too, at once or not at all.
+
+  A process that is killed meanwhile leaves the old file, or none.
+  """
   path = pathlib.Path(path)
   unfinished = path.with_name(path.name + '.tmp')
   with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(unfinished, 'wb') as file:
       file.write(content)
       file.flush()
@@ -379,6 +457,9 @@ def write_run_config(
       steps and the sections of settings (dataclasses are written as
       dictionaries).
     device: see `made_with`, which is written beside it.
+
+  Raises:
+    UserError: something in it cannot be written as JSON.
   """
   path = pathlib.Path(workdir) / 'config.json'
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,10 +476,17 @@ def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(workdir) / 'config.json'
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise UserError(f"{workdir} is no run's folder: no config.json") from error
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise UserError(
+      f"workdir={workdir}: is no run's folder, it has no config.json; name the "
+      '--workdir of python -m experiments.train'
+    ) from error
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read: {error.strerror}') from error
   except ValueError as error:
-    raise UserError(f'{path} is not JSON: {error}') from error
+    raise UserError(f'{path} is not JSON: {error}; copy it back') from error
+  if not isinstance(content, dict):
+    raise UserError(f'{path}: must be a JSON object; copy it back')
   return content
 
 

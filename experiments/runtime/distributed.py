@@ -1,5 +1,4 @@
-"""Many processes that run one program: how they find each other, what they
-agree on.
+"""Many processes that run one program: how they meet, what they agree on.
 
 Every process runs the same command; `initialize` connects them, and from then
 on `jax.devices()` are the devices of all. Process 0 writes what people read.
@@ -141,7 +140,11 @@ def sum_over_processes(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def of_main(values: Mapping[str, float]) -> dict[str, float]:
-  """The numbers of process 0, on all processes; see `sum_over_processes`."""
+  """The numbers of process 0, on all processes; see `sum_over_processes`.
+
+  Raises:
+    ValueError: as `sum_over_processes`.
+  """
   return _combine(values, lambda rows: rows[0])
 
 

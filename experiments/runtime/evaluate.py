@@ -22,8 +22,8 @@ class Episodes(NamedTuple):
   """Finished episodes, numpy arrays of one entry each.
 
   Attributes:
-    returns: float64, undiscounted and unclipped.
-    lengths: int64, decisions.
+    returns: float64 `[N]`, undiscounted and unclipped.
+    lengths: int64 `[N]`, decisions.
   """
 
   returns: np.ndarray

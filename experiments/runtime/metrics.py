@@ -1,10 +1,12 @@
-"""Where a run's numbers go: a CSV file, TensorBoard, the terminal."""
+"""Where a run's numbers go: a CSV file, TensorBoard, wandb, the terminal."""
 
 import contextlib
 import csv
+import importlib
 import io
 import os
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +58,9 @@ def csv_writer(
     resume_step: the step that a resumed run goes on from. Rows behind it, of
       the future that was lost, are removed, so that the file becomes that of
       the uninterrupted run. None begins anew.
+
+  Raises:
+    UserError: the file to go on with is damaged.
   """
   path = pathlib.Path(path)
   columns, rows = ['step'], []
@@ -80,7 +85,18 @@ def _read(
   path: pathlib.Path, last_step: int | None
 ) -> tuple[list[str], list[dict[str, str]]]:
   """Columns and rows up to a step, without what a kill left half-written."""
-  text = path.read_text(encoding='utf-8')
+  try:
+    return _parse(path.read_text(encoding='utf-8'), last_step)
+  except (KeyError, ValueError) as error:
+    raise UserError(
+      f'{path}: is damaged, step is missing or no number ({error}); mend it or '
+      'move it away, then the same command goes on'
+    ) from error
+
+
+def _parse(
+  text: str, last_step: int | None
+) -> tuple[list[str], list[dict[str, str]]]:
   complete = text[: text.rfind('\n') + 1]
   header, *lines = list(csv.reader(io.StringIO(complete))) or [['step']]
   rows = [dict(zip(header, line)) for line in lines]
@@ -114,6 +130,32 @@ def _cell(value: Any) -> str:
   return f'{value:.9g}' if isinstance(value, float) else str(value)
 
 
+def check_installed(tensorboard: bool, wandb: str) -> None:
+  """Refuses early what the writers below would refuse when a run begins.
+
+  Args:
+    tensorboard: whether TensorBoard's events are wanted.
+    wandb: the project of wandb's; '' for none.
+
+  Raises:
+    UserError: a package is not installed.
+  """
+  if tensorboard:
+    _extra('tensorboardX', 'tensorboard')
+  if wandb:
+    _extra('wandb', 'wandb')
+
+
+def _extra(package: str, extra: str) -> Any:
+  """A package that is installed on demand."""
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise UserError(
+      f'{extra}: needs {package}: pip install "outplay[{extra}]"'
+    ) from error
+
+
 def tensorboard_writer(
   directory: str | os.PathLike, resume_step: int | None = None
 ) -> Writer:
@@ -126,14 +168,9 @@ def tensorboard_writer(
   Raises:
     UserError: tensorboardX is not installed.
   """
-  try:
-    from tensorboardX import SummaryWriter
-  except ImportError as error:
-    raise UserError(
-      'TensorBoard needs tensorboardX: pip install "outplay[tensorboard]"'
-    ) from error
+  board = _extra('tensorboardX', 'tensorboard')
   purge = None if resume_step is None else resume_step + 1
-  summary = SummaryWriter(str(directory), purge_step=purge)
+  summary = board.SummaryWriter(str(directory), purge_step=purge)
 
   def write(step: int, row: Mapping[str, Any]) -> None:
     for name, value in row.items():
@@ -143,6 +180,66 @@ def tensorboard_writer(
     summary.flush()
 
   return Writer(write, summary.close)
+
+
+_WANDB_ID = 'wandb_id.txt'
+
+
+def wandb_writer(
+  workdir: str | os.PathLike,
+  project: str,
+  config: Mapping[str, Any],
+  resume_step: int | None = None,
+) -> Writer:
+  """Writes scalars to a run of Weights & Biases; strings are left out.
+
+  WANDB_MODE and its other variables are respected. The run's id is kept in
+  `wandb_id.txt`, so that a resumed run goes on in the same one. What a killed
+  run had logged behind its checkpoint stays, for wandb's steps only grow: rows
+  up to there are left out. Off-line each start has a folder of its own under
+  `wandb`, all of the same id.
+
+  Args:
+    workdir: the run's folder; its name is the run's.
+    project: wandb's.
+    config: the settings that it shows.
+    resume_step: the step that a resumed run goes on from; None begins a new
+      run.
+
+  Raises:
+    UserError: wandb is not installed, or does not start (no key, no network).
+  """
+  wandb = _extra('wandb', 'wandb')
+  workdir = pathlib.Path(workdir)
+  kept = workdir / _WANDB_ID
+  known = resume_step is not None and kept.exists()
+  identity = kept.read_text(encoding='utf-8').strip() if known else None
+  try:
+    run = wandb.init(
+      project=project,
+      dir=str(workdir),
+      id=identity or secrets.token_hex(4),
+      name=workdir.name,
+      config=dict(config),
+      resume='allow',
+      # The terminal is ours.
+      settings=wandb.Settings(console='off'),
+    )
+  except (wandb.errors.Error, ValueError) as error:
+    raise UserError(
+      f'wandb={project}: {error}; see `wandb login`, or set WANDB_MODE=offline'
+    ) from error
+  write_text(kept, f'{run.id}\n')
+
+  def write(step: int, row: Mapping[str, Any]) -> None:
+    if int(step) >= run.step:
+      numbers = {name: _scalar(value) for name, value in row.items()}
+      run.log(
+        {n: x for n, x in numbers.items() if not isinstance(x, str)},
+        step=int(step),
+      )
+
+  return Writer(write, run.finish)
 
 
 def progress(

@@ -64,8 +64,10 @@ def from_dataset(
     place: applied to a batch of a pure source, to divide it over devices.
 
   Returns:
-    A source of `Transition`s with `o_0`. Its checkpoints hold no rows, and
-    `load` raises UserError where the data set is another one.
+    A source of `Transition`s with `o_0`. Its checkpoints hold no rows.
+
+  Raises:
+    UserError: by the source's `load`, where the data set is another one.
   """
   number = len(rows.transitions.r_t)
   begins = len(jax.tree.leaves(rows.firsts)[0])

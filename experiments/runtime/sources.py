@@ -97,7 +97,14 @@ def experience_example(agent: Agent, timestep: TimeStep) -> Experience:
 
 
 class EnvStream(NamedTuple):
-  """State of `from_env`: simulators and the returns of open episodes."""
+  """State of `from_env`: simulators and the returns of open episodes.
+
+  Attributes:
+    env_state: of the simulators, leaves `[E, ...]`.
+    timestep: the last one, `[E]` rows.
+    returns: float32 `[E]`, undiscounted, so far.
+    lengths: int32 `[E]`, decisions so far.
+  """
 
   env_state: Any
   timestep: TimeStep
@@ -242,8 +249,12 @@ def replayed(
       there may be many; True raises `Stopped`.
 
   Returns:
-    A source of `Trajectory`s, pure if both parts are. A pure one's `init`
-    raises ValueError where the warm-up does not fill one window.
+    A source of `Trajectory`s, pure if both parts are.
+
+  Raises:
+    ValueError: by a pure source's `init`, where the warm-up does not fill one
+      window.
+    Stopped: by its `next`, where `stopping` says so.
   """
   is_pure = inner.is_pure and replay.is_pure
 

@@ -27,7 +27,7 @@ class Stream(NamedTuple):
   """State of `from_tokens`.
 
   Attributes:
-    tokens: unsigned `[N]`.
+    tokens: uint8, uint16 or uint32 `[N]`.
     order: uint32 `[2]`, decides the order of the windows in this epoch.
   """
 
@@ -36,12 +36,15 @@ class Stream(NamedTuple):
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-  """A checksum of tokens."""
+  """A checksum of tokens `[N]`."""
   return f'{zlib.crc32(np.ascontiguousarray(tokens).data):08x}'
 
 
 def num_windows(tokens: np.ndarray, length: int) -> int:
-  """W: each has `L` inputs, and the next one's first as its last target."""
+  """W, the windows of tokens `[N]`: each has `length` inputs.
+
+  Its last target is the first input of the next one.
+  """
   return max(len(tokens) - 1, 0) // length
 
 
@@ -70,11 +73,11 @@ def from_tokens(
     place: applied to a batch, to divide it over devices.
 
   Returns:
-    A pure source of `Text`. Its checkpoints hold no tokens, and `load` raises
-    UserError where the text is another one.
+    A pure source of `Text`. Its checkpoints hold no tokens.
 
   Raises:
     ValueError: fewer windows than a batch has.
+    UserError: by the source's `load`, where the text is another one.
   """
   windows = num_windows(tokens, length)
   if windows < batch_size:

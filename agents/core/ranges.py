@@ -1,0 +1,65 @@
+"""Ranges of hyper-parameters, refused where a `Config` is made.
+
+Under a sweep's vmap a field may be a tracer, which has no value to check: its
+numbers were checked when they were concrete.
+"""
+
+import math
+from typing import Any
+
+
+def at_least(config: Any, low: float, *names: str) -> None:
+  """Refuses fields that are not finite and `low` or more.
+
+  Args:
+    config: whose fields they are.
+    low: the least value; for a field that is a tuple, of each of its numbers.
+    names: of the fields.
+
+  Raises:
+    ValueError: names the field, its value and the range.
+  """
+  _check(config, names, lambda x: low <= x < math.inf, f'{low} or more')
+
+
+def above(config: Any, low: float, *names: str, finite: bool = True) -> None:
+  """Refuses fields that are not greater than `low`.
+
+  Args:
+    config: whose fields they are.
+    low: what they must be greater than.
+    names: of the fields.
+    finite: whether infinity is refused, too.
+
+  Raises:
+    ValueError: names the field, its value and the range.
+  """
+  high = math.inf if finite else math.nan
+  is_right = lambda x: x > low and x != high
+  _check(config, names, is_right, f'above {low}{" and finite" * finite}')
+
+
+def within(config: Any, low: float, high: float, *names: str) -> None:
+  """Refuses fields outside `[low, high]`.
+
+  Args:
+    config: whose fields they are.
+    low: the least value.
+    high: the greatest one.
+    names: of the fields.
+
+  Raises:
+    ValueError: names the field, its value and the range.
+  """
+  range_ = f'within [{low}, {high}]'
+  _check(config, names, lambda x: low <= x <= high, range_)
+
+
+def _check(config, names, is_right, range_):
+  for name in names:
+    value = getattr(config, name)
+    is_many = isinstance(value, tuple)
+    for x in value if is_many else (value,):
+      if isinstance(x, int | float) and not is_right(x):
+        each = ' each' if is_many else ''
+        raise ValueError(f'{name}={value}: must be {range_}{each}')

@@ -1,0 +1,125 @@
+"""What launchers say: what begins, tables, where results lie and what is next.
+
+Standard output is for what a person reads; progress goes to standard error.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+# Of a table in a file or a pipe, where there is no terminal to ask.
+_WIDTH = 120
+
+
+def device() -> str:
+  """The devices that JAX computes on: `2 x cpu (cpu)`."""
+  import jax
+
+  devices = jax.devices()
+  return f'{len(devices)} x {devices[0].device_kind} ({devices[0].platform})'
+
+
+def begin(what: str, *lines: str, compiles: bool = True) -> None:
+  """Says what is about to be done.
+
+  Args:
+    what: in one line.
+    *lines: more about it.
+    compiles: whether programs are compiled first; their device is named.
+  """
+  told = [what, *lines]
+  if compiles:
+    told.append(f'{device()}; compiling: the first numbers take a while')
+  print('\n'.join(told), flush=True)
+
+
+def parameters(params: object) -> str:
+  """The size of networks: `12,345 parameters`.
+
+  Args:
+    params: a pytree of arrays, or of their shapes.
+  """
+  import jax
+  import numpy as np
+
+  size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+  return f'{size:,} parameters'
+
+
+def print_table(
+  columns: Sequence[str],
+  rows: Sequence[Sequence[str]],
+  title: str | None = None,
+  left: int = 0,
+) -> None:
+  """Prints a table.
+
+  Args:
+    columns: their names.
+    rows: a text for each column.
+    title: above it.
+    left: so many columns are aligned at their left, the others at the right.
+  """
+  from rich.table import Table
+  from rich.text import Text
+
+  table = Table(title=title)
+  for i, column in enumerate(columns):
+    table.add_column(
+      column, justify='left' if i < left else 'right', overflow='fold'
+    )
+  for row in rows:
+    # Names may hold brackets, which are no markup.
+    table.add_row(*map(Text, row))
+  show(table)
+
+
+def show(renderable: object) -> None:
+  """Prints something of rich's; without a terminal 120 columns are taken."""
+  from rich.console import Console
+
+  known = sys.stdout.isatty() or 'COLUMNS' in os.environ
+  Console(width=None if known else _WIDTH).print(renderable)
+
+
+def end(results: str, *commands: str) -> None:
+  """Says where results lie and what to try next.
+
+  Args:
+    results: files.
+    *commands: of the shell.
+  """
+  lines = [f'results: {results}']
+  for i, command in enumerate(commands):
+    lines.append(f'{"next: " if not i else "      "}{command}')
+  print('\n'.join(lines), flush=True)
+
+
+def ticker(
+  what: str,
+  total: int | None = None,
+  every_seconds: float = 10.0,
+  clock: Callable[[], float] = time.monotonic,
+) -> Callable[[int], None]:
+  """Tells how far something is, at most one line every few seconds.
+
+  Args:
+    what: is counted.
+    total: of it; None where nobody knows.
+    every_seconds: between lines; the first comes after so long, too.
+    clock: seconds.
+
+  Returns:
+    `(count) -> None`, which prints to standard error.
+  """
+  last = clock()
+
+  def tick(count: int) -> None:
+    nonlocal last
+    if clock() - last >= every_seconds:
+      last = clock()
+      whole = '' if total is None else f' of {total:,}'
+      print(f'{what} {count:,}{whole}', file=sys.stderr, flush=True)
+
+  return tick

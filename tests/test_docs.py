@@ -1,0 +1,106 @@
+"""What the documentation says: its code runs, its commands and links exist."""
+
+import ast
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCS = ROOT / 'docs'
+WRITTEN = sorted(
+  path
+  for path in [ROOT / 'README.md', *DOCS.rglob('*.md')]
+  # Notebooks are written, and run, by their own test.
+  if path.parent.name not in ('notebooks', 'reference', 'generated')
+)
+_BLOCK = re.compile(
+  r'(<!-- not run: .+ -->\n)?^```python\n(.*?)^```', re.M | re.S
+)
+
+
+def name_of(path):
+  return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path):
+  """Python of a page that is to be run."""
+  return [code for mark, code in _BLOCK.findall(path.read_text()) if not mark]
+
+
+@pytest.mark.parametrize(
+  'path', [path for path in WRITTEN if blocks(path)], ids=name_of
+)
+def test_python_of_a_page_runs(path, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  # From top to bottom, as who reads it would type it.
+  names = {'__name__': 'page'}
+  for number, code in enumerate(blocks(path)):
+    exec(compile(code, f'{name_of(path)}, block {number + 1}', 'exec'), names)
+  assert 'nan' not in capsys.readouterr().out
+
+
+def test_what_tells_people_how_is_run():
+  for page in ('environment', 'loss', 'planner', 'd4rl', 'experts'):
+    assert blocks(DOCS / 'tasks' / f'{page}.md'), page
+
+
+def links(text):
+  """Targets of links and images to files, without anchors."""
+  text = re.sub(r'```.*?```', '', text, flags=re.S)
+  found = re.findall(r'\]\(([^)\s]+)\)', text)
+  return [t.partition('#')[0] for t in found if '://' not in t and t[0] != '#']
+
+
+@pytest.mark.parametrize('path', WRITTEN, ids=name_of)
+def test_links_lead_somewhere(path):
+  missing = [
+    link
+    for link in links(path.read_text())
+    if not (path.parent / link).exists()
+    # Written by `python -m experiments.notebook`.
+    and '/notebooks/' not in link
+  ]
+  assert missing == []
+
+
+def commands(text):
+  """Command lines of our launchers: module and arguments."""
+  text = re.sub(r'\\\n\s*', '', text)
+  for found in re.finditer(r'python -m experiments\.(\w+)([^`\n]*)', text):
+    rest = re.split(r'\s#\s| -- | && |;\s', found[2])[0]
+    yield found[1], shlex.split(rest.replace('…', ''), comments=True)
+
+
+def texts(launcher):
+  """Strings in a launcher's file, the names of its flags among them."""
+  path = ROOT / 'experiments' / f'{launcher}.py'
+  return {
+    node.value
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+  }
+
+
+@pytest.mark.parametrize('path', WRITTEN, ids=name_of)
+def test_commands_name_launchers_and_their_flags(path):
+  for launcher, arguments in commands(path.read_text()):
+    assert importlib.util.find_spec(f'experiments.{launcher}'), launcher
+    flags = [a[2:].partition('=')[0] for a in arguments if a[:2] == '--']
+    unknown = set(flags) - texts(launcher) - {'help'}
+    # A boolean flag has its negation.
+    assert {f for f in unknown if f[2:] not in texts(launcher)} == set()
+
+
+def test_pages_are_reached():
+  # A page that no table of contents names is one that nobody finds.
+  for folder in (DOCS, *DOCS.iterdir()):
+    index = folder / 'index.md'
+    if not index.is_file() or folder.name == 'notebooks':
+      continue
+    text = index.read_text()
+    for page in folder.glob('*.md'):
+      if page.stem not in ('index', 'README'):
+        assert re.search(rf'^{page.stem}$', text, re.M), name_of(page)

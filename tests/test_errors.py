@@ -1,0 +1,637 @@
+"""Every mistake that a person can make, in one table: one line tells it.
+
+A launcher runs in this process by its own flags. What it says must be one line
+on stderr with the field, the value and what would be right; it must end with
+code 2, compile nothing and leave every file as it was.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import logging
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import build, presets, sweep_engines
+from experiments.collect import Collection
+from experiments.data import layout, npz
+from experiments.runtime import checkpoint, distributed, mesh, watch
+from experiments.runtime import config as configs
+from experiments.runtime.config import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCHERS = sorted(
+  path.stem
+  for path in (ROOT / 'experiments').glob('*.py')
+  if 'configs.run_main(' in path.read_text()
+)
+WRONG = 'zzz'
+
+# A command, and the pieces of its message in their order.
+TABLE = {
+  # Names.
+  'train --preset=muzero_catsh': "preset='muzero_catsh': did you mean muzero",
+  'train --env=Cach-v0': "env='Cach-v0': envpool has none; nearest: Catch-v0",
+  'train --env=gymnasium:Cart': "env='gymnasium:Cart': ... must be one of",
+  'train --env=jax:cach': "env='jax:cach': known are ... did you mean jax:catc",
+  'train --env=self_play:go': 'env=self_play:go: known are ... go_9x9',
+  'train --env=brax:ant': "env='brax:ant': what stands before ... must be jax",
+  'sweep --workdir=new --preset=zzz': "preset='zzz': known are ... muzero",
+  'sweep --workdir=new --env=zzz': "env='zzz': envpool has none; nearest",
+  'benchmark --preset=zzz': "preset='zzz': known are",
+  'benchmark --suite=search,zzz': 'suite=zzz: must be of search, ',
+  'benchmark --what=zzz': 'suite=zzz: must be of search, ',
+  'collect --env=zzz': "env='zzz': envpool has none; nearest",
+  # Settings.
+  'train --set=zzz': '--set=zzz: should be field=value',
+  'train --set=learning_rat=1': 'no field learning_rat: did you mean learning',
+  'train --set=learning_rate=fast': "learning_rate is 'fast', must be float",
+  'train --set=gamma=2': '--set=gamma=2: gamma=2.0: must be within [0, 1]',
+  'train --set=momentum=-1': 'momentum=-1.0: must be within [0, 1]',
+  'train --set=name=x': 'no field name: ',
+  'train --set=env.options=zzz': 'env.options=zzz: should be name=value',
+  'train --set=env.options=zzz=1 --env=jax:catch': (
+    'env.options=zzz=1: jax:catch has rows, columns'
+  ),
+  'train --set=frame_stack=3 --env=jax:catch': 'frame_stack=3: ... leave it ou',
+  'train --steps=300': 'steps=300: must be above warmup_decisions=400',
+  'train --set=warmup_decisions=9': 'warmup_decisions=9: must be at least 192',
+  'train --set=replay_capacity=9': 'replay_capacity=9: must be at least 192',
+  'sweep --workdir=new --set=zzz': '--set=zzz: should be field=value',
+  'benchmark --set=zzz': '--set=zzz: should be field=value',
+  'collect --set=updates=inf': 'updates=inf: ... must be a whole number',
+  'collect --set=zzz=1': 'no field zzz: fields are',
+  'notebook zzz': "no notebook 'zzz': there are",
+  'notebook compose --set=zzz': '--set=zzz: should be PARAMETER=value',
+  'notebook compose --set=zzz=1': '--set=zzz=1: no parameter zzz: there are',
+  # What does not go together.
+  'train --agent=alphazero --set=td_steps=9': (
+    'alphazero needs exact rules, and Catch-v0 has none: take env=self_play:'
+  ),
+  'train --preset=td_gammon --env=jax:catch': 'td_gammon ... backgammon',
+  'train --preset=td_gammon --env=Catch-v0': 'td_gammon ... backgammon',
+  'train --agent=cql': 'dataset: cql learns from a data set: --dataset=PATH',
+  'train --agent=language': 'text: language learns from a text: --text=PATH',
+  'train --dataset=data.npz': 'dataset=data.npz: efficientzero learns from win',
+  'train --preset=td_gammon --dataset=data.npz': (
+    'dataset=data.npz: td_gammon learns from fresh steps'
+  ),
+  'train --text=text.txt': 'text=text.txt: efficientzero does not learn from a',
+  'train --text=text.txt --dataset=data.npz': (
+    'text=text.txt: --dataset is given, too; take one'
+  ),
+  'sweep --workdir=new --text=text.txt': 'text=text.txt: efficientzero does',
+  'train --preset=bc --dataset=data.npz --env=Hopper-v4': (
+    'env=Hopper-v4: its observation has shape ((11,),), but data has ((3,),)'
+  ),
+  'train --preset=bc --dataset=data.npz --set=hold_out=8': (
+    'hold_out=8: needs a run that acts; set it to 0'
+  ),
+  'train --preset=sac_pendulum --set=critic_moe.num_experts=4': (
+    'no field critic_moe.num_experts: did you mean'
+  ),
+  'train --agent=sampled_muzero --env=jax:catch': (
+    'policy=gaussian: Catch has 3 discrete actions; use flat'
+  ),
+  'train --set=network.mixture=dynamics --set=moe.router=expert_choice': (
+    'expert_choice'
+  ),
+  'collect --env=CartPole-v1': 'continuous actions; CartPole-v1 has ... take a',
+  'collect --steps=9': 'steps=9: must be more than warmup=1000',
+  'sweep --workdir=new --engine=vmap': (
+    'engine=vmap: Catch-v0 is not a pure-JAX environment; use processes'
+  ),
+  'sweep --workdir=new --preset=bc --dataset=data.npz --metric=eval_return': (
+    'metric=eval_return: data.npz has no simulator to play in; take loss'
+  ),
+  # Sweeps.
+  'sweep --workdir=new --grid=zzz': '--grid=zzz: should be field=value,value',
+  'sweep --workdir=new --grid=gamma=,': '--grid=gamma=,: should be field=value',
+  'sweep --workdir=new --grid=gamma=0,2': 'gamma=2: ... must be within [0, 1]',
+  'sweep --workdir=new --grid=gamma=0 --set=gamma=1': 'gamma: is set or swept',
+  'sweep --workdir=new --grid=gamma=0,0': 'gamma=0 and gamma=0 are the same',
+  'sweep --workdir=new --samples=1 --random=zzz': '--random=zzz: should be fie',
+  'sweep --workdir=new --samples=1 --random=gamma=log:0:1': (
+    '--random=gamma=log:0:1: 0 must be above 0'
+  ),
+  'sweep --workdir=new --random=gamma=uniform:0:1': 'samples=0: must be at lea',
+  'sweep --workdir=new --samples=1': 'samples=1: must be 0 without --random',
+  # Devices and processes: here are two.
+  'train --set=devices=5': 'devices=5: this machine has 2; take 0 for all',
+  'train --set=acting_devices=2': 'acting_devices=2: this machine has 2; take',
+  'train --set=acting_devices=1 --set=acting=synchronous': (
+    'acting_devices=1: needs acting=asynchronous'
+  ),
+  'train --set=acting_devices=1 --env=jax:catch': (
+    'acting_devices=1: jax:catch acts in the same program ... take 0'
+  ),
+  'train --set=batch_size=3': 'batch_size=3: must be a multiple of the 2 dev',
+  'train --set=parts=3': 'num_envs=16: must be a multiple of parts=3',
+  'train --set=parallel=pmap --env=jax:catch': 'parallel=pmap: ... parallel=ji',
+  'train --set=experts=divided': 'experts=divided: ... take replicated',
+  'train --preset=td_gammon --set=devices=2': 'devices=2, ... take devices=1',
+  'train --distributed=zzz': 'distributed=zzz: must be none, auto, or HOST:POR',
+  'train --distributed=here:1': 'distributed=here:1 needs two numbers',
+  'train --num_processes=2': 'num_processes=2 ... belong to distributed=HOST',
+  'train --distributed=here:1 --num_processes=2 --process_id=2': (
+    'process_id=2: must be below num_processes=2'
+  ),
+  'launch': 'no command: put it behind --',
+  'launch -- zzz': 'command zzz: no such program',
+  'launch zzz': "unexpected argument 'zzz': flags are --name=value",
+  # Where to write.
+  'train --workdir=file': 'workdir=file: is a file, must be a folder',
+  'train --workdir=file/run': 'workdir=file/run: file is a file, must be a fol',
+  'sweep --workdir=file': 'workdir=file: is a file, must be a folder',
+  'collect --out=file': 'out=file: is a file, must be a folder',
+  'newton --out=file': 'out=file: is a file, must be a folder',
+  'operators --out=file': 'out=file: is a file, must be a folder',
+  'benchmark --out=empty': 'out=empty: is a folder, must be the name of a file',
+  'corpus --out=file/x': 'out=file/x: file is a file, must be a folder',
+  'equity --workdir=backgammon --out=empty': 'out=empty: is a folder, must be',
+  'control --workdir=pendulum --out=empty': 'out=empty: is a folder, must be',
+  'play --workdir=catch --out=empty': 'out=empty: is a folder, must be the nam',
+  'play --workdir=catch --record=file/x.gif': 'record=file/x.gif: file is a fi',
+  'judge --out=empty': 'out=empty: is a folder, must be the name of a file',
+  'game --out=empty/game.txt': 'out=empty/game.txt: must end in .csv',
+  'game --out=file/game.csv': 'out=file/game.csv: file is a file, must be',
+  'plots --workdirs=catch --out=x.zzz': 'out=x.zzz: must end in one of ... .pn',
+  'specialisation --workdir=catch --out=x.zzz': 'out=x.zzz: must end in ... .p',
+  'control --study --folder=file': 'folder=file: is a file, must be a folder',
+  'control --study --results=file': 'results=file: is a file, must be a folder',
+  'pruning --results=file': 'results=file: is a file, must be a folder',
+  'study --study=catch --folder=file': 'folder=file: is a file, must be a fold',
+  'study --study=catch --results=file': 'results=file: is a file, must be a fo',
+  'study_games --results=file': 'results=file: is a file, must be a folder',
+  'study_offline --study=betas --folder=file': 'folder=file: is a file, must',
+  'study_offline --study=betas --results=file': 'results=file: is a file, must',
+  # Runs.
+  'play --workdir=empty': "workdir=empty: is no run's folder ... name the --wo",
+  'play --workdir=file': "workdir=file: is no run's folder ... name the --work",
+  'play --workdir=torn': 'torn/config.json is not JSON: ... copy it back',
+  'play --workdir=list': 'list/config.json: must be a JSON object; copy it bac',
+  'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
+  'play --workdir=typed': "typed/config.json: steps is 'x', must be of type in",
+  'play --workdir=newer': 'newer/config.json: no field agent.zzz: fields are',
+  'train --preset=muzero_catch --env=jax:catch --workdir=catch --seed=1': (
+    'catch holds another run: seed was 0, is 1. Take another --workdir'
+  ),
+  'train --workdir=list': 'list/config.json: must be a JSON object; copy it',
+  'play --workdir=board --checkpoint=best': (
+    'checkpoint=best: board has none; there are none yet'
+  ),
+  'play --workdir=catch': 'catch/final/0 does not fit this run: ... another',
+  'play --workdir=catch --checkpoint=early': 'checkpoint=early: ... are final',
+  'specialisation --workdir=catch --checkpoint=zzz': (
+    'workdir=catch: is no run of a language model'
+  ),
+  'specialisation --workdir=none': "workdir=none: is no run's folder",
+  'control --workdir=none': "workdir=none: is no run's folder",
+  'control --workdir=catch': 'workdir=catch: jax:catch has discrete actions; p',
+  'control': 'workdir: the folder of a run is needed, or --study',
+  'equity --workdir=catch': 'workdir=catch: plays jax:catch, and gnubg judges',
+  'plots --workdirs=none': 'workdirs=none: there is none; name folders',
+  'plots --workdirs=empty': "workdirs=empty: holds no run's config.json; name",
+  'plots --workdirs=typed': 'typed/metrics.csv: there is none; has the run',
+  'plots --workdirs=catch --y=zzz': "no column 'zzz'; there are step",
+  'plots --workdirs=catch --y=loss': 'loss is no number',
+  'plots --workdirs=words': 'words/config.json: seed is no number',
+  'study_games --folder=none': 'folder=none: no finished runs ... train them',
+  'study_games --name=zzz': 'no finished runs zzz_s*; train them with',
+  # Play.
+  'play --workdir=catch --simulations=-1': 'simulations=-1: must be whole numb',
+  'play --workdir=catch --prompt=x': 'prompt=x: muzero is no language model',
+  'play --workdir=catch --opponents=random': 'opponents: jax:catch is no game',
+  'play --workdir=catch --players=random': 'players: jax:catch is no game with',
+  'play --workdir=catch --human': 'human: jax:catch is no game with rules; run',
+  'play --workdir=board --players=zzz': "player='zzz': must be network, random",
+  'play --workdir=board --players=solver': 'player=solver: plays ConnectFour',
+  'play --workdir=board --players=random --opponents=pubeval': (
+    'player=pubeval: plays Backgammon, and this is TicTacToe'
+  ),
+  'play --workdir=board --players=catch:network': (
+    'player=catch:network: catch plays jax:catch, and this is self_play:tic'
+  ),
+  'equity --workdir=backgammon --players=zzz': "player='zzz': must be network",
+  'study_games --folder=boards --name=connect_four --players=zzz': (
+    "player='zzz': must be network, random"
+  ),
+  'study_games --folder=boards --opponents=zzz': 'opponents=zzz: must be of ',
+  'control --workdir=pendulum --planners=zzz': "planner='zzz': must be actor",
+  'control --workdir=pendulum --planners=;': 'planners=;: names none; actor is',
+  'control --workdir=pendulum --dynamics=catch': (
+    'dynamics=catch: muzero learns no ensemble of dynamics; combo does'
+  ),
+  # Data.
+  'train --preset=bc': 'dataset: bc learns from a data set: --dataset=PATH',
+  'train --preset=bc --dataset=none': 'dataset=none: no such path ... a folder',
+  'train --preset=bc --dataset=file': 'dataset=file: not a data set; understoo',
+  'train --preset=bc --dataset=torn.npz': 'torn.npz: ... collect or copy it ag',
+  'train --preset=bc --dataset=key.npz': 'dataset=key.npz: reward is missing',
+  'train --preset=bc --dataset=nan.npz': 'nan.npz: ... row 3 ... must be finit',
+  'train --preset=bc --dataset=far.npz': 'far.npz: action ... outside the boun',
+  'train --preset=bc --dataset=type.npz': 'type.npz: action is float64, must b',
+  'train --preset=bc --dataset=short.npz': 'reward has 7: must be equal',
+  'train --preset=bc --dataset=ids.npz': 'ids.npz: episode ... must start at 0',
+  'train --preset=bc --dataset=torn.hdf5': 'torn.hdf5: torn, or not an hdf5',
+  'sweep --workdir=new --preset=bc --dataset=none': 'dataset=none: no such pat',
+  'train --preset=moe_language_small --text=none': 'text=none: No such file',
+  'train --preset=moe_language_small --text=empty': 'text=empty: Is a direct',
+  'train --preset=moe_language_small --text=file': 'text=file: ... longer text',
+  'train --preset=moe_language_small --text=latin.txt': (
+    'text=latin.txt: byte 3 (line 1) is not utf-8; ... encoding=latin-1'
+  ),
+  'control --study --data=none': 'data=none: has no random; make it with pytho',
+  'control --study --data=. --qualities=zzz': 'data=.: has no zzz; make it',
+  'control --study --data=. --qualities=empty --agents=zzz': (
+    'agents=zzz: must be of '
+  ),
+  'study_offline --study=betas --only=zzz': 'only=zzz: betas has atac',
+  'study_offline --study=betas --data=none': 'data=none: has no pendulum; make',
+  'study_offline --study=betas --data=. --envs=zzz': 'data=.: has no zzz; make',
+  # Numbers in lists.
+  'benchmark --suite=scale --seeds=zzz': 'seeds=zzz: must be integers with com',
+  'benchmark --suite=scale --quick --seeds=0': 'seeds=0: must be at least 1',
+  'game --sizes=1': 'sizes=1: must be whole numbers, each at least 2',
+  'operators --ks=4': 'ks=4: must be whole numbers from 1 up, two of them',
+  # Flags.
+  'train --prest=x': "Unknown command line flag 'prest'. Did you mean: preset",
+  'train zzz': "unexpected argument 'zzz': flags are --name=value",
+  'train --env=': 'flag --env=: is empty; give a value or leave the flag out',
+  'play --workdir=catch --players=': 'flag --players=: is empty; give a value',
+  'play': 'flag --workdir: is needed: the folder of a run',
+  'launch --grace=nan': 'flag --grace=nan: must be a number',
+}
+# What is not installed, and what needs it.
+MISSING = {
+  'train --preset=bc --dataset=torn.hdf5': (
+    'h5py',
+    "hdf5 needs h5py: pip install 'outplay[hdf5]'",
+  ),
+  'train --tensorboard': ('tensorboardX', 'tensorboard: needs ... pip install'),
+  'train --wandb=mine': ('wandb', 'wandb: needs wandb: pip install'),
+  'train --preset=alphazero_tic_tac_toe --env=self_play:othello': (
+    'pgx',
+    "'othello': needs pgx; pip install 'outplay[games]'",
+  ),
+  'sweep --workdir=new --engine=ray': ('ray', 'engine=ray: ... pip install'),
+  'judge --out=new.csv': ('bitbully', 'solver: needs bitbully; pip install'),
+  'equity --workdir=backgammon --players=random': (
+    'gnubg_nn',
+    "gnubg-nn is not installed; pip install 'outplay[opponents]'",
+  ),
+}
+# A checkpoint is put on the device before the rest is looked at.
+LOADS = {'control --workdir=pendulum --dynamics=catch'}
+# Any text will do, or it is only found wrong once there is a cluster.
+FREE = {
+  ('sweep', 'ray_address'),
+  ('notebook', 'out'),
+  ('pruning', 'folder'),
+}
+
+
+def table(rows):
+  return pytest.mark.parametrize('command', rows)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Files of every kind that can be wrong; nothing may change them."""
+  root = tmp_path_factory.mktemp('errors')
+  (root / 'file').write_text('x')
+  (root / 'empty').mkdir()
+  (root / 'text.txt').write_text('the words ' * 200)
+  (root / 'latin.txt').write_bytes(b'caf\xe9 ' * 200)
+  (root / 'torn.hdf5').write_bytes(b'\x89HDF')
+  _write_runs(root)
+  _write_data(root)
+  return root
+
+
+def _write_runs(root):
+  def run(name, preset, **changes):
+    experiment = build.describe(preset, **changes)
+    configs.write_run_config(root / name, experiment.as_dict(), 'cpu')
+    return json.loads((root / name / 'config.json').read_text())
+
+  def saved(name, params):
+    keeper = checkpoint.open(root / name, keep=1)
+    keeper.save(0, params)
+    keeper.close()
+
+  config = run('catch', 'muzero_catch', env='jax:catch')
+  saved('catch/final', {'of': np.zeros(3)})
+  (root / 'catch' / 'metrics.csv').write_text('step,decisions,loss\n1,8,x\n')
+  run('board', 'alphazero_tic_tac_toe')
+  run('backgammon', 'td_gammon')
+  run('pendulum', 'sac_pendulum')
+  experiment = build.describe('sac_pendulum')
+  env = build.make_env(experiment, training=False, num_envs=1)
+  agent = build.make_agent(experiment, env.spec)
+  params = jax.eval_shape(agent.init, jax.random.key(0)).params
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+  saved('pendulum/final', params)
+  for seed in range(2):
+    name = f'boards/connect_four_s{seed}'
+    run(name, 'alphazero_connect_four', seed=seed)
+    (root / name / 'final').mkdir()
+  for name, content in {
+    'list': [],
+    'lacks': {n: x for n, x in config.items() if n != 'run'},
+    'typed': config | {'steps': 'x'},
+    'newer': config | {'agent': config['agent'] | {'zzz': 1}},
+    'words': config | {'seed': 'x'},
+  }.items():
+    configs.write_text(root / name / 'config.json', json.dumps(content))
+  configs.write_text(root / 'torn' / 'config.json', '{"name":')
+
+
+def _write_data(root):
+  bound = np.full(1, 2, np.float32)
+  about = layout.About('data', '', -bound, bound)
+  flat, ones = np.zeros(8), np.zeros((8, 1))
+  states = np.arange(24.0).reshape(8, 3)
+  dataset = layout.make(states, ones, flat, states, flat, flat, about)
+  npz.save(dataset, root / 'data.npz')
+  content = dict(np.load(root / 'data.npz'))
+  spoilt = content['observation'].copy()
+  spoilt[3, 0] = np.nan
+  for name, changes in {
+    'nan': {'observation': spoilt},
+    'far': {'action': content['action'] + 3},
+    'type': {'action': content['action'].astype(np.float64)},
+    'short': {'reward': content['reward'][:-1]},
+    'ids': {'episode': content['episode'] + 1},
+  }.items():
+    np.savez(root / f'{name}.npz', **(content | changes))
+  del content['reward']
+  np.savez(root / 'key.npz', **content)
+  (root / 'torn.npz').write_bytes((root / 'data.npz').read_bytes()[:100])
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  jax.random.key(0)  # the only thing that may run before the checks
+  return watch.compilations()
+
+
+@pytest.fixture
+def launch(folder, compiled, monkeypatch, capsys):
+  """`(command) -> message`, of a launcher that must refuse it."""
+  from absl import app, flags
+
+  def begun(*args, **kwargs):
+    raise AssertionError('the work begins')
+
+  # What is not refused must not keep the tests waiting.
+  monkeypatch.setattr(mesh, 'init', begun)
+  monkeypatch.setattr(distributed, '_connect', begun)
+  for name in ('vmapped', 'processes', 'on_ray'):
+    monkeypatch.setattr(sweep_engines, name, begun)
+  monkeypatch.setattr(subprocess, 'Popen', _only_others(subprocess.Popen))
+  # Or the launchers would set up a cache of their own.
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'set')
+  monkeypatch.chdir(folder)
+  app.define_help_flags()
+  handlers, level = logging.root.handlers[:], logging.root.level
+
+  def refused(command: str) -> str:
+    name, *rest = shlex.split(command)
+    module = importlib.import_module(f'experiments.{name}')
+    cut = rest.index('--') if '--' in rest else len(rest)
+    rest, behind = rest[:cut], rest[cut + 1 :]
+    if name == 'notebook':
+      behind = [x for x in rest if not x.startswith('-')]
+      rest = rest[len(behind) :]
+    main = module.main
+    if name in ('launch', 'notebook'):
+      main = functools.partial(main, behind)
+    monkeypatch.setattr(sys, 'argv', [name, *rest])
+    before, known = _files(folder), set(flags.FLAGS)
+    compiled()
+    module.define_flags()
+    try:
+      with pytest.raises(SystemExit) as exited:
+        configs.run_main(main)
+    finally:
+      for flag in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, flag)
+      flags.FLAGS.unparse_flags()
+    message = capsys.readouterr().err
+    assert exited.value.code == 2, message
+    assert message.startswith('error: ') and message.count('\n') == 1, message
+    assert compiled() == 0 or command in LOADS, message
+    assert _files(folder) == before
+    return message
+
+  yield refused
+  logging.root.handlers[:] = handlers
+  logging.root.setLevel(level)
+
+
+def _only_others(popen):
+  def start(command, *args, **kwargs):
+    assert 'experiments' not in str(command), 'the work begins'
+    return popen(command, *args, **kwargs)
+
+  return start
+
+
+def _files(root):
+  return {
+    path: (path.stat().st_mtime_ns, path.stat().st_size)
+    for path in root.rglob('*')
+  }
+
+
+def _says(message, expected):
+  begin = 0
+  for piece in expected.split(' ... '):
+    assert piece in message[begin:], message
+    begin = message.index(piece, begin) + len(piece)
+
+
+@table(TABLE)
+def test_a_mistake_is_told_in_one_line(command, launch):
+  _says(launch(command), TABLE[command])
+
+
+@table(MISSING)
+def test_what_is_not_installed_is_named(command, launch, monkeypatch):
+  package, expected = MISSING[command]
+  monkeypatch.setitem(sys.modules, package, None)
+  _says(launch(command), expected)
+
+
+def test_an_old_jax_is_refused(launch, monkeypatch):
+  monkeypatch.setattr(jax, '__version_info__', (0, 4, 30))
+  monkeypatch.setattr(jax, '__version__', '0.4.30')
+  _says(launch('train'), 'jax=0.4.30: must be 0.10 or newer: pip install')
+
+
+def test_a_folder_that_must_not_be_written_to_is_refused(launch, monkeypatch):
+  # A superuser may write everywhere.
+  monkeypatch.setattr(os, 'access', lambda path, mode: False)
+  _says(
+    launch('train --workdir=empty/run'), 'empty must not be written to; tak'
+  )
+
+
+def test_devices_that_are_not_there_end_a_process_in_one_line(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.train', f'--workdir={tmp_path}/run'],
+    cwd=ROOT,
+    env=dict(os.environ, JAX_PLATFORMS='nonsense'),
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.startswith('error: JAX_PLATFORMS=nonsense: ')
+  assert 'take JAX_PLATFORMS=cpu' in done.stderr
+  assert done.stderr.count('\n') == 1
+  assert not list(tmp_path.iterdir())
+
+
+def _flags(launcher):
+  """The launcher's own flags by name."""
+  from absl import flags
+
+  known = set(flags.FLAGS)
+  importlib.import_module(f'experiments.{launcher}').define_flags()
+  try:
+    return {name: flags.FLAGS[name] for name in set(flags.FLAGS) - known}
+  finally:
+    for flag in set(flags.FLAGS) - known:
+      delattr(flags.FLAGS, flag)
+
+
+def _wrong_values(flag):
+  """Texts that absl refuses, and what each message must hold."""
+  if flag.boolean:
+    return {WRONG: 'must be true or false'}
+  if flag.flag_type() == 'string enum':
+    return {WRONG: f'must be one of {flag.parser.enum_values[0]}'}
+  if flag.flag_type() not in ('int', 'float'):
+    return {}
+  found = {WRONG: f'must be {flag.parser.syntactic_help}'}
+  for bound, step in (('lower_bound', -1), ('upper_bound', 1)):
+    value = getattr(flag.parser, bound)
+    if value is not None:
+      found[str(value + step)] = f'must be {flag.parser.syntactic_help}'
+  return found
+
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_every_flag_can_be_refused(launcher, launch):
+  commands = {
+    piece.partition('=')[0]
+    for command in (*TABLE, *MISSING)
+    if command.split()[0] == launcher
+    for piece in shlex.split(command)[1:]
+  }
+  for name, flag in _flags(launcher).items():
+    wrong = _wrong_values(flag)
+    for value, expected in wrong.items():
+      message = launch(f'{launcher} --{name}={value}')
+      _says(message, f'flag --{name}={value}: ... {expected}')
+    tried = f'--{name}' in commands or (launcher, name) in FREE
+    assert wrong or tried, f'no row provokes --{name} of {launcher}'
+
+
+SECTIONS = {
+  'env': presets.EnvConfig,
+  'run': presets.RunConfig,
+  'collection': Collection,
+  **{
+    name: importlib.import_module(f'agents.{name}').Config
+    for name in presets.AGENTS
+  },
+}
+# Fields that may have any sign, and those that may be infinite.
+SIGNED = {'target_entropy', 'min_entropy', 'gap_target', 'value_clip'}
+SIGNED |= {'reward_factor'}
+UNBOUNDED = {'max_gradient_norm', 'radius', 'min_std', 'max_std'}
+# Checked when the environment is made.
+TEXTS = {'options'}
+
+
+def _leaves(config, prefix=()):
+  hints = typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _leaves(value, (*prefix, field.name))
+    else:
+      yield (*prefix, field.name), configs._type_name(hints[field.name])
+
+
+def _bad_values(name, kind):
+  """Texts that a field of a type (in words) must refuse."""
+  bad = [WRONG]
+  if kind.startswith('int') and name not in SIGNED:
+    bad += ['-7', '1.5']
+  elif kind.startswith('float'):
+    bad += ['nan']
+    bad += [] if name in SIGNED else ['-1e9']
+    bad += [] if name in UNBOUNDED else ['inf']
+  elif kind == 'true or false':
+    bad += ['7']
+  return bad
+
+
+@pytest.mark.parametrize('section', SECTIONS)
+def test_every_field_refuses_what_it_cannot_be(section):
+  sections = {section: SECTIONS[section]()}
+  for path, kind in _leaves(sections[section]):
+    name = path[-1]
+    for text in () if name in TEXTS else _bad_values(name, kind):
+      with pytest.raises(UserError) as caught:
+        configs.override(sections, [f'{section}.{".".join(path)}={text}'])
+      message = str(caught.value)
+      assert name in message and text in message and 'must be' in message
+      assert '\n' not in message
+
+
+# Where each agent's own preset can be taken besides, of these environments.
+ENVS = (
+  *('jax:catch', 'jax:cartpole', 'jax:pendulum'),
+  *('self_play:tic_tac_toe', 'self_play:backgammon'),
+)
+FITS = {
+  'alphazero': {'self_play:tic_tac_toe'},
+  'efficientzero': {'jax:catch', 'jax:cartpole'},
+  'muzero': {'jax:catch', 'jax:cartpole'},
+  'sac': {'jax:pendulum'},
+  'sampled_muzero': {'jax:pendulum'},
+  'td_gammon': {'self_play:backgammon'},
+}
+
+
+@pytest.mark.parametrize('agent', presets.AGENTS)
+def test_agents_refuse_environments_that_do_not_suit_them(agent):
+  preset = next(n for n, p in presets.PRESETS.items() if p.agent == agent)
+  settings = ('env.options=', 'env.action_bins=0')
+  for env in ENVS:
+    try:
+      experiment = build.describe(preset, env=env, settings=settings)
+      made = build.make_env(experiment, training=True)
+      build.make_source(
+        experiment, made, build.make_agent(experiment, made.spec)
+      )
+    except ValueError as error:
+      message = str(error)
+      assert env not in FITS.get(agent, ()), message
+      assert agent in message or 'policy=' in message
+      assert '\n' not in message
+    else:
+      assert env in FITS.get(agent, ()), f'{agent} takes {env}'
