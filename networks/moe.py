@@ -278,6 +278,10 @@ class FeedForward(nn.Module):
 class MoE(nn.Module):
   """A layer of experts, `(x [..., D], train) -> (y [..., O], Aux)`.
 
+  Who works on what is told with `mutable=['plans']`: `plans['plan'][0]` is the
+  router's `routing.Plan` of the tokens. With `prune_below` or `biased_top_k`
+  the collection `stats` changes where it is mutable and `train` is true.
+
   Attributes:
     config: see `Config`.
     expert: any module `(rows [B, D]) -> [B, O]` that treats each row on its
