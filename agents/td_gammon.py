@@ -82,7 +82,7 @@ class Config:
         raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
     value = self.learning_rate
     if isinstance(value, (int, float)) and not 0 < value < math.inf:
-      raise ValueError(f'learning_rate={value}: must be above 0')
+      raise ValueError(f'learning_rate={value}: must be finite and above 0')
     value = self.trace_decay
     if isinstance(value, (int, float)) and not 0 <= value <= 1:
       raise ValueError(f'trace_decay={value}: must be within [0, 1]')

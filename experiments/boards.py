@@ -80,7 +80,8 @@ def _namer(game):
 
   def name(action):
     if action == cells:
-      return 'pass'
+      # Hex has no pass: its second player may take over the first stone.
+      return 'swap' if game.spec.name.lower().startswith('hex') else 'pass'
     row, column = divmod(action, width)
     return f'{_LETTERS[column]}{row + 1}' if width > 3 else str(action)
 

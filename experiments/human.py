@@ -157,7 +157,8 @@ def opinion(legal: dict[str, Any], output: Any) -> str:
   worth = weights if values is None else values
   # By the policy where it says something, else by what moves are worth.
   by = worth if output.sampled_actions is not None else weights
-  best = sorted(places, key=lambda name: -by[places[name]])[:_SHOWN]
+  order = lambda name: (-by[places[name]], -worth[places[name]])
+  best = sorted(places, key=order)[:_SHOWN]
   lines = []
   for name in best:
     line = f'\n  {name}'
@@ -177,7 +178,7 @@ def _chosen(turn, legal, decide, can_undo, ask, tell) -> str | None:
   while True:
     try:
       answer = ' '.join(ask('your move: ').lower().split())
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
       return None
     if answer in ('q', 'quit', 'exit'):
       return None

@@ -13,6 +13,7 @@ and what is printed, and not the value of a last expression.
 """
 
 import ast
+import importlib
 import io
 import os
 import pathlib
@@ -63,14 +64,23 @@ def read(name: str, folder: pathlib.Path = FOLDER) -> Any:
   """A notebook as nbformat has it.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: there is none of this name; jupytext, nbclient or nbconvert are
+      missing.
   """
-  import jupytext
-
   if name not in names(folder):
     raise UserError(
       f'no notebook {name!r}: there are {", ".join(names(folder))}'
     )
+  # All that running one needs, before anything runs.
+  for package in ('jupytext', 'nbclient', 'nbconvert'):
+    try:
+      importlib.import_module(package)
+    except ImportError as error:
+      raise UserError(
+        f"notebook {name}: needs {package}: pip install 'outplay[notebooks]'"
+      ) from error
+  import jupytext
+
   return jupytext.read(folder / f'{name}.py')
 
 
@@ -167,16 +177,12 @@ def execute(
 
   Raises:
     UserError: see `read` and `set_parameters`; a cell raised, which is told
-      with its file and line; jupytext, nbclient or nbconvert are missing.
+      with its file and line.
   """
-  try:
-    import nbclient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-  except ImportError as error:
-    raise UserError(
-      f"{error.name} is missing: pip install 'outplay[notebooks]'"
-    ) from error
   notebook = read(name, folder)
+  import nbclient
+  from nbclient.exceptions import CellExecutionError, DeadKernelError
+
   set_parameters(notebook, assignments)
   total = sum(cell.cell_type == 'code' for cell in notebook.cells)
   running: list[Any] = []
@@ -220,7 +226,12 @@ def execute(
 def _environment() -> dict[str, str]:
   """Keeps compiled programs where `train.use_compilation_cache` does."""
   cache = pathlib.Path.home() / '.cache' / 'outplay' / 'jax'
-  return {'JAX_COMPILATION_CACHE_DIR': str(cache), **os.environ}
+  return {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    **os.environ,
+    # Importing envpool sets another one, which shows nothing in a notebook.
+    'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+  }
 
 
 def _line(cell: Any) -> int:

@@ -36,8 +36,9 @@ class Row(NamedTuple):
     seed: of the network's training; 0 for processes.
     stage: which is coarse, from 1.
     coarse: the share of the wrong transitions, or how many moves are kept.
-    score: the share of what the terminal values alone would lose that is not
-      lost; or of judged positions whose value is kept.
+    score: what is not lost of the loss of a policy that is greedy by the same
+      terminal values under an all wrong model, as a share; or the share of
+      judged positions whose value is kept.
     score_se: standard error over processes or positions.
     number: of them.
   """

@@ -60,8 +60,6 @@ def test_links_lead_somewhere(path):
     link
     for link in links(path.read_text())
     if not (path.parent / link).exists()
-    # Written by `python -m experiments.notebook`.
-    and '/notebooks/' not in link
   ]
   assert missing == []
 
@@ -74,13 +72,14 @@ def commands(text):
     yield found[1], shlex.split(rest.replace('…', ''), comments=True)
 
 
-def texts(launcher):
-  """Strings in a launcher's file, the names of its flags among them."""
+def flags_of(launcher):
+  """Names of the flags that a launcher's file defines."""
   path = ROOT / 'experiments' / f'{launcher}.py'
   return {
-    node.value
+    node.args[0].value
     for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    if isinstance(node, ast.Call)
+    and getattr(node.func, 'attr', '').startswith('DEFINE')
   }
 
 
@@ -89,9 +88,9 @@ def test_commands_name_launchers_and_their_flags(path):
   for launcher, arguments in commands(path.read_text()):
     assert importlib.util.find_spec(f'experiments.{launcher}'), launcher
     flags = [a[2:].partition('=')[0] for a in arguments if a[:2] == '--']
-    unknown = set(flags) - texts(launcher) - {'help'}
+    unknown = set(flags) - flags_of(launcher) - {'help'}
     # A boolean flag has its negation.
-    assert {f for f in unknown if f[2:] not in texts(launcher)} == set()
+    assert {f for f in unknown if f[2:] not in flags_of(launcher)} == set()
 
 
 def test_pages_are_reached():

@@ -38,6 +38,7 @@ WRONG = 'zzz'
 
 # A command, and the pieces of its message in their order.
 TABLE = {
+  f'train --workdir={300 * "x"}': 'workdir=xxx ... name too long; take another',
   # Names.
   'train --preset=muzero_catsh': "preset='muzero_catsh': did you mean muzero",
   'train --env=Cach-v0': "env='Cach-v0': envpool has none; nearest: Catch-v0",
@@ -273,6 +274,10 @@ TABLE = {
 }
 # What is not installed, and what needs it.
 MISSING = {
+  'notebook compose --tiny': (
+    'nbconvert',
+    "notebook compose: needs nbconvert: pip install 'outplay[notebooks]'",
+  ),
   'train --preset=bc --dataset=torn.hdf5': (
     'h5py',
     "hdf5 needs h5py: pip install 'outplay[hdf5]'",

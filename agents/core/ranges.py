@@ -36,7 +36,7 @@ def above(config: Any, low: float, *names: str, finite: bool = True) -> None:
   """
   high = math.inf if finite else math.nan
   is_right = lambda x: x > low and x != high
-  _check(config, names, is_right, f'above {low}{" and finite" * finite}')
+  _check(config, names, is_right, f'above {low}')
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
@@ -61,5 +61,6 @@ def _check(config, names, is_right, range_):
     is_many = isinstance(value, tuple)
     for x in value if is_many else (value,):
       if isinstance(x, int | float) and not is_right(x):
+        finite = 'finite and ' if math.isinf(x) and x > 0 else ''
         each = ' each' if is_many else ''
-        raise ValueError(f'{name}={value}: must be {range_}{each}')
+        raise ValueError(f'{name}={value}: must be {finite}{range_}{each}')

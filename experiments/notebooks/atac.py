@@ -186,7 +186,8 @@ _, rows = jax.jit(lambda state, keys: jax.lax.scan(record, state, keys))(
 # %% [markdown]
 # A row is a time step and what was done on it. A transition needs two; where
 # the second one begins another episode there is none. With `npz.save` the data
-# set would be kept for `python -m experiments.train --dataset=FOLDER`.
+# set would be kept for `python -m experiments.train --preset=atac_small
+# --dataset=FOLDER --env=Pendulum-v1`.
 
 # %%
 rows = jax.device_get(rows)

@@ -4,7 +4,8 @@
 # Looking one step ahead from an approximate value and playing what looks best
 # earns the value of Newton's next iterate for Bellman's equation (Bertsekas
 # 2022, "Lessons from AlphaZero"). That is why a planner gains so much over the
-# network that it plans with: Newton's error is the square of the one before.
+# network that it plans with: once near the solution, Newton's error goes with
+# the square of the one before.
 # First the step is drawn where everything is one number; then the same
 # planner, `search.lookahead` over `search.rollout`, plays Connect Four with a
 # network that was trained for a minute.

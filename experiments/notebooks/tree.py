@@ -376,8 +376,9 @@ for way in WAYS[1:]:
 # %% [markdown]
 # The curves tell the mistakes apart: *never* is as good as the right way up to
 # the horizon and worse behind it, *carry only* fails exactly behind a reset, by
-# the sum of the rewards before it. The choices hardly tell them apart, nor does
-# the return: here all paths earn about the same up to a reset, so that the
-# mistake shifts them alike and their order stays. On the roads above it does
-# not shift them alike, and the wrong one is taken. A wrong reset is a bug that
-# a learning curve may hide; the comparison of rewards finds it in seconds.
+# the sum of the rewards before it. The choices hardly tell them apart, and the
+# return does by no more than twice its error: all paths here earn about as much
+# up to a reset, so that the mistake shifts them alike and their order stays. On
+# the roads above it does not shift them alike, and *never* and *together* take
+# the wrong one. A wrong reset is a bug that a learning curve may hide;
+# the comparison of rewards finds it in seconds.

@@ -144,11 +144,19 @@ def check_place(
       above it; or the operating system does not let us write there.
   """
   path = pathlib.Path(path)
-  if not folder and path.is_dir():
-    raise UserError(f'{field}={path}: is a folder, must be the name of a file')
   above = path if folder else path.parent
-  while not above.exists():
-    above = above.parent
+  try:
+    if not folder and path.is_dir():
+      raise UserError(
+        f'{field}={path}: is a folder, must be the name of a file'
+      )
+    while not above.exists():
+      above = above.parent
+  except OSError as error:
+    raise UserError(
+      f'{field}={path}: {(error.strerror or str(error)).lower()}; take another '
+      'place'
+    ) from error
   if not above.is_dir():
     what = 'is' if above == path else f'{above} is'
     raise UserError(f'{field}={path}: {what} a file, must be a folder')
