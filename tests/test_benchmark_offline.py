@@ -35,6 +35,7 @@ def test_the_data_set_is_no_part_of_the_program(program):
   assert other.state == program.state
 
 
+@pytest.mark.slow
 def test_rows():
   sizes = offline.sizes_here(quick=True, repeats=9)
   assert sizes == SIZES

@@ -117,6 +117,7 @@ def test_who_was_killed_is_said(runs):
   assert 30 not in losses(folder / 'two')
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_one_process(runs, tmp_path):
   folder, _, _ = runs
   shutil.copytree(folder / 'two', tmp_path / 'two')

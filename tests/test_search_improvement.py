@@ -283,6 +283,7 @@ def test_bad_parameters_are_refused(make, bad):
     make(bad)
 
 
+@pytest.mark.slow
 def test_launcher(tmp_path):
   root = pathlib.Path(__file__).resolve().parent.parent
   environment = dict(

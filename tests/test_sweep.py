@@ -234,6 +234,7 @@ def read(path):
     return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_launcher_sweeps_goes_on_and_refuses(tmp_path):
   flags = (
     '--preset=muzero_catch',
