@@ -490,6 +490,7 @@ def test_imagined_rollouts_are_those_of_a_loop(rollouts, key):
   assert 0 < ended < 18
 
 
+@pytest.mark.slow
 def test_planners_plan_in_the_ensemble(key):
   # Reward o_0 where one arrives is what o_0 was; so the value of a first
   # action is seen a step later, and the highest is best.

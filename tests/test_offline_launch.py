@@ -297,6 +297,7 @@ def test_two_devices_give_what_one_gives(whole, data, tmp_path):
       np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_batches_of_the_host(data, tmp_path):
   settings = (*ATAC, 'data_on=host', 'final_episodes=0')
   experiment = describe(data, settings=settings)

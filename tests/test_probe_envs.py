@@ -144,9 +144,8 @@ def predictions(module, task, observation, actions):
 both = pytest.mark.parametrize('module', [muzero, efficientzero])
 
 
-@pytest.mark.parametrize(
-  'module', [pytest.param(muzero, marks=pytest.mark.slow), efficientzero]
-)
+@pytest.mark.slow
+@both
 def test_a_constant_reward_is_learned(module):
   value, _, rewards = predictions(module, CONSTANT, [1, 0, 0], [0, 1])
   np.testing.assert_allclose(value, 1, atol=0.05)

@@ -165,6 +165,7 @@ def test_stopped_and_run_again_equals_uninterrupted(program, points, tmp_path):
   assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_changes_shapes_is_another_program(tmp_path):
   mine = ('num_simulations', 'reanalyze_fraction')
   fixed = [s for s in TINY if not s.startswith(mine)]
