@@ -110,6 +110,7 @@ def runs(tmp_path_factory):
   return folder, status, log.read_text()
 
 
+@pytest.mark.slow
 def test_who_was_killed_is_said(runs):
   folder, status, log = runs
   assert status == 128 + signal.SIGKILL, log

@@ -321,6 +321,7 @@ def test_the_account_is_that_of_all_unrolled_steps_together(alone):
     assert np.abs(kernel).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_rows_of_a_sweep_are_what_they_are_alone(alone):
   compiled, params = alone
   keys, weights = jax.random.split(KEY), jnp.float32([0.1, 3.0])

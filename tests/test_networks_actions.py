@@ -569,6 +569,7 @@ def test_only_flat_sets_are_enumerated(gaussian, bins, product):
   assert gaussian.num_actions is None
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop(gaussian, bins, product, joint):
   for family in (gaussian, bins, product, joint):
 
