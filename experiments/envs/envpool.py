@@ -99,7 +99,7 @@ def resolve_id(env_id: str) -> str:
   if env_id in ids:
     return env_id
   match = re.fullmatch(
-    r'(?:ALE/)?(\w+?)(?:NoFrameskip|Deterministic)?(?:-v\d)?', env_id
+    r'(?:ALE/)?(\w+?)(?:NoFrameskip|Deterministic)?(?:-v[045])?', env_id
   )
   if match and f'{match[1]}-v5' in ids:
     game = f'{match[1]}-v5'
