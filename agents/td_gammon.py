@@ -38,7 +38,6 @@ Axes: `B` streams, `K` candidates, `H` heads.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,6 +46,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 
+from agents.core import ranges
 from agents.core.types import Agent, Candidates, Experience, Info, Spec
 from networks import mlp
 from search import model as models
@@ -77,15 +77,9 @@ class Config:
   streams: int = 1
 
   def __post_init__(self):
-    for name in ('hidden', 'chunk', 'streams'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
-    value = self.learning_rate
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
-      raise ValueError(f'learning_rate={value}: must be finite and above 0')
-    value = self.trace_decay
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
-      raise ValueError(f'trace_decay={value}: must be within [0, 1]')
+    ranges.at_least(self, 1, 'hidden', 'chunk', 'streams')
+    ranges.above(self, 0, 'learning_rate')
+    ranges.within(self, 0, 1, 'trace_decay')
 
 
 class Streams(NamedTuple):

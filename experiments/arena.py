@@ -4,14 +4,12 @@
 `human`.
 """
 
-import csv
-import io
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import human, match, players, terminal
-from experiments.runtime import config as configs
+from experiments.runtime import metrics
 from experiments.runtime.config import UserError
 
 
@@ -139,13 +137,7 @@ def matches(
 
 def write(path: pathlib.Path, results: Sequence[match.Result]) -> None:
   """Writes match.csv, atomically."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(match.Result._fields)
-  writer.writerows(
-    [f'{x:.5g}' if isinstance(x, float) else x for x in row] for row in results
-  )
-  configs.write_text(path, text.getvalue())
+  metrics.write_lines(path, [match.Result._fields, *results], digits=5)
 
 
 def print_results(results: Sequence[match.Result]) -> None:

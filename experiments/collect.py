@@ -21,10 +21,8 @@ The folder holds `config.json`, a data set in each folder of these names, and
 is not made again by the same command.
 """
 
-import csv
 import dataclasses
 import importlib.util
-import io
 import json
 import math
 import pathlib
@@ -35,6 +33,7 @@ import numpy as np
 
 from experiments import collector, terminal
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 
 # In an order in which each finds what it is made of.
 QUALITIES = ('random', 'medium', 'medium-replay', 'expert', 'medium-expert')
@@ -266,7 +265,6 @@ def _play(env_name, act, params, episodes, seed):
 def _train(env, agent, play, out, steps, seed, collection):
   """Trains; writes `medium-replay` and, once that is there, `agent`."""
   from experiments.data import npz
-  from experiments.runtime import metrics
 
   name = env.spec.name
   print(f'training SAC for {steps:,} decisions', flush=True)
@@ -345,11 +343,8 @@ def choose_medium(
 
 
 def _write_evaluations(path, found):
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(_EVALUATED)
-  writer.writerows([getattr(e, field) for field in _EVALUATED] for e in found)
-  configs.write_text(path, text.getvalue())
+  rows = [[getattr(e, field) for field in _EVALUATED] for e in found]
+  metrics.write_lines(path, [_EVALUATED, *rows])
 
 
 def _leaves(params):
@@ -400,7 +395,6 @@ def _collect(quality, spec, play, trained, out, transitions, seed):
 
   from experiments.data import layout, npz
   from experiments.envs import envpool
-  from experiments.runtime import metrics
 
   about = _about(spec, quality, trained.facts)
   if quality == 'medium-expert':

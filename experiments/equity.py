@@ -7,14 +7,13 @@ and a choice, what the best choice is worth and what the player's is. gnubg
 looks `--plies` ahead of each choice. Pubeval and a random player stand beside.
 """
 
-import csv
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments import terminal
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 
 # Turns decided on together.
 _BATCH = 8
@@ -81,13 +80,7 @@ def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes equity.csv, atomically."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Row._fields)
-  writer.writerows(
-    [f'{x:.5g}' if isinstance(x, float) else x for x in row] for row in rows
-  )
-  configs.write_text(path, text.getvalue())
+  metrics.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def main() -> None:

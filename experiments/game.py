@@ -8,8 +8,6 @@ _selection.csv (what rules that choose beta from data are worth; see
 `experiments.game_selection`) and a figure, .png.
 """
 
-import csv
-import io
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ import numpy as np
 from experiments import game_selection, terminal
 from experiments.game_selection import BETAS, COVERAGE
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 from experiments.runtime.config import UserError
 
 # `1 / (1 - g)`; rewards are within [0, 1].
@@ -172,14 +171,6 @@ def summary(rows: Sequence[Row]) -> str:
       f'{sum(r.num_q for r in rows)} critics replaced',
     ]
   )
-
-
-def _write(path: pathlib.Path, lines: Iterable[Sequence[Any]]) -> None:
-  text = io.StringIO()
-  plain = lambda x: f'{x:.6g}' if isinstance(x, float) else x
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerows([plain(x) for x in line] for line in lines)
-  configs.write_text(path, text.getvalue())
 
 
 def figure(
@@ -347,7 +338,7 @@ def main() -> None:
     f'{len(BETAS)} betas'
   )
   rows = measure(mdps=values.mdps, seed=values.seed, **settings)
-  _write(out, [Row._fields, *rows])
+  metrics.write_lines(out, [Row._fields, *rows], digits=6)
   print(summary(rows))
   chosen = []
   if values.datasets:
@@ -355,7 +346,9 @@ def main() -> None:
       values.seed, sizes, mdps=values.datasets, **settings
     )
     selection = out.with_name(f'{out.stem}_selection.csv')
-    _write(selection, [game_selection.Row._fields, *chosen])
+    metrics.write_lines(
+      selection, [game_selection.Row._fields, *chosen], digits=6
+    )
     print(f'results: {selection}')
   figure(rows, chosen, out.with_suffix('.png'))
   terminal.end(

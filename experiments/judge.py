@@ -11,7 +11,6 @@ Axes: `P` positions.
 """
 
 import csv
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from experiments import terminal
 from experiments.players import Player
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 from experiments.runtime.config import UserError
 
 POSITIONS = pathlib.Path(__file__).parent / 'results/connect_four_judged.csv'
@@ -186,13 +186,10 @@ def make_positions(number: int, seed: int = 0) -> Judged:
 
 def write(judged: Judged, path: pathlib.Path) -> None:
   """Writes judged positions, atomically."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['moves', *(f'score_{c}' for c in range(COLUMNS))])
+  lines: list[list[Any]] = [['moves', *(f'score_{c}' for c in range(COLUMNS))]]
   for moves, scores in zip(judged.moves, judged.score):
-    cells = ['' if np.isnan(s) else int(s) for s in scores]
-    writer.writerow([moves, *cells])
-  configs.write_text(path, text.getvalue())
+    lines.append([moves, *('' if np.isnan(s) else int(s) for s in scores)])
+  metrics.write_lines(path, lines)
 
 
 def _bitbully() -> tuple[Any, Any]:

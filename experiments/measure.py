@@ -1,8 +1,6 @@
 """Measuring in turns, and what was measured as a table and as CSV."""
 
-import csv
 import importlib.metadata
-import io
 import math
 import os
 import pathlib
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.runtime import config as configs
+from experiments.runtime import metrics
 
 
 class Timing(NamedTuple):
@@ -203,16 +201,10 @@ def _processor() -> str:
 
 def write_rows(path: Any, rows: Sequence[Row], about: dict[str, str]) -> None:
   """Writes the results, atomically; each line says on what machine."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow([*Row._fields, *about])
+  lines: list[list[Any]] = [[*Row._fields, *about]]
   for row in rows:
-    cells = [f'{x:.6g}' if isinstance(x, float) else x for x in row]
-    cells = ['' if x == 'nan' else x for x in cells]
-    writer.writerow([*cells, *about.values()])
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  configs.write_text(path, text.getvalue())
+    lines.append([*('' if x != x else x for x in row), *about.values()])
+  metrics.write_lines(pathlib.Path(path), lines, digits=6)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -10,9 +10,7 @@ what comes out here, and writes it as newton_examples.csv; draws
 newton_step.png and newton_uses.png (`experiments.newton_figures`).
 """
 
-import csv
 import functools
-import io
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,6 +20,7 @@ import numpy as np
 from experiments import newton_cases as cases
 from experiments import terminal
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 
 
 class Row(NamedTuple):
@@ -309,12 +308,8 @@ def show(rows: Sequence[Row]) -> None:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes newton_examples.csv."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Row._fields)
-  for item, what, printed, ours, agree in rows:
-    writer.writerow([item, what, printed, _text(ours, 10), agree])
-  configs.write_text(path, text.getvalue())
+  told = [row._replace(ours=_text(row.ours, 10)) for row in rows]
+  metrics.write_lines(path, [Row._fields, *told])
 
 
 def define_flags() -> None:

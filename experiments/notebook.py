@@ -371,6 +371,7 @@ def main(asked: Sequence[str]) -> None:
   assignments = [*(['TINY=True'] if values['tiny'] else []), *values['set']]
   changed = ROOT / 'runs' / 'notebooks'
   out = pathlib.Path(values['out'] or (changed if assignments else DOCS))
+  configs.check_place('out', out, folder=True)
   for name in asked:  # before the first one takes minutes
     code(name, assignments)
   for name in asked or names():

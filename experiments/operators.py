@@ -11,17 +11,16 @@ operators_slopes.csv (of log rmse against log K) and
 operators_convergence.png.
 """
 
-import csv
 import functools
-import io
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import terminal
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 from experiments.runtime.config import UserError
 
 ETA, LAM = 0.2, 1.0
@@ -307,14 +306,6 @@ def slopes(rows: Sequence[Row]) -> list[tuple[str, str, str, float]]:
   return [(*what, float(fit(group))) for what, group in groups.items()]
 
 
-def _write(path: pathlib.Path, lines: Iterable[Sequence[Any]]) -> None:
-  text = io.StringIO()
-  plain = lambda x: f'{x:.6g}' if isinstance(x, float) else x
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerows([plain(x) for x in line] for line in lines)
-  configs.write_text(path, text.getvalue())
-
-
 def figure(
   rows: Sequence[Row],
   errors: dict[str, np.ndarray],
@@ -497,10 +488,11 @@ def main() -> None:
   for operator, beta, correction, slope in fitted:
     print(f'{operator:5} {beta:9} {correction:14} rmse ~ K^{slope:.3f}')
   stem = out / 'operators_convergence'
-  _write(stem.with_suffix('.csv'), [Row._fields, *rows])
-  _write(
+  metrics.write_lines(stem.with_suffix('.csv'), [Row._fields, *rows], digits=6)
+  metrics.write_lines(
     out / 'operators_slopes.csv',
     [('operator', 'beta', 'correction', 'slope'), *fitted],
+    digits=6,
   )
   figure(rows, errors, stem.with_suffix('.png'))
   terminal.end(

@@ -10,9 +10,7 @@ python -m experiments.play --workdir=runs/NAME --record=agent.gif
 What players can be called is told in `experiments.players`.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 
 from experiments import build, terminal
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 
 
 class Row(NamedTuple):
@@ -51,11 +50,7 @@ class Row(NamedTuple):
 
 def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes evaluation.csv, atomically."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Row._fields)
-  writer.writerows(rows)
-  configs.write_text(path, text.getvalue())
+  metrics.write_lines(path, [Row._fields, *rows])
 
 
 def print_rows(rows: Sequence[Row]) -> None:

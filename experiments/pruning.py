@@ -16,8 +16,6 @@ three while the other two are exact:
   stage is pruned.
 """
 
-import csv
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -176,15 +174,9 @@ def moves(workdirs: Sequence[str]) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes rows, atomically."""
-  from experiments.runtime import config as configs
+  from experiments.runtime import metrics
 
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(Row._fields)
-  for row in rows:
-    writer.writerow([f'{x:.5g}' if isinstance(x, float) else x for x in row])
-  path.parent.mkdir(parents=True, exist_ok=True)
-  configs.write_text(path, text.getvalue())
+  metrics.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def draw(rows: Sequence[Row]) -> Any:

@@ -9,8 +9,6 @@ gets, and the experts' shares through training where the run kept them
 (`--set=log_experts=true`); writes both as CSV beside the figure.
 """
 
-import csv
-import io
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import numpy as np
 from experiments import plots, terminal
 from experiments.runs import read_csv
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 from experiments.runtime.config import UserError
 
 _FEW = 5  # occurrences below which a token characterises nobody
@@ -115,15 +114,14 @@ def through_training(workdir: str, layer: int) -> np.ndarray | None:
 
 def write(path: pathlib.Path, shares: Shares, number: int) -> None:
   """The most frequent tokens and where they go, as CSV."""
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  experts = [f'expert_{e}' for e in range(len(shares.counts))]
-  writer.writerow(['token', 'count', *experts])
+  lines: list[list[Any]] = [
+    ['token', 'count', *(f'expert_{e}' for e in range(len(shares.counts)))]
+  ]
   for v in _frequent(shares, number):
     column = shares.counts[:, v]
-    row = [f'{x:.4g}' for x in column / column.sum()]
-    writer.writerow([repr(shares.words[v]), int(column.sum()), *row])
-  configs.write_text(path, text.getvalue())
+    row = [float(x) for x in column / column.sum()]
+    lines.append([repr(shares.words[v]), int(column.sum()), *row])
+  metrics.write_lines(path, lines, digits=4)
 
 
 def _frequent(shares, number):

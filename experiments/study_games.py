@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from experiments import arena, judge, match, players, terminal
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 
 # Stages, rollouts and simulations, and both together.
 PLAYERS = (
@@ -104,14 +105,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes rows, atomically."""
-  lines = [','.join(Row._fields)]
-  for row in rows:
-    cells = ['' if x is None else x for x in row]
-    lines.append(
-      ','.join(f'{x:.5g}' if isinstance(x, float) else str(x) for x in cells)
-    )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  configs.write_text(path, '\n'.join(lines) + '\n')
+  metrics.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def run(

@@ -155,6 +155,7 @@ TABLE = {
   'sweep --workdir=file': 'workdir=file: is a file, must be a folder',
   'collect --out=file': 'out=file: is a file, must be a folder',
   'newton --out=file': 'out=file: is a file, must be a folder',
+  'notebook compose --out=file': 'out=file: is a file, must be a folder',
   'operators --out=file': 'out=file: is a file, must be a folder',
   'benchmark --out=empty': 'out=empty: is a folder, must be the name of a file',
   'corpus --out=file/x': 'out=file/x: file is a file, must be a folder',
@@ -300,7 +301,6 @@ LOADS = {'control --workdir=pendulum --dynamics=catch'}
 # Any text will do, or it is only found wrong once there is a cluster.
 FREE = {
   ('sweep', 'ray_address'),
-  ('notebook', 'out'),
   ('pruning', 'folder'),
 }
 

@@ -399,7 +399,7 @@ def test_streams_refuse_simulators_of_the_host(made):
   'field, value, message',
   [
     ('hidden', 0, 'hidden=0: must be 1 or more'),
-    ('learning_rate', 0.0, 'learning_rate=0.0: must be finite and above 0'),
+    ('learning_rate', 0.0, 'learning_rate=0.0: must be above 0'),
     ('trace_decay', 1.5, r'trace_decay=1.5: must be within \[0, 1\]'),
   ],
 )
