@@ -58,7 +58,9 @@ def make_player(
     raise UserError(f'player={name}: {experiment.agent_name} has no model')
   params = play.load_params(folder, agent, [checkpoint])[checkpoint]
   search = getattr(experiment.config, 'search', None)
-  return players.make(name, strategy, agent.model, params, game, search)
+  return players.make(
+    name, strategy, agent.model, params, game, search, agent.exploit
+  )
 
 
 def other_players(game: Any) -> Callable[[str], players.Player | None]:

@@ -3,7 +3,6 @@
 Launchers, studies and notebooks build alike: `experiment = build(...)`.
 """
 
-import ast
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
@@ -246,22 +245,13 @@ def make_env(experiment: Experiment, *, training: bool, num_envs=None):
   """
   from experiments.envs import make
 
-  options = {}
-  for option in experiment.env.options:
-    name, equals, text = option.partition('=')
-    if not equals:
-      raise ValueError(f'env.options={option}: should be name=value')
-    try:
-      options[name] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      options[name] = text
   return make.make(
     experiment.env_name,
     num_envs or experiment.env.num_envs,
     training=training,
     frame_stack=experiment.env.frame_stack,
     num_threads=experiment.env.num_threads,
-    options=options,
+    options=make.parse_options(experiment.env.options),
     action_bins=experiment.env.action_bins,
   )
 

@@ -57,6 +57,8 @@ class Collection:
     evaluate_episodes: of each.
     reference_episodes: behind `ref_min` and `ref_max` each.
     medium_share: how far from `ref_min` to `ref_max` medium is.
+    options: the environment's own, `name=value` each; they are kept with the
+      data, and who learns from them is evaluated under them.
   """
 
   num_envs: int = 8
@@ -67,6 +69,7 @@ class Collection:
   evaluate_episodes: int = 16
   reference_episodes: int = 100
   medium_share: float = 1 / 3
+  options: tuple[str, ...] = ()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -101,6 +104,11 @@ TASKS: dict[str, tuple[int, dict[str, Any], Collection]] = {
     _SMALL,
     dataclasses.replace(_QUICK, evaluate_episodes=8),
   ),
+  'CartpoleSwingup-v1': (
+    15_000,
+    {**_SMALL, 'gamma': 0.98},
+    dataclasses.replace(_QUICK, options=('action_repeat=8',)),
+  ),
 }
 _OTHERS: tuple[int, dict[str, Any], Collection] = (300_000, {}, Collection())
 
@@ -110,8 +118,8 @@ class Trained(NamedTuple):
 
   Attributes:
     params: `sac.Params` of `medium` and `expert`.
-    facts: `ref_min`, `ref_max`, and after how many decisions each policy came
-      with what return in its evaluation.
+    facts: `ref_min`, `ref_max`, the environment's options, and after how many
+      decisions each policy came with what return in its evaluation.
   """
 
   params: dict[str, Any]
@@ -192,7 +200,6 @@ def run(
       training that did not come as far as medium.
   """
   from experiments.data import npz
-  from experiments.envs import envpool
 
   if steps <= collection.warmup:
     raise ValueError(
@@ -200,7 +207,7 @@ def run(
     )
   if minari and importlib.util.find_spec('h5py') is None:
     raise ValueError("minari: needs h5py: pip install 'outplay[hdf5]'")
-  env = envpool.make_envpool(env_name, collection.num_envs)
+  env = _simulators(env_name, collection.num_envs, collection)
   if not hasattr(env.spec.observation, 'shape'):
     raise ValueError(f'env={env_name}: its observations are no single array')
   agent = collector.make_agent(sac, env.spec)
@@ -219,7 +226,7 @@ def run(
   for quality in QUALITIES:
     if not (out / quality).exists():
       dataset = _collect(
-        quality, env.spec, play, trained, out, transitions, seed
+        quality, env.spec, collection, play, trained, out, transitions, seed
       )
       npz.save(_with_returns(dataset), out / quality)
     dataset = npz.load(out / quality)
@@ -243,14 +250,21 @@ def stream_seed(seed: int, what: str, number: int = 0) -> int:
   return (seed * len(_STREAMS) + _STREAMS.index(what)) * 10**6 + number
 
 
-def _play(env_name, act, params, episodes, seed):
+def _simulators(env_name, num_envs, collection):
+  """envpool's, with the options of a collection."""
+  from experiments.envs import envpool, make
+
+  options = make.parse_options(collection.options)
+  return envpool.make_envpool(env_name, num_envs, **options)
+
+
+def _play(env_name, collection, act, params, episodes, seed):
   """The mean return of whole episodes."""
   import jax
 
-  from experiments.envs import envpool
   from experiments.runtime import evaluate
 
-  games = envpool.make_envpool(env_name, min(_GAMES, episodes))
+  games = _simulators(env_name, min(_GAMES, episodes), collection)
   played = evaluate.on_host(
     games,
     act,
@@ -271,7 +285,8 @@ def _train(env, agent, play, out, steps, seed, collection):
 
   def evaluate(params, number):
     at = stream_seed(seed, 'evaluate', number)
-    return _play(name, play['policy'], params, collection.evaluate_episodes, at)
+    episodes = collection.evaluate_episodes
+    return _play(name, collection, play['policy'], params, episodes, at)
 
   bar = metrics.progress(steps)
   try:
@@ -288,13 +303,15 @@ def _train(env, agent, play, out, steps, seed, collection):
     bar.close()
   episodes, at = collection.reference_episodes, stream_seed(seed, 'reference')
   explore = collector.uniform(env.spec, min(_GAMES, episodes), at)
-  ref_min = _play(name, explore, None, episodes, at)
+  ref_min = _play(name, collection, explore, None, episodes, at)
   best = int(np.argmax([e.mean_return for e in found]))
   expert = found[best]
-  ref_max = _play(name, play['mean'], expert.params, episodes, at)
+  best_play = play['mean'], expert.params
+  ref_max = _play(name, collection, *best_play, episodes, at)
   share = collection.medium_share
   medium = choose_medium(found[:best], ref_min, ref_max, share)
   facts: dict[str, Any] = {'ref_min': ref_min, 'ref_max': ref_max}
+  facts['options'] = list(collection.options)
   for quality, chosen in (('medium', medium), ('expert', expert)):
     facts[quality] = {k: getattr(chosen, k) for k in _EVALUATED}
   past = np.cumsum([rows.valid.sum() for rows in history])
@@ -377,6 +394,9 @@ def _about(spec, quality, facts):
     'medium-replay': "SAC's whole memory up to medium",
     'medium-expert': 'SAC, half trained and trained',
   }
+  extra = {k: facts[k] for k in ('medium', 'expert') if k in quality}
+  if facts.get('options'):
+    extra['options'] = facts['options']
   return layout.About(
     name=f'{spec.name}-{quality}',
     env=spec.name,
@@ -385,16 +405,15 @@ def _about(spec, quality, facts):
     ref_min=facts['ref_min'],
     ref_max=facts['ref_max'],
     source=f'outplay, {who.get(quality, "SAC, sampling")}',
-    extra={k: facts[k] for k in ('medium', 'expert') if k in quality},
+    extra=extra,
   )
 
 
-def _collect(quality, spec, play, trained, out, transitions, seed):
+def _collect(quality, spec, collection, play, trained, out, transitions, seed):
   """The data set of a quality other than the training's memory."""
   import jax
 
   from experiments.data import layout, npz
-  from experiments.envs import envpool
 
   about = _about(spec, quality, trained.facts)
   if quality == 'medium-expert':
@@ -412,7 +431,7 @@ def _collect(quality, spec, play, trained, out, transitions, seed):
   bar = metrics.progress(transitions)
   try:
     history = collector.gather(
-      envpool.make_envpool(spec.name, _GAMES),
+      _simulators(spec.name, _GAMES, collection),
       choose,
       transitions,
       at,

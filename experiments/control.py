@@ -2,14 +2,14 @@
 
 python -m experiments.control --workdir=runs/iql_small_Pendulum-v1-random_s0 \
   --planners='actor;lookahead=1;lookahead=1+rollout=8'
-python -m experiments.control --workdir=runs/... --dynamics=runs/combo_small_...
+python -m experiments.control --workdir=runs/... --dynamics=runs/dynamics_...
 python -m experiments.control --study --data=data/pendulum
 
 The agent's actor proposes what may be done and is who rolls out, its critic is
 the cost at the end (`experiments.plan_models`), and each decision is made anew
 from what the real simulator shows: model predictive control. The model between
-them is the exact simulator, or the ensemble that a COMBO run learned from a
-data set. Planners are named
+them is the exact simulator, or the ensemble that a run of `dynamics` or COMBO
+learned from a data set. Planners are named
 
   actor                 the policy's mode; no planning
   critic                l = 0: the candidate of the highest Q
@@ -379,7 +379,7 @@ def define_flags() -> None:
     'checkpoint', 'final', ['final', 'best', 'early'], 'which parameters'
   )
   flags.DEFINE_string(
-    'dynamics', 'exact', 'exact, or the folder of a combo run on the same data'
+    'dynamics', 'exact', 'exact, or the folder of a dynamics (or combo) run'
   )
   flags.DEFINE_string(
     'planners',

@@ -93,7 +93,7 @@ def load_dynamics(workdir: str, checkpoint: str = 'final') -> Learned:
   if experiment.agent_name not in ('combo', 'dynamics'):
     raise UserError(
       f'dynamics={workdir}: {experiment.agent_name} learns no ensemble of '
-      'dynamics; combo does'
+      'dynamics; dynamics and combo do'
     )
   env = build.make_env(experiment, training=False, num_envs=1)
   spec = play.load_spec(workdir, env.spec)
@@ -119,7 +119,7 @@ def simulator(experiment: Any) -> Any:
   if experiment.env_name not in known:
     raise UserError(
       f'env={experiment.env_name}: there is no exact model of it; there is one '
-      f'of {", ".join(known)}; give --dynamics=RUN of a combo run'
+      f'of {", ".join(known)}; give --dynamics=RUN of a dynamics or combo run'
     )
   ours = experiment._replace(env_name=known[experiment.env_name])
   return build.make_env(ours, training=False)

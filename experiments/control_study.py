@@ -3,8 +3,8 @@
 python -m experiments.control --study --data=data/pendulum
 
 For each quality of data and each seed it trains, by `experiments.train` in
-folders of its own, the agents and an ensemble of dynamics (COMBO's, whose
-policy is not trained), all on the same rows. Then every planner plays the same
+folders of its own, the agents and an ensemble of dynamics, all on the same
+rows. Then every planner plays the same
 episodes in the simulator, over the exact and over the learned model. What has
 been trained or played is not done again.
 """
@@ -42,11 +42,6 @@ _RUN = (
   '--set=checkpoint_every=10000',
   '--set=log_every=1000',
 )
-_DYNAMICS = (
-  '--preset=combo_small',
-  '--set=model_updates=10000',
-  '--steps=10001',
-)
 
 
 class Cell(NamedTuple):
@@ -83,9 +78,9 @@ def train(
   if mark.exists():
     return workdir
   folder.mkdir(parents=True, exist_ok=True)
-  own = _DYNAMICS if name == 'dynamics' else (f'--preset={name}_small',)
   command = [
-    *(sys.executable, '-m', 'experiments.train', *own, *_RUN),
+    *(sys.executable, '-m', 'experiments.train', f'--preset={name}_small'),
+    *_RUN,
     f'--dataset={data / quality}',
     f'--seed={seed}',
     f'--workdir={workdir}',

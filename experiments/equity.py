@@ -39,6 +39,59 @@ class Row(NamedTuple):
   less_se: float
 
 
+def judged(positions: int, plies: int) -> list[Any]:
+  """Turns and what each choice is worth, as `gnubg.Judged`.
+
+  Args:
+    positions: how many turns, at least 2; the same ones every time.
+    plies: of the judge.
+
+  Raises:
+    UserError: gnubg-nn is not installed.
+  """
+  from rich.progress import track
+
+  from experiments import gnubg
+
+  boards, dice = gnubg.contact_positions(positions, seed=1)
+  found = []
+  for i in track(range(positions), description='gnubg judges'):
+    found += gnubg.judge(boards[i : i + 1], dice[i : i + 1], plies)
+  return found
+
+
+def compare(name: str, losses: Any, first: Any) -> Row:
+  """The line of a player.
+
+  Args:
+    name: its name.
+    losses: its `gnubg.Loss`.
+    first: that of whom it is compared with, in the same turns.
+  """
+  import numpy as np
+
+  less = first.each - losses.each
+  number = len(less)
+  return Row(
+    name,
+    number,
+    losses.mean,
+    losses.standard_error,
+    float(less.mean()),
+    float(np.std(less, ddof=1) / np.sqrt(number)),
+  )
+
+
+def planned(player: Any) -> Any:
+  """A `players.Player` as a `gnubg.Player`, a few turns at a time."""
+  from experiments import gnubg
+
+  return gnubg.planned(
+    lambda key, timestep: player.decide(player.params, key, timestep).action,
+    _BATCH,
+  )
+
+
 def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
   """Judges every player on the same turns.
 
@@ -50,32 +103,12 @@ def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
   Raises:
     UserError: gnubg-nn is not installed.
   """
-  import numpy as np
-  from rich.progress import track
-
   from experiments import gnubg
 
-  boards, dice = gnubg.contact_positions(positions, seed=1)
-  judged = []
-  for i in track(range(positions), description='gnubg judges'):
-    judged += gnubg.judge(boards[i : i + 1], dice[i : i + 1], plies)
-  rows, first = [], None
-  for name, player in players.items():
-    loss = gnubg.equity_loss(player, judged)
-    first = loss.each if first is None else first
-    less = first - loss.each
-    error = float(np.std(less, ddof=1) / np.sqrt(positions))
-    rows.append(
-      Row(
-        name,
-        positions,
-        loss.mean,
-        loss.standard_error,
-        float(less.mean()),
-        error,
-      )
-    )
-  return rows
+  turns = judged(positions, plies)
+  losses = {n: gnubg.equity_loss(p, turns) for n, p in players.items()}
+  first = next(iter(losses.values()))
+  return [compare(name, each, first) for name, each in losses.items()]
 
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -131,14 +164,10 @@ def _players(values) -> dict[str, Any]:
       'judges backgammon'
     )
 
-  def planned(name):
-    player = arena.make_player(name, values.workdir, experiment, game)
-    choose = lambda key, timestep: (
-      player.decide(player.params, key, timestep).action
-    )
-    return gnubg.planned(choose, _BATCH)
-
-  named = {name: planned(name) for name in values.players}
+  find = lambda name: planned(
+    arena.make_player(name, values.workdir, experiment, game)
+  )
+  named = {name: find(name) for name in values.players}
   return named | {'pubeval': gnubg.pubeval(), 'random': gnubg.random_player}
 
 

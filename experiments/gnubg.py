@@ -250,8 +250,8 @@ def planned(choose: Callable[[Any, Any], Any], size: int) -> Player:
   """A `Player` of what decides on batched time steps of self-play.
 
   Args:
-    choose: `(key, timestep) -> action [B, 2, 26]`, traced once; such as
-      `lambda key, t: planner(model, params, key, t).action`.
+    choose: `(key, timestep) -> action [B, 2, 26]`, compiled; such as
+      `jax.jit(lambda key, t: planner(model, params, key, t).action)`.
     size: turns decided on together; fewer are filled up.
   """
   import jax
@@ -260,11 +260,11 @@ def planned(choose: Callable[[Any, Any], Any], size: int) -> Player:
   from experiments.envs import backgammon
   from search.model import TimeStep
 
-  @jax.jit
   def decide(seed, boards, dice):
     zeros, no = jnp.zeros((size,)), jnp.zeros((size,), bool)
     player = jnp.zeros((size,), jnp.int32)
-    position = backgammon.Position(boards, dice, player)
+    at = jnp.asarray(boards), jnp.asarray(dice)
+    position = backgammon.Position(*at, player)
     timestep = TimeStep(position, zeros, zeros + 1.0, no, no)
     return choose(jax.random.key(seed), timestep)
 

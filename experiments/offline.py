@@ -1,5 +1,6 @@
 """From a data set (or a text) to a run: its environment, rows and score."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -54,7 +55,8 @@ def complete(experiment: Any, env: str | None):
 
   Args:
     experiment: from `build.describe`, with or without a data set.
-    env: what the user wants to evaluate in; None for the data set's own.
+    env: what the user wants to evaluate in; None for the data set's own, with
+      the options that it was made under unless there are others.
 
   Raises:
     UserError: there is no data set, or the agent cannot learn from one.
@@ -75,9 +77,14 @@ def complete(experiment: Any, env: str | None):
     field = 'hold_out' if experiment.run.hold_out else 'early_update'
     value = getattr(experiment.run, field)
     raise UserError(f'{field}={value}: needs a run that acts; set it to 0')
-  if not env:
-    env = opened(experiment.dataset).about.env
-  return experiment._replace(env_name=env)
+  if env:
+    return experiment._replace(env_name=env)
+  about = opened(experiment.dataset).about
+  options = experiment.env.options or tuple(about.extra.get('options', ()))
+  return experiment._replace(
+    env_name=about.env,
+    env=dataclasses.replace(experiment.env, options=options),
+  )
 
 
 def checksum_of(experiment: Any) -> str:

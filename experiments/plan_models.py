@@ -73,12 +73,14 @@ def _swingup(observation):
 # By the simulator's name: `(observation) -> state`, unbatched, at its first
 # step, because no observation tells the time.
 STATES = {'Pendulum': _pendulum, 'Swingup': _swingup}
-# Environments that a simulator of ours moves exactly like.
+# Environments that a simulator of ours moves exactly like (the control suite's
+# cart-pole but for the tolerances of MuJoCo's solver).
 EXACT = {
   'jax:pendulum': 'jax:pendulum',
   'Pendulum-v1': 'jax:pendulum',
   'gymnasium:Pendulum-v1': 'jax:pendulum',
   'jax:swingup': 'jax:swingup',
+  'CartpoleSwingup-v1': 'jax:swingup',
 }
 
 
@@ -304,14 +306,8 @@ def _chosen(act):
   """An agent's `act` or `exploit` as `(params, key, observation) -> action`."""
 
   def choose(params, key, observation):
-    import jax
-    import jax.numpy as jnp
+    from search import rollout
 
-    from search.model import TimeStep
-
-    rows = jax.tree.leaves(observation)[0].shape[0]
-    zeros, no = jnp.zeros((rows,)), jnp.zeros((rows,), bool)
-    timestep = TimeStep(observation, zeros, zeros + 1, no, no)
-    return act(params, key, timestep)[0]
+    return rollout.acting(act)(params, key, None, observation)
 
   return choose

@@ -10,7 +10,8 @@ front of it:
                         value behind them; `8x4` for the mean of 4 trials,
                         `end` to play to the end without a value
   ...+greedy_rollout=8  the same with the policy's likeliest moves
-  rollout=8             lookahead=1+rollout=8
+  rollout=8             lookahead=1+rollout=8; where a turn meets dice, of its
+                        best five candidates, for each roll, every trial
   random                any legal action
   runs/b@early:puct=32  with the early checkpoint of another run
 """
@@ -26,6 +27,8 @@ _TREES = ('gumbel', 'puct')
 # Candidates of a turn that are looked at further, where there are chances.
 _KEPT = 5
 _CHUNK = 64
+# Rollouts of such candidates that go on together.
+_ROWS = 512
 _PATTERN = re.compile(
   r'((?P<planner>network|random|lookahead|gumbel|puct)(=(?P<budget>\d+))?)?'
   r'(?P<plus>\+)?((?P<greedy>greedy_)?rollout=(?P<steps>\d+|end)'
@@ -124,6 +127,7 @@ def make(
   params: Any,
   game: Any,
   search: Any = None,
+  base: Callable[..., Any] | None = None,
 ) -> Player:
   """A player of a game.
 
@@ -135,6 +139,8 @@ def make(
     game: the rules.
     search: the agent's `planning.SearchConfig`, for a tree search's constants;
       None for the defaults.
+    base: the agent's `exploit`, who plays rollouts where the model has
+      candidates without priors; None for the best one step ahead.
 
   Raises:
     UserError: what needs priors, where actions are candidates without.
@@ -142,7 +148,7 @@ def make(
   import jax
 
   from agents.core import planning
-  from search import lookahead, policies, rollout
+  from search import lookahead, policies
 
   if strategy.planner == 'random':
     return Player(name, jax.jit(_random(game)), None, 0)
@@ -151,15 +157,7 @@ def make(
   if strategy.planner not in _TREES and hasattr(game.spec.action, 'factors'):
     # Who learned from sampled actions can look at all of them.
     model = model._replace(distribution=None)
-  planned = model
-  if strategy.steps is not None:
-    planned = rollout.truncated(
-      model,
-      'mode' if strategy.greedy else 'sample',
-      steps=None if strategy.steps < 0 else strategy.steps,
-      trials=strategy.trials,
-      terminal=strategy.steps >= 0,
-    )
+  planned = _rolled_out(model, strategy, base)
   if strategy.planner == 'network' and model.actions is None:
     planner = policies.make_planner(policies.raw, evaluate=True)
   elif strategy.planner in ('network', 'lookahead'):
@@ -180,6 +178,28 @@ def make(
 
   return Player(
     name, jax.jit(decide), params, _evaluations(strategy, game, model)
+  )
+
+
+def _rolled_out(model, strategy: Strategy, base):
+  """The model whose leaves are worth what the strategy says."""
+  from search import candidates, rollout
+
+  if strategy.steps is None:
+    return model
+  policy = 'mode' if strategy.greedy else 'sample'
+  if model.actions is not None:
+    model = candidates.best(model, _KEPT)
+    # Of a turn's many boards it values those that there are, not all places.
+    policy = rollout.greedy(model._replace(outcomes=None))
+    if base is not None:
+      policy = rollout.acting(base)
+  return rollout.truncated(
+    model,
+    policy,
+    steps=None if strategy.steps < 0 else strategy.steps,
+    trials=strategy.trials,
+    terminal=strategy.steps >= 0,
   )
 
 
@@ -215,7 +235,11 @@ def _pruning(model, strategy: Strategy) -> dict[str, Any]:
   As Tesauro's 2-ply: of the first stage the best few by the value behind them
   go on, and the second one sees boards before the dice.
   """
-  if model.actions is None or model.outcomes is None or strategy.budget < 2:
+  if model.actions is None or model.outcomes is None:
+    return {}
+  if strategy.steps is not None:
+    return {'chunk': max(1, _ROWS // (_KEPT * strategy.trials))}
+  if strategy.budget < 2:
     return {}
   return {
     'widths': (_KEPT, None),
@@ -254,10 +278,10 @@ def _check_candidates(name: str, strategy: Strategy) -> None:
       f'player={name}: a tree search needs actions that can be enumerated; '
       'take lookahead=1 or lookahead=2'
     )
-  if strategy.steps is not None:
+  if strategy.steps is not None and strategy.budget > 1:
     raise UserError(
-      f'player={name}: a rollout follows the policy of the network, and this '
-      'one has a value only; take lookahead=1 or lookahead=2'
+      f'player={name}: of candidates and chance a rollout comes after one '
+      'stage; take lookahead=1+rollout=8x4 or lookahead=2'
     )
   if strategy.budget > 2:
     raise UserError(
@@ -272,10 +296,14 @@ def _evaluations(strategy: Strategy, game: Any, model: Any) -> int | None:
 
   if model.actions is not None:
     number = game.spec.action.number
-    # The first stage is ranked by values, and so are replies to each roll.
-    second = 0 if strategy.budget < 2 else min(_KEPT, number) * number
     chances = _chances(game) if model.outcomes is not None else 1
-    return number + second * chances
+    leaves = min(_KEPT, number) * chances
+    if strategy.steps is not None:
+      # A turn of a rollout values all boards, and the one it leads to.
+      each = 1 + strategy.steps * strategy.trials * (number + 1)
+      return None if strategy.steps < 0 else number + leaves * each
+    # The first stage is ranked by values, and so are replies to each roll.
+    return number + (0 if strategy.budget < 2 else leaves * number)
   if strategy.planner == 'network':
     return 1
   if strategy.steps is not None and strategy.steps < 0:

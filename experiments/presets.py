@@ -24,6 +24,7 @@ AGENTS = (
   'bc',
   'combo',
   'cql',
+  'dynamics',
   'efficientzero',
   'iql',
   'language',

@@ -22,6 +22,8 @@ _SMALL = (
   'checkpoint_every=5000',
   'evaluate_every=2000',
 )
+# Nobody plays, so nothing is evaluated by playing.
+_NO_POLICY = ('evaluate_every=0', 'final_episodes=0')
 _OURS = 'ours, chosen on two CPU cores'
 
 
@@ -84,6 +86,30 @@ PRESETS = {
     ),
     steps=1_100_000,
     few=25_000,
+  ),
+  'dynamics': Preset(
+    summary='an ensemble of dynamics alone on a data set, for planners',
+    agent='dynamics',
+    env='',
+    steps=100_000,
+    settings=(*_RUN, *_NO_POLICY),
+    source="Yu 2020 and 2021: COMBO's model; the length is ours",
+  ),
+  'dynamics_small': Preset(
+    summary='an ensemble of dynamics alone on a data set, small networks',
+    agent='dynamics',
+    env='',
+    steps=10_000,
+    settings=(
+      *_RUN,
+      *_NO_POLICY,
+      'batch_size=128',
+      'log_every=500',
+      'checkpoint_every=5000',
+      'reward_factor=0.1',
+      'widths=64,64',
+    ),
+    source=_OURS,
   ),
   'sac_pendulum': Preset(
     summary='SAC swings up the pendulum of Gymnasium',

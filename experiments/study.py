@@ -260,6 +260,18 @@ def _othello(seeds: int) -> Study:
   return Study(tuple(runs), False, ('decisions', 'eval_return'))
 
 
+def _backgammon(seeds: int) -> Study:
+  """TD-Gammon's networks, for `experiments.study_backgammon` to play with."""
+  runs = [
+    Run(
+      f'hidden_{units}', seed, ('--preset=td_gammon', f'--set=hidden={units}')
+    )
+    for units in (40, 80)
+    for seed in range(seeds)
+  ]
+  return Study(tuple(runs), False, ('decisions', 'loss', 'win'))
+
+
 def _balance(seeds: int) -> Study:
   """Balance losses on and off (Shazeer 2017, Table 6), and experts' fight."""
   shared = (
@@ -306,6 +318,7 @@ STUDIES = {
   'sac': (_sac, 5),
   'connect_four': (_connect_four, 3),
   'othello': (_othello, 2),
+  'backgammon': (_backgammon, 3),
   'moe_experts': (_experts, 3),
   'moe_balance': (_balance, 3),
 }

@@ -1,6 +1,6 @@
 """Candidate actions where actions cannot be enumerated.
 
-Both functions give back the model with other `actions`, for
+All functions give back the model with other `actions`, for
 `lookahead.lookahead`. Without one of them a model with a `distribution` (its
 actions are drawn) is refused by it; tree searches have `search.sampled`.
 
@@ -81,6 +81,53 @@ def sampled(
     outcomes=None if model.outcomes is None else outcomes,
     distribution=family,
   )
+
+
+def best(model: Model, num: int) -> Model:
+  """The model whose candidates are the best few, one step ahead.
+
+  Which they are is said by Q = r + d V after one `model.step`, an evaluation a
+  candidate. Taken before `rollout.truncated`, it leaves rollouts to moves that
+  are worth one; Tesauro and Galperin 1996 did so, too.
+
+  Args:
+    model: with `actions` `[N, K, ...]`, repetitions of the first being spare.
+    num: of candidates that are left, at least 1, best first; all of them where
+      there are not so many.
+
+  Returns:
+    A `Model` of the same embeddings.
+
+  Raises:
+    ValueError: `num` is out of range, or the model proposes nothing.
+  """
+  check_range('num', num, low=1)
+  propose = model.actions
+  if propose is None:
+    raise ValueError(
+      'model.actions is None: best chooses among candidates; take '
+      'candidates.sampled(model, num) first'
+    )
+  ranked = model._replace(outcomes=None)
+
+  def actions(params, key, embedding):
+    propose_key, key = jax.random.split(key)
+    proposed = propose(params, propose_key, embedding)
+    size = jax.tree.leaves(proposed)[0].shape[1]
+    if size <= num:
+      return proposed
+    _, output, _ = lookahead.expand(
+      ranked, params, key, *lookahead.pairs(proposed, embedding)
+    )
+    q = lookahead.backup(jnp.ones_like(output.value), output, output.value)
+    q = q.reshape(-1, size)
+    q = jnp.where(lookahead.is_spare(proposed), -jnp.inf, q)
+    q, slots = jax.lax.top_k(q, num)
+    slots = jnp.where(jnp.isneginf(q), slots[:, :1], slots)
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return jax.tree.map(lambda x: x[rows, slots], proposed)
+
+  return model._replace(actions=actions)
 
 
 def refined(

@@ -74,9 +74,9 @@ def truncated(
     steps: m, at least 0; None to go on until all rows have ended, which they
       must (nothing can be differentiated through that).
     trials: rollouts whose mean is taken.
-    common: all nodes below a root share their random numbers, step by step, so
-      that the difference of two actions has little noise; else each node has
-      its own.
+    common: all actions of a root share their random numbers, step by step and
+      chance outcome by chance outcome, so that the difference of two actions
+      has little noise; else each node has its own.
     terminal: add the model's value at the end; else 0.
 
   Returns:
@@ -172,8 +172,9 @@ def truncated(
     probability, output, state = model.outcomes(params, action, embedding.state)
     shape = probability.shape
     luck = jnp.repeat(embedding.luck, shape[1], axis=0)
-    if not common:
-      luck = jax.vmap(_other)(luck, jnp.arange(luck.shape[0]))
+    # With numbers of their own the mean over the outcomes has less noise.
+    numbers = jnp.arange(luck.shape[0])
+    luck = jax.vmap(_other)(luck, numbers % shape[1] if common else numbers)
     merge = lambda x: x.reshape(-1, *x.shape[2:])
     split = lambda x: x.reshape(*shape, *x.shape[1:])
     output, state = jax.tree.map(merge, (output, state))
@@ -250,6 +251,25 @@ def greedy(model: Model) -> Policy:
   def policy(params, key, prior_logits, embedding):
     actions, q = lookahead.qvalues(model, params, key, prior_logits, embedding)
     return lookahead.take(actions, jnp.argmax(q, axis=-1))
+
+  return policy
+
+
+def acting(act: Callable[..., tuple[Any, Any]]) -> Policy:
+  """An agent's `act` or `exploit` as a base policy.
+
+  Args:
+    act: `(params, key, timestep) -> (action [N, ...], extras)`, which looks at
+      nothing but the observation; the model's embeddings are observations, as
+      those of `search.model.exact` are.
+  """
+
+  def policy(params, key, prior_logits, embedding):
+    del prior_logits
+    rows = jax.tree.leaves(embedding)[0].shape[0]
+    zeros, no = jnp.zeros((rows,)), jnp.zeros((rows,), bool)
+    timestep = TimeStep(embedding, zeros, zeros + 1, no, no)
+    return act(params, key, timestep)[0]
 
   return policy
 

@@ -13,7 +13,7 @@ import pytest
 
 from agents import sac
 from agents.core.types import Transition
-from experiments import collect, collector
+from experiments import build, collect, collector
 from experiments.data import layout, minari_files, npz
 from experiments.envs import envpool
 from experiments.runtime.config import UserError
@@ -224,9 +224,36 @@ def test_settings_out_of_range_are_refused(fields, message):
 def referee():
   """Returns in a certain order: -1000 at random, then -900, -800, ..."""
   rising = itertools.count(-900, 100)
-  return lambda name, act, params, episodes, seed: (
+  return lambda name, collection, act, params, episodes, seed: (
     -1000.0 if params is None else float(next(rising))
   )
+
+
+def test_options_go_with_the_data(collected, tmp_path):
+  held = dataclasses.replace(QUICK, options=('action_repeat=8',))
+  env = collect._simulators('Pendulum-v1', 2, held)
+  simulator = env.start(0)
+  simulator.reset()
+  still = np.zeros((2, 1), np.float32)
+  cut = [simulator.step(still)[0].truncated.all() for _ in range(25)]
+  simulator.close()
+  assert cut == 24 * [False] + [True]  # 200 of the simulator's steps
+  facts = {'ref_min': 0.0, 'ref_max': 1.0, 'options': list(held.options)}
+  about = collect._about(env.spec, 'random', facts)
+  dataset = npz.load(collected / 'random')
+  npz.save(dataset._replace(about=about), tmp_path / 'set')
+
+  def options(name, env=None, settings=()):
+    experiment = build.describe(
+      'bc_small', dataset=str(name), env=env, settings=settings
+    )
+    return experiment.env.options
+
+  assert options(tmp_path / 'set') == ('action_repeat=8',)
+  own = ('env.options=action_repeat=2',)
+  assert options(tmp_path / 'set', settings=own) == ('action_repeat=2',)
+  assert options(tmp_path / 'set', env='jax:pendulum') == ()
+  assert options(collected / 'random') == ()
 
 
 def launch(out, **changes):
@@ -255,6 +282,7 @@ def test_five_sets_with_references_are_kept(collected):
     'ref_max': -400,
     'medium': {'decisions': 40, 'mean_return': -800},
     'expert': {'decisions': 100, 'mean_return': -500},
+    'options': [],
   }
   assert rows == {
     'random': 410,

@@ -94,6 +94,7 @@ EXAMPLES = (
   'experiments.data.d4rl',
   'experiments.data.layout',
   'experiments.data.text',
+  'experiments.envs.make',
   'experiments.match',
   'experiments.players',
   'experiments.runtime.config',

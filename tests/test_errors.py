@@ -174,6 +174,7 @@ TABLE = {
   'study --study=catch --folder=file': 'folder=file: is a file, must be a fold',
   'study --study=catch --results=file': 'results=file: is a file, must be a fo',
   'study_games --results=file': 'results=file: is a file, must be a folder',
+  'study_backgammon --results=file': 'results=file: is a file, must be a',
   'study_offline --study=betas --folder=file': 'folder=file: is a file, must',
   'study_offline --study=betas --results=file': 'results=file: is a file, must',
   # Runs.
@@ -209,6 +210,12 @@ TABLE = {
   'plots --workdirs=words': 'words/config.json: seed is no number',
   'study_games --folder=none': 'folder=none: no finished runs ... train them',
   'study_games --name=zzz': 'no finished runs zzz_s*; train them with',
+  'study_backgammon --folder=none': 'no finished runs hidden_*_s*; train them',
+  'study_backgammon --folder=dice --games=3': 'games=3: must be even, every',
+  'study_backgammon --folder=dice --players=zzz': "player='zzz': must be",
+  'study_backgammon --folder=dice --opponents=solver': (
+    'player=solver: plays ConnectFour, and this is backgammon'
+  ),
   # Play.
   'play --workdir=catch --simulations=-1': 'simulations=-1: must be whole numb',
   'play --workdir=catch --prompt=x': 'prompt=x: muzero is no language model',
@@ -231,7 +238,7 @@ TABLE = {
   'control --workdir=pendulum --planners=zzz': "planner='zzz': must be actor",
   'control --workdir=pendulum --planners=;': 'planners=;: names none; actor is',
   'control --workdir=pendulum --dynamics=catch': (
-    'dynamics=catch: muzero learns no ensemble of dynamics; combo does'
+    'dynamics=catch: muzero learns no ensemble of dynamics; dynamics and'
   ),
   # Data.
   'train --preset=bc': 'dataset: bc learns from a data set: --dataset=PATH',
@@ -339,6 +346,8 @@ def _write_runs(root):
   (root / 'catch' / 'metrics.csv').write_text('step,decisions,loss\n1,8,x\n')
   run('board', 'alphazero_tic_tac_toe')
   run('backgammon', 'td_gammon')
+  run('dice/hidden_40_s0', 'td_gammon')
+  (root / 'dice/hidden_40_s0/final').mkdir()
   run('pendulum', 'sac_pendulum')
   experiment = build.describe('sac_pendulum')
   env = build.make_env(experiment, training=False, num_envs=1)

@@ -413,7 +413,7 @@ def test_players_of_candidates(backgammon_model, name, evaluations):
   'name, complaint',
   [
     ('gumbel=4', 'take lookahead=1 or lookahead=2'),
-    ('rollout=4', 'has a value only'),
+    ('lookahead=2+rollout=4', r'comes after one stage; take lookahead=1\+roll'),
     ('lookahead=3', 'two stages deep; take lookahead=2'),
   ],
 )

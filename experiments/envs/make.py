@@ -1,12 +1,37 @@
 """An environment by its name."""
 
+import ast
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.envs.host import HostEnvironment
 from search.model import Environment
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+  """An environment's options as a dictionary.
+
+  Args:
+    options: `name=value` each; values are Python's literals, or text.
+
+  Raises:
+    ValueError: one without `=`.
+
+  >>> parse_options(('action_repeat=8', 'rules=pgx'))
+  {'action_repeat': 8, 'rules': 'pgx'}
+  """
+  parsed: dict[str, Any] = {}
+  for option in options:
+    name, equals, text = option.partition('=')
+    if not equals:
+      raise ValueError(f'env.options={option}: should be name=value')
+    try:
+      parsed[name] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      parsed[name] = text
+  return parsed
 
 
 def make(

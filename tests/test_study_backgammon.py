@@ -1,0 +1,95 @@
+"""The study of backgammon: its rows, what it refuses, what it draws."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from experiments import equity, gnubg, study_backgammon
+from experiments.runtime.config import UserError
+
+
+def _row(**changes):
+  row = study_backgammon.Row(40, 0, 'lookahead=1', 'pubeval', 8, 0.5, 0.1)
+  return row._replace(**changes)
+
+
+def _plan(**changes):
+  players = ('lookahead=1', 'lookahead=2')
+  plan = study_backgammon.Plan(players, ('judge', 'pubeval'), 8, 20, 1)
+  return plan._replace(**changes)
+
+
+def test_rows_are_read_as_written(tmp_path):
+  rows = [
+    _row(score=0.5, evaluations=512, ms_per_decision=0.25),
+    _row(hidden=None, seed=None, opponent='judge', gain=0.0, gain_se=0.0),
+  ]
+  path = tmp_path / 'rows.csv'
+  assert study_backgammon.read(path) == []
+  study_backgammon.write(path, rows)
+  assert study_backgammon.read(path) == rows
+
+
+@pytest.mark.parametrize(
+  'plan, row, message',
+  [
+    ({'games': 7}, {}, 'games=7: must be even'),
+    ({'games': 10}, {}, 'games=10: the results hold rows of 8; take those'),
+    (
+      {},
+      {'opponent': 'judge', 'games': 30},
+      'positions=20: the results hold rows of 30',
+    ),
+  ],
+)
+def test_what_was_played_otherwise_is_refused(plan, row, message):
+  with pytest.raises(UserError, match=message):
+    study_backgammon._check([_row(**row)], _plan(**plan))
+  study_backgammon._check([_row(opponent='else', games=3)], _plan())
+
+
+def test_runs_are_found_by_size_and_seed(tmp_path):
+  for name in ('hidden_80_s0', 'hidden_40_s1', 'hidden_40_s0', 'other_s0'):
+    (tmp_path / name / 'final').mkdir(parents=True)
+  (tmp_path / 'hidden_40_s2').mkdir()
+  found = study_backgammon.finished(tmp_path)
+  assert list(found) == [(40, 0), (40, 1), (80, 0)]
+  assert found[80, 0].endswith('hidden_80_s0')
+
+
+def test_losses_are_compared_in_the_same_turns():
+  first = gnubg.Loss(np.array([0.2, 0.0, 0.4]))
+  row = equity.compare('x', gnubg.Loss(np.array([0.1, 0.0, 0.2])), first)
+  assert (row.player, row.positions) == ('x', 3)
+  np.testing.assert_allclose([row.loss, row.less], 0.1)
+  np.testing.assert_allclose(row.less_se, 0.1 / 3**0.5)
+
+
+def test_means_are_over_seeds_and_drawn(tmp_path):
+  rows = [
+    *(_row(seed=seed, points=float(seed)) for seed in range(3)),
+    *(_row(hidden=80, opponent=name) for name in ('judge', 'pubeval')),
+    _row(hidden=None, seed=None, player='pubeval', opponent='judge'),
+  ]
+  first, *_, last = study_backgammon.means(rows)
+  assert (first.points, first.seeds) == (1.0, 3)
+  np.testing.assert_allclose(first.points_se, 1 / 3**0.5)
+  # One seed has the error of its games.
+  assert (last.hidden, last.points_se, last.seeds) == (None, 0.1, 1)
+  out = tmp_path / 'figure.png'
+  study_backgammon.draw(rows, out)
+  assert out.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('gnubg_nn') is None, reason='needs gnubg-nn'
+)
+def test_a_player_without_a_network_is_judged():
+  judged = equity.judged(6, 0)
+  row = study_backgammon.outsider(gnubg.player('gnubg=0'), judged)
+  # Its own choices are what the judge, as deep as it, likes best.
+  assert (row.player, row.opponent, row.games) == ('gnubg=0', 'judge', 6)
+  assert row.points < 1e-5
+  row = study_backgammon.outsider(gnubg.player('pubeval'), judged)
+  assert row.points >= 0 and row.hidden is None
