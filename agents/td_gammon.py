@@ -63,7 +63,7 @@ class Config:
     hidden: units of the hidden layer.
     learning_rate: alpha, of the mean over the streams.
     trace_decay: lambda, of the eligibility traces.
-    chunk: candidates valued at once, when acting.
+    chunk: candidates valued at once, when acting; see `greedy`.
     streams: games played at once; follows from env.num_envs.
   """
 
@@ -289,47 +289,70 @@ def greedy(
 ) -> chex.Array:
   """The candidate that leads to the board of the highest value.
 
-  Candidates are valued in chunks, of which there are only as many as the
-  position with the most candidates needs: usually a few dozen of hundreds.
+  A position has a few dozen candidates in places for hundreds. Those of all
+  positions are valued one after the other, a chunk at a time, and no places
+  that are left; so are those of positions that `vmap` brings together.
 
   Args:
     game: whose rewards and discounts depend on nothing but the action.
     value: `(params, observation [N, ...]) -> [N]`.
     params: of the value.
     position: leaves `[B, ...]`.
-    chunk: candidates valued at once; static.
+    chunk: candidates valued at once, of one position; of many up to 16 times
+      as many. Static.
 
   Returns:
     `[B, ...]`, the first of the best.
   """
+
+  def plain(params, position):
+    return _best_candidates(game, value, params, position, chunk)
+
+  choose = jax.custom_batching.custom_vmap(plain)
+
+  @choose.def_vmap
+  def together(size, is_batched, params, position):
+    if any(jax.tree.leaves(is_batched[0])):
+      axes = jax.tree.map(lambda x: 0 if x else None, tuple(is_batched))
+      return jax.vmap(plain, axes)(params, position), True
+
+    def merge(x, is_mapped):
+      x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+      return x.reshape(-1, *x.shape[2:])
+
+    action = choose(params, jax.tree.map(merge, position, is_batched[1]))
+    return action.reshape(size, -1, *action.shape[1:]), True
+
+  return choose(params, position)
+
+
+def _best_candidates(game, value, params, position, chunk):
   assert game.candidates is not None
   actions = jax.vmap(game.candidates)(position)
   batch, number = actions.shape[:2]
-  chunk = min(chunk, number)
+  chunk *= min(batch, 16)
   # Behind the last one the first is repeated.
   flat = actions.reshape(batch, number, -1)
-  is_new = (flat != flat[:, :1]).any((0, 2))
-  used = 1 + jnp.max(jnp.where(is_new, jnp.arange(number), 0))
+  is_new = (flat != flat[:, :1]).any(-1)
+  used = 1 + jnp.max(jnp.where(is_new, jnp.arange(number), 0), -1)
+  ends = jnp.cumsum(used)
 
-  def look(i, best):
-    start = jnp.minimum(i * chunk, number - chunk)
-    some = jax.lax.dynamic_slice_in_dim(actions, start, chunk, 1)
+  def look(i, q):
+    place = i * chunk + jnp.arange(chunk)
+    row = jnp.searchsorted(ends, place, side='right', method='scan_unrolled')
+    # The last chunk is filled up with the last candidate.
+    row = jnp.minimum(row, batch - 1)
+    slot = jnp.minimum(place - (ends - used)[row], used[row] - 1)
+    before = jax.tree.map(lambda x: x[row], position)
     # Whatever is rolled, a value does not depend on it.
-    follow = jax.vmap(game.step, (None, 0, None))
-    move = jax.vmap(follow, (0, 0, None))(position, some, jax.random.key(0))
-    seen = jax.vmap(jax.vmap(game.observe))(move.state)
-    after = value(params, seen.reshape(batch * chunk, -1))
-    q = move.reward + move.discount * after.reshape(batch, chunk)
-    here = jnp.argmax(q, -1)
-    q = jnp.max(q, -1)
-    return (
-      jnp.where(q > best[0], q, best[0]),
-      jnp.where(q > best[0], start + here, best[1]),
-    )
+    follow = jax.vmap(game.step, (0, 0, None))
+    move = follow(before, actions[row, slot], jax.random.key(0))
+    after = value(params, jax.vmap(game.observe)(move.state))
+    return q.at[row, slot].set(move.reward + move.discount * after)
 
-  none = jnp.full((batch,), -jnp.inf), jnp.zeros((batch,), jnp.int32)
-  _, index = jax.lax.fori_loop(0, (used + chunk - 1) // chunk, look, none)
-  return actions[jnp.arange(batch), index]
+  none = jnp.full((batch, number), -jnp.inf)
+  q = jax.lax.fori_loop(0, (ends[-1] + chunk - 1) // chunk, look, none)
+  return actions[jnp.arange(batch), jnp.argmax(q, -1)]
 
 
 def exact_model(game: Game, networks: mlp.Network, number: int) -> Model:

@@ -163,7 +163,7 @@ def make(
   elif strategy.planner in ('network', 'lookahead'):
     # Who has no policy but a value plays one step ahead.
     planner = lookahead.lookahead(
-      max(strategy.budget, 1), **_pruning(model, strategy)
+      max(strategy.budget, 1), **_pruning(model, strategy, game)
     )
   else:
     config = dataclasses.replace(
@@ -229,7 +229,7 @@ def _tree_search(config):
   return planner
 
 
-def _pruning(model, strategy: Strategy) -> dict[str, Any]:
+def _pruning(model, strategy: Strategy, game) -> dict[str, Any]:
   """How far lookahead looks where hundreds of candidates meet chance.
 
   As Tesauro's 2-ply: of the first stage the best few by the value behind them
@@ -238,7 +238,8 @@ def _pruning(model, strategy: Strategy) -> dict[str, Any]:
   if model.actions is None or model.outcomes is None:
     return {}
   if strategy.steps is not None:
-    return {'chunk': max(1, _ROWS // (_KEPT * strategy.trials))}
+    rows = _chances(game) * strategy.trials
+    return {'chunk': max(1, _ROWS // rows)}
   if strategy.budget < 2:
     return {}
   return {

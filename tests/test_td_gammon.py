@@ -233,6 +233,10 @@ def positions(number=64):
   )
 
 
+def _lifted(position):
+  return jax.tree.map(lambda x: x[None], position)
+
+
 @pytest.mark.parametrize('chunk', [1, 3, 9])
 def test_turns_are_greedy(made, chunk):
   """Against looking at all candidates one by one."""
@@ -243,6 +247,17 @@ def test_turns_are_greedy(made, chunk):
   )
   state = positions()
   chosen = np.asarray(choose(state))
+  # Whether positions come in a batch or by vmap, or the weights do.
+  split = lambda x: x.reshape(8, 8, *x.shape[1:])
+  nested = jax.tree.map(split, state)
+  again = jax.jit(jax.vmap(jax.vmap(lambda p: choose(_lifted(p))[0])))(nested)
+  np.testing.assert_array_equal(again, split(chosen))
+  weights = jnp.stack([-weight, weight])
+  by_weight = jax.jit(
+    jax.vmap(lambda w: td_gammon.greedy(made.game, value, w, state, chunk))
+  )(weights)
+  np.testing.assert_array_equal(by_weight[1], chosen)
+  assert np.any(by_weight[0] != chosen)
   gains = 0
   for board, roll, action in zip(
     np.asarray(state.board, int), np.asarray(state.roll, int), chosen
