@@ -19,9 +19,9 @@ from experiments import arena, equity, match, terminal
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
-# One stage and two; five best turns rolled out for each roll, in 1, 4 and 16
-# trials, of 4 turns or to the end.
-PLAYERS = ('lookahead=1', 'lookahead=2', 'rollout=4x4', 'rollout=4x16')
+# One stage and two; the five best turns rolled out for each of 21 rolls, in so
+# many trials each, for so many turns.
+PLAYERS = ('lookahead=1', 'lookahead=2', 'rollout=4x4')
 OUTSIDERS = ('pubeval', 'gnubg=0')
 JUDGE = 'judge'
 _RUN = re.compile(r'hidden_(\d+)_s(\d+)')
@@ -94,7 +94,8 @@ def finished(folder: pathlib.Path) -> dict[tuple[int, int], str]:
   found = {
     (int(m[1]), int(m[2])): str(folder / m[0])
     for m in matching
-    if m and (folder / m[0] / 'final').is_dir()
+    # Written last: parameters are there before the end.
+    if m and (folder / m[0] / 'evaluation.csv').exists()
   }
   if not found:
     raise configs.UserError(
@@ -434,8 +435,8 @@ def define_flags() -> None:
   flags.DEFINE_string('folder', 'runs/studies/backgammon', 'where its runs are')
   flags.DEFINE_list('players', list(PLAYERS), 'who plays')
   flags.DEFINE_list('opponents', [JUDGE, *OUTSIDERS], 'who scores them')
-  flags.DEFINE_integer('games', 400, 'with each opponent', 2)
-  flags.DEFINE_integer('positions', 400, 'judged turns', 2)
+  flags.DEFINE_integer('games', 200, 'with each opponent', 2)
+  flags.DEFINE_integer('positions', 300, 'judged turns', 2)
   flags.DEFINE_integer('plies', 1, 'that the judge looks ahead', 0)
   flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')
 

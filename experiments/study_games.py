@@ -393,7 +393,7 @@ def main() -> None:
     found = {
       int(m[1]): str(folder / m[0])
       for m in sorted(filter(None, matching), key=lambda m: int(m[1]))
-      if (folder / m[0] / 'final').is_dir()
+      if (folder / m[0] / 'evaluation.csv').exists()
     }
     if not found:
       raise configs.UserError(

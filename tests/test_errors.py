@@ -347,7 +347,7 @@ def _write_runs(root):
   run('board', 'alphazero_tic_tac_toe')
   run('backgammon', 'td_gammon')
   run('dice/hidden_40_s0', 'td_gammon')
-  (root / 'dice/hidden_40_s0/final').mkdir()
+  (root / 'dice/hidden_40_s0/evaluation.csv').touch()
   run('pendulum', 'sac_pendulum')
   experiment = build.describe('sac_pendulum')
   env = build.make_env(experiment, training=False, num_envs=1)
@@ -358,7 +358,7 @@ def _write_runs(root):
   for seed in range(2):
     name = f'boards/connect_four_s{seed}'
     run(name, 'alphazero_connect_four', seed=seed)
-    (root / name / 'final').mkdir()
+    (root / name / 'evaluation.csv').touch()
   for name, content in {
     'list': [],
     'lacks': {n: x for n, x in config.items() if n != 'run'},

@@ -51,8 +51,9 @@ def test_what_was_played_otherwise_is_refused(plan, row, message):
 
 def test_runs_are_found_by_size_and_seed(tmp_path):
   for name in ('hidden_80_s0', 'hidden_40_s1', 'hidden_40_s0', 'other_s0'):
-    (tmp_path / name / 'final').mkdir(parents=True)
-  (tmp_path / 'hidden_40_s2').mkdir()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'evaluation.csv').touch()
+  (tmp_path / 'hidden_40_s2' / 'final').mkdir(parents=True)
   found = study_backgammon.finished(tmp_path)
   assert list(found) == [(40, 0), (40, 1), (80, 0)]
   assert found[80, 0].endswith('hidden_80_s0')
