@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import arena, equity, match, terminal
+from experiments import arena, equity, match, players, terminal
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -276,6 +276,8 @@ def _judged_row(found: equity.Row) -> Row:
 
 def _check(rows: Sequence[Row], plan: Plan) -> None:
   """Refuses what would only fail after the rows before it have been played."""
+  for name in plan.players:
+    players.parse(name)
   if plan.games % 2:
     raise configs.UserError(
       f'games={plan.games}: must be even, every opening is played twice'
