@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import exact_jit
 
 from networks import balance, routing
 
@@ -220,7 +221,7 @@ def test_z_loss_by_hand():
 
 
 def test_coefficient_of_variation():
-  both = _compiled(jax.value_and_grad(balance.cv_squared))
+  both = exact_jit(jax.value_and_grad(balance.cv_squared))
   x = np.float32([3, 1, 4, 1, 5, 9])
   value, slope = both(x)
   # Their sum is 23, that of their squares 133.

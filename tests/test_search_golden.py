@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
+from compiling import exact_jit
 from search_tables import (
   make_root,
   noisy_recurrent_fn,
@@ -163,8 +164,8 @@ def test_same_bits_as_mctx(rule, max_depth):
     )
 
   key = jax.random.key(11)
-  theirs = jax.jit(functools.partial(run, mctx.search))(key)
-  ours = jax.jit(functools.partial(run, _mctx.search))(key)
+  theirs = exact_jit(functools.partial(run, mctx.search))(key)
+  ours = exact_jit(functools.partial(run, _mctx.search))(key)
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   depth = _depths(ours)
   if max_depth is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
+from compiling import exact_jit
 from search_tables import Tables, make_root, random_tables, recurrent_fn
 
 from networks import actions
@@ -234,7 +235,7 @@ def test_equals_a_plain_tree(tau, evaluate_root, key):
   tables = tables._replace(reward=np.round(tables.reward * 256) / 256)
   with jax.enable_x64(True):
 
-    @jax.jit
+    @exact_jit
     def search(tables, key):
       run = functools.partial(
         sampled.search,
@@ -519,7 +520,7 @@ def test_a_merged_action_is_one_of_twice_the_prior(rule, key):
     del draws
     return jnp.tile(jnp.asarray(slots, jnp.int32), (parameters.shape[0], 1))
 
-  @jax.jit
+  @exact_jit
   def both(tables, enumerated, key):
     states = jnp.arange(num_roots)
     shared = {'num_simulations': 20, 'evaluate': True}

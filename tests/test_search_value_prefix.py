@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
+from compiling import exact_jit
 
 from search import policies, value_prefix
 
@@ -98,12 +99,12 @@ def searches(request, tables):
   )
   rows = jnp.arange(_ROOTS)
 
-  @jax.jit
+  @exact_jit
   def plain(key, scale):
     root = _root(tables, scale, rows)
     return search((tables, scale), key, root, _plain_step)
 
-  @jax.jit
+  @exact_jit
   def prefixed(key, scale, horizon):
     zeros = jnp.zeros([_ROOTS], jnp.int32)
     embedding = value_prefix.root_embedding(

@@ -1,0 +1,19 @@
+"""How tests compile where bits count."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+
+# The flag that `conftest` sets for speed: rounding then depends on what stands
+# around an operation, as in users' programs it does not.
+_FAST = 'xla_cpu_use_fusion_emitters'
+
+
+def exact_jit(fn: Any = None, **kwargs: Any) -> Any:
+  """`jax.jit` with the emitters of users' programs; a decorator, too."""
+  if fn is None:
+    return functools.partial(exact_jit, **kwargs)
+  options = {_FAST: True} if _FAST in os.environ['XLA_FLAGS'] else {}
+  return jax.jit(fn, compiler_options=options, **kwargs)
