@@ -110,7 +110,6 @@ def runs(tmp_path_factory):
   return folder, status, log.read_text()
 
 
-@pytest.mark.slow
 def test_who_was_killed_is_said(runs):
   folder, status, log = runs
   assert status == 128 + signal.SIGKILL, log
@@ -118,7 +117,6 @@ def test_who_was_killed_is_said(runs):
   assert 30 not in losses(folder / 'two')
 
 
-@pytest.mark.slow
 def test_it_goes_on_with_one_process(runs, tmp_path):
   folder, _, _ = runs
   shutil.copytree(folder / 'two', tmp_path / 'two')

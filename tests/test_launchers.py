@@ -150,7 +150,6 @@ def test_a_run_over_sampled_actions(tmp_path):
   assert 0 < float(metrics[-1]['entropy']) <= np.log(7) + 1e-6
 
 
-@pytest.mark.slow
 def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
   whole, _ = finished
   workdir = tmp_path / 'cut'
@@ -190,7 +189,6 @@ def _leaves(params):
   return jax.tree.leaves(params)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
   workdir = tmp_path / 'stopped'
   flags = (*TINY, '--steps=100000', f'--workdir={workdir}')

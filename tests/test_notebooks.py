@@ -57,15 +57,7 @@ def without_windows():
   matplotlib.use(backend)
 
 
-# These three compile a search and its training: half a minute each and more.
-SLOW = {'newton', 'runs', 'tree'}
-NAMES = [
-  pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-  for name in notebook.names()
-]
-
-
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', notebook.names())
 def test_notebook_runs_with_tiny_sizes(name):
   cells = notebook.code(name, ['TINY=True'])
   assert len(cells) > 2

@@ -97,7 +97,6 @@ ENVS = ['jax:cartpole', pytest.param('CartPole-v1', marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize('env', ENVS)
-@pytest.mark.slow
 def test_two_devices_give_what_one_gives(env, key):
   want, want_network = train(env, key, count=1)
   got, got_network = train(env, key)

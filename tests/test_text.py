@@ -367,7 +367,6 @@ class Crash(Exception):
   """What ends a run without its doing."""
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_as_if_uninterrupted(
   whole, path, tmp_path, monkeypatch, capsys
 ):
