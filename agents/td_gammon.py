@@ -26,10 +26,10 @@ How deep a planner looks, in the model: `step` and `outcomes` lead to a board
 with its roll, and a value never depends on the roll. One stage of lookahead is
 thus Tesauro's 1-ply (gnubg's 0-ply), two stages with `outcomes` average the
 best replies over 21 rolls, his 2-ply. As the 21 values after one turn are
-alike, only one is computed. Few positions have many candidates, and all places
-are valued: a 2-ply player of the five best turns, whose replies are chosen
-among 128, costs a quarter of one that chooses among 512, and took the same
-turn in 200 of 200 positions:
+alike, only one is computed. Few positions have many candidates, and a lookahead
+values all places: a 2-ply player of the five best turns, whose replies are
+chosen among 128, costs a quarter of one that chooses among 512, and took the
+same turn in 200 of 200 positions:
 
   lookahead(2, widths=(5, None), rank='value',
             later=exact_model(backgammon.game(128), networks, 128))
@@ -330,7 +330,7 @@ def _best_candidates(game, value, params, position, chunk):
   assert game.candidates is not None
   actions = jax.vmap(game.candidates)(position)
   batch, number = actions.shape[:2]
-  chunk *= min(batch, 16)
+  chunk = min(chunk * min(batch, 16), batch * number)
   # Behind the last one the first is repeated.
   flat = actions.reshape(batch, number, -1)
   is_new = (flat != flat[:, :1]).any(-1)

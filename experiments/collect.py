@@ -212,7 +212,10 @@ def run(
     raise ValueError(f'env={env_name}: its observations are no single array')
   agent = collector.make_agent(sac, env.spec)
   wanted = {'env': env_name, 'steps': steps, 'transitions': transitions}
-  wanted |= {'seed': seed, 'sac': sac, 'collection': collection}
+  own = dataclasses.asdict(collection)
+  if not own['options']:  # Folders from before they were known go on.
+    del own['options']
+  wanted |= {'seed': seed, 'sac': sac, 'collection': own}
   if configs.check_run_config(out, wanted) is None:
     configs.write_run_config(out, wanted)
   terminal.begin(
@@ -254,7 +257,11 @@ def _simulators(env_name, num_envs, collection):
   """envpool's, with the options of a collection."""
   from experiments.envs import envpool, make
 
-  options = make.parse_options(collection.options)
+  options = make.parse_options(collection.options, 'options')
+  if 'num_envs' in options:
+    raise ValueError(
+      'options=num_envs: is no option of an environment; set num_envs'
+    )
   return envpool.make_envpool(env_name, num_envs, **options)
 
 

@@ -189,11 +189,11 @@ def _rolled_out(model, strategy: Strategy, base):
     return model
   policy = 'mode' if strategy.greedy else 'sample'
   if model.actions is not None:
-    model = candidates.best(model, _KEPT)
-    # Of a turn's many boards it values those that there are, not all places.
     policy = rollout.greedy(model._replace(outcomes=None))
     if base is not None:
+      # Of places for a turn's boards it values those that are taken.
       policy = rollout.acting(base)
+    model = candidates.best(model, _KEPT)
   return rollout.truncated(
     model,
     policy,
@@ -298,13 +298,17 @@ def _evaluations(strategy: Strategy, game: Any, model: Any) -> int | None:
   if model.actions is not None:
     number = game.spec.action.number
     chances = _chances(game) if model.outcomes is not None else 1
-    leaves = min(_KEPT, number) * chances
+    kept = min(_KEPT, number)
+    # The first stage is ranked by values where not all are kept.
+    ranked = number if number > kept else 0
     if strategy.steps is not None:
       # A turn of a rollout values all boards, and the one it leads to.
-      each = 1 + strategy.steps * strategy.trials * (number + 1)
-      return None if strategy.steps < 0 else number + leaves * each
-    # The first stage is ranked by values, and so are replies to each roll.
-    return number + (0 if strategy.budget < 2 else leaves * number)
+      turns = kept * chances * strategy.steps * strategy.trials
+      total = ranked + kept + turns * (number + 1)
+      return None if strategy.steps < 0 else total
+    if strategy.budget < 2:
+      return number
+    return ranked + kept * chances * number
   if strategy.planner == 'network':
     return 1
   if strategy.steps is not None and strategy.steps < 0:

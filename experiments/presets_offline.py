@@ -1,4 +1,4 @@
-"""Presets of actors and critics: on data sets, and SAC, which makes them.
+"""Presets of what learns on data sets, and of SAC, which makes them.
 
 The plain names have their papers' numbers; those that end in `_small` are for
 a few real numbers of observation and two CPU cores.

@@ -39,12 +39,14 @@ class Row(NamedTuple):
     points: a game; for the judge those lost a turn.
     points_se: standard error over pairs of games, or turns.
     gain: for the judge, by how much less than with one stage in the same
-      turns.
+      turns; None for opponents and players without a network.
     gain_se: its standard error.
     score: share of games won; None for the judge.
-    evaluations: places for boards that a decision values; None for rollouts to
-      the end and for players without a network.
+    evaluations: of the network a decision at most, had every turn as many
+      boards as there are places; None for rollouts to the end and for players
+      without a network.
     ms_per_decision: wall time in a batch.
+    plies: of the judge; None for opponents.
   """
 
   hidden: int | None
@@ -59,6 +61,7 @@ class Row(NamedTuple):
   score: float | None = None
   evaluations: int | None = None
   ms_per_decision: float | None = None
+  plies: int | None = None
 
 
 def read(path: pathlib.Path) -> list[Row]:
@@ -67,7 +70,9 @@ def read(path: pathlib.Path) -> list[Row]:
     return []
   kinds: dict[str, Any] = dict.fromkeys(Row._fields, float)
   kinds |= dict.fromkeys(('player', 'opponent'), str)
-  kinds |= dict.fromkeys(('hidden', 'seed', 'games', 'evaluations'), int)
+  kinds |= dict.fromkeys(
+    ('hidden', 'seed', 'games', 'evaluations', 'plies'), int
+  )
 
   def cell(name: str, text: str) -> Any:
     return kinds[name](text) if text else None
@@ -156,7 +161,8 @@ def run(
     judged = arenas.listen()
     for name in OUTSIDERS:
       if (None, None, name, JUDGE) not in done:
-        rows.append(outsider(arenas.find(None, name), judged))
+        row = outsider(arenas.find(None, name), judged)
+        rows.append(row._replace(plies=plan.plies))
   with Progress() as bar:
     task = bar.add_task('players', total=len(missing))
     for opponent, key, name in missing:
@@ -176,24 +182,37 @@ class _Arenas:
     from experiments import build, play
 
     self._workdirs, self._plan = workdirs, plan
-    self._own = play.load_experiment(next(iter(workdirs.values())))
-    env = build.make_env(self._own, training=False, num_envs=1)
-    self._game = env.spec.game
+    first = next(iter(workdirs.values()))
+    own = play.load_experiment(first)
+    self._game = build.make_env(own, training=False, num_envs=1).spec.game
+    if self._game is None or self._game.spec.name != 'backgammon':
+      raise configs.UserError(
+        f'folder: {first} plays {own.env_name}, and this is about backgammon'
+      )
     self._host = arena.other_players(self._game)
     self._made: dict[Any, Any] = {}
     self._decide: dict[Any, Any] = {}
     self._judged: list[Any] = []
     self._first: dict[Any, Any] = {}
+    self._speed: dict[Any, float] = {}
+    self._starts: Any = None
     self._others = {n: self.find(None, n) for n in plan.opponents if n != JUDGE}
 
   def find(self, key, name: str) -> Any:
     """A player; of no run for those without."""
+    from experiments import play
+
     if key is None:
-      return self._host(name)
+      found = self._host(name)
+      if found is None:
+        raise configs.UserError(
+          f'opponents={name}: must be judge, pubeval or gnubg=PLIES'
+        )
+      return found
     if (key, name) not in self._made:
-      player = arena.make_player(
-        name, self._workdirs[key], self._own, self._game, self._host
-      )
+      workdir = self._workdirs[key]
+      own = play.load_experiment(workdir)
+      player = arena.make_player(name, workdir, own, self._game, self._host)
       # Seeds of one size differ in parameters alone, and compile once.
       first = self._decide.setdefault((key[0], name), player.decide)
       self._made[key, name] = player._replace(decide=first)
@@ -219,13 +238,18 @@ class _Arenas:
       gain=found.less,
       gain_se=found.less_se,
       evaluations=player.evaluations,
+      plies=self._plan.plies,
     )
 
   def meet(self, key, name: str, opponent: str) -> Row:
     """Games with an opponent."""
     player, other = self.find(key, name), self._others[opponent]
-    starts = match.openings(self._game, self._plan.games // 2, 0)
-    speed = match.measure(self._game, player, starts)
+    if self._starts is None:
+      self._starts = match.openings(self._game, self._plan.games // 2, 0)
+    starts = self._starts
+    if (key, name) not in self._speed:
+      self._speed[key, name] = match.measure(self._game, player, starts)
+    speed = self._speed[key, name]
     tick = terminal.ticker(f'{name} against {opponent}: move')
     games = match.play(
       self._game, player, other, starts, seed=key[1], progress=tick
@@ -284,7 +308,14 @@ def _check(rows: Sequence[Row], plan: Plan) -> None:
     )
   for row in rows:
     asked = plan.positions if row.opponent == JUDGE else plan.games
-    if row.opponent in plan.opponents and row.games != asked:
+    if row.opponent not in plan.opponents:
+      continue
+    if row.opponent == JUDGE and row.plies != plan.plies:
+      raise configs.UserError(
+        f'plies={plan.plies}: the results hold rows of {row.plies}; take '
+        'those, or other results'
+      )
+    if row.games != asked:
       field = 'positions' if row.opponent == JUDGE else 'games'
       raise configs.UserError(
         f'{field}={asked}: the results hold rows of {row.games}; take those, '
@@ -437,7 +468,7 @@ def define_flags() -> None:
   flags.DEFINE_string('folder', 'runs/studies/backgammon', 'where its runs are')
   flags.DEFINE_list('players', list(PLAYERS), 'who plays')
   flags.DEFINE_list('opponents', [JUDGE, *OUTSIDERS], 'who scores them')
-  flags.DEFINE_integer('games', 200, 'with each opponent', 2)
+  flags.DEFINE_integer('games', 200, 'with each opponent', 4)
   flags.DEFINE_integer('positions', 300, 'judged turns', 2)
   flags.DEFINE_integer('plies', 1, 'that the judge looks ahead', 0)
   flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')

@@ -397,8 +397,9 @@ def main() -> None:
     }
     if not found:
       raise configs.UserError(
-        f'folder={folder}: no finished runs {values.name}_s*; train them with '
-        f'python -m experiments.study --study={values.name}'
+        f'folder={folder}: no finished runs {values.name}_s* (with an '
+        f'evaluation.csv); train them with python -m '
+        f'experiments.study --study={values.name}'
       )
     terminal.begin(
       f'{len(found)} runs of {folder}: {", ".join(values.players)} against '

@@ -88,12 +88,14 @@ def best(model: Model, num: int) -> Model:
 
   Which they are is said by Q = r + d V after one `model.step`, an evaluation a
   candidate. Taken before `rollout.truncated`, it leaves rollouts to moves that
-  are worth one; Tesauro and Galperin 1996 did so, too.
+  are worth one; their policy must not read prior logits, which are not sorted
+  with the candidates: `rollout.greedy(model)`, `rollout.acting`.
 
   Args:
-    model: with `actions` `[N, K, ...]`, repetitions of the first being spare.
-    num: of candidates that are left, at least 1, best first; all of them where
-      there are not so many.
+    model: with `actions` `[N, K, ...]`. Repetitions of the first are spare;
+      others count as candidates of their own.
+    num: of candidates that are left, at least 1, best first; where K is not
+      larger, all as they are proposed.
 
   Returns:
     A `Model` of the same embeddings.
@@ -105,8 +107,8 @@ def best(model: Model, num: int) -> Model:
   propose = model.actions
   if propose is None:
     raise ValueError(
-      'model.actions is None: best chooses among candidates; take '
-      'candidates.sampled(model, num) first'
+      'model.actions is None: best chooses among candidates, and this model '
+      'proposes none'
     )
   ranked = model._replace(outcomes=None)
 

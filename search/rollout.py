@@ -76,7 +76,8 @@ def truncated(
     trials: rollouts whose mean is taken.
     common: all actions of a root share their random numbers, step by step and
       chance outcome by chance outcome, so that the difference of two actions
-      has little noise; else each node has its own.
+      has little noise; else each node has its own (under a lookahead's `chunk`
+      those at the same place of two chunks share them).
     terminal: add the model's value at the end; else 0.
 
   Returns:
@@ -231,6 +232,12 @@ def as_policy(model: Model, policy: str | Policy) -> Policy:
     actions, is_valid = lookahead.choices(
       model, params, choice_key, prior_logits, embedding
     )
+    if is_valid.shape != prior_logits.shape:
+      raise ValueError(
+        f'policy={policy!r}: {is_valid.shape[1]} candidates have no prior of '
+        f'their own beside {prior_logits.shape[1]} prior logits; take '
+        'rollout.greedy(model) or rollout.acting'
+      )
     logits = jnp.where(is_valid, prior_logits, -jnp.inf)
     slot = jnp.argmax(logits, axis=-1)
     if is_sampled:

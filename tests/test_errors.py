@@ -209,10 +209,14 @@ TABLE = {
   'plots --workdirs=catch --y=loss': 'loss is no number',
   'plots --workdirs=words': 'words/config.json: seed is no number',
   'study_games --folder=none': 'folder=none: no finished runs ... train them',
-  'study_games --name=zzz': 'no finished runs zzz_s*; train them with',
+  'study_games --name=zzz': 'no finished runs zzz_s* (with an eval',
   'study_backgammon --folder=none': 'no finished runs hidden_*_s*; train them',
   'study_backgammon --folder=dice --games=3': 'games=3: must be even, every',
   'study_backgammon --folder=dice --players=zzz': "player='zzz': must be",
+  'study_backgammon --folder=dice --opponents=zzz': (
+    'opponents=zzz: must be judge, pubeval or gnubg'
+  ),
+  'study_backgammon --folder=boards': 'no finished runs hidden_*_s*',
   'study_backgammon --folder=dice --opponents=solver': (
     'player=solver: plays ConnectFour, and this is backgammon'
   ),

@@ -319,7 +319,22 @@ def test_drawn_candidates_begin_with_the_mode():
   np.testing.assert_array_equal(output.action, drawn[[0, 1], best])
 
 
-@pytest.mark.parametrize('num, chances', [(3, 1), (3, 2), (9, 1)])
+def _listed(model):
+  """Four candidates, and as many prior logits."""
+  number = jnp.arange(4.0)[None, :, None]
+
+  def root(params, timestep, key):
+    found = model.root(params, timestep, key)
+    return found.replace(prior_logits=jnp.zeros((found.value.shape[0], 4)))
+
+  return model._replace(
+    root=root,
+    actions=lambda params, key, state: number + 0 * state[:, None],
+    distribution=None,
+  )
+
+
+@pytest.mark.parametrize('num, chances', [(4, 1), (3, 2), (9, 1)])
 def test_the_best_few_candidates_are_those_of_the_highest_q(num, chances):
   tables = random_game(7, num_actions=4, chances=chances)
   model = table_model(tables, GAMMA)
@@ -331,7 +346,7 @@ def test_the_best_few_candidates_are_those_of_the_highest_q(num, chances):
   listed = model._replace(actions=lambda params, key, state: order[state])
   output = plan(
     lookahead(1),
-    candidates.best(listed._replace(outcomes=None), num),
+    candidates.best(listed, num)._replace(outcomes=None),
     tables.params,
     arrive(STATES, tables),
   )
@@ -343,11 +358,11 @@ def test_the_best_few_candidates_are_those_of_the_highest_q(num, chances):
     found = np.asarray(output.qvalues[s])
     found = found[np.isfinite(found)]
     assert len(found) == min(num, np.isfinite(q).sum())
-    if chances == 1:
+    if chances == 1:  # Else what ranks is one draw, as it is here, of others.
       expected = np.sort(q[np.isfinite(q)])[::-1][: len(found)]
       kept = found if num < 5 else np.sort(found)[::-1]
       np.testing.assert_allclose(kept, expected, rtol=1e-5)
-  chosen = [set(x) - {-1} for x in np.asarray(output.sampled_actions).tolist()]
+  chosen = [set(x) for x in np.asarray(output.sampled_actions).tolist()]
   assert all(
     not np.any(tables.invalid[s, list(x)]) for s, x in zip(STATES, chosen)
   )
@@ -378,6 +393,17 @@ def test_continuous_base_policies():
     (lambda m: candidates.sampled(m, 0), 'num must be at least 1'),
     (lambda m: candidates.refined(m, 1, 0.1, 0, 1), 'model.actions is None'),
     (lambda m: candidates.best(m, 2), 'model.actions is None'),
+    (
+      lambda m: jax.eval_shape(
+        rollout.truncated(
+          candidates.best(_listed(linear_model()), 2), 'sample', steps=1
+        ).root,
+        None,
+        at([1.0]),
+        jax.random.key(0),
+      ),
+      "policy='sample': 2 candidates have no prior",
+    ),
     (lambda m: candidates.best(m, 0), 'num must be at least 1'),
     (lambda m: candidates.refined(m, 0, 0.1, 0, 1), 'steps must be at least 1'),
   ],

@@ -2,10 +2,20 @@
 
 import importlib.util
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import equity, gnubg, study_backgammon
+from experiments import (
+  build,
+  equity,
+  gnubg,
+  match,
+  players,
+  study_backgammon,
+)
+from experiments.runtime import checkpoint
+from experiments.runtime import config as configs
 from experiments.runtime.config import UserError
 
 
@@ -38,8 +48,13 @@ def test_rows_are_read_as_written(tmp_path):
     ({'games': 10}, {}, 'games=10: the results hold rows of 8; take those'),
     (
       {},
-      {'opponent': 'judge', 'games': 30},
+      {'opponent': 'judge', 'games': 30, 'plies': 1},
       'positions=20: the results hold rows of 30',
+    ),
+    (
+      {'plies': 2},
+      {'opponent': 'judge', 'games': 20, 'plies': 1},
+      'plies=2: the results hold rows of 1',
     ),
   ],
 )
@@ -60,11 +75,11 @@ def test_runs_are_found_by_size_and_seed(tmp_path):
 
 
 def test_losses_are_compared_in_the_same_turns():
-  first = gnubg.Loss(np.array([0.2, 0.0, 0.4]))
+  first = gnubg.Loss(np.array([0.3, 0.0, 0.6]))
   row = equity.compare('x', gnubg.Loss(np.array([0.1, 0.0, 0.2])), first)
   assert (row.player, row.positions) == ('x', 3)
-  np.testing.assert_allclose([row.loss, row.less], 0.1)
-  np.testing.assert_allclose(row.less_se, 0.1 / 3**0.5)
+  np.testing.assert_allclose([row.loss, row.less], [0.1, 0.2])
+  np.testing.assert_allclose([row.loss_se, row.less_se], [0.0577, 0.1155], 1e-3)
 
 
 def test_means_are_over_seeds_and_drawn(tmp_path):
@@ -81,6 +96,71 @@ def test_means_are_over_seeds_and_drawn(tmp_path):
   out = tmp_path / 'figure.png'
   study_backgammon.draw(rows, out)
   assert out.read_bytes().startswith(b'\x89PNG')
+
+
+def _saved(folder, hidden):
+  experiment = build.describe('td_gammon', settings=[f'hidden={hidden}'])
+  workdir = folder / f'hidden_{hidden}_s0'
+  configs.write_run_config(workdir, experiment.as_dict(), 'cpu')
+  env = build.make_env(experiment, training=False, num_envs=1)
+  agent = build.make_agent(experiment, env.spec)
+  keeper = checkpoint.open(workdir / 'final', keep=1)
+  keeper.save(0, jax.jit(agent.init)(jax.random.key(hidden)).params)
+  keeper.close()
+  (workdir / 'evaluation.csv').touch()
+  return env.spec.game
+
+
+def _judged_turns(game, number):
+  """By a judge whose favourite is the last of a turn's boards."""
+  starts = match.openings(game, number, 4)
+  boards = np.asarray(jax.jit(jax.vmap(game.candidates))(starts))
+  judged = []
+  for row in range(number):
+    after = np.unique(boards[row], axis=0)
+    equity_of = np.linspace(-1, 0, len(after))
+    state = starts.board[row], starts.dice[row]
+    judged.append(gnubg.Judged(*map(np.asarray, state), after, equity_of))
+  return judged
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
+  """Networks of two sizes, a judge and an opponent that need no library."""
+  games = [_saved(tmp_path, hidden) for hidden in (2, 3)]
+  game = games[0]
+  judged = _judged_turns(game, 12)
+  stranger = players.make('x', players.parse('random'), None, None, game)
+  monkeypatch.setattr(
+    study_backgammon.equity, 'judged', lambda positions, plies: judged
+  )
+  known = {n: stranger._replace(name=n) for n in study_backgammon.OUTSIDERS}
+  monkeypatch.setattr(
+    study_backgammon.arena, 'other_players', lambda game: known.get
+  )
+  workdirs = study_backgammon.finished(tmp_path)
+  plan = _plan(players=('lookahead=1',), games=4, positions=12)
+  out = tmp_path / 'rows.csv'
+  first = study_backgammon.run(
+    workdirs, plan._replace(opponents=('judge',)), out
+  )
+  assert [(r.hidden, r.player) for r in first] == [
+    *((None, name) for name in study_backgammon.OUTSIDERS),
+    (2, 'lookahead=1'),
+    (3, 'lookahead=1'),
+  ]
+  assert all(r.games == 12 and r.points > 0 and r.plies == 1 for r in first)
+  # What is compared with itself gains nothing.
+  assert [r.gain for r in first] == [None, None, 0.0, 0.0]
+  assert first[2].points != first[3].points
+  monkeypatch.setattr(study_backgammon, '_losses', None)  # nothing is judged
+  rows = study_backgammon.run(workdirs, plan, out)
+  assert rows[:4] == study_backgammon.read(out)[:4]
+  assert [(r.hidden, r.opponent, r.games) for r in rows[4:]] == [
+    (2, 'pubeval', 4),
+    (3, 'pubeval', 4),
+  ]
+  assert all(abs(r.points) <= 3 and r.points_se >= 0 for r in rows[4:])
+  assert study_backgammon.run(workdirs, plan, out) == study_backgammon.read(out)
 
 
 @pytest.mark.skipif(

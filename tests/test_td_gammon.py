@@ -484,7 +484,8 @@ def test_rollouts_tell_what_the_greedy_player_earns(made, monkeypatch):
   assert player.evaluations is None
 
 
-def test_truncated_rollouts_count_what_they_value(made):
+def test_truncated_rollouts_count_what_they_value(made, monkeypatch):
+  monkeypatch.setattr(players, '_KEPT', 2)
   params = made.networks.init(jax.random.key(3))
   name = 'rollout=2x3'
   make = functools.partial(
@@ -493,8 +494,9 @@ def test_truncated_rollouts_count_what_they_value(made):
   timestep = match.time_step(made.game, positions(4))
   decide = lambda player: player.decide(params, jax.random.key(0), timestep)
   by_agent, by_model = make(base=made.agent.exploit), make()
-  # All four are looked at; then two rolls, thrice two turns of four boards.
-  assert by_agent.evaluations == 4 + 4 * 2 * (1 + 2 * 3 * 5)
+  # Four are ranked and two kept, whose values come with them; then two rolls,
+  # thrice two turns of four boards and the one that they lead to.
+  assert by_agent.evaluations == 4 + 2 + 2 * 2 * 3 * 2 * 5
   # Who is greedy in the same values plays the same.
   np.testing.assert_allclose(
     decide(by_agent).qvalues, decide(by_model).qvalues, rtol=1e-5

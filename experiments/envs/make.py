@@ -10,11 +10,14 @@ from experiments.envs.host import HostEnvironment
 from search.model import Environment
 
 
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
+def parse_options(
+  options: Sequence[str], field: str = 'env.options'
+) -> dict[str, Any]:
   """An environment's options as a dictionary.
 
   Args:
     options: `name=value` each; values are Python's literals, or text.
+    field: where they stand, for the message.
 
   Raises:
     ValueError: one without `=`.
@@ -26,7 +29,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
   for option in options:
     name, equals, text = option.partition('=')
     if not equals:
-      raise ValueError(f'env.options={option}: should be name=value')
+      raise ValueError(f'{field}={option}: should be name=value')
     try:
       parsed[name] = ast.literal_eval(text)
     except (ValueError, SyntaxError):
