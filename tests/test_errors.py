@@ -211,7 +211,7 @@ TABLE = {
   'study_games --folder=none': 'folder=none: no finished runs ... train them',
   'study_games --name=zzz': 'no finished runs zzz_s* (with an eval',
   'study_backgammon --folder=none': 'no finished runs hidden_*_s*; train them',
-  'study_backgammon --folder=dice --games=3': 'games=3: must be even, every',
+  'study_backgammon --folder=dice --games=5': 'games=5: must be even, every',
   'study_backgammon --folder=dice --players=zzz': "player='zzz': must be",
   'study_backgammon --folder=dice --opponents=zzz': (
     'opponents=zzz: must be judge, pubeval or gnubg'
