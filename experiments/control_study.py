@@ -331,7 +331,11 @@ def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     axes.set_xlabel('m, steps of rollout')
   handles, labels = panels[0][0].get_legend_handles_labels()
   figure.legend(
-    handles, labels, loc='outside lower center', ncols=4, fontsize='small'
+    handles,
+    labels,
+    loc='outside lower center',
+    ncols=min(4, len(columns)),
+    fontsize='small',
   )
   plots._save(figure, path)
 

@@ -229,7 +229,7 @@ def referee():
   )
 
 
-def test_options_go_with_the_data(collected, tmp_path):
+def test_options_go_with_the_data(collected, tmp_path, referee, monkeypatch):
   held = dataclasses.replace(QUICK, options=('action_repeat=8',))
   env = collect._simulators('Pendulum-v1', 2, held)
   simulator = env.start(0)
@@ -238,10 +238,12 @@ def test_options_go_with_the_data(collected, tmp_path):
   cut = [simulator.step(still)[0].truncated.all() for _ in range(25)]
   simulator.close()
   assert cut == 24 * [False] + [True]  # 200 of the simulator's steps
-  facts = {'ref_min': 0.0, 'ref_max': 1.0, 'options': list(held.options)}
-  about = collect._about(env.spec, 'random', facts)
-  dataset = npz.load(collected / 'random')
-  npz.save(dataset._replace(about=about), tmp_path / 'set')
+  monkeypatch.setattr(collect, '_play', referee)
+  launch(tmp_path / 'held', collection=held, transitions=60)
+  kept = npz.load(tmp_path / 'held' / 'random')
+  assert kept.about.extra['options'] == ['action_repeat=8']
+  # Two episodes of 25 decisions, and a third that is cut.
+  assert np.bincount(kept.episode).tolist()[:2] == [25, 25]
 
   def options(name, env=None, settings=()):
     experiment = build.describe(
@@ -249,10 +251,12 @@ def test_options_go_with_the_data(collected, tmp_path):
     )
     return experiment.env.options
 
-  assert options(tmp_path / 'set') == ('action_repeat=8',)
+  assert options(tmp_path / 'held' / 'random') == ('action_repeat=8',)
   own = ('env.options=action_repeat=2',)
-  assert options(tmp_path / 'set', settings=own) == ('action_repeat=2',)
-  assert options(tmp_path / 'set', env='jax:pendulum') == ()
+  assert options(tmp_path / 'held' / 'random', settings=own) == (
+    'action_repeat=2',
+  )
+  assert options(tmp_path / 'held' / 'random', env='jax:pendulum') == ()
   assert options(collected / 'random') == ()
 
 

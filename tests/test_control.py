@@ -251,6 +251,7 @@ def test_unknown_planners_are_refused(name):
 
 TINY = ('hidden_sizes=4', 'run.reward_factor=0.5')
 MODEL = ('model.widths=4', 'model.members=2', 'model.elites=1')
+ALONE = ('run.reward_factor=0.5', 'widths=4', 'members=2', 'elites=1')
 
 
 def make_run(folder, preset, env, settings=TINY, dataset='none'):
@@ -273,6 +274,7 @@ def runs(tmp_path_factory):
   return {
     'iql': make('iql', 'iql_small', 'jax:pendulum'),
     'combo': make('combo', 'combo_small', 'jax:pendulum', (*TINY, *MODEL)),
+    'dynamics': make('dynamics', 'dynamics_small', 'jax:pendulum', ALONE),
   }
 
 
@@ -291,9 +293,10 @@ def flags(**changes):
   return types.SimpleNamespace(**{**values, **changes})
 
 
-@pytest.mark.parametrize('kind', ['exact', 'learned'])
-def test_a_finished_run_is_played(runs, kind):
-  dynamics = 'exact' if kind == 'exact' else runs['combo']
+@pytest.mark.parametrize('model', ['exact', 'combo', 'dynamics'])
+def test_a_finished_run_is_played(runs, model):
+  dynamics = runs.get(model, 'exact')
+  kind = 'exact' if model == 'exact' else 'learned'
   rows = control.launch(flags(workdir=runs['iql'], dynamics=dynamics))
   assert [row.planner for row in rows] == ['actor', 'lookahead=1']
   assert rows[0].gain == rows[0].gain_se == 0
