@@ -1,6 +1,5 @@
 """How tests compile where bits count."""
 
-import functools
 import os
 from typing import Any
 
@@ -11,9 +10,7 @@ import jax
 _FAST = 'xla_cpu_use_fusion_emitters'
 
 
-def exact_jit(fn: Any = None, **kwargs: Any) -> Any:
-  """`jax.jit` with the emitters of users' programs; a decorator, too."""
-  if fn is None:
-    return functools.partial(exact_jit, **kwargs)
+def exact_jit(fn: Any) -> Any:
+  """`jax.jit` with the emitters of users' programs."""
   options = {_FAST: True} if _FAST in os.environ['XLA_FLAGS'] else {}
-  return jax.jit(fn, compiler_options=options, **kwargs)
+  return jax.jit(fn, compiler_options=options)

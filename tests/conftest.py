@@ -6,9 +6,8 @@ import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Compiling is most of the tests' cost. Without optimisation it takes two thirds
-# of the time, and without the emitters of fused loops, which later versions
-# cannot do without, another third of those. Launchers that tests start inherit
-# it.
+# of the time, and a third of those without the emitters of fused loops, which
+# later versions cannot do without. Launchers that tests start inherit it.
 _FLAGS = ['--xla_backend_optimization_level=0']
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
