@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import human, match, players, terminal
+from experiments.files.errors import UserError
 from experiments.runtime import metrics
-from experiments.runtime.config import UserError
 
 
 def make_player(

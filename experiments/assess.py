@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import build, offline, text
-from experiments.runtime import config as configs
+from experiments.files import writing
 
 
 class HeldOut:
@@ -64,7 +64,7 @@ class HeldOut:
       for network, row in rows.items()
     ]
     if write:
-      configs.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
+      writing.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
 
 
 def players(experiment: build.Experiment, agent) -> dict[str, Callable]:

@@ -17,6 +17,7 @@ others use, the latter is the one to trust. On an accelerator it says little.
 import pathlib
 
 from experiments import build, presets, terminal
+from experiments.files.errors import UserError
 from experiments.measure import (
   QUICK,
   Row,
@@ -26,7 +27,6 @@ from experiments.measure import (
   write_rows,
 )
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 _SUITES = (
   'search',

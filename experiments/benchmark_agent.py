@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import build
+from experiments.files.errors import UserError
 from experiments.measure import Row, Sizes, interleaved, speed_row
-from experiments.runtime.config import UserError
 
 
 def matmul_flops(jaxpr: Any) -> int:

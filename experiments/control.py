@@ -31,8 +31,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import control_runs, plan_models, terminal
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 _FIRST = re.compile(r'actor|critic|lookahead=([1-9]\d*)')
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from experiments import plan_models
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 # Those with an actor and a critic on vectors.
 AGENTS = ('atac', 'combo', 'cql', 'iql', 'sac', 'td3_bc')

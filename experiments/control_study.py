@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import control, control_runs, plan_models, terminal
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 from experiments.sweep_results import write_csv
 
 # Needed by no model.

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from experiments import terminal
+from experiments.files import writing
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 
 class Package(NamedTuple):
@@ -156,7 +157,7 @@ def main() -> None:
   terminal.begin(f'fetching {names} by apt-get into {out}', compiles=False)
   text = fetch(PACKAGES[name])
   out.parent.mkdir(parents=True, exist_ok=True)
-  configs.write_text(out, text)
+  writing.write_text(out, text)
   print(
     f'{out}: {out.stat().st_size:,} bytes, {len(text.split()):,} words, '
     f'{PACKAGES[name].licence}\n'

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import game_selection, terminal
+from experiments.files.errors import UserError
 from experiments.game_selection import BETAS, COVERAGE
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
-from experiments.runtime.config import UserError
 
 # `1 / (1 - g)`; rewards are within [0, 1].
 VALUE_MAX = 10.0

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import players
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 STONES = 15
 OFF, BAR = 0, 25

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import terminal
+from experiments.files.errors import UserError
 from experiments.players import Player
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
-from experiments.runtime.config import UserError
 
 POSITIONS = pathlib.Path(__file__).parent / 'results/connect_four_judged.csv'
 COLUMNS = 7

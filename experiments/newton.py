@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments import newton_cases as cases
 from experiments import terminal
+from experiments.files import writing
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -328,7 +329,7 @@ def main() -> None:
 
   out = pathlib.Path(flags.FLAGS.out)
   configs.check_place('out', out, folder=True)
-  with configs.writing(out):
+  with writing.writing(out):
     out.mkdir(parents=True, exist_ok=True)
   terminal.begin("Bellman's operator and Newton's step: the book's examples")
   with jax.enable_x64(True):

@@ -23,8 +23,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from experiments.files import writing
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'experiments' / 'notebooks'
@@ -313,9 +314,9 @@ def write(name: str, result: Result, out: pathlib.Path) -> pathlib.Path:
   figures = out / f'{name}_files'
   figures.mkdir(parents=True, exist_ok=True)
   for relative, content in result.figures.items():
-    configs.write_bytes(out / relative, content)
+    writing.write_bytes(out / relative, content)
   path = out / f'{name}.md'
-  configs.write_text(path, result.markdown)
+  writing.write_text(path, result.markdown)
   for file in figures.iterdir():
     if file.relative_to(out).as_posix() not in result.figures:
       file.unlink()

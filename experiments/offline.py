@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments import text
 from experiments.data.text import Corpus
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 
 def material(experiment: Any):

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import terminal
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
-from experiments.runtime.config import UserError
 
 ETA, LAM = 0.2, 1.0
 # Fewer samples are not yet on the line.

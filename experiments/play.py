@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import build, terminal
+from experiments.files import writing
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -302,7 +303,7 @@ def save_spec(workdir: str | os.PathLike, spec: Any) -> None:
   if spec.statistics is not None:
     named = zip(('mean', 'std'), (x.tolist() for x in spec.statistics))
     path = pathlib.Path(workdir) / _STATISTICS
-    configs.write_text(path, json.dumps(dict(named)) + '\n')
+    writing.write_text(path, json.dumps(dict(named)) + '\n')
 
 
 def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:

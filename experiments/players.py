@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 _TREES = ('gumbel', 'puct')
 # Candidates of a turn that are looked at further, where there are chances.

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import atari_scores, terminal
+from experiments.files.errors import UserError
 from experiments.runs import Path, Run, find_runs, read_column, read_csv
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 from experiments.statistics import bootstrap_interval, mean_interval
 
 _BLUE, _ORANGE = '#1b4f8f', '#e08a1e'

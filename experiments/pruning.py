@@ -124,7 +124,7 @@ def moves(workdirs: Sequence[str]) -> list[Row]:
   from rich.progress import track
 
   from experiments import build, judge, match, play
-  from experiments.runtime.config import UserError
+  from experiments.files.errors import UserError
   from search import lookahead
 
   judged = judge.read()

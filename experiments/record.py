@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
+from experiments.files import writing
+from experiments.files.errors import UserError
 
 # Whose stones are whose: player 0 and player 1.
 STONES = ((214, 69, 65), (244, 196, 48))
@@ -380,7 +380,7 @@ def write(path: pathlib.Path, frames: Sequence[Frame], count: int = 0) -> None:
     places = np.linspace(0, len(some) - 1, count).round().astype(int)
     some = [some[place] for place in places]
   images = [captioned(frame) for frame in some]
-  with configs.writing(path):
+  with writing.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.png':
       gap = np.full_like(images[0][:, :_GAP], 255)

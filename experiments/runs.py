@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 Path = str | os.PathLike
 

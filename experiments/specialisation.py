@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import plots, terminal
+from experiments.files.errors import UserError
 from experiments.runs import read_csv
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
-from experiments.runtime.config import UserError
 
 _FEW = 5  # occurrences below which a token characterises nobody
 

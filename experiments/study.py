@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments import terminal
+from experiments.files import writing
 from experiments.runtime import config as configs
 
 
@@ -349,7 +350,7 @@ def run_one(study: Study, run: Run, folder: pathlib.Path) -> bool:
     return False
   seconds = time.perf_counter() - start
   cpu = usage.ru_utime + usage.ru_stime
-  configs.write_text(
+  writing.write_text(
     timing, f'wall_seconds,cpu_seconds\n{seconds:.1f},{cpu:.1f}\n'
   )
   return True
@@ -371,7 +372,7 @@ def _write(path: pathlib.Path, rows: Sequence[dict]) -> None:
   writer.writeheader()
   writer.writerows(rows)
   path.parent.mkdir(parents=True, exist_ok=True)
-  configs.write_text(path, text.getvalue())
+  writing.write_text(path, text.getvalue())
 
 
 def collect(

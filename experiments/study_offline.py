@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments import terminal
+from experiments.files import writing
 from experiments.runtime import config as configs
 from experiments.sweep_results import write_csv
 
@@ -138,7 +139,7 @@ def run_one(
   spent = {n: round(x + before.get(n, 0.0), 1) for n, x in spent.items()}
   done = not process.returncode and _is_whole(cell, workdir, seeds)
   content = json.dumps(wanted | spent | {'done': done}) + '\n'
-  configs.write_text(mark, content)
+  writing.write_text(mark, content)
   if not done:
     print(f'{workdir} did not finish, see {log}', file=sys.stderr)
   return done

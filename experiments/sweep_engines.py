@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import sweep_plan, sweep_program, sweep_results
+from experiments.files import writing
 from experiments.runtime import config as configs
 from experiments.sweep_plan import Plan, Row
 from experiments.sweep_results import Result
@@ -135,7 +136,7 @@ def vmapped(
     program = program_of(plan, part)
     part.folder.mkdir(parents=True, exist_ok=True)
     saved = {'rows': part.rows, 'traced': part.traced}
-    configs.write_text(part.folder / 'program.json', json.dumps(saved) + '\n')
+    writing.write_text(part.folder / 'program.json', json.dumps(saved) + '\n')
     points = sweep_program.run(
       program,
       part.folder,
@@ -246,7 +247,7 @@ def _is_complete(job: Job) -> bool:
 
 def _finish(job: Job, seconds: float) -> None:
   text = f'wall_seconds\n{seconds:.1f}\n'
-  configs.write_text(job.folder / 'timing.csv', text)
+  writing.write_text(job.folder / 'timing.csv', text)
 
 
 def _train_command(arguments: Sequence[str]) -> list[str]:
@@ -441,7 +442,7 @@ def on_ray(
 def _receive(job: Job, files: Mapping[str, str]) -> None:
   job.folder.mkdir(parents=True, exist_ok=True)
   for name, text in files.items():
-    configs.write_text(job.folder / name, text)
+    writing.write_text(job.folder / name, text)
 
 
 def read_jobs(

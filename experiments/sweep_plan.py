@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import build
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 _HINT = (
   'should be field=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A:B'

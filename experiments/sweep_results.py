@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import sweep_plan, terminal
+from experiments.files import writing
 from experiments.runtime import config as configs
 from experiments.sweep_plan import Plan, Row
 
@@ -89,7 +90,7 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   writer.writeheader()
   writer.writerows({n: cell(x) for n, x in row.items()} for row in rows)
   path.parent.mkdir(parents=True, exist_ok=True)
-  configs.write_text(path, text.getvalue())
+  writing.write_text(path, text.getvalue())
 
 
 def summarise(

@@ -13,8 +13,8 @@ from typing import Any
 
 from experiments.data import text as texts
 from experiments.data.text import Corpus
-from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
+from experiments.files import writing
+from experiments.files.errors import UserError
 
 _VOCABULARY = 'vocabulary.json'
 _HELD_OUT_BATCH = 32
@@ -210,7 +210,7 @@ def finish(
       f'{row["held_bits_per_character"]:.3f} bits a character '
       f'({target.size:,} tokens)'
     )
-  configs.write_text(workdir / 'evaluation.csv', '\n'.join(lines) + '\n')
+  writing.write_text(workdir / 'evaluation.csv', '\n'.join(lines) + '\n')
   print(
     f'results: {workdir}/evaluation.csv, metrics.csv\n'
     f"next: python -m experiments.play --workdir={workdir} --prompt='The '\n"
@@ -222,7 +222,7 @@ def finish(
 def save_vocabulary(workdir: pathlib.Path, corpus: Corpus) -> None:
   """Keeps what tokens mean, so that playing needs no text."""
   words = json.dumps(corpus.vocabulary.words) + '\n'
-  configs.write_text(workdir / _VOCABULARY, words)
+  writing.write_text(workdir / _VOCABULARY, words)
 
 
 def play(experiment: Any, workdir: str, name: str, options: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark_agent, benchmark_search, build, measure
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 # A network and a search as small as they come.
 TINY = (

@@ -18,8 +18,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.files.errors import UserError
 from experiments.runtime import checkpoint
-from experiments.runtime.config import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

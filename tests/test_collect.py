@@ -16,7 +16,7 @@ from agents.core.types import Transition
 from experiments import build, collect, collector
 from experiments.data import layout, minari_files, npz
 from experiments.envs import envpool
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 STEPS = 5  # of an episode
 QUICK = collect.Collection(

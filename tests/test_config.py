@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from experiments.files.errors import UserError
 from experiments.runtime import config as config_lib
-from experiments.runtime.config import UserError, describe, override
+from experiments.runtime.config import describe, override
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -292,14 +293,6 @@ def test_read_run_config_refuses_other_folders(tmp_path):
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match='is not JSON'):
     config_lib.read_run_config(tmp_path)
-
-
-def test_write_text_keeps_the_old_file_if_it_fails(tmp_path):
-  path = tmp_path / 'file'
-  config_lib.write_text(path, 'old')
-  with pytest.raises(UnicodeEncodeError):
-    config_lib.write_text(path, 'new\ud800')
-  assert path.read_text() == 'old'
 
 
 def test_user_errors_turns_value_errors_only():

@@ -95,6 +95,8 @@ EXAMPLES = (
   'experiments.data.layout',
   'experiments.data.text',
   'experiments.envs.make',
+  'experiments.files.errors',
+  'experiments.files.reading',
   'experiments.match',
   'experiments.players',
   'experiments.runtime.config',

@@ -24,9 +24,10 @@ import pytest
 from experiments import build, presets, sweep_engines
 from experiments.collect import Collection
 from experiments.data import layout, npz
+from experiments.files import writing
+from experiments.files.errors import UserError
 from experiments.runtime import checkpoint, distributed, mesh, watch
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHERS = sorted(
@@ -370,8 +371,8 @@ def _write_runs(root):
     'newer': config | {'agent': config['agent'] | {'zzz': 1}},
     'words': config | {'seed': 'x'},
   }.items():
-    configs.write_text(root / name / 'config.json', json.dumps(content))
-  configs.write_text(root / 'torn' / 'config.json', '{"name":')
+    writing.write_text(root / name / 'config.json', json.dumps(content))
+  writing.write_text(root / 'torn' / 'config.json', '{"name":')
 
 
 def _write_data(root):

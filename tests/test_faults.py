@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from agents.core.types import Agent, Info
+from experiments.files.errors import UserError
 from experiments.runtime import (
   checkpoint,
   host,
@@ -27,7 +28,6 @@ from experiments.runtime import (
   sources,
 )
 from experiments.runtime import replay as host_replay
-from experiments.runtime.config import UserError
 from experiments.runtime.loop import Diverged, Hooks, Intervals
 from experiments.runtime.sources import Measures, Source
 

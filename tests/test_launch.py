@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from experiments import launch
+from experiments.files.errors import UserError
 from experiments.runtime import distributed
-from experiments.runtime.config import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = ROOT / 'experiments' / 'recipes'

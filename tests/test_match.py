@@ -10,7 +10,7 @@ import pytest
 from agents.core.types import ArraySpec, Discrete, Spec
 from experiments import boards, human, judge, match, players, study_games
 from experiments.envs import connect_four, games, tic_tac_toe
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 from search.model import Game, PolicyOutput, exact
 
 

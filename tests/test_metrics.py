@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.files.errors import UserError
 from experiments.runtime import metrics
-from experiments.runtime.config import UserError
 
 
 def test_csv_formats_scalars(tmp_path):

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 
 from experiments import notebook
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 GOOD = """# %% [markdown]
 # # A title

@@ -27,13 +27,17 @@ for pin in CONSTRAINTS.splitlines():
   PINS.setdefault(name_of(pin), []).append(pin)
 
 
-def test_all_packages_are_declared_and_tests_are_not():
-  found = {
+def test_all_packages_are_found_and_tests_are_not():
+  import setuptools
+
+  own = {
     path.parent.relative_to(ROOT).as_posix().replace('/', '.')
     for package in OURS
     for path in (ROOT / package).rglob('__init__.py')
   }
-  assert set(PROJECT['tool']['setuptools']['packages']) == found
+  options = PROJECT['tool']['setuptools']['packages']['find']
+  assert not options['namespaces']
+  assert set(setuptools.find_packages(ROOT, include=options['include'])) == own
 
 
 def test_constraints_pin_every_requirement_and_name_no_host():

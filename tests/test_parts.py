@@ -11,9 +11,9 @@ import pytest
 from agents.core import replay as core
 from agents.core.types import Sample
 from experiments import build
+from experiments.files.errors import UserError
 from experiments.keeper import Keeper, peek
 from experiments.runtime import loop, mesh, parts
-from experiments.runtime.config import UserError
 
 TINY = (
   'env.num_envs=4',

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from experiments import atari_scores, plots, runs, statistics
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 EVALUATION = (
   'checkpoint,planner,simulations,episodes,return_mean,return_se,length_mean,'

@@ -12,7 +12,7 @@ from PIL import Image
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
 from experiments import arena, build, play, players, record
 from experiments.envs import catch, connect_four, games
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 from search.model import PolicyOutput
 
 PENDULUM = Spec(

@@ -14,9 +14,9 @@ from experiments import (
   players,
   study_backgammon,
 )
+from experiments.files.errors import UserError
 from experiments.runtime import checkpoint
 from experiments.runtime import config as configs
-from experiments.runtime.config import UserError
 
 
 def _row(**changes):

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.files.errors import UserError
 from experiments.runtime import integrity
-from experiments.runtime.config import UserError
 
 SCHEMA = 1
 

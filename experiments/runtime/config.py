@@ -22,6 +22,12 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from experiments.files import writing
+from experiments.files.errors import UserError, shown
+
+# An unknown field's line lists all fields.
+_LONGEST_ERROR = 4000
+
 # Whose versions may change a run's numbers.
 _PACKAGES = (
   'outplay',
@@ -42,17 +48,14 @@ _PACKAGES = (
 MAX_SEED = 2_000_000_000
 
 
-class UserError(ValueError):
-  """A mistake of the person who runs us; its message is one line for them."""
-
-
 def fail(message: str) -> NoReturn:
   """Prints `error: message` as one line on stderr and exits with code 2.
 
   Raises:
     SystemExit: always.
   """
-  print('error:', ' '.join(str(message).split()), file=sys.stderr)
+  line = shown(' '.join(str(message).split()), _LONGEST_ERROR)
+  print('error:', line, file=sys.stderr)
   raise SystemExit(2)
 
 
@@ -379,43 +382,6 @@ def _attribute_docs(cls: type) -> dict[str, str]:
   return {name: ' '.join(doc.split()) for name, doc in entries}
 
 
-@contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Makes the disk's refusal to take a file one line for people.
-
-  Raises:
-    UserError: the block met an `OSError`.
-  """
-  try:
-    yield
-  except OSError as error:
-    raise UserError(
-      f'cannot write {path}: {error.strerror}; make room, then the same '
-      'command goes on from the last checkpoint'
-    ) from error
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file, its folder too, at once or not at all."""
-  write_bytes(path, text.encode('utf-8'))
-
-
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-  """Writes a file, its folder too, at once or not at all.
-
-  A process that is killed meanwhile leaves the old file, or none.
-  """
-  path = pathlib.Path(path)
-  unfinished = path.with_name(path.name + '.tmp')
-  with writing(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(unfinished, 'wb') as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
 def made_with(device: str | None = None) -> dict[str, Any]:
   """What a run was made with: versions, commit, device.
 
@@ -472,7 +438,7 @@ def write_run_config(
   path = pathlib.Path(workdir) / 'config.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   content = {**_plain(config), 'made_with': made_with(device)}
-  write_text(path, json.dumps(content, indent=2) + '\n')
+  writing.write_text(path, json.dumps(content, indent=2) + '\n')
 
 
 def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:

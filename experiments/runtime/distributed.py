@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 VARIABLES = {
   'distributed': 'OUTPLAY_COORDINATOR',

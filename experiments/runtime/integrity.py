@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 
 
 class Damaged(UserError):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.core.types import Agent
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 from experiments.runtime.sources import Source, Stopped
 
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from experiments.runtime.config import UserError, write_text, writing
+from experiments.files.errors import UserError
+from experiments.files.writing import open_append, write_text, writing
 
 
 class Writer(NamedTuple):
@@ -97,8 +98,9 @@ def csv_writer(
     if new:
       columns = columns + new
       write_text(path, _csv_text(columns, _read(path, None)[1]))
-    with writing(path), open(path, 'a', encoding='utf-8', newline='') as file:
-      file.write(_csv_line(cells.get(name, '') for name in columns))
+    with open_append(path) as file, writing(path):
+      line = _csv_line(cells.get(name, '') for name in columns)
+      file.write(line.encode('utf-8'))
 
   return Writer(write, lambda: None)
 

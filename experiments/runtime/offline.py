@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.core.types import Agent, Mixed, Trajectory, Transition
-from experiments.runtime.config import UserError
+from experiments.files.errors import UserError
 from experiments.runtime.sources import Measures, Source, no_feedback
 
 

@@ -37,6 +37,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from agents.core.replay import joined_weights
 from agents.core.types import Info, Sample, Trajectory
+from experiments.files import writing
 from experiments.runtime import config as configs
 from experiments.runtime import mesh as meshes
 from experiments.runtime.sources import Measures, Source
@@ -316,7 +317,7 @@ def _write(path: pathlib.Path, arrays: Any, facts: dict[str, Any]) -> None:
   content['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   buffer = io.BytesIO()
   np.savez(buffer, allow_pickle=False, **content)
-  configs.write_bytes(path, buffer.getvalue())
+  writing.write_bytes(path, buffer.getvalue())
 
 
 def _facts(path: pathlib.Path) -> dict[str, Any]:
