@@ -249,14 +249,12 @@ def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
 
 def frames_per_decision(experiment: build.Experiment) -> int:
   """Frames of the simulator a decision: the frame skip on Atari, else 1."""
-  import envpool
-
   from experiments.envs import envpool as ours
 
   if ':' in experiment.env_name:
     return 1
   task = ours.resolve_id(experiment.env_name)
-  if 'noop_max' not in envpool.make_spec(task).config._fields:
+  if 'noop_max' not in ours.library().make_spec(task).config._fields:
     return 1
   for option in experiment.env.options:
     name, _, text = option.partition('=')

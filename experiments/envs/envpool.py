@@ -26,6 +26,11 @@ own copy of that library does not find Mesa's drivers, and the process dies;
 the system's, loaded before envpool is imported, does. Where it still fails, a
 trial in a process of its own finds out, and the answer is a ValueError.
 
+From 1.2.6 on, envpool's wheels need the system's OpenGL for all of MuJoCo and
+for football, and `import envpool` loads every family at once: without those
+libraries nothing could be imported, Catch neither. `library` imports it then
+without the families that cannot be loaded.
+
 After a lost life envpool plays the no-ops of a reset. What they earn belongs
 to no time step, so returns under `training=True` may miss a point here and
 there; scores to report come from `training=False`.
@@ -34,11 +39,14 @@ there; scores to report come from `training=False`.
 import ctypes
 import difflib
 import functools
+import importlib.util
 import os
+import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+import types
 import warnings
 from typing import Any
 
@@ -83,6 +91,89 @@ _DRAWING = (
   'render_camera_id',
 )
 
+# Debian's packages of what envpool's binaries load.
+_PACKAGES = {
+  'libEGL.so.1': 'libegl1',
+  'libOpenGL.so.0': 'libopengl0',
+  'libstdc++.so.6': 'libstdc++6',
+  'libgcc_s.so.1': 'libgcc-s1',
+}
+
+
+@functools.cache
+def library() -> types.ModuleType:
+  """envpool, whatever libraries of its families are missing.
+
+  Returns:
+    The package. A family that cannot be loaded has its names registered where
+    they are known without its binary; making one of them raises ImportError.
+
+  Raises:
+    ValueError: envpool cannot be imported at all.
+  """
+  try:
+    return importlib.import_module('envpool')
+  except ImportError as error:
+    if isinstance(error, ModuleNotFoundError):
+      raise ValueError(f'envpool cannot be imported: {error}') from error
+  # `envpool.entry` does nothing but import every family.
+  sys.modules['envpool.entry'] = types.ModuleType('envpool.entry')
+  try:
+    envpool = importlib.import_module('envpool')
+  except ImportError as error:
+    raise ValueError(f'envpool cannot be imported: {_remedy(error)}') from error
+  [root] = envpool.__path__
+  for path in sorted(pathlib.Path(root).glob('*/**/registration.py')):
+    parts = path.parent.relative_to(root).parts
+    _register('.'.join(('envpool', *parts)))
+  return envpool
+
+
+# Families whose names are in their binary, and why it cannot be loaded.
+_unloaded: dict[str, ImportError] = {}
+
+
+def _register(family: str) -> None:
+  """Registers a family's names, with its binary if that can be loaded."""
+  try:
+    importlib.import_module(f'{family}.registration')
+    return
+  except ImportError as error:
+    why = error
+  # Most lists of names need not the package, only its place. The real one is
+  # imported again, and fails again, when one of the names is made.
+  spec = importlib.util.find_spec(family)
+  assert spec is not None
+  sys.modules[family] = importlib.util.module_from_spec(spec)  # Not executed.
+  try:
+    importlib.import_module(f'{family}.registration')
+  except ImportError:
+    _unloaded[family] = why
+  finally:
+    del sys.modules[family]
+
+
+def _remedy(error: ImportError) -> str:
+  """What is missing and which package brings it, in one line."""
+  found = re.match(r'(lib\S+): cannot open shared object', str(error))
+  if not found:
+    return str(error).splitlines()[0]
+  # The loader names only the first that it does not find.
+  names = [found[1], *(n for n in _PACKAGES if n != found[1] and not _loads(n))]
+  packages = ' '.join(_PACKAGES.get(n, f'what has {n}') for n in names)
+  return (
+    f'needs {" and ".join(names)}, not found on this machine; on Debian: '
+    f'apt-get install {packages}'
+  )
+
+
+def _loads(name: str) -> bool:
+  try:
+    ctypes.CDLL(name)
+  except OSError:
+    return False
+  return True
+
 
 def resolve_id(env_id: str) -> str:
   """envpool's name of an environment.
@@ -93,8 +184,7 @@ def resolve_id(env_id: str) -> str:
   Raises:
     ValueError: no such environment; names the nearest ones.
   """
-  import envpool
-
+  envpool = library()
   ids = envpool.list_all_envs()
   if env_id in ids:
     return env_id
@@ -111,6 +201,10 @@ def resolve_id(env_id: str) -> str:
     stem = stem.replace(suffix, '')
   near = difflib.get_close_matches(stem, by_lower, n=4, cutoff=0.5)
   hint = ', '.join(by_lower[n] for n in near) or 'envpool.list_all_envs()'
+  for error in _unloaded.values():  # All for want of the same libraries.
+    families = ', '.join(name.removeprefix('envpool.') for name in _unloaded)
+    hint += f'; not loaded: {families}, which {_remedy(error)}'
+    break
   raise ValueError(
     f'env={env_id!r}: envpool has none; nearest: {hint}; other names begin '
     'with jax:, self_play: or gymnasium:'
@@ -158,15 +252,14 @@ def make_envpool(
   host.check_num_envs(num_envs)
   if options.get('from_pixels'):
     _load_renderer()
-  import envpool
-
+  envpool = library()
   task = resolve_id(env_id)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # envpool casts its bounds to float32.
     try:
       fields = envpool.make_spec(task).config._fields
-    except ImportError as e:
-      raise ValueError(f'env_id={env_id!r}: {e}') from e
+    except ImportError as error:
+      raise ValueError(f'env={env_id!r}: {_remedy(error)}') from error
     is_atari = 'noop_max' in fields
     if is_atari:
       protocol = {
