@@ -233,7 +233,7 @@ def run(
       )
       npz.save(_with_returns(dataset), out / quality)
     dataset = npz.load(out / quality)
-    print(_line(quality, dataset), flush=True)
+    terminal.say(_line(quality, dataset))
     if minari:
       _to_minari(quality, dataset, out / 'minari')
   terminal.end(

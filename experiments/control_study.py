@@ -241,10 +241,9 @@ def launch(values: Any) -> None:
     rows.append(row)
     write_csv(path, rows)
     where = f'{cell.quality} {cell.agent} s{cell.seed} {kind}'
-    print(
+    terminal.say(
       f'{number} of {len(tasks)}: {where} {planner}: '
-      f'{row["return_mean"]:.1f} ± {row["return_se"]:.1f}',
-      flush=True,
+      f'{row["return_mean"]:.1f} ± {row["return_se"]:.1f}'
     )
   # All as text, those of earlier runs and of this one.
   summary = summarised(read(path))

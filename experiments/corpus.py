@@ -158,11 +158,10 @@ def main() -> None:
   text = fetch(PACKAGES[name])
   out.parent.mkdir(parents=True, exist_ok=True)
   writing.write_text(out, text)
-  print(
+  terminal.end(
     f'{out}: {out.stat().st_size:,} bytes, {len(text.split()):,} words, '
-    f'{PACKAGES[name].licence}\n'
-    f'next: python -m experiments.train --preset=moe_language_small '
-    f'--text={out}'
+    f'{PACKAGES[name].licence}',
+    f'python -m experiments.train --preset=moe_language_small --text={out}',
   )
 
 

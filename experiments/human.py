@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import boards, match, players
+from experiments.files.errors import shown
 
 _SHOWN = 5
 _HELP = (
@@ -66,7 +67,8 @@ def against_person(
   person = first if begins else 1 - first
   decide = _decider(game, player, key)
   past: list[_Turn] = []
-  tell(f'you are {"XO"[person]}, and {player.name} is {"OX"[person]}; {_HELP}')
+  called = shown(player.name)
+  tell(f'you are {"XO"[person]}, and {called} is {"OX"[person]}; {_HELP}')
   while True:
     state, number = turn
     is_person = int(game.player(state)) == person
@@ -91,7 +93,7 @@ def against_person(
       expects = ''
       if decision.value is not None:
         expects = f'; it expects {decision.value:+.2f} for itself'
-      tell(f'{player.name} plays {decision.name}{expects}{decision.best}')
+      tell(f'{called} plays {decision.name}{expects}{decision.best}')
       action = decision.action
     # The same dice after `undo`: chance depends on the move's number alone.
     move = step(state, action, jax.random.fold_in(key, 2 * number))

@@ -507,7 +507,7 @@ def main() -> None:
     panels = {'return of an episode': one_panel(curves)}
   curves_figure(panels, out, x=values.x)
   write_curves(curves, out.with_suffix('.csv'), x=values.x)
-  print(f'curves: {out}, {out.with_suffix(".csv")}')
+  terminal.say(f'curves: {out}, {out.with_suffix(".csv")}')
   played = [r.workdir for r in runs if (r.workdir / 'evaluation.csv').exists()]
   if played:
     _search_report(played, out)
@@ -515,7 +515,7 @@ def main() -> None:
     table = atari_scores.score_table(scores)
     _print_table(f'{method}: human-normalised scores', table)
     _write_csv(path := out.with_name(f'{out.stem}_atari{i or ""}.csv'), table)
-    print(f'{method}: {path}')
+    terminal.say(f'{method}: {path}')
 
 
 def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
@@ -538,13 +538,13 @@ def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
   _write_csv(
     path := out.with_name(f'{out.stem}_search.csv'), [Pooled._fields, *pooled]
   )
-  print(f'search: {path}')
+  terminal.say(f'search: {path}')
   groups = list(dict.fromkeys(row.group for row in pooled))
   for i, group in enumerate(groups):
     rows = [row for row in pooled if row.group == group]
     figure = out.with_name(f'{out.stem}_search{i or ""}.png')
     budget_figure(rows, figure, title=f'{group}, {rows[0].seeds} seeds')
-    print(f'{group}: {figure}')
+    terminal.say(f'{group}: {figure}')
 
 
 def _print_table(title: str, table: list[list[str]]) -> None:

@@ -244,6 +244,7 @@ def main() -> None:
 
   from absl import flags
 
+  from experiments import terminal
   from experiments.runtime import config as configs
 
   values = flags.FLAGS
@@ -265,13 +266,13 @@ def main() -> None:
     if found:
       rows += moves(found)
     else:
-      print(
+      terminal.say(
         f'no finished runs connect_four_s* in {folder}: without Connect Four; '
         'train them with python -m experiments.study --study=connect_four'
       )
   write(out, rows)
   draw(rows).savefig(out.with_suffix('.png'), dpi=140)
-  print(f'results: {out} and .png')
+  terminal.end(f'{out} and .png')
 
 
 if __name__ == '__main__':

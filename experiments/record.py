@@ -469,5 +469,5 @@ def launch(experiment: Any, values: Any) -> None:
     frames = episode(env, decide, params, seed=values.seed, limit=limit)
   write(path, frames, values.frames)
   last = frames[-1].caption.replace('\n', '   ')
-  print(f'{len(frames)} time steps; the last one: {last}')
+  terminal.say(f'{len(frames)} time steps; the last one: {last}')
   terminal.end(str(path))

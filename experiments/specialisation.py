@@ -179,7 +179,7 @@ def main() -> None:
     history = through_training(values.workdir, values.layer)
   for e, words in enumerate(characteristic(shares, 8)):
     share = shares.counts[e].sum() / shares.counts.sum()
-    print(f'expert {e:3d} ({share:6.1%}): {" ".join(map(repr, words))}')
+    terminal.say(f'expert {e:3d} ({share:6.1%}): {" ".join(map(repr, words))}')
   told = information(shares.counts)
   print(f'a token tells {told:.0%} of which experts it goes to')
   out = pathlib.Path(values.out)

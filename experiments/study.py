@@ -346,7 +346,7 @@ def run_one(study: Study, run: Run, folder: pathlib.Path) -> bool:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
   if process.returncode:
-    print(f'{workdir} failed, see {log}', file=sys.stderr)
+    terminal.say(f'{workdir} failed, see {log}', file=sys.stderr)
     return False
   seconds = time.perf_counter() - start
   cpu = usage.ru_utime + usage.ru_stime
@@ -482,7 +482,7 @@ def main() -> None:
   if curves.exists() and returns:
     out = results / f'{values.study}_curves.png'
     draw_beside(curves, out) if study.beside else draw(curves, out, returns)
-    print(f'figure: {out}')
+    terminal.say(f'figure: {out}')
   terminal.end(
     f'{results}/{values.study}_*.csv',
     f"python -m experiments.plots --workdirs='{folder}/*' --out=curves.png",

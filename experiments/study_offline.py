@@ -141,7 +141,7 @@ def run_one(
   content = json.dumps(wanted | spent | {'done': done}) + '\n'
   writing.write_text(mark, content)
   if not done:
-    print(f'{workdir} did not finish, see {log}', file=sys.stderr)
+    terminal.say(f'{workdir} did not finish, see {log}', file=sys.stderr)
   return done
 
 

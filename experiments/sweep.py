@@ -135,7 +135,7 @@ def main() -> None:
     sweep_results.show(plan, summaries, metric, workdir)
   for row, reason in failed.items():
     words = f'{sweep_results.label(plan, row.setting)} seed={row.seed}'
-    print(f'failed: {words}: {reason}')
+    terminal.say(f'failed: {words}: {reason}')
   if len(results) < len(rows):
     left = len(rows) - len(results)
     print(f'{left} rows are left; the same command goes on from here')

@@ -266,7 +266,7 @@ def show(
   alone = []
   if summaries and summaries[0].seeds:
     best = sweep_plan.Row(summaries[0].setting, 0)
-    print(
+    terminal.say(
       f'best: {label(plan, best.setting)}; the next command trains it alone'
     )
     alone = [command(plan, best)]

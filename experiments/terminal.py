@@ -7,9 +7,25 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from experiments.files.errors import shown
 
 # Of a table in a file or a pipe, where there is no terminal to ask.
 _WIDTH = 120
+# Of a line or a cell.
+_LONGEST = 4000
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+  """Prints lines; names from files may be in them, and are escaped.
+
+  Args:
+    *lines: of text, without line ends.
+    file: where to; None for standard output.
+  """
+  told = '\n'.join(shown(line, _LONGEST) for line in lines)
+  print(told, file=file, flush=True)
 
 
 def device() -> str:
@@ -31,7 +47,7 @@ def begin(what: str, *lines: str, compiles: bool = True) -> None:
   told = [what, *lines]
   if compiles:
     told.append(f'{device()}; compiling: the first numbers take a while')
-  print('\n'.join(told), flush=True)
+  say(*told)
 
 
 def parameters(params: object) -> str:
@@ -64,14 +80,15 @@ def print_table(
   from rich.table import Table
   from rich.text import Text
 
-  table = Table(title=title)
+  # Names may hold brackets, which are no markup.
+  text = lambda cell, style='': Text(shown(cell, _LONGEST), style)
+  table = Table(title=None if title is None else text(title, 'table.title'))
   for i, column in enumerate(columns):
     table.add_column(
-      column, justify='left' if i < left else 'right', overflow='fold'
+      text(column), justify='left' if i < left else 'right', overflow='fold'
     )
   for row in rows:
-    # Names may hold brackets, which are no markup.
-    table.add_row(*map(Text, row))
+    table.add_row(*map(text, row))
   show(table)
 
 
@@ -93,7 +110,7 @@ def end(results: str, *commands: str) -> None:
   lines = [f'results: {results}']
   for i, command in enumerate(commands):
     lines.append(f'{"next: " if not i else "      "}{command}')
-  print('\n'.join(lines), flush=True)
+  say(*lines)
 
 
 def ticker(
@@ -120,6 +137,6 @@ def ticker(
     if clock() - last >= every_seconds:
       last = clock()
       whole = '' if total is None else f' of {total:,}'
-      print(f'{what} {count:,}{whole}', file=sys.stderr, flush=True)
+      say(f'{what} {count:,}{whole}', file=sys.stderr)
 
   return tick

@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from experiments import terminal
 from experiments.data import text as texts
 from experiments.data.text import Corpus
 from experiments.files import writing
-from experiments.files.errors import UserError
+from experiments.files.errors import UserError, shown
 
 _VOCABULARY = 'vocabulary.json'
 _HELD_OUT_BATCH = 32
@@ -211,11 +212,11 @@ def finish(
       f'({target.size:,} tokens)'
     )
   writing.write_text(workdir / 'evaluation.csv', '\n'.join(lines) + '\n')
-  print(
-    f'results: {workdir}/evaluation.csv, metrics.csv\n'
-    f"next: python -m experiments.play --workdir={workdir} --prompt='The '\n"
-    f'      python -m experiments.plots --workdirs={workdir} '
-    '--y=perplexity --out=curve.png'
+  terminal.end(
+    f'{workdir}/evaluation.csv, metrics.csv',
+    f"python -m experiments.play --workdir={workdir} --prompt='The '",
+    f'python -m experiments.plots --workdirs={workdir} --y=perplexity '
+    '--out=curve.png',
   )
 
 
@@ -270,4 +271,7 @@ def play(experiment: Any, workdir: str, name: str, options: Any) -> None:
     temperature=options.temperature,
     key=jax.random.key(options.seed),
   )
-  print(options.prompt + texts.decode(vocabulary, tokens))
+  # The words are of a file, and may be more than words.
+  continued = options.prompt + texts.decode(vocabulary, tokens)
+  lines = continued.split('\n')
+  print('\n'.join(shown(line, max(len(line), 20)) for line in lines))

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files.errors import UserError
+from experiments.files.errors import UserError, shown
 from experiments.runtime import integrity
 
 SCHEMA = 1
@@ -217,8 +217,8 @@ def open(
     keeper.reload()
     if integrity.is_first():
       print(
-        f'note: the checkpoint {root}/{step} is damaged ({why}): it is set '
-        f'aside as {step}.corrupt, step {max(older)} is taken',
+        f'note: the checkpoint {shown(root)}/{step} is damaged ({shown(why)}): '
+        f'it is set aside as {step}.corrupt, step {max(older)} is taken',
         flush=True,
       )
 
@@ -257,7 +257,7 @@ def best(directory: str | os.PathLike, read_only: bool = False) -> Best:
   except integrity.Damaged as error:
     if read_only:
       raise
-    print(f'note: {error}; the next best takes its place', flush=True)
+    print(f'note: {shown(error)}; the next best takes its place', flush=True)
     held, lost = None, True
 
   def save(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.files.errors import UserError
+from experiments.files.errors import UserError, shown
 
 
 class Damaged(UserError):
@@ -199,8 +199,8 @@ def settle(
     for step, why in damaged.items() if newest >= 0 else ():
       done = '' if read_only else f'it is set aside as {step}.corrupt, '
       print(
-        f'note: the checkpoint {root}/{step} is damaged ({why}): {done}step '
-        f'{newest} is taken',
+        f'note: the checkpoint {shown(root)}/{step} is damaged ({shown(why)}): '
+        f'{done}step {newest} is taken',
         flush=True,
       )
   count = len(damaged)
