@@ -171,7 +171,7 @@ def launch(experiment: Any, values: Any) -> None:
   Raises:
     UserError: the run's environment is no game, or a player is none.
   """
-  from experiments import build
+  from experiments import build, play
 
   game = build.make_env(experiment, training=False, num_envs=1).spec.game
   if game is None:
@@ -205,11 +205,10 @@ def launch(experiment: Any, values: Any) -> None:
   def report(result):
     results.append(result)
     write(out, results)
-    print(
+    terminal.say(
       f'{result.player} against {result.opponent}: '
       f'score {result.score:.3f} ± {result.score_se:.3f}, '
-      f'points {result.points:+.3f} ± {result.points_se:.3f}',
-      flush=True,
+      f'points {result.points:+.3f} ± {result.points_se:.3f}'
     )
 
   others = list(values.opponents) or ['random']
@@ -229,8 +228,5 @@ def launch(experiment: Any, values: Any) -> None:
     report=report,
   )
   print_results(results)
-  terminal.end(
-    str(out),
-    f'python -m experiments.play --workdir={values.workdir} --human '
-    f'--players={names[-1]}',
-  )
+  again = play.command(values.workdir, experiment)
+  terminal.end(str(out), f'{again} --human --players={names[-1]}')

@@ -299,15 +299,17 @@ def launch(values: Any) -> list[Row]:
   """
   import jax
 
-  from experiments import build
+  from experiments import build, play
 
   names = [name.strip() for name in values.planners.split(';') if name.strip()]
   if not names:
     raise UserError(f'planners={values.planners}: names none; actor is one')
   strategies = {name: parse(name) for name in names}
   budget = Budget(values.candidates, values.later_candidates)
-  trained = control_runs.load(values.workdir, values.checkpoint)
-  dynamics, own = control_runs.find_dynamics(values.dynamics, trained)
+  trained = control_runs.load(values.workdir, values.checkpoint, values.env)
+  dynamics, own = control_runs.find_dynamics(
+    values.dynamics, trained, values.env
+  )
   env = build.make_env(trained.experiment, training=False, num_envs=32)
   params = plan_models.Params(trained.params, own)
   kind = 'exact' if values.dynamics == 'exact' else 'learned'
@@ -332,14 +334,13 @@ def launch(values: Any) -> list[Row]:
       returns[name] = played(strategy)
     row = summarise(name, kind, budget, returns[name], returns['actor'])
     rows.append(row)
-    print(f'{name}: {row.return_mean:.1f} ± {row.return_se:.1f}', flush=True)
+    terminal.say(f'{name}: {row.return_mean:.1f} ± {row.return_se:.1f}')
   print_rows(rows)
   out = pathlib.Path(values.out or f'{values.workdir}/control.csv')
   write_rows(out, rows)
+  again = play.command(values.workdir, trained.experiment, 'control')
   terminal.end(
-    str(out),
-    f'python -m experiments.control --workdir={values.workdir} '
-    "--planners='lookahead=2;lookahead=1+rollout=16'",
+    str(out), f"{again} --planners='lookahead=2;lookahead=1+rollout=16'"
   )
   return rows
 
@@ -375,6 +376,9 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string('workdir', None, 'the folder of a run')
+  flags.DEFINE_string(
+    'env', None, "the run's environment, where it brings code (train's --env)"
+  )
   flags.DEFINE_enum(
     'checkpoint', 'final', ['final', 'best', 'early'], 'which parameters'
   )

@@ -49,8 +49,15 @@ class Learned(NamedTuple):
   env_name: str
 
 
-def load(workdir: str, checkpoint: str = 'final') -> Trained:
+def load(
+  workdir: str, checkpoint: str = 'final', env: str | None = None
+) -> Trained:
   """The actor and critic of a run.
+
+  Args:
+    workdir: the run's folder.
+    checkpoint: which parameters.
+    env: see `play.load_experiment`.
 
   Raises:
     UserError: there is no such run, or its agent is of another kind.
@@ -58,13 +65,13 @@ def load(workdir: str, checkpoint: str = 'final') -> Trained:
   from agents.core.types import Continuous
   from experiments import build, play
 
-  experiment = play.load_experiment(workdir)
+  experiment = play.load_experiment(workdir, env)
   if not experiment.env_name:
     raise UserError(
       f'workdir={workdir}: its data set names no environment to play in'
     )
-  env = build.make_env(experiment, training=False, num_envs=1)
-  spec = play.load_spec(workdir, env.spec)
+  simulators = build.make_env(experiment, training=False, num_envs=1)
+  spec = play.load_spec(workdir, simulators.spec)
   if not isinstance(spec.action, Continuous):
     raise UserError(
       f'workdir={workdir}: {experiment.env_name} has discrete actions; '
@@ -81,22 +88,29 @@ def load(workdir: str, checkpoint: str = 'final') -> Trained:
   return Trained(experiment, agent, networks, params, spec)
 
 
-def load_dynamics(workdir: str, checkpoint: str = 'final') -> Learned:
+def load_dynamics(
+  workdir: str, checkpoint: str = 'final', env: str | None = None
+) -> Learned:
   """The ensemble of a run of COMBO, or of `dynamics` alone.
+
+  Args:
+    workdir: the run's folder.
+    checkpoint: which parameters.
+    env: see `play.load_experiment`.
 
   Raises:
     UserError: there is no such run, or it has learned no ensemble.
   """
   from experiments import build, play
 
-  experiment = play.load_experiment(workdir)
+  experiment = play.load_experiment(workdir, env)
   if experiment.agent_name not in ('combo', 'dynamics'):
     raise UserError(
       f'dynamics={workdir}: {experiment.agent_name} learns no ensemble of '
       'dynamics; dynamics and combo do'
     )
-  env = build.make_env(experiment, training=False, num_envs=1)
-  spec = play.load_spec(workdir, env.spec)
+  simulators = build.make_env(experiment, training=False, num_envs=1)
+  spec = play.load_spec(workdir, simulators.spec)
   agent = build.make_agent(experiment, spec)
   networks = build.make_networks(experiment, spec)
   params = play.load_params(workdir, agent, [checkpoint])[checkpoint]
@@ -125,19 +139,22 @@ def simulator(experiment: Any) -> Any:
   return build.make_env(ours, training=False)
 
 
-def find_dynamics(name: str, trained: Trained) -> tuple[Any, Any]:
+def find_dynamics(
+  name: str, trained: Trained, env: str | None = None
+) -> tuple[Any, Any]:
   """The dynamics of a name, and its parameters.
 
   Args:
     name: `exact`, or the folder of a run.
     trained: who is to plan in it.
+    env: see `play.load_experiment`.
 
   Raises:
     UserError: there is none, or it is one of another environment.
   """
   if name == 'exact':
     return plan_models.exact(simulator(trained.experiment)), None
-  found = load_dynamics(name)
+  found = load_dynamics(name, env=env)
   own, other = trained.experiment.env_name, found.env_name
   if own != other or trained.spec.observation != found.spec.observation:
     raise UserError(

@@ -59,8 +59,11 @@ def complete(experiment: Any, env: str | None):
       the options that it was made under unless there are others.
 
   Raises:
-    UserError: there is no data set, or the agent cannot learn from one.
+    UserError: there is no data set, the agent cannot learn from one, or what
+      it was made in brings code.
   """
+  from experiments.envs import names
+
   if experiment.is_text:
     return text.complete(experiment, env)
   if not experiment.dataset:
@@ -80,7 +83,11 @@ def complete(experiment: Any, env: str | None):
   if env:
     return experiment._replace(env_name=env)
   about = opened(experiment.dataset).about
-  options = experiment.env.options or tuple(about.extra.get('options', ()))
+  own = experiment.env.options
+  options = own or tuple(about.extra.get('options', ()))
+  names.check(
+    about.env, () if own else options, f'dataset={experiment.dataset}'
+  )
   return experiment._replace(
     env_name=about.env,
     env=dataclasses.replace(experiment.env, options=options),

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -244,12 +245,20 @@ _KINDS = {
 }
 
 
-def load_experiment(workdir: str) -> build.Experiment:
+def load_experiment(workdir: str, env: str | None = None) -> build.Experiment:
   """The experiment that a run's config.json describes.
 
+  Args:
+    workdir: the run's folder.
+    env: the environment that the user has named, which must be the run's; it
+      is needed where that brings code, see `envs.names`.
+
   Raises:
-    UserError: no such run, or one that this version cannot read.
+    UserError: no such run, one that this version cannot read, or one whose
+      environment brings code that the user has not asked for.
   """
+  from experiments.envs import names
+
   saved = configs.read_run_config(workdir)
   file = f'{workdir}/config.json'
   try:
@@ -263,10 +272,11 @@ def load_experiment(workdir: str) -> build.Experiment:
       for section in ('agent', 'env', 'run')
       for name, text in _assignments(saved[section])
     ]
-    return build.describe(
+    experiment = build.describe(
       saved['name'],
       agent=saved['agent_name'],
-      env=saved['env_name'],
+      # A run that was played in none may be played in the user's.
+      env=saved['env_name'] or env,
       steps=saved['steps'],
       seed=saved['seed'],
       settings=settings,
@@ -281,6 +291,8 @@ def load_experiment(workdir: str) -> build.Experiment:
     # What its settings name need not be told from what flags do.
     message = str(error).removeprefix(f'{file}: ')
     raise configs.UserError(f'{file}: {message}') from error
+  names.check(experiment.env_name, experiment.env.options, file, env)
+  return experiment
 
 
 def _assignments(config: Mapping[str, Any], prefix: str = ''):
@@ -363,6 +375,23 @@ def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   return loaded
 
 
+def command(
+  workdir: str | os.PathLike, experiment: build.Experiment, name: str = 'play'
+) -> str:
+  """The shell's command that plays a run, to be shown.
+
+  Args:
+    workdir: the run's folder.
+    experiment: what was run.
+    name: of the launcher.
+  """
+  from experiments.envs import names
+
+  flag = names.flag(experiment.env_name, experiment.env.options)
+  place = shlex.quote(str(workdir))
+  return f'python -m experiments.{name} --workdir={place}{flag}'
+
+
 def available(workdir: str) -> list[str]:
   """Names of the checkpoints that a run holds."""
   folder = pathlib.Path(workdir)
@@ -382,7 +411,7 @@ def main() -> None:
 
   values = flags.FLAGS
   with configs.user_errors():
-    experiment = load_experiment(values.workdir)
+    experiment = load_experiment(values.workdir, values.env)
     for name in ('out', 'record'):
       if getattr(values, name):
         configs.check_place(name, getattr(values, name))
@@ -439,7 +468,7 @@ def main() -> None:
   print_rows(rows)
   out = pathlib.Path(values.out or f'{values.workdir}/play.csv')
   write_rows(out, rows)
-  again = f'python -m experiments.play --workdir={values.workdir}'
+  again = command(values.workdir, experiment)
   following = f'python -m experiments.plots --workdirs={values.workdir}'
   if env.spec.game is not None:
     following = f'{again} --human'
@@ -453,6 +482,9 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string('workdir', None, 'the folder of a run', required=True)
+  flags.DEFINE_string(
+    'env', None, "the run's environment, where it brings code (train's --env)"
+  )
   flags.DEFINE_list(
     'checkpoint', ['final'], 'which parameters: final, best, early'
   )

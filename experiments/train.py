@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import shutil
 import time
 from typing import Any, NamedTuple
@@ -143,7 +144,8 @@ def default_workdir(experiment: build.Experiment) -> str:
     where = pathlib.Path(experiment.dataset).stem
   elif experiment.dataset:
     where = offline.opened(experiment.dataset).about.name
-  where = where.replace('/', '-').replace(':', '-')
+  # A data set may be called anything.
+  where = re.sub(r'[^\w.,+=@()-]', '-', where)[:80]
   return f'runs/{experiment.name}_{where}_s{experiment.seed}'
 
 
@@ -226,20 +228,20 @@ def _announce(experiment, trainer, workdir) -> None:
   if experiment.is_text:
     seen = text.told(experiment, text.opened(experiment))
   elif experiment.dataset:
-    print(offline.told(offline.opened(experiment.dataset)))
+    terminal.say(offline.told(offline.opened(experiment.dataset)))
   if experiment.dataset:
     parts = [f'{s.name} to {s.end:,}' for s in trainer.stages]
     length = f'{experiment.updates:,} updates ({", ".join(parts)})'
     shares, first = '', 'compiling: the first numbers take a while'
-  print(
-    f'{experiment.agent_name} on {seen}\n'
+  terminal.say(
+    f'{experiment.agent_name} on {seen}',
     f'{terminal.parameters(state.params)}, {length} of '
-    f'{experiment.run.batch_size} rows, seed {experiment.seed}\n'
+    f'{experiment.run.batch_size} rows, seed {experiment.seed}',
     f'{terminal.device()}, '
     f'{processes} process{"es" if processes > 1 else ""}: {deal}, '
-    f'{layout.parts} part{"s" if layout.parts > 1 else ""}{shares}\n'
-    f'folder: {workdir}\n{first}',
-    flush=True,
+    f'{layout.parts} part{"s" if layout.parts > 1 else ""}{shares}',
+    f'folder: {workdir}',
+    first,
   )
 
 
@@ -337,7 +339,7 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
     if experiment.is_text:
       text.save_vocabulary(workdir, text.opened(experiment))
     for note in notes or ():
-      print(f'note: {note} since this run began')
+      terminal.say(f'note: {note} since this run began')
   distributed.barrier('written')
   if not (workdir / 'config.json').exists():
     raise configs.UserError(
@@ -477,7 +479,7 @@ def _profiled(run, carry, steps, folder, intervals, hooks):
       hooks=hooks._replace(save=None),
     )
   if folder is not None:
-    print(f'profile: {folder}')
+    terminal.say(f'profile: {folder}')
   return carry
 
 
@@ -521,11 +523,11 @@ def finish(
     plots.budget_figure(workdir / 'evaluation.csv', workdir / 'evaluation.png')
     files, budgets = 'evaluation.csv, evaluation.png', ' --simulations=0,32'
   if experiment.dataset:
-    print(offline.scored(experiment.dataset, rows[-1].return_mean))
-  print(
-    f'results: {workdir}/{files}, metrics.csv\n'
-    f'next: python -m experiments.play --workdir={workdir}{budgets}\n'
-    f'      python -m experiments.plots --workdirs={workdir} --out=curve.png'
+    terminal.say(offline.scored(experiment.dataset, rows[-1].return_mean))
+  terminal.end(
+    f'{workdir}/{files}, metrics.csv',
+    play.command(workdir, experiment) + budgets,
+    f'python -m experiments.plots --workdirs={workdir} --out=curve.png',
   )
 
 

@@ -281,6 +281,7 @@ def runs(tmp_path_factory):
 def flags(**changes):
   values = {
     'checkpoint': 'final',
+    'env': None,
     'dynamics': 'exact',
     'planners': 'actor; lookahead=1',
     'candidates': 3,

@@ -95,6 +95,7 @@ EXAMPLES = (
   'experiments.data.layout',
   'experiments.data.text',
   'experiments.envs.make',
+  'experiments.envs.names',
   'experiments.files.errors',
   'experiments.files.reading',
   'experiments.match',

@@ -185,6 +185,12 @@ TABLE = {
   'play --workdir=list': 'list/config.json: must be a JSON object; copy it bac',
   'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
   'play --workdir=typed': "typed/config.json: steps is 'x', must be of type in",
+  'play --workdir=catch --env=zzz': (
+    'env=zzz: catch/config.json names jax:catch; must be the same one, or left'
+  ),
+  'control --workdir=pendulum --env=jax:catch': (
+    'env=jax:catch: pendulum/config.json names'
+  ),
   'play --workdir=newer': 'newer/config.json: no field agent.zzz: fields are',
   'train --preset=muzero_catch --env=jax:catch --workdir=catch --seed=1': (
     'catch holds another run: seed was 0, is 1. Take another --workdir'

@@ -207,7 +207,8 @@ def resolve_id(env_id: str) -> str:
     break
   raise ValueError(
     f'env={env_id!r}: envpool has none; nearest: {hint}; other names begin '
-    'with jax:, self_play: or gymnasium:'
+    'with jax:, self_play: or gymnasium: (--env=gymnasium:MODULE:ID brings '
+    'one of your own)'
   )
 
 

@@ -53,7 +53,7 @@ def make_gymnasium(
     name = f'gymnasium:{name}' if isinstance(name, str) else name
     raise ValueError(
       f'env={name!r}: {why}; must be one of gymnasium.registry, and its '
-      'libraries installed'
+      'libraries installed, or --env=gymnasium:MODULE:ID of your own'
     ) from e
   name = probe.spec.id if probe.spec else type(probe.unwrapped).__name__
   frame, convert = host.observation_codec(probe.observation_space, name)
