@@ -3,12 +3,11 @@
 `python -m experiments.launch --processes=2 -- python -m experiments.train ...`
 
 Every line of a process is printed behind its number. When one fails, the
-others are stopped, and the one that failed first is named. Running the same
-command again resumes, as it does for one process.
+others are stopped, and the one that failed first is named. A refusal (exit
+code 2) and a stop (130, 143) are not tried again. Running the same command
+again resumes, as it does for one process.
 """
 
-import contextlib
-import ctypes
 import os
 import queue
 import shutil
@@ -18,12 +17,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from experiments.runtime import children as processes
 from experiments.runtime import config as configs
-
-_PR_SET_PDEATHSIG = 1
+from experiments.runtime import signals
 
 
 class Exit(NamedTuple):
@@ -39,15 +38,20 @@ class Exit(NamedTuple):
   def __str__(self) -> str:
     if self.returncode >= 0:
       return f'process {self.process} ended with code {self.returncode}'
-    name = signal.Signals(-self.returncode).name
+    name = signals.name_of(-self.returncode)
     return f'process {self.process} was ended by {name}'
+
+  def is_final(self) -> bool:
+    """Whether another try would end alike: it was refused or stopped."""
+    return self.returncode == 2 or signals.is_stop(self.returncode)
 
 
 class Outcome(NamedTuple):
   """How all of them ended.
 
   Attributes:
-    first: the first process that failed; None if all ended with code 0.
+    first: the first process that failed, or where none did the first that was
+      stopped; None if all ended with code 0.
     signal: the first signal that the parent has passed on, or None.
   """
 
@@ -68,7 +72,11 @@ def define_flags() -> None:
     1,
   )
   flags.DEFINE_integer(
-    'restarts', 0, 'how often a failed run is started again', 0
+    'restarts',
+    0,
+    'how often a failed run is started again; one that was refused (exit code '
+    '2) or stopped (130, 143) is not',
+    0,
   )
   flags.DEFINE_float(
     'grace', 10, 'seconds from SIGTERM to SIGKILL once a process has failed', 0
@@ -94,8 +102,10 @@ def main(command: Sequence[str]) -> None:
     )
     if outcome.first is None:
       return
-    _say(f'{outcome.first}; it was the first of {values.processes}')
-    if outcome.signal is not None or not left:
+    stopped = signals.is_stop(outcome.first.returncode)
+    what = 'stopped' if stopped else 'failed'
+    _say(f'{outcome.first}; it was the first of {values.processes} that {what}')
+    if outcome.signal is not None or outcome.first.is_final() or not left:
       raise SystemExit(outcome.first.status())
     _say(f'starting again, {left - 1} restarts left')
 
@@ -164,87 +174,87 @@ def supervise(
   # Signals and deaths in the order in which they come: (process, returncode),
   # (None, signal).
   events: queue.SimpleQueue = queue.SimpleQueue()
-  handler = lambda signum, frame: events.put((None, signum))
-  signals = (signal.SIGTERM, signal.SIGINT)
-  before = [signal.signal(signum, handler) for signum in signals]
+
+  def pass_on(signum: int, frame: object) -> None:
+    signals.note(signum)
+    events.put((None, signum))
+
   children: list[subprocess.Popen] = []
-  try:
-    die_with_parent = _die_with_parent()
-    for variables in each:
-      children.append(
-        subprocess.Popen(
-          command,
-          env={**os.environ, **variables},
-          stdin=subprocess.DEVNULL,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT,
-          process_group=0,
-          preexec_fn=die_with_parent,
-        )
+  with signals.handling(pass_on):
+    try:
+      return _supervise(children, command, each, grace, events)
+    finally:
+      for child in children:
+        if child.poll() is None:
+          processes.kill(child)
+
+
+def _supervise(children, command, each, grace, events) -> Outcome:
+  for variables in each:
+    children.append(
+      processes.start(
+        command,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
       )
-    lock = threading.Lock()
-    threads = [
-      threading.Thread(target=target, args=(i, child, *rest), daemon=True)
-      for i, child in enumerate(children)
-      for target, rest in ((_print_lines, (lock,)), (_await, (events,)))
-    ]
-    for thread in threads:
-      thread.start()
-    outcome = _watch(children, events, grace)
-    for thread in threads:
-      thread.join(5)  # a process that has left its group may hold the pipe
-    return outcome
-  finally:
-    for child in children:
-      if child.poll() is None:
-        _send(child, signal.SIGKILL)
-        child.wait()
-    for signum, old in zip(signals, before):
-      signal.signal(signum, old)
+    )
+  lock = threading.Lock()
+  threads = [
+    threading.Thread(target=target, args=(i, child, *rest), daemon=True)
+    for i, child in enumerate(children)
+    for target, rest in ((_print_lines, (lock,)), (_await, (events,)))
+  ]
+  for thread in threads:
+    thread.start()
+  outcome = _watch(children, events, grace)
+  for thread in threads:
+    thread.join(5)  # a process that has left its group may hold the pipe
+  return outcome
 
 
 def _watch(
   children: list[subprocess.Popen], events: queue.SimpleQueue, grace: float
 ) -> Outcome:
-  first, passed_on, deadline = None, None, None
+  """Waits for all; see `supervise`.
+
+  A process that was stopped lets the others vote and save: only those that are
+  still there after `grace` seconds are asked, too.
+  """
+  failed, stopped, passed_on = None, None, None
   alive = set(range(len(children)))
+  asks: list[tuple[float, int]] = []  # what is sent to the rest, and when
   while alive:
-    left = None if deadline is None else max(deadline - time.monotonic(), 0)
+    left = max(asks[0][0] - time.monotonic(), 0) if asks else None
     try:
       process, value = events.get(timeout=left)
     except queue.Empty:
-      deadline = None
+      _, signum = asks.pop(0)
       for i in alive:
-        _send(children[i], signal.SIGKILL)
+        processes.send(children[i], signum)
       continue
     if process is None:
-      passed_on = passed_on or value
+      passed_on, asks = passed_on or value, [] if failed is None else asks
       for i in alive:
-        _send(children[i], value)
+        processes.send(children[i], value)
       continue
     alive.discard(process)
-    if value != 0 and first is None:
-      first = Exit(process, value)
-      deadline = time.monotonic() + grace
+    now = time.monotonic()
+    if signals.is_stop(value):
+      stopped = stopped or Exit(process, value)
+      if passed_on is None and failed is None and not asks:
+        asks = [
+          (now + grace, signal.SIGTERM),
+          (now + 2 * grace, signal.SIGKILL),
+        ]
+    elif value != 0 and failed is None:
+      failed = Exit(process, value)
+      asks = [(now + grace, signal.SIGKILL)]
       if alive:
-        _say(f'{first}; stopping the others')
+        _say(f'{failed}; stopping the others')
       for i in alive:
-        _send(children[i], signal.SIGTERM)
-  return Outcome(first, passed_on)
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-  """What a child runs before its program: Linux kills it with its parent."""
-  if sys.platform != 'linux':
-    return None
-  prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-  def before_program() -> None:
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has died meanwhile
-      os._exit(1)
-
-  return before_program
+        processes.send(children[i], signal.SIGTERM)
+  return Outcome(failed or stopped, passed_on)
 
 
 def _await(
@@ -252,12 +262,7 @@ def _await(
 ) -> None:
   # A thread each: polling all in turn would not tell who was the first.
   events.put((process, child.wait()))
-  _send(child, signal.SIGKILL)  # what it has left behind in its group
-
-
-def _send(child: subprocess.Popen, signum: int) -> None:
-  with contextlib.suppress(ProcessLookupError, PermissionError):
-    os.killpg(child.pid, signum)
+  processes.send(child, signal.SIGKILL)  # what it has left behind in its group
 
 
 def _print_lines(

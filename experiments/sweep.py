@@ -193,7 +193,7 @@ def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
 def _run_programs(plan, rows, workdir, engine, metric):
   from absl import flags
 
-  from experiments.runtime import checkpoint, metrics
+  from experiments.runtime import metrics, signals
 
   del engine
   values = flags.FLAGS
@@ -212,7 +212,7 @@ def _run_programs(plan, rows, workdir, engine, metric):
     updates = [plan.describe(part.rows[0]).updates for part in left]
     shown = (metric, 'episode_return', 'loss', 'finite')
     bar = metrics.progress(sum(updates), 0, tuple(dict.fromkeys(shown)))
-    with checkpoint.graceful_exit() as stopping:
+    with signals.graceful_exit() as stopping:
       try:
         sweep_engines.vmapped(
           plan,
@@ -229,13 +229,13 @@ def _run_programs(plan, rows, workdir, engine, metric):
 def _run_jobs(plan, rows, workdir, engine, metric):
   from absl import flags
 
-  from experiments.runtime import checkpoint, metrics
+  from experiments.runtime import metrics, signals
 
   del metric
   values = flags.FLAGS
   todo = sweep_engines.jobs(plan, rows, workdir)
   bar = metrics.progress(len(todo))
-  with checkpoint.graceful_exit() as stopping:
+  with signals.graceful_exit() as stopping:
     shared = {
       'retries': values.retries,
       'stopping': stopping,

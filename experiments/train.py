@@ -269,13 +269,15 @@ def run(
     tensorboard: whether to write events.
     wandb: the project that wandb gets the numbers for; '' for none.
 
+  A signal stops it with a checkpoint; `signals.received` then says which.
+
   Raises:
     UserError: the folder cannot be gone on with.
   """
-  from experiments.runtime import checkpoint, distributed
+  from experiments.runtime import distributed, signals
 
   started = time.perf_counter()
-  with checkpoint.graceful_exit() as asked:
+  with signals.graceful_exit() as asked:
     trained = _train(experiment, workdir, profile, tensorboard, wandb, asked)
   players = None
   agent = trained.trainer.stages[-1].agent
@@ -296,6 +298,9 @@ def run(
     return
   seconds = time.perf_counter() - started
   print(f'trained {trained.end - trained.begin:,} updates in {seconds:.0f} s')
+  if players is not None and signals.received():
+    print('stopped before playing; the same command goes on from here')
+    return
   if players is not None and experiment.is_text:
     text.finish(experiment, agent, workdir, players)
   elif players is not None:

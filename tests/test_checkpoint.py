@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.files.errors import UserError
-from experiments.runtime import checkpoint
+from experiments.runtime import checkpoint, signals
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -371,7 +371,7 @@ def test_many_kills_lose_nothing_complete(tmp_path):
 def test_first_signal_sets_the_flag_and_handlers_come_back():
   before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   for signum in (signal.SIGTERM, signal.SIGINT):
-    with checkpoint.graceful_exit() as should_stop:
+    with signals.graceful_exit() as should_stop:
       assert not should_stop()
       signal.raise_signal(signum)
       assert should_stop()
@@ -382,8 +382,8 @@ def test_first_signal_sets_the_flag_and_handlers_come_back():
 def test_second_signal_ends_the_process():
   script = textwrap.dedent("""
     import signal
-    from experiments.runtime import checkpoint
-    with checkpoint.graceful_exit():
+    from experiments.runtime import signals
+    with signals.graceful_exit():
       signal.raise_signal(signal.SIGTERM)
       print('first', flush=True)
       signal.raise_signal(signal.SIGTERM)
@@ -395,14 +395,14 @@ def test_second_signal_ends_the_process():
     text=True,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
   )
-  assert (done.returncode, done.stdout) == (-signal.SIGTERM, 'first\n')
+  assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, 'first\n')
 
 
 def test_other_threads_get_a_flag_that_stays_down():
   seen = []
 
   def body():
-    with checkpoint.graceful_exit() as should_stop:
+    with signals.graceful_exit() as should_stop:
       seen.append(should_stop())
 
   thread = threading.Thread(target=body)

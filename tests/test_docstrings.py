@@ -97,6 +97,7 @@ EXAMPLES = (
   'experiments.envs.make',
   'experiments.envs.names',
   'experiments.files.errors',
+  'experiments.runtime.signals',
   'experiments.files.reading',
   'experiments.match',
   'experiments.players',

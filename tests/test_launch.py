@@ -34,7 +34,7 @@ ENVIRONMENT = {
 PROGRAM = """
 import os, signal, sys
 import numpy as np
-from experiments.runtime import checkpoint, distributed
+from experiments.runtime import config, distributed, signals
 
 distributed.initialize(*sys.argv[2:3])
 import jax
@@ -61,7 +61,7 @@ if end == 'raise' and index == 0:
 if end == 'kill' and index == 1:
   os.kill(os.getpid(), signal.SIGKILL)
 if end == 'refuse' and index == 1:
-  raise SystemExit(2)
+  config.fail('no')
 if end == 'agree':
   # 2^53 + 1 is no float64, and 0.1 no float32.
   counts = {'b': 2.0**53 * index, 'a': 0.1 + index}
@@ -73,7 +73,7 @@ if end == 'agree':
     distributed.sum_over_processes({'x': 1.0, f'only{index}': 1.0})
   except RuntimeError as error:
     print('error', error)
-  with checkpoint.graceful_exit() as local:
+  with signals.graceful_exit() as local:
     stopping = distributed.stopping(local, every=5)
     for step in range(30, 60):
       if step == 37 and index == 1:
@@ -302,14 +302,14 @@ def test_processes_add_up_and_agree(program):
   [
     ('kill', 137, 'process 1 was ended by SIGKILL'),
     ('raise', 1, 'process 0 ended with code 1'),
-    ('refuse', 1, 'process 1 ended with code 1'),
+    ('refuse', 2, 'process 1 ended with code 2'),
   ],
 )
 def test_the_first_that_fails_is_named(program, end, code, said):
   done = run(launched(program, end, flags=['--devices_per_process=2']))
   assert done.returncode == code
   assert f'launch: {said}; stopping the others' in done.stderr
-  assert f'launch: {said}; it was the first of 2' in done.stderr
+  assert f'launch: {said}; it was the first of 2 that failed' in done.stderr
   assert ('[0] ValueError: boom' in done.stdout) == (end == 'raise')
   assert 'good end' not in done.stdout
 
@@ -370,7 +370,8 @@ def test_signals_reach_all_and_the_parent_waits(signum):
   lines = lines_until(parent, 'ready', 2)
   parent.send_signal(signum)
   rest = parent.communicate(timeout=30)[0].splitlines()
-  assert parent.returncode == 0
+  # Whatever they make of it: the next command must not go on.
+  assert parent.returncode == 128 + signum
   name = signal.Signals(signum).name
   assert sorted(rest) == [f'[0] got {name}', f'[1] got {name}']
   assert not any(map(is_running, pids(lines)))
@@ -394,18 +395,24 @@ def test_who_does_not_stop_is_killed_with_all_that_it_started():
   numbers = pids(out)
   assert len(numbers) == 2
   wait_for_end(numbers)
-  assert out[-1] == 'launch: process 0 ended with code 7; it was the first of 2'
+  assert (
+    out[-1]
+    == 'launch: process 0 ended with code 7; it was the first of 2 that failed'
+  )
 
 
-@pytest.mark.parametrize(('restarts', 'code'), [(1, 3), (2, 0)])
-def test_restarts_are_counted(tmp_path, restarts, code):
+@pytest.mark.parametrize(
+  ('fails_with', 'restarts', 'code', 'tries'),
+  [(3, 1, 3, 2), (3, 2, 0, 3), (2, 5, 2, 1), (143, 5, 143, 1)],
+)
+def test_restarts_are_counted(tmp_path, fails_with, restarts, code, tries):
   # Fails twice.
   text = (
     'import pathlib, sys\n'
     f'path = pathlib.Path({str(tmp_path / "tries")!r})\n'
     'tries = path.read_text() if path.exists() else ""\n'
     'path.write_text(tries + "x")\n'
-    'sys.exit(3 if len(tries) < 2 else 0)\n'
+    f'sys.exit({fails_with} if len(tries) < 2 else 0)\n'
   )
   done = run(
     launched(
@@ -416,8 +423,8 @@ def test_restarts_are_counted(tmp_path, restarts, code):
     )
   )
   assert done.returncode == code
-  assert len((tmp_path / 'tries').read_text()) == restarts + 1
-  assert done.stderr.count('starting again') == restarts
+  assert len((tmp_path / 'tries').read_text()) == tries
+  assert done.stderr.count('starting again') == tries - 1
 
 
 def test_a_wrong_command_line_is_one_line():

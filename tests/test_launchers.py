@@ -205,7 +205,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=120) == 143
   text = (tmp_path / 'log').read_text()
   assert 'stopped at update' in text and 'Traceback' not in text
 

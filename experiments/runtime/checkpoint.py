@@ -22,15 +22,12 @@ arrays by the first alone: what is local to a host needs a folder a host. The
 first process alone checks for damage, and tells the others which step it is.
 """
 
-import contextlib
 import json
 import logging
 import math
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -279,35 +276,6 @@ def best(directory: str | os.PathLike, read_only: bool = False) -> Best:
     return True
 
   return Best(save, lambda: held, checkpoints.restore, checkpoints.close)
-
-
-@contextlib.contextmanager
-def graceful_exit() -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM and SIGINT into a flag that a loop polls between steps.
-
-  `with graceful_exit() as should_stop: while not should_stop(): ...`. The
-  second signal ends the process at once. Handlers can be set in the main
-  thread only; in another one the flag stays False.
-  """
-  received = threading.Event()
-
-  def handle(signum: int, frame: Any) -> None:
-    del frame
-    if received.is_set():
-      signal.signal(signum, signal.SIG_DFL)
-      os.kill(os.getpid(), signum)
-    received.set()
-
-  if threading.current_thread() is not threading.main_thread():
-    yield received.is_set
-    return
-  signals = (signal.SIGTERM, signal.SIGINT)
-  before = [signal.signal(signum, handle) for signum in signals]
-  try:
-    yield received.is_set
-  finally:
-    for signum, handler in zip(signals, before):
-      signal.signal(signum, handler)
 
 
 def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from experiments.files import writing
 from experiments.files.errors import UserError, shown
+from experiments.runtime import signals
 
 # An unknown field's line lists all fields.
 _LONGEST_ERROR = 4000
@@ -56,6 +57,7 @@ def fail(message: str) -> NoReturn:
   """
   line = shown(' '.join(str(message).split()), _LONGEST_ERROR)
   print('error:', line, file=sys.stderr)
+  signals.set_exit_code(2)
   raise SystemExit(2)
 
 
@@ -81,7 +83,11 @@ def run_main(main: Callable[[], None]) -> None:
   """Parses absl's flags and calls a launcher's `main()`.
 
   A `UserError`, a wrong flag or a stray argument becomes one line and exit
-  code 2; any other exception keeps its traceback.
+  code 2; any other exception keeps its traceback. An interrupted launcher
+  exits with 130, a terminated one with 143; see `runtime.signals`.
+
+  Raises:
+    SystemExit: with the exit code.
   """
   from absl import app, flags, logging
 
@@ -109,7 +115,12 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
       fail(str(error))
 
-  app.run(guarded, flags_parser=parse)
+  with signals.launcher():
+    try:
+      app.run(guarded, flags_parser=parse)
+    except SystemExit as stop:
+      if stop.code not in (None, 0):
+        raise
 
 
 def _flag_error(error: Exception) -> str:

@@ -3,7 +3,7 @@
 Every process runs the same command; `initialize` connects them, and from then
 on `jax.devices()` are the devices of all. Process 0 writes what people read.
 
-Signals have one owner, `checkpoint.graceful_exit`, so that one process and
+Signals have one owner, `signals.graceful_exit`, so that one process and
 many stop alike. jax's own preemption service is switched off: it reacts on
 SIGTERM by a handler of its own, which a later Python handler silently
 displaces, and which swallows the signal of a process that does not yet poll.
@@ -16,12 +16,14 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.files.errors import UserError
+from experiments.runtime import signals
 
 VARIABLES = {
   'distributed': 'OUTPLAY_COORDINATOR',
@@ -31,6 +33,8 @@ VARIABLES = {
 }
 _MAX_NUMBERS = 64
 _NAMES_BYTES = 4096
+# Seconds of waiting for peers after which a line says so.
+_SAID_AFTER = (10, 60, 120, 180, 240)
 
 
 def initialize(
@@ -47,8 +51,9 @@ def initialize(
   OUTPLAY_NUM_PROCESSES, OUTPLAY_PROCESS_ID, OUTPLAY_LOCAL_DEVICES.
 
   A run that ends well calls `shutdown` at its end, and only then: a process
-  that comes to its exit without it has failed, and leaves at once with code 1
-  instead of waiting for peers that wait for it.
+  that comes to its exit without it has failed, and leaves at once, with code 1
+  or that of its refusal or signal, instead of waiting for peers that wait for
+  it.
 
   Args:
     coordinator: 'none' or None, a single process unless the environment names
@@ -162,22 +167,25 @@ def stopping(
 
   Args:
     local: `() -> bool`, whether this process wants to stop
-      (`checkpoint.graceful_exit`).
+      (`signals.graceful_exit`).
     every: steps from vote to vote.
 
   Returns:
     `(step) -> bool`, which all processes must ask at the same steps. Once it
     is True it stays so.
   """
-  voted, answer = None, False
+  voted, answer = None, 0
 
   def ask(step: int) -> bool:
     nonlocal voted, answer
     if process()[1] == 1:
       return local()
     if not answer and (voted is None or step - voted >= every):
-      voted, answer = step, any(map(any, _gather(bytes([local()]), 1)))
-    return answer
+      # Its signal, so that all end with the same code.
+      own = (signals.received() or 1) if local() else 0
+      voted, answer = step, max(row[0] for row in _gather(bytes([own]), 1))
+      signals.note(answer)
+    return answer > 0
 
   return ask
 
@@ -256,7 +264,23 @@ def _connect(
     if process_id == 0:
       _check_port(coordinator)
 
-  def give_up() -> None:
+  met = threading.Event()
+
+  def watch() -> None:
+    begin, left = time.monotonic(), list(_SAID_AFTER)
+    while (spent := time.monotonic() - begin) < timeout:
+      due = min(left[0] if left else timeout, timeout)
+      if met.wait(max(due - spent, 0)):
+        return
+      if left and due < timeout:
+        print(
+          f'{where}: waiting for the other processes, '
+          f'{left.pop(0)} of at most {timeout} s',
+          file=sys.stderr,
+          flush=True,
+        )
+    if met.is_set():
+      return
     print(
       f'error: {where}: not all processes met within {timeout} s; is process 0 '
       'running, is its port open to this machine, have all been started with '
@@ -268,9 +292,7 @@ def _connect(
 
   # jax ends a process whose peers do not come by abort() and a stack trace of
   # C++; nothing interrupts it before.
-  watchdog = threading.Timer(timeout, give_up)
-  watchdog.daemon = True
-  watchdog.start()
+  threading.Thread(target=watch, daemon=True).start()
   try:
     jax.distributed.initialize(
       **arguments, initialization_timeout=timeout + 3600
@@ -283,7 +305,7 @@ def _connect(
       'MPI run here; give HOST:PORT, num_processes and process_id'
     ) from error
   finally:
-    watchdog.cancel()
+    met.set()
   atexit.register(_leave)
 
 
@@ -314,7 +336,8 @@ def _leave() -> None:
     flush=True,
   )
   sys.stdout.flush()
-  os._exit(1)
+  # A refusal and a signal keep theirs.
+  os._exit(signals.exit_code() or 1)
 
 
 def _combine(
