@@ -6,6 +6,7 @@ Running the same command again resumes the run in its folder.
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import re
@@ -307,6 +308,18 @@ def run(
     finish(experiment, agent, workdir, players)
 
 
+def _decisive(about, device, profile, workdir) -> dict[str, Any]:
+  """What all processes of a run must have been given alike."""
+  begun = (workdir / 'config.json').exists()
+  made_with = configs.made_with(device)
+  # Machines may keep data in different places, and differ in Python's patches.
+  del made_with['versions']['python']
+  given = {n: value for n, value in about.items() if n != 'dataset'}
+  return json.loads(
+    json.dumps({**given, **made_with, 'profile': profile, 'begun': begun})
+  )
+
+
 class _Trained(NamedTuple):
   """What has been trained from one update to another."""
 
@@ -328,6 +341,7 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
     about = experiment.as_dict()
     if experiment.dataset:
       about |= {'dataset_checksum': offline.checksum_of(experiment)}
+    distributed.agree(_decisive(about, device, profile, workdir))
     notes = configs.check_run_config(workdir, about, device, _FREE)
     # Whatever is refused is refused by all, before the first one writes.
     distributed.barrier('config')
@@ -346,11 +360,10 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
     for note in notes or ():
       terminal.say(f'note: {note} since this run began')
   distributed.barrier('written')
-  if not (workdir / 'config.json').exists():
-    raise configs.UserError(
-      f'workdir={workdir}: process {distributed.process()[0]} does not see '
-      'what process 0 wrote there; it must be a folder that all share'
-    )
+  distributed.agree(
+    {'config_is_there': (workdir / 'config.json').exists()},
+    f'workdir={workdir}: must be a folder that all processes share',
+  )
   keeper = Keeper(
     experiment, stage.source, trainer.layout.parts, workdir, key, saved.phase
   )

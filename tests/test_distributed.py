@@ -12,6 +12,8 @@ import time
 import numpy as np
 import pytest
 
+from experiments import launch
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = (
   'experiments.train',
@@ -135,3 +137,48 @@ def test_it_goes_on_with_two_processes(runs, tmp_path):
   assert (tmp_path / 'two' / 'evaluation.png').exists()
   assert '[0] resumed at update' in log and '[1] resumed' not in log
   assert_equal(losses(tmp_path / 'two'), losses(folder / 'one'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('odd', 'said'),
+  [
+    ('--seed=1', 'process 1 has seed=1 (process 0: 0): '),
+    ('--set=batch_size=16', 'process 1 has run.batch_size=16 (process 0: 8): '),
+    ('--steps=200', 'steps=200 (process 0: 184)'),
+    ('--profile=3', 'process 1 has profile=3 (process 0: 0): '),
+    (
+      '--workdir=other',
+      'config_is_there=false (process 0: true): workdir=other: must be a',
+    ),
+    ('', 'process 1 has local_devices=2 (process 0: 1): '),
+  ],
+)
+def test_processes_that_were_given_other_things_end(odd, said, tmp_path):
+  """All of them with the same line, code 2 and nothing written."""
+  each = launch.environments(2, 1)
+  if not odd:
+    each[1]['OUTPLAY_LOCAL_DEVICES'] = '2'
+  flags = [f'--workdir={tmp_path / "run"}']
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-m', *TRAIN, *flags, *([odd] if i and odd else [])],
+      cwd=tmp_path,
+      env=ENVIRONMENT | variables | {'PYTHONPATH': str(ROOT)},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i, variables in enumerate(each)
+  ]
+  try:
+    for process in processes:
+      _, message = process.communicate(timeout=120)
+      assert process.returncode == 2, message
+      assert message.count('\n') == 1, message
+      assert said in message or said.startswith('config'), message
+    assert said in message, message
+  finally:
+    for process in processes:
+      process.kill()
+  # What all share is found out by writing.
+  assert (tmp_path / 'run').exists() == (odd == '--workdir=other')

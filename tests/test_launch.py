@@ -264,6 +264,33 @@ def test_commands_get_this_python():
     launch.resolve(['nowhere'])
 
 
+def test_odd_processes_are_named():
+  given = {'seed': 0, 'run': {'batch_size': 8, 'acting': 'x'}, 'commit': None}
+  odd = {**given, 'seed': 1, 'run': {'batch_size': 16, 'acting': 'x'}}
+  less = {'seed': 0, 'run': {'acting': '\x1b[2J'}, 'commit': None}
+  say = distributed.disagreement
+  assert say([given, given | {'seed': 1}]) == (
+    'process 1 has seed=1 (process 0: 0): all processes must have the same '
+    'flags, data and code'
+  )
+  # What most have is right.
+  assert say([odd, given, given]).startswith(
+    'process 0 has run.batch_size=16 (process 1: 8), seed=1 (process 1: 0): '
+  )
+  found = say([given, less, given, odd])
+  assert 'process 1 has run.acting="\\u001b[2J" (process 0: "x"), ' in found
+  assert 'run.batch_size=none (process 0: 8)' in found
+  assert '; process 3 has run.batch_size=16' in found
+  many = [given, *({'seed': i + 1} for i in range(5)), given]
+  assert '; 2 more processes differ: all' in say(many)
+  wide = {str(i): i for i in range(9)}
+  assert ', 6 more: all' in say([wide, dict.fromkeys(wide)])
+
+
+def test_one_process_agrees_with_itself():
+  distributed.agree({'seed': 0})
+
+
 def test_processes_get_their_numbers_and_their_gpus():
   first, second = launch.environments(2, 3)
   assert first['OUTPLAY_COORDINATOR'] == second['OUTPLAY_COORDINATOR']

@@ -12,17 +12,18 @@ displaces, and which swallows the signal of a process that does not yet poll.
 
 import atexit
 import hashlib
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.files.errors import UserError
+from experiments.files.errors import UserError, shown
 from experiments.runtime import signals
 
 VARIABLES = {
@@ -35,6 +36,8 @@ _MAX_NUMBERS = 64
 _NAMES_BYTES = 4096
 # Seconds of waiting for peers after which a line says so.
 _SAID_AFTER = (10, 60, 120, 180, 240)
+# Fields and processes that a line names.
+_TOLD = 3
 
 
 def initialize(
@@ -105,8 +108,7 @@ def shutdown() -> None:
   if jax.distributed.is_initialized():
     # jax's own wait is limited: process 0 may be at its figures for longer.
     barrier('outplay_shutdown')
-    jax.distributed.shutdown()
-    atexit.unregister(_leave)
+    _disconnect()
 
 
 def process() -> tuple[int, int]:
@@ -127,6 +129,98 @@ def barrier(name: str) -> None:
 
   if process()[1] > 1:
     multihost_utils.sync_global_devices(name)
+
+
+_REMEDY = 'all processes must have the same flags, data and code'
+
+
+def agree(given: Mapping[str, Any], remedy: str = _REMEDY) -> None:
+  """Ends processes that were not given the same; all must call it first.
+
+  Whatever differs would train another run on each process, or leave one in a
+  collective that the others never enter.
+
+  Args:
+    given: what decides the run; of JSON's types, nested as it likes.
+    remedy: what would be right.
+
+  Raises:
+    UserError: it is not the same everywhere. All processes raise it, have left
+      each other, and may end as they like.
+  """
+  import jax
+
+  if process()[1] == 1:
+    return
+  devices = [len(jax.local_devices(p)) for p in range(jax.process_count())]
+  if len({*devices}) > 1:
+    _disconnect()
+    each = [{'local_devices': number} for number in devices]
+    raise UserError(disagreement(each, remedy))
+  text = json.dumps(given, sort_keys=True).encode()
+  digest = hashlib.blake2b(text, digest_size=32).digest()
+  if len({*_gather(digest, 32)}) == 1:
+    return
+  sizes = _gather(len(text).to_bytes(8, 'big'), 8)
+  longest = max(int.from_bytes(size, 'big') for size in sizes)
+  rows = [row.rstrip(b'\0') for row in _gather(text, longest)]
+  _disconnect()
+  raise UserError(disagreement([json.loads(row) for row in rows], remedy))
+
+
+def disagreement(
+  given: Sequence[Mapping[str, Any]], remedy: str = _REMEDY
+) -> str:
+  """One line on which process was given something else than the others.
+
+  Args:
+    given: of each process, see `agree`; not all alike.
+    remedy: what would be right.
+
+  Returns:
+    The odd ones with their fields and values. What most have is right; process
+    0 is where there is no majority.
+  """
+  leaves = [dict(_leaves(each)) for each in given]
+  texts = [json.dumps(each, sort_keys=True) for each in leaves]
+  usual = max(range(len(texts)), key=lambda i: (texts.count(texts[i]), -i))
+  odd = [i for i, text in enumerate(texts) if text != texts[usual]]
+  told = [_difference(i, leaves[i], usual, leaves[usual]) for i in odd[:_TOLD]]
+  if len(odd) > _TOLD:
+    told.append(f'{len(odd) - _TOLD} more processes differ')
+  return f'{"; ".join(told)}: {remedy}'
+
+
+def _difference(
+  odd: int, here: Mapping[str, Any], usual: int, there: Mapping[str, Any]
+) -> str:
+  pieces, absent = [], object()
+  for name in sorted({*here, *there}):
+    if here.get(name, absent) != there.get(name, absent):
+      own, other = (
+        shown(json.dumps(side[name]), 60) if name in side else 'none'
+        for side in (here, there)
+      )
+      pieces.append(f'{name}={own} (process {usual}: {other})')
+  if len(pieces) > _TOLD:
+    pieces[_TOLD:] = [f'{len(pieces) - _TOLD} more']
+  return f'process {odd} has {", ".join(pieces)}'
+
+
+def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  if isinstance(tree, Mapping):
+    for name, value in tree.items():
+      yield from _leaves(value, f'{prefix}.{name}' if prefix else name)
+  else:
+    yield prefix, tree
+
+
+def _disconnect() -> None:
+  """Leaves the others, who do so at the same place."""
+  import jax
+
+  jax.distributed.shutdown()
+  atexit.unregister(_leave)
 
 
 def sum_over_processes(counts: Mapping[str, float]) -> dict[str, float]:
