@@ -9,6 +9,9 @@ from typing import Any
 from experiments import build, offline, text
 from experiments.files import writing
 
+# Decisions a copy; a game of Atari is cut after 3,000 while training.
+_OVERDUE = 3_000
+
 
 class HeldOut:
   """Windows that are never trained on, from the untrained network's play.
@@ -158,6 +161,7 @@ class Watcher:
     self._experiment, self._keeper, self._writer = experiment, keeper, writer
     self._several = len(trainer.stages) > 1
     self._compiled_since, self.waited = watch.compilations(), 0.0
+    self._unended = 0.0
     self.enter(trainer.stages[keeper.phase])
     self.held_out = None
     if experiment.run.hold_out:
@@ -178,11 +182,29 @@ class Watcher:
     keeper.decisions += row.get('decisions', 0.0)
     self.waited += row.get('wait_seconds', 0.0)
     row |= {'compiled': self._compiled_since()}
+    self._look_for_ends(row)
     if not self._experiment.dataset:
       row |= {'decisions': keeper.decisions}
     if self._several:
       row |= {'phase': float(keeper.phase)}
     self._writer.write(step, row)
+
+  def _look_for_ends(self, row) -> None:
+    """Says once that no episode has ended, where that is overdue."""
+    if row.get('episodes') or self._unended is None:
+      self._unended = None
+      return
+    self._unended += row.get('decisions', 0.0)
+    copies, steps = self._experiment.env.num_envs, self._experiment.steps
+    if self._unended >= min(_OVERDUE * copies, steps / 2) > 0:
+      print(
+        f'note: env={self._experiment.env_name}: no episode has ended in '
+        f'{self._unended:,.0f} decisions of {copies} copies; an environment '
+        'without an end needs a limit: --set=env.options=max_episode_steps=N '
+        'gives one to those of Gymnasium',
+        flush=True,
+      )
+      self._unended = None
 
   def evaluate(self, step: int, agent_state) -> dict[str, float]:
     """Measures an agent where that is due."""

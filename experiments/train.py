@@ -215,7 +215,7 @@ def _announce(experiment, trainer, workdir) -> None:
   layout, agent = trainer.layout, trainer.stages[-1].agent
   state = jax.eval_shape(agent.init, jax.random.key(0))
   spec = trainer.spec
-  shape = getattr(spec.observation, 'shape', spec.observation)
+  seen = _seen(spec)
   _, processes = distributed.process()
   deal = f'{layout.mesh.size} learn'
   if layout.acting:
@@ -225,7 +225,7 @@ def _announce(experiment, trainer, workdir) -> None:
   first = f'{experiment.run.warmup_decisions:,} decisions before the first'
   first = f'compiling, then {first} update: the first numbers take a while'
   where = experiment.env_name or 'no environment: nothing is played'
-  seen = f'{where}: observations {shape}, {spec.action}'
+  seen = f'{where}: {seen}, {spec.action}'
   if experiment.is_text:
     seen = text.told(experiment, text.opened(experiment))
   elif experiment.dataset:
@@ -244,6 +244,15 @@ def _announce(experiment, trainer, workdir) -> None:
     f'folder: {workdir}',
     first,
   )
+
+
+def _seen(spec) -> str:
+  """What the agent observes; of an image, which axis has its channels."""
+  shape = getattr(spec.observation, 'shape', spec.observation)
+  if len(shape) != 3:
+    return f'observations {shape}'
+  height, width, channels = shape
+  return f'images of {height} x {width} with {channels} channels'
 
 
 # May differ when a run is resumed.

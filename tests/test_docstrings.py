@@ -94,6 +94,7 @@ EXAMPLES = (
   'experiments.data.d4rl',
   'experiments.data.layout',
   'experiments.data.text',
+  'experiments.envs.host',
   'experiments.envs.make',
   'experiments.envs.names',
   'experiments.files.errors',

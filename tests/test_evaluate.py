@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from agents.core import planning
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
@@ -64,10 +63,20 @@ def test_short_episodes_count_no_more_than_long_ones(key):
     )
     np.testing.assert_array_equal(got.returns, [1.0] * each + [10.0] * each)
     np.testing.assert_array_equal(got.lengths, [1] * each + [5] * each)
-  with pytest.raises(RuntimeError, match='within 4 steps'):
-    evaluate.on_host(
-      uneven_env(), noop, None, key=key, num_episodes=1, seed=0, max_steps=4
-    )
+
+
+def test_an_episode_without_end_is_cut_and_said_so(key, capsys):
+  noop = lambda params, key, timestep: np.zeros(2, np.int32)
+  play = lambda bound: evaluate.on_host(
+    uneven_env(), noop, None, key=key, num_episodes=4, seed=0, max_steps=bound
+  )
+  # The copy that is cut plays no other episode.
+  got = play(4)
+  np.testing.assert_array_equal(got.lengths, [1, 1, 4])
+  np.testing.assert_array_equal(got.returns, [1, 1, 0])
+  assert '1 of 3 episodes did not end within 4 dec' in capsys.readouterr().out
+  np.testing.assert_array_equal(play(5).lengths, [1, 1, 5, 5])
+  assert not capsys.readouterr().out
 
 
 def test_summary():

@@ -149,10 +149,10 @@ def test_a_registered_id_is_played():
       [[[[0], [1], [2]], [[3], [4], [5]]]],
     ),
     (
-      spaces.Box(0, 255, (2, 3, 4), np.uint8),
-      np.arange(24, dtype=np.uint8).reshape(1, 2, 3, 4),
-      ArraySpec((3, 4, 2), np.uint8),
-      np.arange(24).reshape(2, 3, 4).transpose(1, 2, 0)[None],
+      spaces.Box(0, 255, (1, 4, 5), np.uint8),
+      np.arange(20, dtype=np.uint8).reshape(1, 1, 4, 5),
+      ArraySpec((4, 5, 1), np.uint8),
+      np.arange(20).reshape(1, 4, 5, 1),
     ),
     (
       spaces.Box(0, 255, (4, 3, 2), np.uint8),
@@ -172,6 +172,37 @@ def test_observations_become_one_array(space, batch, spec, want):
     parts = {'a': [0, 1], 'b': [1, 2]}
     want = [np.concatenate([parts[k] for k in space.spaces])]
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+  'shape, dtype, first',
+  [
+    ((7, 7, 20), np.float32, False),  # MiniGrid's planes
+    ((7, 7, 3), np.uint8, False),
+    ((3, 7, 7), np.uint8, False),  # A board of three rows, for all we know.
+    ((4, 4, 31), np.int8, False),  # 2048
+    ((8, 8, 119), np.float32, False),  # chess
+    ((2, 12, 12), np.float32, False),
+    ((64, 64, 3), np.uint8, False),
+    ((3, 64, 64), np.uint8, True),
+    ((3, 64, 64), np.float32, True),
+    ((4, 84, 84), np.uint8, True),
+    ((12, 84, 84), np.uint8, True),  # Four frames in colour.
+    ((64, 64, 12), np.uint8, False),
+    ((1, 28, 28), np.uint8, True),
+  ],
+)
+def test_channels_are_last_but_in_unmistakable_shapes(shape, dtype, first):
+  space = spaces.Box(0, 100, shape, dtype)
+  x = np.random.default_rng(0).integers(0, 100, (2, *shape)).astype(dtype)
+  last = np.moveaxis(x, 1, -1)
+  for channels, want in ((None, last if first else x), ('first', last)):
+    spec, convert = host.observation_codec(space, 'x', channels)
+    assert spec.shape == want.shape[1:]
+    np.testing.assert_array_equal(convert(x), want)
+  np.testing.assert_array_equal(
+    host.observation_codec(space, 'x', 'last')[1](x), x
+  )
 
 
 @pytest.mark.parametrize(

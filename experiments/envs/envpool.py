@@ -220,6 +220,7 @@ def make_envpool(
   frame_stack: int | None = None,
   training: bool = True,
   action_repeat: int = 1,
+  channels: str | None = None,
   **options: Any,
 ) -> host.HostEnvironment:
   """`num_envs` copies of one of envpool's environments.
@@ -238,6 +239,7 @@ def make_envpool(
     action_repeat: simulator steps a decision, their rewards summed; the last
       decision of an episode may be shorter. `max_episode_steps` counts
       simulator steps, lengths in `EpisodeStats` decisions.
+    channels: of images, as `host.observation_codec` says.
     **options: envpool's own, e.g. `max_episode_steps=27000`,
       `repeat_action_probability=0.25`, `**ATARI_GRAY`; they override
       `ATARI_100K`.
@@ -291,7 +293,7 @@ def make_envpool(
     )
   if frame_stack is None:
     frame_stack = 4 if is_atari else 1
-  frame, convert = host.observation_codec(observation_space, task)
+  frame, convert = host.observation_codec(observation_space, task, channels)
   mask_key = 'legal_action_mask'
   our_spec = Spec(
     observation=host.stacked(frame, frame_stack, task),

@@ -1,5 +1,10 @@
-"""Any Gymnasium environment, as a host environment: bring your own."""
+"""Any Gymnasium environment, as a host environment: bring your own.
 
+Each call of it is checked (`contract`): what breaks Gymnasium's interface ends
+as one line.
+"""
+
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +12,8 @@ import jax
 import numpy as np
 
 from agents.core.types import Discrete, Spec
-from experiments.envs import host
+from experiments.envs import contract, host
+from experiments.files.errors import UserError
 from search.model import TimeStep
 
 
@@ -16,6 +22,7 @@ def make_gymnasium(
   num_envs: int,
   *,
   frame_stack: int = 1,
+  channels: Any = None,
   **options: Any,
 ) -> host.HostEnvironment:
   """`num_envs` copies of a Gymnasium environment, stepped one by one.
@@ -25,9 +32,12 @@ def make_gymnasium(
   when it ends but on the step after, like envpool's.
 
   Args:
-    env_id_or_fn: a registered id, or `() -> gymnasium.Env`.
+    env_id_or_fn: a registered id, `module:id` for one that the module
+      registers, or `() -> gymnasium.Env`.
     num_envs: `E`.
     frame_stack: observations stacked along the last axis.
+    channels: of images, `first` or `last` as `host.observation_codec` says;
+      another value is an option of the environment's own.
     **options: of `gymnasium.make`, for an id only.
 
   Returns:
@@ -35,50 +45,41 @@ def make_gymnasium(
 
   Raises:
     ValueError: an unknown id or option, spaces that do not fit.
+    SimulatorError: the environment cannot be made, or breaks Gymnasium's
+      interface. So do its simulators in mid-run.
   """
-  import gymnasium
-
   host.check_num_envs(num_envs)
-  if callable(env_id_or_fn):
-    if options:
-      raise ValueError(f'options {sorted(options)} need an id, not a function')
-    make = env_id_or_fn
-  else:
-    make = lambda: gymnasium.make(env_id_or_fn, **options)
-  try:
-    probe = make()
-  except (gymnasium.error.Error, TypeError) as e:
-    why = str(e).rstrip('.')
-    name = env_id_or_fn
-    name = f'gymnasium:{name}' if isinstance(name, str) else name
-    raise ValueError(
-      f'env={name!r}: {why}; must be one of gymnasium.registry, and its '
-      'libraries installed, or --env=gymnasium:MODULE:ID of your own'
-    ) from e
-  name = probe.spec.id if probe.spec else type(probe.unwrapped).__name__
-  frame, convert = host.observation_codec(probe.observation_space, name)
-  action = host.action_spec(probe.action_space, name)
-  first_action = int(getattr(probe.action_space, 'start', 0))
-  action_dtype = probe.action_space.dtype
-  probe.close()
+  if channels not in (None, 'first', 'last'):
+    options, channels = options | {'channels': channels}, None
+  env, make = _maker(env_id_or_fn, options)
+  probe = make()
+  name = _name(probe)
+  observation_space = _space(env, probe, 'observation_space')
+  action_space = _space(env, probe, 'action_space')
+  where, notes = f'env={env}', []
+  frame, convert = host.observation_codec(observation_space, where, channels)
+  action = host.action_spec(action_space, where)
+  # A copy that nobody plays: what it does wrong at once is said at once.
+  copy = _Copy(env, 0, probe, observation_space, 0, notes)
+  copy.reset()
+  action_space.seed(0)
+  copy.step(action_space.sample())
+  copy.close()
   spec = Spec(
-    observation=host.stacked(frame, frame_stack, name),
+    observation=host.stacked(frame, frame_stack, where),
     action=action,
     frame_stack=frame_stack,
     name=name,
   )
 
   def start(seed: int) -> host.Simulator:
-    envs = [make() for _ in range(num_envs)]
-    seeds: list[int | None] = list(host.env_seeds(seed, num_envs))
+    seeds = host.env_seeds(seed, num_envs)
+    copies = [
+      _Copy(env, i, make(), observation_space, seeds[i], notes)
+      for i in range(num_envs)
+    ]
     stack, tally = None, host.Tally(num_envs)
     last = np.ones(num_envs, bool)
-
-    def first(i):
-      # The seed counts once; later episodes go on with the same generator.
-      observation, _ = envs[i].reset(seed=seeds[i])
-      seeds[i] = None
-      return observation, 0.0, False, False
 
     def time_step(results):
       nonlocal stack, last
@@ -100,17 +101,17 @@ def make_gymnasium(
       nonlocal stack, last, tally
       stack, tally = None, host.Tally(num_envs)
       last = np.ones(num_envs, bool)
-      return time_step([first(i) for i in range(num_envs)])
+      return time_step([copy.reset() for copy in copies])
 
     def step(action):
       action = host.check_action(action, spec, num_envs)
       if isinstance(spec.action, Discrete):
-        action = [int(a) + first_action for a in action]
+        action = [int(a) + int(action_space.start) for a in action]
       else:
-        action = action.astype(action_dtype)
+        action = action.astype(action_space.dtype)
       results = [
-        first(i) if over else envs[i].step(action[i])[:4]
-        for i, over in enumerate(np.asarray(last))
+        copy.reset() if over else copy.step(action[i])
+        for i, (copy, over) in enumerate(zip(copies, np.asarray(last)))
       ]
       timestep = time_step(results)
       rewards = np.array([r[1] for r in results], np.float64)
@@ -118,9 +119,123 @@ def make_gymnasium(
       return timestep, stats
 
     def close():
-      for env in envs:
-        env.close()
+      for copy in copies:
+        copy.close()
 
     return host.Simulator(reset, step, close)
 
   return host.HostEnvironment(spec, num_envs, start)
+
+
+def _maker(env_id_or_fn, options) -> tuple[str, Callable[[], Any]]:
+  """The environment's name for messages, and `() -> gymnasium.Env`."""
+  import gymnasium
+
+  if callable(env_id_or_fn):
+    if options:
+      raise ValueError(f'options {sorted(options)} need an id, not a function')
+    env = getattr(env_id_or_fn, '__qualname__', type(env_id_or_fn).__name__)
+    return env, lambda: contract.call(env, 'making it', '', env_id_or_fn)
+  env = f'gymnasium:{env_id_or_fn}'
+  module, colon, _ = env_id_or_fn.partition(':')
+  if colon:
+    remedy = 'its folder must be in PYTHONPATH, or the package installed'
+    what = f'importing {module}'
+    contract.call(env, what, remedy, importlib.import_module, module)
+  # Gymnasium's own checker warns of what is refused here.
+  options = {'disable_env_checker': True} | options
+
+  def make():
+    try:
+      return gymnasium.make(env_id_or_fn, **options)
+    except gymnasium.error.Error as error:
+      why = str(error).rstrip('.')
+      raise UserError(
+        f'env={env!r}: {why}; must be one of gymnasium.registry, and its '
+        'libraries installed, or --env=gymnasium:MODULE:ID of your own'
+      ) from error
+
+  remedy = (
+    'its constructor takes what --set=env.options=NAME=VALUE,... gives, and '
+    'must return a gymnasium.Env'
+  )
+  return env, lambda: contract.call(env, 'making it', remedy, make)
+
+
+def _name(env) -> str:
+  spec = getattr(env, 'spec', None)
+  return spec.id if spec else type(getattr(env, 'unwrapped', env)).__name__
+
+
+def _space(env, made, which):
+  import gymnasium
+
+  remedy = f'the constructor must set self.{which}'
+  get = lambda: getattr(made, which)
+  space = contract.call(env, f'its {which}', remedy, get)
+  if not isinstance(space, gymnasium.Space):
+    raise contract.SimulatorError(
+      f'env={env}: {which} is {contract.described(space)}; must be a space of '
+      'gymnasium.spaces'
+    )
+  return space
+
+
+def _close(env, made) -> None:
+  # What is closed has done its work: nothing is lost if it fails.
+  try:
+    contract.call(env, 'close()', '', made.close)
+  except contract.SimulatorError as error:
+    contract.note(str(error))
+
+
+class _Copy:
+  """One running environment whose answers are checked."""
+
+  def __init__(self, env, index, made, space, seed, notes):
+    self._env, self._index, self._made, self._space = env, index, made, space
+    self._seed: int | None = seed
+    # Shared by all copies: what has been said, is not said again.
+    self._steps, self._notes = 0, notes
+
+  def reset(self):
+    # The seed counts once; later episodes go on with the same generator.
+    seed, self._seed = self._seed, None
+    call, remedy = 'reset()', contract.RESET
+    result = contract.call(self._env, call, remedy, self._made.reset, seed=seed)
+    observation = self._check(call, contract.checked_reset, result)
+    self._look(call, observation)
+    return observation, 0.0, False, False
+
+  def step(self, action):
+    self._steps += 1
+    call = f'step {self._steps} of copy {self._index}'
+    result = contract.call(
+      self._env, call, contract.STEP, self._made.step, action
+    )
+    checked = self._check(call, contract.checked_step, result)
+    self._look(call, checked[0])
+    return checked
+
+  def _check(self, call, check, result):
+    try:
+      return check(result, self._space)
+    except contract.Wrong as wrong:
+      raise contract.SimulatorError(
+        f'env={self._env}: {call} {wrong}'
+      ) from wrong.__cause__
+
+  def _look(self, call, observation):
+    if self._notes:
+      return
+    far = contract.far_outside(observation, self._space)
+    if far:
+      note = (
+        f'env={self._env}: {call} returned an observation outside of its '
+        f'space: {far}; this is said once'
+      )
+      self._notes.append(note)
+      contract.note(note)
+
+  def close(self):
+    _close(self._env, self._made)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
+from experiments.files.errors import shown
 from search.model import TimeStep
 
 
@@ -178,13 +179,22 @@ def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
   return np.clip(action, kind.low, kind.high).astype(np.float32)
 
 
+def kind_of(space: Any) -> str:
+  """The name of the Gymnasium space that a space is, or derives from."""
+  names = [c.__name__ for c in type(space).__mro__]
+  return next((n for n in names if n in _KINDS), names[0])
+
+
+_KINDS = ('Discrete', 'Box', 'Dict', 'Tuple', 'MultiBinary', 'MultiDiscrete')
+
+
 def action_spec(space: Any, name: str) -> Discrete | Continuous:
   """The `Discrete` or `Continuous` of a Gymnasium action space.
 
   Raises:
     ValueError: the space is neither `Discrete` nor a `Box` of floats.
   """
-  kind = type(space).__name__
+  kind = kind_of(space)
   if kind == 'Discrete':
     return Discrete(int(space.n))
   if kind == 'Box' and np.issubdtype(space.dtype, np.floating):
@@ -198,7 +208,7 @@ def action_spec(space: Any, name: str) -> Discrete | Continuous:
 
 
 def observation_codec(
-  space: Any, name: str
+  space: Any, name: str, channels: str | None = None
 ) -> tuple[ArraySpec, Callable[[Any], np.ndarray]]:
   """How observations of a Gymnasium space become one array.
 
@@ -210,15 +220,21 @@ def observation_codec(
   Args:
     space: the observation space of one environment.
     name: of the environment, for error messages.
+    channels: which axis of an image of rank 3 has the channels, `first` or
+      `last`; None is last, as is usual in Gymnasium, but for shapes that can
+      only be those of images with their channels first (`has_channels_first`).
 
   Returns:
     The `ArraySpec` of one observation, and the function that converts
     observations with a leading `E`.
 
   Raises:
-    ValueError: images within a dict or tuple, rank above 3, text and such.
+    ValueError: images within a dict or tuple, rank above 3, text and such;
+      `channels` is something else.
   """
-  kind = type(space).__name__
+  if channels not in (None, 'first', 'last'):
+    raise ValueError(f'{name}: channels={channels!r} must be first or last')
+  kind = kind_of(space)
   if kind == 'Discrete':
     eye, start = np.eye(int(space.n), dtype=np.float32), int(space.start)
     return (
@@ -226,23 +242,12 @@ def observation_codec(
       lambda x: eye[np.asarray(x).reshape(-1) - start],
     )
   if kind in ('Dict', 'Tuple'):
-    items = space.spaces
-    keys = list(items) if kind == 'Dict' else list(range(len(items)))
-    parts = [observation_codec(items[k], name) for k in keys]
-    if len(parts) == 1:
-      part, convert = parts[0]
-      return part, lambda x: convert(x[keys[0]])
-    if any(len(part.shape) != 1 for part, _ in parts):
-      raise ValueError(
-        f'{name}: observation space {space} holds an image beside other '
-        'things; wrap the environment to return one array'
-      )
-    size = sum(part.shape[0] for part, _ in parts)
-    return ArraySpec((size,), np.float32), lambda x: np.concatenate(
-      [convert(x[k]) for k, (_, convert) in zip(keys, parts)], axis=-1
-    )
+    return _joined_codec(space, kind, name, channels)
   if kind not in ('Box', 'MultiBinary', 'MultiDiscrete'):
-    raise ValueError(f'{name}: observation space {space} is not supported')
+    raise ValueError(
+      f'{name}: observation space {shown(space)} is not supported; must be '
+      'Box, Discrete, MultiBinary, MultiDiscrete, or a Dict or Tuple of them'
+    )
   shape = tuple(space.shape)
   dtype = np.uint8 if space.dtype == np.uint8 else np.float32
   if len(shape) > 3:
@@ -250,8 +255,9 @@ def observation_codec(
       f'{name}: observations of shape {shape} are not supported, at most rank 3'
     )
   if len(shape) == 3:
-    # Channels are the shortest outer axis, in front only if strictly shorter.
-    if shape[0] < shape[2]:
+    if channels is None and has_channels_first(shape, dtype):
+      channels = 'first'
+    if channels == 'first':
       shape = (*shape[1:], shape[0])
       return ArraySpec(shape, dtype), lambda x: np.ascontiguousarray(
         np.moveaxis(np.asarray(x, dtype), 1, -1)
@@ -262,6 +268,49 @@ def observation_codec(
     shape, dtype = (int(np.prod(shape, dtype=int)),), np.float32
   return ArraySpec(shape, dtype), lambda x: np.asarray(x, dtype).reshape(
     -1, *shape
+  )
+
+
+def has_channels_first(shape: tuple[int, ...], dtype: Any) -> bool:
+  """Whether `[c, h, w]` can only be an image with its channels first.
+
+  The first axis must be at most a quarter of both others. That alone does not
+  tell a picture from a board with planes, so both others must be 32 or more,
+  or the first one a picture's: 1, 3 or 4 channels of uint8.
+
+  >>> has_channels_first((12, 84, 84), np.uint8)
+  True
+  >>> has_channels_first((7, 7, 20), np.float32)
+  False
+  """
+  first, *others = shape
+  if 4 * first > min(others):
+    return False
+  return min(others) >= 32 or (first in (1, 3, 4) and dtype == np.uint8)
+
+
+def _joined_codec(space, kind, name, channels):
+  items = space.spaces
+  keys = list(items) if kind == 'Dict' else list(range(len(items)))
+  for key in keys:
+    if kind_of(items[key]) not in _KINDS:
+      raise ValueError(
+        f'{name}: observation space at {key!r} is {shown(items[key], 40)}, '
+        'which is not supported; leave it out, for example with '
+        'gymnasium.wrappers.FilterObservation'
+      )
+  parts = [observation_codec(items[k], name, channels) for k in keys]
+  if len(parts) == 1:
+    part, convert = parts[0]
+    return part, lambda x: convert(x[keys[0]])
+  if any(len(part.shape) != 1 for part, _ in parts):
+    raise ValueError(
+      f'{name}: observation space {shown(space)} holds an image beside other '
+      'things; wrap the environment to return one array'
+    )
+  size = sum(part.shape[0] for part, _ in parts)
+  return ArraySpec((size,), np.float32), lambda x: np.concatenate(
+    [convert(x[k]) for k, (_, convert) in zip(keys, parts)], axis=-1
   )
 
 

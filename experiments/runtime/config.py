@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,14 +50,21 @@ _PACKAGES = (
 MAX_SEED = 2_000_000_000
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, cause: BaseException | None = None) -> NoReturn:
   """Prints `error: message` as one line on stderr and exits with code 2.
+
+  Args:
+    message: what is wrong, and what would be right.
+    cause: the exception behind it; `OUTPLAY_TRACEBACK` in the environment
+      shows its traceback below the line.
 
   Raises:
     SystemExit: always.
   """
   line = shown(' '.join(str(message).split()), _LONGEST_ERROR)
   print('error:', line, file=sys.stderr)
+  if cause is not None and os.environ.get('OUTPLAY_TRACEBACK'):
+    traceback.print_exception(cause)
   signals.set_exit_code(2)
   raise SystemExit(2)
 
@@ -83,8 +91,9 @@ def run_main(main: Callable[[], None]) -> None:
   """Parses absl's flags and calls a launcher's `main()`.
 
   A `UserError`, a wrong flag or a stray argument becomes one line and exit
-  code 2; any other exception keeps its traceback. An interrupted launcher
-  exits with 130, a terminated one with 143; see `runtime.signals`.
+  code 2 (`OUTPLAY_TRACEBACK=1` shows what caused it); any other exception
+  keeps its traceback. An interrupted launcher exits with 130, a terminated one
+  with 143; see `runtime.signals`.
 
   Raises:
     SystemExit: with the exit code.
@@ -113,7 +122,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
       main()
     except UserError as error:
-      fail(str(error))
+      fail(str(error), error.__cause__)
 
   with signals.launcher():
     try:

@@ -5,6 +5,7 @@ are not counted more often than long ones.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def on_host(
   key: chex.PRNGKey,
   num_episodes: int,
   seed: int,
-  max_steps: int = 1_000_000,
+  max_steps: int = 30_000,
 ) -> Episodes:
   """Plays episodes on simulators of the host.
 
@@ -69,14 +70,13 @@ def on_host(
     key: for the planner.
     num_episodes: rounded up to a multiple of `env.num_envs`.
     seed: of the simulators.
-    max_steps: steps after which unfinished episodes are given up with an
-      error, since a mean over the finished ones would be biased.
+    max_steps: decisions after which an episode is cut and counts with its
+      return so far; Atari's longest have 27,000. A simulator cannot be reset
+      alone, so an environment whose episode is cut plays no other. The user is
+      told.
 
   Returns:
     `Episodes`.
-
-  Raises:
-    RuntimeError: if `max_steps` do not suffice.
   """
   quota = -(-num_episodes // env.num_envs)
   returns = [[] for _ in range(env.num_envs)]
@@ -84,19 +84,33 @@ def on_host(
   simulator = env.start(seed)
   try:
     timestep = simulator.reset()
-    for step in range(max_steps):
+    total = np.zeros(env.num_envs, np.float64)
+    length, cut = np.zeros(env.num_envs, np.int64), np.zeros(env.num_envs, bool)
+    for step in itertools.count():
       action = play(params, jax.random.fold_in(key, step), timestep)
       timestep, stats = simulator.step(np.asarray(action))
-      for e in np.flatnonzero(stats.finished):
-        if len(returns[e]) < quota:
-          returns[e].append(float(stats.returns[e]))
-          lengths[e].append(int(stats.lengths[e]))
-      if all(len(r) >= quota for r in returns):
+      total += np.asarray(timestep.reward)
+      length += ~np.asarray(timestep.is_first)
+      done = [len(r) >= quota for r in returns]
+      stuck = (length >= max_steps) & ~stats.finished & ~cut & ~np.array(done)
+      for e in np.flatnonzero(stats.finished | stuck):
+        if not (done[e] or cut[e]):
+          whole = bool(stats.finished[e])
+          returns[e].append(float(stats.returns[e] if whole else total[e]))
+          lengths[e].append(int(stats.lengths[e] if whole else length[e]))
+        total[e] = length[e] = 0
+      cut |= stuck
+      if all(c or len(r) >= quota for c, r in zip(cut, returns)):
         break
-    else:
-      raise RuntimeError(f'episodes did not end within {max_steps} steps')
   finally:
     simulator.close()
+  if cut.any():
+    print(
+      f'note: evaluation: {cut.sum()} of {sum(map(len, returns))} episodes did '
+      f'not end within {max_steps:,} decisions; they were cut, and count with '
+      'their return so far',
+      flush=True,
+    )
   return Episodes(np.concatenate(returns), np.concatenate(lengths))
 
 
