@@ -26,6 +26,7 @@ from agents.core.types import (
   Spec,
   Trajectory,
 )
+from networks import heads
 from networks.muzero import NetworkConfig
 from search.model import TimeStep
 
@@ -727,6 +728,58 @@ def test_untrained_losses_by_hand(key):
       np.testing.assert_allclose(
         got[f'loss_{name}'], count * np.log(size) / B, rtol=1e-5
       )
+
+
+@pytest.mark.parametrize('horizon', [1, 2, 3])
+@pytest.mark.parametrize('which', ['efficientzero', 'sampled_efficientzero'])
+def test_the_learner_resets_the_prefix_where_the_planner_does(
+  which, horizon, key
+):
+  module, config, spec = AGENTS[which]
+  # Wide enough that no head is deaf to the LSTM.
+  network = dataclasses.replace(NETWORK, lstm_size=16, head_hidden=(32,))
+  config = dataclasses.replace(config, prefix_horizon=horizon, network=network)
+  # The learner's predictions themselves, in the place of a loss.
+  predicted = lambda logits, target: heads.from_logits(logits)
+  agent = make_agent(module, config, spec, reward=predicted)
+  assert agent.model is not None and agent.evaluate is not None
+  batch = make_batch(config, spec)
+  timestep = batch.experience.timestep
+  # No ends: every action is the batch's and every step is trained.
+  timestep = timestep._replace(
+    discount=jnp.ones_like(timestep.discount),
+    truncated=jnp.zeros_like(timestep.truncated),
+  )
+  batch = batch._replace(
+    experience=batch.experience._replace(timestep=timestep),
+    valid=jnp.ones_like(batch.valid),
+  )
+  params = shaken(jax.jit(agent.init)(key)).params
+  got = jax.jit(agent.evaluate)(params, batch, key)['loss_reward']
+  root = jax.tree.map(lambda x: x[:, 0], timestep)
+  embedding = jax.jit(agent.model.root)(params, root, key).embedding
+  step, prefix, want = jax.jit(agent.model.step), 0.0, 0.0
+  for k in range(config.unroll_steps):
+    action = batch.experience.action[:, k]
+    output, embedding = step(params, key, action, embedding)
+    # The planner's rewards are differences of the prefix since a reset.
+    prefix = output.reward + (0.0 if k % horizon == 0 else prefix)
+    want += prefix
+  assert jnp.std(want) > 0.1
+  np.testing.assert_allclose(got, jnp.mean(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('which', AGENTS)
+def test_the_key_of_init_draws_the_network(which):
+  module, config, spec = AGENTS[which]
+  agent = make_agent(module, config, spec)
+  init = jax.jit(lambda seed: agent.init(jax.random.key(seed)).params.network)
+  first, same, other = init(0), init(0), init(1)
+  assert_equal(first, same)
+  drawn = lambda tree: [x for x in jax.tree.leaves(tree) if x.std() > 0]
+  assert drawn(first)
+  for a, b in zip(drawn(first), drawn(other), strict=True):
+    assert not np.array_equal(a, b)
 
 
 def test_a_sweep_vmaps_over_floats_of_the_config(key):
