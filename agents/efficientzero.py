@@ -57,6 +57,7 @@ from agents.core.unroll import (
   consistency,
   flatten_steps,
   learned_model,
+  support_metrics,
   unroll,
   visit_temperature,
 )
@@ -430,6 +431,7 @@ def make(
     statistics, aux = networks.told(statistics)
     if aux is not None:
       total += aux.loss
+    bins = out.value_logits.shape[-1], out.reward_logits.shape[-1]
     predicted = heads.from_logits(out.value_logits[0])
     entropy = -jnp.sum(jax.scipy.special.xlogy(pi[:, 0], pi[:, 0]), -1)
     metrics = {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms_.items()}
@@ -440,6 +442,7 @@ def make(
       'target_entropy': jnp.mean(entropy),
       'horizon': jnp.mean(horizon.astype(jnp.float32)),
     }
+    metrics |= support_metrics(target, *bins)
     if aux is not None:
       metrics |= mixture.metrics(aux)
     priorities = jnp.abs(predicted - target.value[:, 0])

@@ -46,6 +46,7 @@ from agents.core.unroll import (
   Params,
   flatten_steps,
   learned_model,
+  support_metrics,
   unroll,
   visit_temperature,
 )
@@ -318,6 +319,7 @@ def make(
     if aux is not None:
       total += aux.loss
 
+    bins = out.value_logits.shape[-1], out.reward_logits.shape[-1]
     predicted = heads.from_logits(out.value_logits[0])
     entropy = -jnp.sum(jax.scipy.special.xlogy(pi[0], pi[0]), -1)
     metrics = {
@@ -329,6 +331,7 @@ def make(
       'value_target': jnp.mean(target.value[:, 0]),
       'target_entropy': jnp.mean(entropy),
     }
+    metrics |= support_metrics(target, *bins)
     if aux is not None:
       metrics |= mixture.metrics(aux)
     priorities = jnp.abs(predicted - target.value[:, 0])

@@ -55,6 +55,7 @@ from agents.core.unroll import (
   consistency,
   flatten_steps,
   learned_model,
+  support_metrics,
   unroll,
   visit_temperature,
 )
@@ -527,6 +528,7 @@ def make(
     statistics, aux = networks.told(statistics)
     if aux is not None:
       total += aux.loss
+    bins = out.value_logits.shape[-1], out.reward_logits.shape[-1]
     predicted = heads.from_logits(out.value_logits[0])
     pi = batch.experience.extras['search_policy'][:, 0]
     metrics = {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms_.items()}
@@ -540,6 +542,7 @@ def make(
       ),
       'horizon': jnp.mean(horizon.astype(jnp.float32)),
     }
+    metrics |= support_metrics(target, *bins)
     if aux is not None:
       metrics |= mixture.metrics(aux)
     priorities = jnp.abs(predicted - target.value[:, 0])

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from experiments import build, offline, text
+from experiments import build, offline, support, text
 from experiments.files import writing
 
 # Decisions a copy; a game of Atari is cut after 3,000 while training.
@@ -159,7 +159,7 @@ class Watcher:
     from experiments.runtime import loop, watch
 
     self._experiment, self._keeper, self._writer = experiment, keeper, writer
-    self._several = len(trainer.stages) > 1
+    self._several, self._warned = len(trainer.stages) > 1, False
     self._compiled_since, self.waited = watch.compilations(), 0.0
     self._unended = 0.0
     self.enter(trainer.stages[keeper.phase])
@@ -178,7 +178,14 @@ class Watcher:
 
   def log(self, step: int, row: dict[str, float]) -> None:
     """Writes a row of metrics."""
+    from experiments.runtime import distributed
+
     keeper = self._keeper
+    if not self._warned and distributed.is_main():
+      line = support.warning(self._experiment, row)
+      if line is not None:
+        self._warned = True
+        print(f'{line} (update {step:,})', flush=True)
     keeper.decisions += row.get('decisions', 0.0)
     self.waited += row.get('wait_seconds', 0.0)
     row |= {'compiled': self._compiled_since()}

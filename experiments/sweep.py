@@ -17,6 +17,7 @@ from experiments import (
   build,
   offline,
   presets,
+  support,
   sweep_engines,
   sweep_plan,
   sweep_results,
@@ -133,6 +134,7 @@ def main() -> None:
   if results:
     summaries = sweep_results.write(plan, results, metric, workdir)
     sweep_results.show(plan, summaries, metric, workdir)
+    _tell_support(plan, results)
   for row, reason in failed.items():
     words = f'{sweep_results.label(plan, row.setting)} seed={row.seed}'
     terminal.say(f'failed: {words}: {reason}')
@@ -141,6 +143,20 @@ def main() -> None:
     print(f'{left} rows are left; the same command goes on from here')
   if failed:
     raise SystemExit(1)
+
+
+def _tell_support(plan, results) -> None:
+  """A line for each setting with rows whose targets were clipped."""
+  for setting in range(len(plan.settings)):
+    rows = {row: r for row, r in results.items() if row.setting == setting}
+    clipped = {row: support.worst(r.curve) for row, r in rows.items()}
+    experiment = plan.describe(sweep_plan.Row(setting, 0))
+    lines = {row: support.warning(experiment, m) for row, m in clipped.items()}
+    told = [row for row, line in lines.items() if line is not None]
+    if told:
+      seeds = ', '.join(str(row.seed) for row in told)
+      words = sweep_results.label(plan, setting)
+      print(f'{words}, seeds {seeds}: {lines[told[0]]}')
 
 
 def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:

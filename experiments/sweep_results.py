@@ -174,7 +174,12 @@ def _final(result: Result, metric: str) -> dict[str, float]:
   found = {n: result.final.get(n, math.nan) for n in names}
   seen = [point[metric] for point in result.curve if metric in point]
   mean = sum(seen) / len(seen) if seen else math.nan
-  return found | {f'{metric}_mean': mean}
+  found |= {f'{metric}_mean': mean}
+  # The most of any row of metrics; see `experiments.support`.
+  for name in ('value_clipped', 'reward_clipped'):
+    shares = [point[name] for point in result.curve if name in point]
+    found |= {name: max(shares)} if shares else {}
+  return found
 
 
 def label(plan: Plan, setting: int) -> str:

@@ -5,6 +5,7 @@ of `[-(n - 1) / 2, (n - 1) / 2]`, after the signed hyperbolic transform h
 (Pohlen et al. 2018; Schrittwieser et al. 2020, App. F).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,40 @@ def signed_parabolic(y: jax.Array) -> jax.Array:
   root = jnp.sqrt(slope**2 + 4 * _EPSILON * magnitude)
   excess = 2 * magnitude / (slope + root)
   return jnp.sign(y) * excess * (excess + 2)
+
+
+def support_end(num_bins: int) -> float:
+  """The largest magnitude, in raw units, that `num_bins` represent.
+
+  >>> round(support_end(21), 1)
+  117.4
+  """
+  return float(signed_parabolic(jnp.float32((num_bins - 1) // 2)))
+
+
+def bins_for(magnitude: float) -> int:
+  """The fewest bins, odd, whose support holds a magnitude in raw units.
+
+  >>> bins_for(117.0), bins_for(900.0)
+  (21, 61)
+  """
+  # h of a Python float.
+  position = magnitude / (math.sqrt(magnitude + 1) + 1) + _EPSILON * magnitude
+  return 2 * max(math.ceil(position - 1e-4), 1) + 1
+
+
+def beyond(scalar: jax.Array, num_bins: int) -> jax.Array:
+  """Whether `to_two_hot` clips a scalar by more than rounding.
+
+  Args:
+    scalar: float32 `[...]`, in raw units.
+    num_bins: odd.
+
+  Returns:
+    bool `[...]`.
+  """
+  limit = (num_bins - 1) // 2
+  return jnp.abs(signed_hyperbolic(scalar)) > limit * (1 + 1e-5)
 
 
 def to_two_hot(scalar: jax.Array, num_bins: int) -> jax.Array:

@@ -14,6 +14,7 @@ import numpy as np
 from docstring_calls import SIZES, key
 
 from agents.core.rollout import ModelParams
+from agents.core.targets import UnrollTargets
 from networks import (
   actions,
   actor_critic,
@@ -183,6 +184,11 @@ CASES = {
   'agents.core.targets.value_prefixes': {'reset_every': 2},
   'agents.core.unroll.consistency': learned
   | {'similarity': lambda x, y: jnp.sum(x * y, -1)},
+  'agents.core.unroll.support_metrics': {
+    'target': of(UnrollTargets, *['float32 [B, K + 1]'] * 6),
+    'value_bins': 11,
+    'reward_bins': 11,
+  },
   'agents.core.unroll.unroll': learned,
   'agents.core.unroll.unflatten_steps': {'batch': B},
   'networks._numerics.split_logits': {'sizes': (5, 3), 'P': 8, 'F': 2, 'n': 5},
@@ -217,6 +223,7 @@ CASES = {
     'expert': expert,
     'axis': None,
   },
+  'networks.heads.beyond': {'num_bins': 11},
   'networks.heads.from_logits': {'num_bins': 11},
   'networks.heads.to_two_hot': {'num_bins': 11},
   'networks.mixture.metrics': {'aux': told},

@@ -36,6 +36,7 @@ PLUMBING = {
   'agents.core.replay.scale',
   'agents.core.replay.to_window',
   'agents.core.rollout.expect',
+  'agents.core.unroll.support_metrics',
   'networks.actor_critic.flatten',
   'networks.actor_critic.v_network',
   'networks.balance.chosen',

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import mctx
 
-from agents.core import optim
+from agents.core import losses, optim
+from agents.core.targets import UnrollTargets
 from networks import heads
 from networks.muzero import MuZeroNetworks
 from search import value_prefix
@@ -118,6 +119,33 @@ def unroll(
     states=states,
     statistics=statistics,
   )
+
+
+def support_metrics(
+  target: UnrollTargets, value_bins: int, reward_bins: int
+) -> dict[str, chex.Array]:
+  """How much of what the heads are trained towards their supports cut off.
+
+  Args:
+    target: of `B` windows, leaves `[B, K + 1]`.
+    value_bins: of the head that is trained towards the values.
+    reward_bins: of that of the rewards or their prefixes.
+
+  Returns:
+    float32 scalars: `value_clipped` and `reward_clipped`, the shares of
+    targets (rewards or their prefixes) beyond the support, and
+    `value_largest` and `reward_largest`, the largest magnitudes in raw units.
+  """
+  found = {}
+  for name, scalar, mask, bins in (
+    ('value', target.value, target.value_mask, value_bins),
+    # Entry 0 is not trained towards.
+    ('reward', target.reward[:, 1:], target.reward_mask[:, 1:], reward_bins),
+  ):
+    is_beyond = heads.beyond(scalar, bins).astype(jnp.float32)
+    found[f'{name}_clipped'] = losses.masked_mean(is_beyond, mask)
+    found[f'{name}_largest'] = jnp.max(jnp.abs(scalar) * mask)
+  return found
 
 
 def consistency(
