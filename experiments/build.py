@@ -5,6 +5,7 @@ Launchers, studies and notebooks build alike: `experiment = build(...)`.
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ class Experiment(NamedTuple):
     agent_name: a module of `agents/`.
     env_name: for `experiments.envs.make`; '' where a data set has none.
     steps: decisions; updates where it learns from a data set.
+    time_steps: in which so many decisions are expected to be taken; see
+      `runtime.sources.Pace`.
     seed: the run's.
     config: the agent's `Config`.
     env: `EnvConfig`.
@@ -38,12 +41,14 @@ class Experiment(NamedTuple):
   env: EnvConfig
   run: RunConfig
   dataset: str = ''
+  time_steps: int = 0
 
   def as_dict(self) -> dict[str, Any]:
     """What config.json holds."""
-    sections = ('config', 'env', 'run')
+    # The schedules that follow from the time steps are in the agent's part.
+    sections = ('config', 'env', 'run', 'time_steps')
     fields = {n: v for n, v in self._asdict().items() if n not in sections}
-    plain = {n: dataclasses.asdict(getattr(self, n)) for n in sections}
+    plain = {n: dataclasses.asdict(getattr(self, n)) for n in sections[:3]}
     return fields | {'agent': plain.pop('config')} | plain
 
   @property
@@ -66,10 +71,22 @@ class Experiment(NamedTuple):
 
   @property
   def updates(self) -> int:
-    """Updates of the whole run."""
+    """Updates of the whole run; a plan where it ends by its decisions."""
     if self.dataset:
       return self.steps
-    return self.pace.updates(self.steps) + self.run.extra_updates
+    return self.pace.updates(self.time_steps) + self.run.extra_updates
+
+  @property
+  def ends_by_decisions(self) -> bool:
+    """Whether it acts, so that `budget` ends it and not its updates."""
+    return not self.dataset
+
+  @property
+  def budget(self):
+    """A fresh `runtime.budget.Budget`, for a run that acts."""
+    from experiments.runtime.budget import Budget
+
+    return Budget(self.pace, self.run.extra_updates)
 
 
 def describe(
@@ -129,14 +146,20 @@ def describe(
     experiment = offline.complete(experiment, env)
   else:
     _check(experiment)
+  # Whole rows, at the preset's rate.
+  planned = math.ceil(
+    experiment.steps * Fraction(preset.time_steps or preset.steps, preset.steps)
+  )
+  planned += -planned % experiment.env.num_envs
+  experiment = experiment._replace(time_steps=planned)
   # What of the agent depends on the size of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
   lengths = {'total_updates': experiment.updates}
   if not dataset:
     lengths = {
       # The schedule of acting ends where acting does.
-      'total_updates': experiment.pace.updates(experiment.steps),
-      'total_decisions': experiment.steps,
+      'total_updates': experiment.pace.updates(planned),
+      'total_decisions': planned,
     }
   lengths |= {'streams': experiment.env.num_envs}
   known = {n: v for n, v in lengths.items() if n in fields}
@@ -200,6 +223,12 @@ def _complete_fresh(experiment: Experiment) -> Experiment:
     raise ValueError(
       f'hold_out={experiment.run.hold_out}: {experiment.agent_name} learns '
       'from fresh steps and not from windows; set it to 0'
+    )
+  if experiment.run.extra_updates:
+    raise ValueError(
+      f'extra_updates={experiment.run.extra_updates}: '
+      f'{experiment.agent_name} makes an update of each fresh step and has no '
+      'replay for more; set it to 0'
     )
   num, usual = experiment.env.num_envs, RunConfig()
   pace = {
@@ -524,6 +553,7 @@ def _make_part(
     total_updates=experiment.updates,
     beta=(run.replay_beta, 1.0),
     stopping=stopping,
+    rests=run.extra_updates > 0,
   )
   if hasattr(experiment.config, 'window'):
     return source

@@ -47,6 +47,7 @@ class Keeper:
 
   Attributes:
     decisions: taken so far; saved, so that a resumed run counts on.
+    budget: of the decisions; None where the run ends by its updates.
     phase: which one's carry is kept.
   """
 
@@ -70,7 +71,9 @@ class Keeper:
       self._best = checkpoint.best(workdir / 'best')
     self._facts: list[dict] = []
     self._most = experiment.run.keep_checkpoints + 1
-    self.decisions = 0.0
+    self.decisions, self.budget = 0.0, None
+    if experiment.ends_by_decisions:
+      self.budget = experiment.budget
     self._parts = parts
 
   def enter(self, phase: int, source) -> None:
@@ -87,6 +90,8 @@ class Keeper:
       'decisions': self.decisions,
       'parts': self._parts,
     }
+    if self.budget is not None:
+      extra['acted'] = self.budget.acted
     arrays = carry.source
     if self._source.save is not None:
       carry = carry._replace(step=np.asarray(step, np.int32))
@@ -136,6 +141,9 @@ class Keeper:
       carry, extra = restored
       assert extra.get('phase', 0) == self.phase, 'a carry of another phase'
       self.decisions = extra['decisions']
+      if self.budget is not None:
+        self.budget.taken = self.decisions
+        self.budget.acted = extra.get('acted')
       if source.load is None:
         return carry
       state, trouble = None, ''

@@ -103,7 +103,8 @@ PRESETS = {
     summary='the main job: EfficientZero on bsuite Catch in minutes on a CPU',
     agent='efficientzero',
     env='Catch-v0',
-    steps=8400,
+    steps=7584,
+    time_steps=8400,
     settings=(
       *_SMALL,
       *_SMALL_PROJECTOR,
@@ -122,7 +123,8 @@ PRESETS = {
     summary='MuZero with Reanalyze on bsuite Catch',
     agent='muzero',
     env='Catch-v0',
-    steps=8400,
+    steps=7584,
+    time_steps=8400,
     settings=(
       *_SMALL,
       *_SMALL_PROJECTOR,
@@ -177,7 +179,8 @@ PRESETS = {
     summary='Sampled MuZero swings a pendulum up, compiled into one program',
     agent='sampled_muzero',
     env='jax:pendulum',
-    steps=12_000,
+    steps=11_760,
+    time_steps=12_000,
     settings=(
       *_CONTROL,
       'env.options=action_repeat=4',
@@ -194,7 +197,8 @@ PRESETS = {
     summary='Sampled MuZero on the DeepMind Control cart-pole, from vectors',
     agent='sampled_muzero',
     env='CartpoleSwingup-v1',
-    steps=20_000,
+    steps=19_904,
+    time_steps=20_000,
     settings=(
       *_CONTROL,
       'env.options=action_repeat=8',
@@ -211,7 +215,8 @@ PRESETS = {
     summary='Sampled MuZero on the DeepMind Control ball in a cup',
     agent='sampled_muzero',
     env='BallInCupCatch-v1',
-    steps=20_000,
+    steps=19_904,
+    time_steps=20_000,
     settings=(
       *_CONTROL,
       'env.options=action_repeat=8',
@@ -228,7 +233,8 @@ PRESETS = {
     summary='Sampled MuZero over joint bins, enumerated in no search',
     agent='sampled_muzero',
     env='jax:point_mass',
-    steps=80_000,
+    steps=78_416,
+    time_steps=80_000,
     settings=(
       *_CONTROL,
       'env.options=dimensions=4',

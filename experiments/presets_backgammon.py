@@ -7,7 +7,8 @@ PRESETS = {
     summary='TD-Gammon: backgammon by self-play, 20 minutes on one CPU core',
     agent='td_gammon',
     env='self_play:backgammon',
-    steps=12_000_000,
+    steps=11_793_000,
+    time_steps=12_000_000,
     settings=(
       # One game at a time: its traces stay in the processor's cache, and each
       # turn is learned from before the next.

@@ -22,7 +22,8 @@ PRESETS = {
     summary='AlphaZero learns tic-tac-toe against itself, in a minute',
     agent='alphazero',
     env='self_play:tic_tac_toe',
-    steps=60_000,
+    steps=53_480,
+    time_steps=60_000,
     settings=(
       *_SELF_PLAY,
       *_SMALL,
@@ -44,7 +45,8 @@ PRESETS = {
     summary='Gumbel AlphaZero learns Connect Four against itself',
     agent='alphazero',
     env='self_play:connect_four',
-    steps=1_500_000,
+    steps=1_432_500,
+    time_steps=1_500_000,
     settings=(
       *_SELF_PLAY,
       # Without them it is soon sure of a few games and forgets all others.
@@ -72,7 +74,8 @@ PRESETS = {
     summary='Sampled AlphaZero on Othello, 65 actions, K of them at a node',
     agent='alphazero',
     env='self_play:othello',
-    steps=1_000_000,
+    steps=982_200,
+    time_steps=1_000_000,
     settings=(
       *_SELF_PLAY,
       'env.options=opening_plies=8',

@@ -115,7 +115,8 @@ PRESETS = {
     summary='SAC swings up the pendulum of Gymnasium',
     agent='sac',
     env='Pendulum-v1',
-    steps=12_000,
+    steps=11_952,
+    time_steps=12_000,
     settings=(
       *_SMALL,
       'env.num_envs=4',

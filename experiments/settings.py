@@ -49,8 +49,9 @@ class RunConfig:
     replay_alpha: exponent of the priorities; 0 samples uniformly.
     replay_beta: exponent of the importance weights at first; it rises to 1.
     compress_replay: keep frames compressed (lossless) in host memory.
-    warmup_decisions: decisions before the first update.
-    decisions_per_update: decisions taken for each update.
+    warmup_decisions: time steps before the first update; a time step is a
+      decision, or the end of an episode.
+    decisions_per_update: time steps taken for each update.
     extra_updates: updates after the last decision.
     acting: `asynchronous` acts beside learning, `synchronous` in step with it
       and is bitwise reproducible; environments in JAX are always so.
@@ -167,6 +168,9 @@ class Preset(NamedTuple):
     agent: a module of `agents/`.
     env: a name for `experiments.envs.make`; '' where it is the data set's.
     steps: decisions; updates on a data set.
+    time_steps: in which its run took so many decisions, one more an episode;
+      schedules are planned by their ratio. 0 where it was not measured: as if
+      no episode ended.
     settings: `field=value`, in the words of `--set`.
     source: where the numbers come from.
   """
@@ -177,3 +181,4 @@ class Preset(NamedTuple):
   steps: int
   settings: tuple[str, ...]
   source: str
+  time_steps: int = 0

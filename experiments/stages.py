@@ -14,7 +14,8 @@ class Stage(NamedTuple):
     name: the phase's.
     agent: its agent.
     source: its source.
-    end: the number of updates at which it ends, counted from the run's begin.
+    end: the number of updates at which it ends, counted from the run's begin;
+      None where it ends by its decisions.
     transfer: see `Phase`.
     update: compiled over the devices; None where the loop compiles.
     interval: compiled over the devices, of a pure source; None likewise.
@@ -24,7 +25,7 @@ class Stage(NamedTuple):
   name: str
   agent: Any
   source: Any
-  end: int
+  end: int | None
   transfer: Callable | None = None
   update: Callable | None = None
   interval: Callable | None = None
@@ -73,7 +74,7 @@ def make(
   )
   agent = build.make_agent(experiment, env.spec)
   source = build.make_source(experiment, env, agent, layout, stopping)
-  stage = Stage('train', agent, source, experiment.updates)
+  stage = Stage('train', agent, source, None)
   stage = _over_devices(experiment, stage, env.spec, layout.mesh, 0)
   return Trainer((stage,), env.spec, layout)
 

@@ -65,7 +65,7 @@ def _catch(seeds: int) -> Study:
 def _ablation(seeds: int) -> Study:
   """EfficientZero on Catch, one ingredient less each, and MuZero."""
   shared = (
-    '--steps=6400',
+    '--steps=5776',
     '--set=acting=synchronous',
     '--set=evaluate_every=100',
     '--set=evaluate_episodes=64',
@@ -91,7 +91,7 @@ def _ablation(seeds: int) -> Study:
 def _catch_search(seeds: int) -> Study:
   """The same network with and without search, all through training."""
   arguments = (
-    '--steps=5200',
+    '--steps=4688',
     '--set=acting=synchronous',
     '--set=evaluate_every=100',
     '--set=evaluate_episodes=64',
@@ -107,7 +107,6 @@ def _atari(seeds: int) -> Study:
   """The paper's network and protocol, a few hundred smaller updates."""
   shared = (
     '--preset=efficientzero_atari',
-    '--steps=1200',
     '--set=env.num_envs=4',
     '--set=warmup_decisions=400',
     '--set=decisions_per_update=4',
@@ -124,11 +123,12 @@ def _atari(seeds: int) -> Study:
     '--set=env.options=max_episode_steps=3000',
     '--set=final_episodes=0',
   )
-  games = ('PongNoFrameskip-v4', 'BreakoutNoFrameskip-v4')
+  # Decisions in 200 updates, whose 1,200 time steps hold lost lives, too.
+  games = {'PongNoFrameskip-v4': 1196, 'BreakoutNoFrameskip-v4': 1163}
   runs = [
-    Run(game, seed, (*shared, f'--env={game}'))
+    Run(game, seed, (*shared, f'--env={game}', f'--steps={steps}'))
     for seed in range(seeds)
-    for game in games
+    for game, steps in games.items()
   ]
   losses = ('policy', 'value', 'reward', 'consistency')
   columns = [f'{when}loss_{x}' for when in ('', 'held_') for x in losses]
@@ -160,7 +160,7 @@ def _samples(seeds: int) -> Study:
   """How many of 51 torques need be sampled; all of them at the end."""
   shared = (
     '--preset=sampled_muzero_pendulum',
-    '--steps=10000',
+    '--steps=9792',
     '--set=env.action_bins=51',
     '--set=policy=flat',
     '--set=final_episodes=100',
@@ -188,7 +188,7 @@ def _sac(seeds: int) -> Study:
     '--set=evaluate_episodes=20',
   )
   control = (
-    '--steps=20000',
+    '--steps=19852',
     '--set=env.options=action_repeat=8',
     '--set=gamma=0.98',
     '--set=replay_capacity=20000',
@@ -197,6 +197,7 @@ def _sac(seeds: int) -> Study:
   tasks = {
     'pendulum': (
       '--env=jax:pendulum',
+      '--steps=11764',
       '--set=env.options=action_repeat=4',
       '--set=gamma=0.97',
     ),
@@ -252,7 +253,7 @@ def _connect_four(seeds: int) -> Study:
 
 def _othello(seeds: int) -> Study:
   """Sampled AlphaZero by K at equal simulations (Hubert 2021, on Go)."""
-  shared = ('--preset=alphazero_othello', '--steps=300000')
+  shared = ('--preset=alphazero_othello', '--steps=294650')
   runs = [
     Run(f'k{k}', seed, (*shared, f'--set=num_samples={k}'))
     for seed in range(seeds)

@@ -202,13 +202,15 @@ class Job(NamedTuple):
     row: which.
     folder: its own, absolute.
     arguments: of `experiments.train`.
-    updates: after which it is complete.
+    updates: after which it is complete; planned where it acts.
+    budget: of its decisions; None where it learns from data.
   """
 
   row: Row
   folder: pathlib.Path
   arguments: tuple[str, ...]
   updates: int
+  budget: Any = None
 
 
 # What a row leaves that the sweep reads.
@@ -222,7 +224,9 @@ def jobs(plan: Plan, rows: Sequence[Row], workdir: pathlib.Path) -> list[Job]:
     folder = (workdir / 'rows' / f's{row.setting:03}_seed{row.seed}').resolve()
     own = _closing(plan, row)
     arguments = (*own.arguments(row), f'--workdir={folder}')
-    made.append(Job(row, folder, arguments, own.describe(row).updates))
+    experiment = own.describe(row)
+    budget = experiment.budget if experiment.ends_by_decisions else None
+    made.append(Job(row, folder, arguments, experiment.updates, budget))
   return made
 
 
@@ -242,7 +246,11 @@ def has_ended(job: Job) -> bool:
 def _is_complete(job: Job) -> bool:
   """Whether it was not merely asked to stop: then it ends well, too."""
   curve = sweep_results.read_curve(job.folder / 'metrics.csv')
-  return (curve[-1]['step'] if curve else 0) >= job.updates
+  if job.budget is None:
+    return (curve[-1]['step'] if curve else 0) >= job.updates
+  return job.budget.is_spent(
+    [(int(row['step']), row['decisions']) for row in curve]
+  )
 
 
 def _finish(job: Job, seconds: float) -> None:

@@ -11,6 +11,7 @@ Axes: `R` rows, `F` traced fields, `E` episodes.
 
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ class Functions(NamedTuple):
   """A phase of one row, or of all of them, as functions that may be traced.
 
   Attributes:
-    end: number of updates at which the phase ends.
+    end: number of updates at which the phase ends; planned where it ends by
+      its decisions.
     init: `(values [F], seed, shared) -> carry`; `shared` is what `load` gave.
     enter: `(values, carry, shared) -> carry`, from that of the phase before,
       without its source; None in the first.
@@ -53,6 +55,8 @@ class Functions(NamedTuple):
       `compiled`, on all devices. `init` and `enter` then donate it: the carry
       holds it from there on.
     axes: of the carry, see `Source.axes`.
+    rest: `(carry) -> carry` that takes no more rows, of one row or of all;
+      None where no updates follow the last decision.
   """
 
   end: int
@@ -63,6 +67,7 @@ class Functions(NamedTuple):
   act: Callable[..., Any] | None
   load: Callable[[], Any]
   axes: Any
+  rest: Callable[[Any], Any] | None = None
 
 
 def row_functions(
@@ -107,6 +112,8 @@ def row_functions(
       run = loop.compile_interval(agent, source)
       return run(carry, jax.random.key(seed), num_steps)
 
+    rest = made(_values(experiment, paths), number)[1].rest
+
     return Functions(
       ends[number],
       init,
@@ -115,6 +122,7 @@ def row_functions(
       *_players(experiment, paths, made, number),
       load,
       loop.Carry(0, axes[number], None),
+      rest and (lambda carry: carry._replace(source=rest(carry.source))),
     )
 
   return tuple(functions(number) for number in range(len(ends)))
@@ -345,7 +353,9 @@ def run(
   """Trains all rows, from the folder's checkpoint if there is one.
 
   It halts where `experiments.train` would, to log and to evaluate, and at the
-  end, where it always evaluates.
+  end, where it always evaluates. Rows share their updates: where they end by
+  decisions, all go on until the row with the fewest has taken them; `decisions`
+  tells how many each one took.
 
   Args:
     program: what.
@@ -364,7 +374,8 @@ def run(
   from experiments.runtime import checkpoint, loop
 
   experiment, count = program.experiment, len(program.seeds)
-  settings, updates = experiment.run, experiment.updates
+  settings = experiment.run
+  budget = experiment.budget if experiment.ends_by_decisions else None
   # Rows are repeated to fill the devices.
   spread = np.arange(-(-count // mesh.size) * mesh.size) % count
   values = np.asarray(program.values, np.float32).reshape(count, -1)[spread]
@@ -382,33 +393,55 @@ def run(
       0,
     )
     done = points[-1].step if points else 0
+    if budget is not None:
+      budget.acted = _acted(keeper)
+    pieces: list[loop.Piece] = []
+
+    def end():
+      if budget is None:
+        return phases[-1].end
+      taken = [points[-1].metrics['decisions']] if points else []
+      taken += [piece.counts['decisions'][:count] for piece in pieces]
+      budget.taken = float(np.min(np.sum(taken, axis=0)))
+      return budget.stop(done)
+
     saved = time.monotonic()
-    while done < updates:
-      if done == phases[number].end:
+    while done < (limit := end()):
+      if budget is None and done == phases[number].end:
         shared = _shared_part(phases[number].axes.source, carry.source)
         number += 1
         enter = phases[number].enter
         assert enter is not None
         carry = enter(values, carry._replace(source=None), shared)
       phase = phases[number]
-      due = intervals.next_stop(done, phase.end) - done
+      is_over = budget is not None and budget.acted is not None
+      if is_over and phase.rest is not None:
+        carry = phase.rest(carry)
+      halt = intervals.next_stop(done, sys.maxsize)
+      due = min(halt, limit if budget else phase.end) - done
       carry, *measured = phase.interval(values, carry, seeds, np.int32(due))
       done += due
       means, counts = jax.device_get(measured)
-      metrics = _measured(means, counts, count)
+      pieces.append(loop.Piece(means, counts, 0.0, due))
+      if budget is not None and done < halt and done < end():
+        continue
+      whole, pieces = loop.joined(pieces), []
+      metrics = _measured(whole.means, whole.counts, count)
       is_due = settings.evaluate_every and done % settings.evaluate_every == 0
-      if is_due or done == updates:
+      _add_up(metrics, points, 'decisions')
+      points.append(Point(done, metrics))
+      ended = done == end()
+      if is_due or ended:
         metrics |= _evaluated(
           experiment, phase, values, carry.agent.params, seeds, done, metrics
         )
-      _add_up(metrics, points, 'decisions')
-      points.append(Point(done, metrics))
       report(done, _means(metrics))
       late = time.monotonic() - saved >= checkpoint_seconds
-      if done < updates and (late or stopping()):
-        _save(keeper, phase.axes, carry, points, count, number)
+      if not ended and (late or stopping()):
+        acted = budget and budget.acted
+        _save(keeper, phase.axes, carry, points, count, number, acted)
         saved = time.monotonic()
-      if done < updates and stopping():
+      if not ended and stopping():
         return None
   finally:
     keeper.close()
@@ -567,7 +600,13 @@ def _take(carry, index):
   return carry._replace(agent=rows[0], source=rows[1])
 
 
-def _save(keeper, axes, carry, points, count, number) -> None:
+def _acted(keeper) -> int | None:
+  """The updates after which acting was over when it was saved, if it was."""
+  found = keeper.peek()
+  return None if found is None else found[1].get('acted')
+
+
+def _save(keeper, axes, carry, points, count, number, acted) -> None:
   import jax
   import numpy as np
 
@@ -581,7 +620,12 @@ def _save(keeper, axes, carry, points, count, number) -> None:
   keeper.save(
     points[-1].step,
     {'carry': carry, 'history': np.asarray(history, np.float64)},
-    {'steps': [p.step for p in points], 'names': names, 'phase': number},
+    {
+      'steps': [p.step for p in points],
+      'names': names,
+      'phase': number,
+      'acted': acted,
+    },
   )
 
 

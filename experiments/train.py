@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -220,9 +221,11 @@ def _announce(experiment, trainer, workdir) -> None:
   deal = f'{layout.mesh.size} learn'
   if layout.acting:
     deal += f', {len(layout.acting) * processes} act'
-  length = f'{experiment.steps:,} decisions, {experiment.updates:,} updates'
+  length = (
+    f'{experiment.steps:,} decisions, about {experiment.updates:,} updates'
+  )
   shares = ' of environments and replay'
-  first = f'{experiment.run.warmup_decisions:,} decisions before the first'
+  first = f'{experiment.run.warmup_decisions:,} time steps before the first'
   first = f'compiling, then {first} update: the first numbers take a while'
   where = experiment.env_name or 'no environment: nothing is played'
   seen = f'{where}: {seen}, {spec.action}'
@@ -231,7 +234,7 @@ def _announce(experiment, trainer, workdir) -> None:
   elif experiment.dataset:
     terminal.say(offline.told(offline.opened(experiment.dataset)))
   if experiment.dataset:
-    parts = [f'{s.name} to {s.end:,}' for s in trainer.stages]
+    parts = [f'{s.name} to {s.end or 0:,}' for s in trainer.stages]
     length = f'{experiment.updates:,} updates ({", ".join(parts)})'
     shares, first = '', 'compiling: the first numbers take a while'
   terminal.say(
@@ -291,18 +294,17 @@ def run(
     trained = _train(experiment, workdir, profile, tensorboard, wandb, asked)
   players = None
   agent = trained.trainer.stages[-1].agent
-  ended = trained.end == experiment.updates
   plays = experiment.run.final_episodes and experiment.env_name
-  if ended and (plays or experiment.is_text):
+  if trained.ended and (plays or experiment.is_text):
     # Reading is done together, too; playing is not.
     names = [n for n in ('early', 'final') if (workdir / n).is_dir()]
     players = play.load_params(str(workdir), agent, names)
   distributed.shutdown()
   if not distributed.is_main():
     return
-  if trained.end < experiment.updates:
+  if not trained.ended:
     print(
-      f'stopped at update {trained.end:,} of {experiment.updates:,}; the same '
+      f'stopped at update {trained.end:,} of {_planned(experiment)}; the same '
       'command goes on from here'
     )
     return
@@ -330,11 +332,17 @@ def _decisive(about, device, profile, workdir) -> dict[str, Any]:
 
 
 class _Trained(NamedTuple):
-  """What has been trained from one update to another."""
+  """What has been trained from one update to another, and if that is all."""
 
   trainer: stages.Trainer
   begin: int
   end: int
+  ended: bool
+
+
+def _planned(experiment: build.Experiment) -> str:
+  about = 'about ' if experiment.ends_by_decisions else ''
+  return f'{about}{experiment.updates:,}'
 
 
 def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
@@ -383,9 +391,10 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
   if carry is not fresh and stage.source.close is not None:
     stage.source.close(fresh.source)
   del fresh  # or its state would stay beside the restored one
-  begin, updates = int(carry.step), experiment.updates
+  begin = int(carry.step)
   if begin and is_main:
-    print(f'resumed at update {begin:,} of {updates:,}', flush=True)
+    words = f'resumed at update {begin:,} of {_planned(experiment)}'
+    print(words, flush=True)
 
   writer = _writer(experiment, workdir, begin, tensorboard, wandb)
   watcher = assess.Watcher(experiment, trainer, keeper, writer, begin, key)
@@ -421,13 +430,14 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
         key=key,
         update=stage.update,
         interval=stage.interval,
+        budget=keeper.budget,
       )
       if profile and begin <= int(carry.step) < begin + profile:
-        end = min(begin + profile, stage.end)
+        end = min(begin + profile, stage.end or sys.maxsize)
         folder = workdir / 'profile' if is_main else None
         carry = _profiled(run, carry, end, folder, intervals, hooks)
       carry = run(carry, steps=stage.end, intervals=intervals, hooks=hooks)
-      if int(carry.step) < stage.end:
+      if stage.end is not None and int(carry.step) < stage.end:
         break
   finally:
     if stage.source.close is not None:
@@ -435,7 +445,10 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
     writer.close()
     keeper.close()
   end, seconds = int(carry.step), time.perf_counter() - start
-  if watcher.held_out is not None and end == updates:
+  ended = end == experiment.updates
+  if keeper.budget is not None:
+    ended = keeper.budget.stop(end) == end
+  if watcher.held_out is not None and ended:
     watcher.held_out.compare(carry.agent, workdir / 'held_out.csv', is_main)
   if is_main:
     peaks = watch.peak_memory().items()
@@ -443,7 +456,7 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
     # Every process has waited for its own actors.
     share = watcher.waited / distributed.process()[1] / max(seconds, 1e-9)
     print(f'waited for experience: {share:.1%} of the time; memory: {used}')
-  return _Trained(trainer, begin, end)
+  return _Trained(trainer, begin, end, ended)
 
 
 def _writer(

@@ -4,6 +4,7 @@ import functools
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from experiments.envs.catch import make_catch
 from experiments.envs.envpool import make_envpool
 from experiments.runtime import checkpoint, host, loop, sources
 from experiments.runtime import replay as host_replay
+from experiments.runtime.budget import Budget
 from experiments.runtime.loop import Carry, Hooks, Intervals
 from experiments.runtime.sources import Measures, Pace, Source
 from networks.muzero import NetworkConfig
@@ -258,14 +260,18 @@ def test_pace_is_exact_for_long_runs():
   assert jax.jit(pace.rows_until)(jnp.int32(step)) == want
 
 
-def test_pace_ends_with_its_decisions():
-  pace = Pace(4, 8, Fraction(2), max_decisions=22)
-  rows = [pace.rows_due(step) for step in range(20)]
-  assert rows[0] == 2
-  assert sum(rows) == 6
-  assert rows[10:] == [0] * 10
-  traced = jax.jit(jax.vmap(pace.rows_due))(jnp.arange(20))
-  np.testing.assert_array_equal(traced, rows)
+@pytest.mark.parametrize('per_update', ['2', '1/2', '3', '4', '13/2', '8'])
+def test_pace_reaches_no_further_than_its_decisions(per_update):
+  pace = Pace(4, 10, Fraction(per_update))
+  rows = [pace.rows_until(step) for step in range(200)]
+  for step in range(20):
+    taken = rows[step - 1] if step else 0
+    # No row more; then as many as hold the decisions, one at the least.
+    for left in (-3, 0, 1, 4, 7, 8, 40):
+      allowed = taken + (max(left // 4, 1) if left > 0 else 0)
+      want = next(k for k, n in enumerate(rows) if n > allowed)
+      want = max(want, step + (left > 0))
+      assert pace.reach(step, left) == want, (step, left)
 
 
 def test_pace_counts_updates():
@@ -589,3 +595,101 @@ def test_rows_of_experience_fit_the_example(simulated, key):
   describe = lambda x: (x.shape, np.dtype(x.dtype))
   assert jax.tree.map(describe, row) == jax.tree.map(describe, inner.example())
   inner.close(state)
+
+
+# The run's seed.
+
+
+def test_every_step_draws_from_the_key_of_the_run():
+  def noise(seed):
+    carry = run_audited(audit_source(), jax.random.key(seed), Intervals(log=5))
+    return np.asarray(carry.agent.noise)
+
+  first, other = noise(0), noise(1)
+  np.testing.assert_array_equal(first, noise(0))
+  assert len(set(first)) == STEPS
+  assert not set(first) & set(other)
+
+
+def test_agent_and_source_begin_from_the_key_of_the_run():
+  draw = lambda key: jax.random.uniform(key)
+  agent = audit_agent()._replace(init=draw)
+  source = audit_source()._replace(init=draw)
+  begin = lambda seed: loop.init(agent, source, jax.random.key(seed))
+  seen = [float(x) for s in range(3) for x in begin(s)[:2]]
+  assert len(set(seen)) == 6
+  assert [float(x) for x in begin(0)[:2]] == seen[:2]
+
+
+# The end of a run by its decisions.
+
+
+def run_by_decisions(
+  most, *, length=3, extra=0, every=4, log_every=10, host=False, upto=None
+):
+  """Rows of metrics, and the budget, of counting environments."""
+  agent = counting_agent()
+  pace = Pace(2, 8, Fraction(1, 2), max_decisions=most)
+  inner = sources.from_env(counting_env(length), agent, num_envs=2)
+  kept = replay.device_replay(capacity=400, batch_size=2, window=2)
+  source = sources.replayed(
+    inner, kept, pace, total_updates=10, rests=extra > 0
+  )
+  if host:  # the same rows, step by step
+    source = source._replace(is_pure=False, next=jax.jit(source.next))
+  budget, rows, key = Budget(pace, extra), [], jax.random.key(0)
+  carry = loop.init(agent, source, key)
+  log = lambda step, row: rows.append((step, row))
+  run = lambda carry, steps: loop.run(
+    agent, source, carry, key=key, steps=steps, budget=budget,
+    intervals=Intervals(log=log_every), hooks=Hooks(log=log),
+  )  # fmt: skip
+  if upto is not None:
+    carry = run(carry, upto)
+    taken, acted = budget.taken, budget.acted
+    budget = Budget(pace, extra)  # as after a resume
+    budget.taken, budget.acted = taken, acted
+  return run(carry, None), rows, budget
+
+
+@pytest.mark.parametrize('host', [False, True])
+@pytest.mark.parametrize('length', [1, 3, 100])
+def test_a_run_takes_the_decisions_that_were_asked_for(length, host):
+  carry, rows, budget = run_by_decisions(40, length=length, host=host)
+  # 2 environments: 40 decisions are 20 rows without those of episodes' ends.
+  ends = (20 - 1) // length
+  taken = 20 + ends
+  assert budget.taken == 40
+  # 4 rows before the first update, and one in 4 updates from there on.
+  assert int(carry.step) == 4 * (taken - 4) + 4
+  assert sum(row['decisions'] for _, row in rows) == 40
+
+
+@pytest.mark.parametrize('log_every', [1, 7, 1000])
+@pytest.mark.parametrize('extra', [0, 5])
+def test_the_end_depends_on_no_interval_and_no_resume(extra, log_every):
+  whole, _, _ = run_by_decisions(40, extra=extra)
+  other, rows, budget = run_by_decisions(40, extra=extra, log_every=log_every)
+  chex.assert_trees_all_equal(whole, other)
+  steps = [step for step, _ in rows]
+  assert steps == sorted(set(steps))
+  regular = [s for s in steps if s % log_every]
+  assert set(regular) <= {int(whole.step) - extra, int(whole.step)}
+  found, total = [], 0.0
+  for step, row in rows:
+    total += row.get('decisions', 0.0)
+    found.append((step, total))
+  assert Budget(Pace(2, 8, Fraction(1, 2), 40), extra).is_spent(found)
+  assert not Budget(Pace(2, 8, Fraction(1, 2), 40), extra).is_spent(found[:-1])
+  for upto in (3, 88, int(whole.step) - 2):
+    resumed, _, _ = run_by_decisions(40, extra=extra, upto=upto)
+    chex.assert_trees_all_equal(whole, resumed)
+  assert budget.taken == 40
+
+
+def test_updates_after_the_last_decision_take_no_row():
+  carry, rows, budget = run_by_decisions(40, extra=30, log_every=1)
+  assert budget.acted == int(carry.step) - 30
+  late = [row for step, row in rows if step > budget.acted]
+  assert len(late) == 30
+  assert sum(row['decisions'] for row in late) == 0

@@ -112,7 +112,8 @@ def alone(experiment):
 def test_a_row_is_the_run_of_the_same_seed_alone(plan, points):
   curve = alone(plan.describe(Row(1, 3)))
   assert [p.step for p in points] == [step for step, _ in curve]
-  assert [p.step for p in points] == [5, 10, 12]
+  assert [p.step for p in points] == [5, 10, 15, 16]
+  assert points[-1].metrics['decisions'].tolist() == [112] * 3
   decisions = 0
   for point, (step, want) in zip(points, curve):
     got = {name: x[1] for name, x in point.metrics.items()}
@@ -120,7 +121,7 @@ def test_a_row_is_the_run_of_the_same_seed_alone(plan, points):
     want.pop('updates_per_second')
     decisions += want.pop('decisions')
     assert got.pop('decisions') == decisions
-    if step == 12:  # a run alone does not evaluate at its end
+    if step == 16:  # a run alone does not evaluate at its end
       assert np.isfinite(got['eval_return'])
       want |= {n: got[n] for n in got if n.startswith('eval')}
     got = {n: x for n, x in got.items() if n in want or np.isfinite(x)}

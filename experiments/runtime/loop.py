@@ -7,8 +7,9 @@ the same step runs there, with `agent.update` compiled and its state donated.
 """
 
 import functools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -18,6 +19,7 @@ import numpy as np
 
 from agents.core.types import Agent
 from experiments.files.errors import UserError
+from experiments.runtime.budget import Budget
 from experiments.runtime.sources import Source, Stopped
 
 
@@ -247,6 +249,41 @@ def _check_params(step: int, params: Any) -> None:
     )
 
 
+class Piece(NamedTuple):
+  """What was measured in some updates that follow each other.
+
+  Attributes:
+    means: dict of scalars, or of arrays with a row for each run.
+    counts: likewise; they add up.
+    seconds: of wall time.
+    updates: how many.
+  """
+
+  means: dict[str, Any]
+  counts: dict[str, Any]
+  seconds: float
+  updates: int
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+  """Pieces as one: means over all updates, sums of all counts.
+
+  A mean that some pieces do not have is that of the others.
+  """
+  if len(pieces) == 1:
+    return pieces[0]
+  means, counts = {}, {}
+  for name in dict.fromkeys(n for piece in pieces for n in piece.means):
+    known = [piece for piece in pieces if name in piece.means]
+    values = np.asarray([piece.means[name] for piece in known])
+    weights = [piece.updates for piece in known]
+    means[name] = np.average(values, axis=0, weights=weights)
+  for name in dict.fromkeys(n for piece in pieces for n in piece.counts):
+    counts[name] = sum(piece.counts.get(name, 0.0) for piece in pieces)
+  seconds = sum(piece.seconds for piece in pieces)
+  return Piece(means, counts, seconds, sum(p.updates for p in pieces))
+
+
 def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
   metrics = {name: float(x) for name, x in means.items()}
   counts = {name: float(x) for name, x in counts.items()}
@@ -295,25 +332,27 @@ def run(
   carry: Carry,
   *,
   key: chex.PRNGKey,
-  steps: int,
+  steps: int | None,
   intervals: Intervals,
   hooks: Hooks = _NO_HOOKS,
   update: Callable | None = None,
   interval: Callable | None = None,
+  budget: Budget | None = None,
 ) -> Carry:
-  """Runs updates until the carry's step is `steps`.
+  """Runs updates until the carry's step is `steps`, or the budget is spent.
 
   Args:
     agent: the agent.
     source: where its batches come from.
     carry: where to begin; its agent state is donated.
     key: the run's key.
-    steps: updates of the whole run.
+    steps: updates of the whole run; None where the budget ends it.
     intervals: how often what happens.
     hooks: what happens.
     update: a compiled update (from `runtime.mesh`); None compiles one.
     interval: a compiled interval of a pure source (from `runtime.mesh`); None
       compiles one.
+    budget: ends the run by its decisions; those that are taken are added.
 
   Returns:
     The last carry.
@@ -336,9 +375,19 @@ def run(
   # Where nothing is done there is nothing to save.
   done = saved = int(carry.step)
   stop = hooks.stopping or (lambda step: False)
-  while done < steps and not stop(done):
+  # Of an interval that the budget divides; it is logged as one.
+  pieces: list[Piece] = []
+
+  def end() -> int:
+    limits = [] if steps is None else [steps]
+    return min(limits + ([] if budget is None else [budget.stop(done)]))
+
+  while done < (limit := end()) and not stop(done):
     start = time.perf_counter()
-    due = intervals.next_stop(done, steps) - done
+    if budget is not None and budget.acted is not None and source.rest:
+      carry = carry._replace(source=source.rest(carry.source))
+    halt = intervals.next_stop(done, sys.maxsize)
+    due = min(halt, limit) - done
     if compiled is not None:
       carry, means, counts, *watch = compiled(carry, key, due)
       means, counts, watch = jax.device_get((means, counts, watch))
@@ -357,7 +406,15 @@ def run(
     done = int(carry.step)
     _check_numbers(done, means | counts)
     _check_params(done, carry.agent.params)
-    metrics = _summary(means, counts, seconds, due)
+    pieces.append(Piece(means, counts, seconds, due))
+    if budget is not None:
+      was_acting = budget.acted is None
+      budget.taken += float(counts.get('decisions', 0.0))
+      # A row tells where acting ended, too.
+      goes_on = end() > done and (budget.acted is None) == was_acting
+      if goes_on and done < halt:
+        continue
+    metrics, pieces = _summary(*joined(pieces)), []
     if intervals.evaluate and done % intervals.evaluate == 0 and hooks.evaluate:
       metrics |= hooks.evaluate(done, carry.agent)
     if hooks.log is not None:
@@ -365,6 +422,8 @@ def run(
     if intervals.checkpoint and done % intervals.checkpoint == 0:
       carry = _save(source, carry, hooks)
       saved = done
+  if pieces and hooks.log is not None:  # left within an interval
+    hooks.log(done, _summary(*joined(pieces)))
   if hooks.save is not None and saved != done:
     carry = _save(source, carry, hooks)
   return carry

@@ -227,6 +227,13 @@ def hosted(
       if part.close is not None:
         part.close(old)
 
+  def rest(state: State):
+    states = [
+      old if part.rest is None else part.rest(old)
+      for part, old in zip(parts, state.parts)
+    ]
+    return State(states, state.drawn)
+
   return Source(
     init,
     next_,
@@ -239,6 +246,7 @@ def hosted(
     template=dict,
     prune=prune,
     close=close,
+    rest=rest if parts[0].rest is not None else None,
   )
 
 
@@ -405,4 +413,6 @@ def stacked(part: Source, number: int, mesh: Mesh) -> Source:
     sample, priorities = jax.tree.map(apart, (batch.sample, info.priorities))
     return everywhere(some, rows, rows, rows)(state, sample, priorities)
 
-  return Source(init, next_, feedback, lambda: None, is_pure=True)
+  return Source(
+    init, next_, feedback, lambda: None, is_pure=True, rest=part.rest
+  )

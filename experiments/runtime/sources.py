@@ -63,6 +63,9 @@ class Source(NamedTuple):
       program: 0, or None for what they share, the rows of a data set.
     fill: `(rows) -> source_state`, a fresh state around rows that are shared;
       None for a source that shares nothing.
+    rest: `(source_state) -> source_state` that takes no more rows from the
+      environments; of a loaded state, too. None where no updates follow the
+      last row.
   """
 
   init: Callable[[chex.PRNGKey], Any]
@@ -78,6 +81,7 @@ class Source(NamedTuple):
   close: Callable[[Any], None] | None = None
   axes: Any = 0
   fill: Callable[[Any], Any] | None = None
+  rest: Callable[[Any], Any] | None = None
 
 
 def no_feedback(source_state, batch, info):
@@ -178,20 +182,40 @@ def _mean_age(batch: Trajectory) -> chex.Array:
 
 
 class Replayed(NamedTuple):
-  """State of `replayed`."""
+  """State of `replayed`.
+
+  Attributes:
+    inner: of the inner source.
+    replay: the rows.
+    rests: bool scalar, whether no more rows are taken; None where that is
+      never so.
+  """
 
   inner: Any
   replay: Any
+  rests: Any = None
 
 
 class Pace(NamedTuple):
-  """How many rows are taken from the environments before which update.
+  """When rows are taken from the environments, and how many decisions in all.
+
+  Two things are counted. A *row* is one time step of every environment. A
+  *decision* is an action that an environment acted upon. They differ: an
+  episode of `T` decisions has `T + 1` time steps, and what is chosen at the
+  last one is ignored.
+
+  Updates are paced by rows, so that it is known beforehand, and in a compiled
+  program, before which update how many are taken. The end of a run is counted
+  in decisions: once `max_decisions` were taken no row is added, and the
+  updates that the rows so far are due are still made. How many updates that
+  makes depends on how long episodes are, and is known at the end only
+  (`runtime.budget`); schedules go by a number that is planned (`updates`).
 
   Attributes:
-    num_envs: decisions a row.
-    warmup_decisions: decisions before the first update.
-    decisions_per_update: decisions an update afterwards, an exact fraction.
-    max_decisions: no more than these; None for no bound.
+    num_envs: time steps a row.
+    warmup_decisions: time steps before the first update.
+    decisions_per_update: time steps an update afterwards, an exact fraction.
+    max_decisions: decisions of the whole run; None for no bound.
   """
 
   num_envs: int
@@ -207,13 +231,7 @@ class Pace(NamedTuple):
     # result and the square of the denominator.
     whole, part = divmod(ratio.numerator, ratio.denominator)
     turns, rest = step // ratio.denominator, step % ratio.denominator
-    rows = rows + step * whole + turns * part + rest * part // ratio.denominator
-    if self.max_decisions is None:
-      return rows
-    most = -(-self.max_decisions // self.num_envs)
-    return (
-      jnp.minimum(rows, most) if hasattr(rows, 'dtype') else min(rows, most)
-    )
+    return rows + step * whole + turns * part + rest * part // ratio.denominator
 
   def rows_due(self, step):
     """Rows to take just before update number `step`."""
@@ -222,10 +240,31 @@ class Pace(NamedTuple):
       return self.rows_until(step) - jnp.where(step > 0, before, 0)
     return self.rows_until(step) - (before if step > 0 else 0)
 
-  def updates(self, decisions: int) -> int:
-    """Updates after which that many decisions have been taken, at least 1."""
-    left = max(decisions - self.warmup_decisions, 0)
+  def updates(self, time_steps: int) -> int:
+    """Updates that so many time steps are due, at least 1."""
+    left = max(time_steps - self.warmup_decisions, 0)
     return max(int(left / self.decisions_per_update), 1)
+
+  def reach(self, step: int, decisions: int) -> int:
+    """The update up to which a run may go before it counts its decisions.
+
+    Args:
+      step: updates made.
+      decisions: that are left to take; 0 or less if none are.
+
+    Returns:
+      The largest number of updates whose rows cannot hold more than these
+      decisions. If decisions are left it is above `step`: a row is taken as a
+      whole, and so are all the rows before one update.
+    """
+    rows = self.rows_until(step - 1) if step else 0
+    if decisions > 0:
+      rows += max(decisions // self.num_envs, 1)
+    # rows_until(k) = warm + floor(k * ratio): the first k above `rows`.
+    ratio = self.decisions_per_update / self.num_envs
+    above = rows + 1 - self.rows_until(0)
+    first = max(-(-above // ratio), 0)
+    return max(int(first), step + (decisions > 0))
 
 
 def replayed(
@@ -236,6 +275,7 @@ def replayed(
   total_updates: int,
   beta: tuple[float, float] = (0.4, 1.0),
   stopping: Callable[[], bool] = lambda: False,
+  rests: bool = False,
 ) -> Source:
   """Keeps an inner source's rows and hands out sampled windows.
 
@@ -247,6 +287,7 @@ def replayed(
     beta: exponent of the importance weights at the start and at the end.
     stopping: asked on the host at every row before the first update, of which
       there may be many; True raises `Stopped`.
+    rests: whether updates follow the last row; the source then has `rest`.
 
   Returns:
     A source of `Trajectory`s, pure if both parts are.
@@ -268,7 +309,16 @@ def replayed(
           f'warmup_decisions={pace.warmup_decisions}: must be at least {need}, '
           'one window of each environment'
         )
-    return Replayed(inner.init(key), kept)
+    return Replayed(inner.init(key), kept, no_rest())
+
+  def no_rest():
+    if not rests:
+      return None
+    return jnp.zeros((), jnp.bool_) if is_pure else False
+
+  def rest(state: Replayed):
+    # Of several parts, too, whose states are stacked.
+    return state._replace(rests=state.rests | True)
 
   def sampled(state: Replayed, step, key):
     exponent = beta[0] + (beta[1] - beta[0]) * step / max(total_updates, 1)
@@ -289,10 +339,13 @@ def replayed(
       counts = jax.tree.map(jnp.add, counts, measures.counts)
       return inner_state, replay.add(kept, row), counts
 
+    due = pace.rows_due(step)
+    if state.rests is not None:
+      due = jnp.where(state.rests, 0, due)
     inner_state, kept, counts = jax.lax.fori_loop(
-      0, pace.rows_due(step), take, (state.inner, state.replay, zeros)
+      0, due, take, (state.inner, state.replay, zeros)
     )
-    state = Replayed(inner_state, kept)
+    state = state._replace(inner=inner_state, replay=kept)
     batch = sampled(state, step, sample_key)
     gauges = {'replay_age': _mean_age(batch)}
     return state, batch, Measures(counts, gauges)
@@ -301,14 +354,15 @@ def replayed(
     act_key, sample_key = jax.random.split(key)
     counts: dict[str, float] = {}
     gauges: dict[str, Any] = {}
-    for i in range(pace.rows_due(step)):
+    for i in range(0 if state.rests else pace.rows_due(step)):
       # Later a half-done call would leave rows that no checkpoint knows.
       if step == 0 and stopping():
         raise Stopped
       inner_state, row, measures = inner.next(
         state.inner, agent_state, step, jax.random.fold_in(act_key, i)
       )
-      state = Replayed(inner_state, replay.add(state.replay, row))
+      kept = replay.add(state.replay, row)
+      state = state._replace(inner=inner_state, replay=kept)
       for name, value in measures.counts.items():
         counts[name] = counts.get(name, 0.0) + float(value)
       gauges = measures.gauges or gauges
@@ -321,13 +375,18 @@ def replayed(
     kept = state.replay
     if info.priorities is not None:
       kept = replay.update(kept, batch.sample, info.priorities)
-    return Replayed(inner_state, kept)
+    return state._replace(inner=inner_state, replay=kept)
 
   def example():
     raise NotImplementedError('the windows of a replay are not kept again')
 
   source = Source(
-    init, pure_next if is_pure else host_next, feedback, example, is_pure
+    init,
+    pure_next if is_pure else host_next,
+    feedback,
+    example,
+    is_pure,
+    rest=rest if rests else None,
   )
   if is_pure:
     return source
@@ -345,7 +404,8 @@ def replayed(
     inner_state = inner.load(arrays['inner'], facts['inner'], directory, key)
     meta = facts['replay'] | {'priority': arrays['priority']}
     empty = replay.init(inner.example())
-    return Replayed(inner_state, host_replay.load(empty, directory, meta))
+    kept = host_replay.load(empty, directory, meta)
+    return Replayed(inner_state, kept, no_rest())
 
   def template():
     assert inner.template is not None
