@@ -49,6 +49,8 @@ class Experiment(NamedTuple):
     sections = ('config', 'env', 'run', 'time_steps')
     fields = {n: v for n, v in self._asdict().items() if n not in sections}
     plain = {n: dataclasses.asdict(getattr(self, n)) for n in sections[:3]}
+    if not self.env.recorded:  # Folders from before it was known go on.
+      del plain['env']['recorded']
     return fields | {'agent': plain.pop('config')} | plain
 
   @property
@@ -282,6 +284,7 @@ def make_env(experiment: Experiment, *, training: bool, num_envs=None):
     num_threads=experiment.env.num_threads,
     options=make.parse_options(experiment.env.options),
     action_bins=experiment.env.action_bins,
+    recorded=experiment.env.recorded,
   )
 
 

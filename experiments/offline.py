@@ -1,13 +1,15 @@
 """From a data set (or a text) to a run: its environment, rows and score."""
 
+import contextlib
 import dataclasses
 import functools
-import pathlib
-from typing import Any
+import json
+import os
+from typing import Any, NamedTuple
 
 from experiments import text
 from experiments.data.text import Corpus
-from experiments.files.errors import UserError
+from experiments.files.errors import UserError, shown
 
 
 def material(experiment: Any):
@@ -38,16 +40,20 @@ def _opened(name: str, stamp: tuple):
   try:
     return data.open_dataset(name)
   except ValueError as error:
-    what = str(error).removeprefix(f'{name}: ')
-    raise UserError(f'dataset={name}: {what}') from error
+    what = str(error).removeprefix(f'{shown(name)}: ')
+    raise UserError(f'dataset={shown(name)}: {what}') from error
 
 
 def _stamp(name: str) -> tuple:
   """Changes when the files of a path do; () for what is not a path."""
-  path = pathlib.Path(name)
-  files = sorted(path.rglob('*')) if path.is_dir() else [path]
-  found = [(str(f), f.stat()) for f in files if f.is_file()]
-  return tuple((f, x.st_ino, x.st_size, x.st_mtime_ns) for f, x in found)
+  # Links are not followed, and what cannot be looked at is refused later.
+  files = [os.path.join(at, f) for at, _, some in os.walk(name) for f in some]
+  found = []
+  for file in sorted(files) or [name]:
+    with contextlib.suppress(OSError, ValueError):
+      about = os.stat(file, follow_symlinks=file == name)
+      found.append((file, about.st_ino, about.st_size, about.st_mtime_ns))
+  return tuple(found)
 
 
 def complete(experiment: Any, env: str | None):
@@ -62,8 +68,6 @@ def complete(experiment: Any, env: str | None):
     UserError: there is no data set, the agent cannot learn from one, or what
       it was made in brings code.
   """
-  from experiments.envs import names
-
   if experiment.is_text:
     return text.complete(experiment, env)
   if not experiment.dataset:
@@ -80,18 +84,125 @@ def complete(experiment: Any, env: str | None):
     field = 'hold_out' if experiment.run.hold_out else 'early_update'
     value = getattr(experiment.run, field)
     raise UserError(f'{field}={value}: needs a run that acts; set it to 0')
-  if env:
-    return experiment._replace(env_name=env)
-  about = opened(experiment.dataset).about
-  own = experiment.env.options
-  options = own or tuple(about.extra.get('options', ()))
-  names.check(
-    about.env, () if own else options, f'dataset={experiment.dataset}'
+  place = place_of(experiment, env)
+  settings = dataclasses.replace(
+    experiment.env, options=place.options, recorded=place.recorded
   )
-  return experiment._replace(
-    env_name=about.env,
-    env=dataclasses.replace(experiment.env, options=options),
+  return experiment._replace(env_name=place.env_name, env=settings)
+
+
+class Place(NamedTuple):
+  """Where what is learned from a data set is evaluated.
+
+  Attributes:
+    env_name: for `envs.make`; '' for nowhere.
+    options: of it.
+    recorded: JSON of `envs.recorded.Recorded`; '' for nothing.
+    notes: lines for people, on how it differs from where the data are from.
+  """
+
+  env_name: str
+  options: tuple[str, ...]
+  recorded: str
+  notes: tuple[str, ...] = ()
+
+
+def place_of(experiment: Any, env: str | None) -> Place:
+  """Where an experiment on a data set is evaluated.
+
+  Args:
+    experiment: from `build.describe`; its settings count first.
+    env: what the user wants to evaluate in; None for the data set's own.
+
+  Raises:
+    UserError: the data set cannot be read, or what it was recorded in has what
+      a file may not decide.
+  """
+  from experiments.envs import names
+  from experiments.envs import recorded as recording
+
+  own = experiment.env
+  if env and own.recorded:
+    # A saved run says all, and its data need not be there any more.
+    return Place(env, own.options, own.recorded)
+  try:
+    dataset = opened(experiment.dataset)
+  except UserError:
+    if not env:
+      raise
+    # Whoever needs its rows meets the error again.
+    return Place(env, own.options, own.recorded)
+  about, where = dataset.about, f'dataset={shown(experiment.dataset)}'
+  options = own.options or tuple(about.extra.get('options', ()))
+  text, notes = own.recorded, ()
+  if not text and recording.KEY in about.extra:
+    text = json.dumps(about.extra[recording.KEY], sort_keys=True)
+    notes = tuple(about.extra.get(recording.LEFT_OUT, ()))
+  recorded = recording.decode(text, f'{where}: {recording.KEY}')
+  if notes:
+    left_out = shown(', '.join(map(str, notes)))
+    notes = (
+      f'note: {about.name} was recorded with {left_out}, which is not made '
+      'again from a file; --env=gymnasium:MODULE:ID brings an environment of '
+      'your own',
+    )
+  if not env:
+    names.check(about.env, () if own.options else options, where)
+    return _own_place(dataset, options, text, notes)
+  theirs = about.env.rpartition(':')[2]
+  if env.rpartition(':')[2] == theirs:
+    # The user vouches for the environment, not for what a file tells it.
+    plain = own.options or not names.code_in('', options)
+    return Place(env, options if plain else (), text, notes)
+  order = ', '.join(part for part, _ in recorded.columns)
+  parts = f', its observations are {shown(order)} in this order' * bool(order)
+  note = f'note: {about.name} was recorded in {shown(theirs)}{parts}; it is '
+  notes = (*notes, f'{note}evaluated in {env}, as asked') if theirs else ()
+  return Place(env, own.options, text, notes)
+
+
+def _own_place(dataset, options, text, notes) -> Place:
+  """The environment that a data set names, or none if it is not here."""
+  from experiments.envs import make
+
+  about = dataset.about
+  if not about.env:
+    return Place('', options, text, notes)
+  parsed = make.parse_options(options)
+  try:
+    env = make.make(about.env, 1, training=False, options=parsed, recorded=text)
+    if text:
+      spec_of(dataset, env.spec)
+  except ValueError as error:
+    if not text:
+      # Ours are envpool's, where it is the name or an option that is wrong.
+      return Place(about.env, options, text, notes)
+    why = shown(str(error).partition('; ')[0], 300)
+    note = (
+      f'note: {about.name} is trained without an environment and nothing is '
+      f'played: {why}; --env=NAME gives one'
+    )
+    return Place('', options, text, (note,))
+  return Place(about.env, options, text, notes)
+
+
+def notes(experiment: Any) -> tuple[str, ...]:
+  """Lines on how the evaluation differs from where the data are from.
+
+  Args:
+    experiment: from `build.describe`.
+
+  Raises:
+    UserError: see `place_of`.
+  """
+  if experiment.is_text or not experiment.dataset:
+    return ()
+  unset = experiment._replace(
+    env=dataclasses.replace(experiment.env, recorded='')
   )
+  own = opened(experiment.dataset).about.env
+  asked = experiment.env_name if experiment.env_name != own else None
+  return place_of(unset, asked or None).notes
 
 
 def checksum_of(experiment: Any) -> str:

@@ -19,6 +19,8 @@ class EnvConfig:
     options: the environment's own, `name=value` each, with commas between.
     action_bins: bins a dimension that continuous actions are divided into; 0
       leaves them.
+    recorded: what its data set was recorded in, as JSON, which the data set
+      gives; `none` takes the environment as it is registered.
   """
 
   num_envs: int = 16
@@ -26,6 +28,7 @@ class EnvConfig:
   frame_stack: int | None = None
   options: tuple[str, ...] = ()
   action_bins: int = 0
+  recorded: str = ''
 
   def __post_init__(self):
     _at_least(self, 1, 'num_envs')

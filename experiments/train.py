@@ -233,6 +233,8 @@ def _announce(experiment, trainer, workdir) -> None:
     seen = text.told(experiment, text.opened(experiment))
   elif experiment.dataset:
     terminal.say(offline.told(offline.opened(experiment.dataset)))
+    for note in offline.notes(experiment):
+      terminal.say(note)
   if experiment.dataset:
     parts = [f'{s.name} to {s.end or 0:,}' for s in trainer.stages]
     length = f'{experiment.updates:,} updates ({", ".join(parts)})'

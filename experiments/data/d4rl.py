@@ -14,71 +14,19 @@ where it cannot be:
   is cut; an unfinished last row is dropped too. Returns of cut episodes miss
   their last reward.
 - A row with both flags has terminated.
+- Some files (antmaze) go on after the goal and say `terminals` of each further
+  row until the time limit: the episode ends with the first one, and the others
+  are dropped. They are told from episodes of one step by their observation,
+  where `next_observations` has it.
 """
 
 import pathlib
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from experiments.data import hdf5, layout
-
-
-class Task(NamedTuple):
-  """One of D4RL's tasks.
-
-  Attributes:
-    ref_min: mean return of a random policy (scores 0).
-    ref_max: of an expert (scores 100).
-    steps: the time limit.
-    env: envpool's nearest simulator; its version is not that of the data, so
-      that scores compare with published ones with that caveat only.
-  """
-
-  ref_min: float
-  ref_max: float
-  steps: int
-  env: str = ''
-
-
-# D4RL's infos.py at 0ace16d; the time limits of its registered environments.
-TASKS = {
-  'hopper': Task(-20.272305, 3234.3, 1000, 'Hopper-v4'),
-  'halfcheetah': Task(-280.178953, 12135.0, 1000, 'HalfCheetah-v4'),
-  'walker2d': Task(1.629008, 4592.3, 1000, 'Walker2d-v4'),
-  'ant': Task(-325.6, 3879.7, 1000, 'Ant-v3'),
-  'pen': Task(96.262799, 3076.8331017826877, 100),
-  'hammer': Task(-274.856578, 12794.134825156867, 200),
-  'door': Task(-56.512833, 2880.5693087298737, 200),
-  'relocate': Task(-6.425911, 4233.877797728884, 200),
-}
-_QUALITIES = {
-  'gym_mujoco': (
-    *('random', 'medium', 'expert'),
-    *('medium-replay', 'full-replay', 'medium-expert'),
-  ),
-  'hand_dapg': ('human', 'expert', 'cloned'),
-}
-_HOST = 'http://rail.eecs.berkeley.edu/datasets/offline_rl'
-
-
-def url(name: str) -> str | None:
-  """Where D4RL keeps a data set, e.g. of `hopper-medium-v2`; None if unknown.
-
-  Known are its MuJoCo sets of v1 and v2 and its Adroit sets of v1.
-  """
-  task, _, rest = name.partition('-')
-  quality, _, version = rest.rpartition('-')
-  for group, tasks, versions in (
-    ('gym_mujoco', ('hopper', 'halfcheetah', 'walker2d', 'ant'), ('v1', 'v2')),
-    ('hand_dapg', ('pen', 'hammer', 'door', 'relocate'), ('v1',)),
-  ):
-    if task in tasks and version in versions and quality in _QUALITIES[group]:
-      stem = f'{task}-{quality}'
-      if group == 'gym_mujoco':
-        stem = stem.replace('-', '_')
-      return f'{_HOST}/{group}_{version}/{stem}-{version}.hdf5'
-  return None
+from experiments.data import d4rl_names, hdf5, layout
+from experiments.files.errors import UserError, shown
 
 
 def load(path: str | pathlib.Path, max_steps: int | None = None):
@@ -112,19 +60,20 @@ def load(path: str | pathlib.Path, max_steps: int | None = None):
   ([False, True, False], [0, 0, 1])
   """
   path = pathlib.Path(path)
-  task = TASKS.get(path.stem.replace('_', '-').partition('-')[0])
-  with hdf5.open_file(path) as file:
-    column = lambda key, many: _column(file, key, path, many)
+  where, name = shown(path), d4rl_names.name_of(path.stem)
+  task = d4rl_names.task_of(name) or d4rl_names.Task(None, None, None)
+  with hdf5.open_file(path, follow=True) as file:
+    reader = hdf5.Reader(file, path)
+    column = lambda key, many: _column(reader, key, where, many)
     observation, action = (column(k, True) for k in ('observations', 'actions'))
     reward, terminal = (column(k, False) for k in ('rewards', 'terminals'))
-    terminal = _flags(terminal, 'terminals', path)
-    if 'timeouts' in file:
-      timeout = _flags(column('timeouts', False), 'timeouts', path)
+    terminal = _flags(terminal, 'terminals', where)
+    if reader.has('timeouts'):
+      timeout = _flags(column('timeouts', False), 'timeouts', where)
     else:
-      limit = max_steps or (task.steps if task else None)
-      timeout = _timeouts(terminal, limit, path)
+      timeout = _timeouts(terminal, max_steps or task.steps, where)
     following = None
-    if 'next_observations' in file:
+    if reader.has('next_observations'):
       following = column('next_observations', True)
   lengths = {
     'observations': len(observation),
@@ -135,36 +84,64 @@ def load(path: str | pathlib.Path, max_steps: int | None = None):
   }
   for key, length in lengths.items():
     if length != len(reward):
-      raise ValueError(
-        f'{path}: {key} has {length} rows, rewards has {len(reward)}: must be '
+      raise UserError(
+        f'{where}: {key} has {length} rows, rewards has {len(reward)}: must be '
         'equal'
       )
+  if not len(reward):
+    raise UserError(f'{where}: rewards has no rows')
+  if following is not None and following.shape != observation.shape:
+    raise UserError(
+      f'{where}: next_observations has shape {following.shape}, observations '
+      f'{observation.shape}: must be equal'
+    )
+  repeated = _repeated(observation, terminal, timeout, following)
+  kept = ~repeated if repeated.any() else slice(None)
+  terminal, timeout = terminal[kept], (timeout & ~terminal)[kept]
+  start = observation[kept], action[kept], reward[kept]
+  if following is None:
+    rows = _build_next(*start, terminal, timeout)
+  else:
+    rows = *start, following[kept], terminal, timeout
   ones = np.ones(action.shape[1:], np.float32)
+  extra: dict[str, Any] = {
+    'next_observations': 'built' if following is None else 'stored'
+  }
+  if repeated.any():
+    extra['repeated_terminals'] = int(repeated.sum())
   about = layout.About(
-    name=path.stem.replace('_', '-'),
-    env=task.env if task else '',
+    name=shown(name, 100),
+    env=task.env,
     action_low=-ones,
     action_high=ones,
-    ref_min=task.ref_min if task else None,
-    ref_max=task.ref_max if task else None,
-    source=f'D4RL, {path.name}',
-    extra={'next_observations': 'built' if following is None else 'stored'},
+    ref_min=task.ref_min,
+    ref_max=task.ref_max,
+    source=f'D4RL, {shown(path.name, 100)}',
+    extra=extra,
   )
-  timeout &= ~terminal
-  if following is None:
-    rows = _build_next(observation, action, reward, terminal, timeout)
-  else:
-    rows = observation, action, reward, following, terminal, timeout
-  return layout.check(layout.make(*rows, about=about), str(path))
+  return layout.check(layout.make(*rows, about=about), where)
 
 
-def _column(file, key, path, many):
-  value = hdf5.read(file, key, path)
+def _repeated(observation, terminal, timeout, following):
+  """Rows that say once more that the episode before has terminated."""
+  again = terminal.copy()
+  again[0] = False
+  # After a time limit there is a reset, whatever the flags say.
+  again[1:] &= terminal[:-1] & ~timeout[:-1]
+  rows = np.flatnonzero(again)
+  if following is not None and len(rows):
+    same = following[rows - 1] == observation[rows]
+    again[rows] = same.reshape(len(rows), -1).all(-1)
+  return again
+
+
+def _column(reader, key, path, many):
+  value = reader.read(key)
   if not many and value.ndim == 2 and value.shape[1] == 1:
     value = value[:, 0]
   if value.ndim < 2 if many else value.ndim != 1:
     want = 'a vector a row' if many else 'a number a row'
-    raise ValueError(f'{path}: {key} has shape {value.shape}, must be {want}')
+    raise UserError(f'{path}: {key} has shape {value.shape}, must be {want}')
   return value
 
 
@@ -172,16 +149,17 @@ def _flags(value, key, path):
   bad = (value != 0) & (value != 1)
   if bad.any():
     row = int(np.argmax(bad))
-    raise ValueError(f'{path}: {key} in row {row} is {value[row]}, not 0 or 1')
+    raise UserError(f'{path}: {key} in row {row} is {value[row]}, not 0 or 1')
   return value.astype(bool)
 
 
 def _timeouts(terminal, limit, path):
   """Last rows of episodes of `limit` steps that do not terminate before."""
   if limit is None:
-    raise ValueError(
+    raise UserError(
       f'{path}: timeouts is missing, and the time limit of this task is '
-      'unknown; add the key, or name the file as D4RL does'
+      'unknown; add the key, or name the file after its data set, '
+      'hopper-medium-v2.hdf5 say'
     )
   timeout = np.zeros_like(terminal)
   start = 0

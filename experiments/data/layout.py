@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from agents.core.types import ArraySpec, Continuous, Spec
+from experiments.files.errors import UserError, shown
 
 # Actions may leave their bounds by this much: float64 rounded to float32.
 BOUNDS_TOLERANCE = 1e-5
@@ -173,13 +174,81 @@ def check(dataset: Dataset, file: str) -> Dataset:
     'must start at 0 and be one more after each row that is terminated or '
     'truncated, and after no other',
   )
+  _check_about(dataset, file)
   return dataset
 
 
+def bounds(value: Any, where: str) -> np.ndarray:
+  """Bounds of actions from JSON, nested lists of numbers, float32 `[...]`.
+
+  Raises:
+    UserError: something else, of no regular shape, or NaN.
+  """
+  try:
+    # As objects first: numpy would read numbers out of text.
+    plain = np.array(value, object)
+    if not all(type(x) in (int, float) for x in plain.flat):
+      raise UserError('holds what is no number')
+    with np.errstate(over='ignore'):  # Beyond float32 is unbounded.
+      found = plain.astype(np.float64).astype(np.float32)
+  except (ValueError, TypeError, OverflowError) as error:
+    raise UserError(
+      f'{shown(where)} must be numbers in lists, one for each of an '
+      f"action's: {shown(error, 80)}"
+    ) from error
+  if np.isnan(found).any():
+    raise UserError(f'{shown(where)} is nan, must be a number')
+  return found
+
+
+def _check_about(dataset, file):
+  """What else is used of `About`, which may be from a file."""
+  about, extra = dataset.about, dataset.about.extra
+  for key in ('action_low', 'action_high'):
+    if not np.size(getattr(about, key)):
+      raise UserError(
+        f'{file}: {key} is empty: an action must have at least one number'
+      )
+  if (about.action_low > about.action_high).any():
+    raise UserError(
+      f'{file}: action_low {about.action_low.tolist()} must be at most '
+      f'action_high {about.action_high.tolist()}'
+    )
+  for key in ('ref_min', 'ref_max'):
+    value = getattr(about, key)
+    if value is not None and not np.isfinite(value):
+      raise UserError(f'{file}: {key} is {value}, must be finite')
+  options = extra.get('options', [])
+  if not isinstance(options, list | tuple) or not all(
+    isinstance(option, str) for option in options
+  ):
+    raise UserError(
+      f'{file}: options is {shown(options, 60)}, must be a list of name=value'
+    )
+  cut, episodes = extra.get(_CUT, []), int(dataset.episode[-1]) + 1
+  if not isinstance(cut, list | tuple) or not all(
+    type(i) is int and 0 <= i < episodes for i in cut
+  ):
+    raise UserError(
+      f'{file}: {_CUT} is {shown(cut, 60)}, must be a list of episodes below '
+      f'{episodes}'
+    )
+
+
 def _check_types(dataset, file):
+  for key in KEYS:
+    if not getattr(dataset, key).ndim:
+      raise UserError(f'{file}: {key} is a single number, must be rows')
   n = len(dataset.reward)
   if not n:
-    raise ValueError(f'{file}: reward has no rows')
+    raise UserError(f'{file}: reward has no rows')
+  for key in ('observation', 'action'):
+    shape = getattr(dataset, key).shape[1:]
+    if 0 in shape:
+      raise UserError(
+        f'{file}: {key} has rows of shape {shape}: must have at least one '
+        'number'
+      )
   dtypes = {'terminated': bool, 'truncated': bool, 'episode': np.int32}
   for key in KEYS:
     value = getattr(dataset, key)
@@ -188,9 +257,9 @@ def _check_types(dataset, file):
       want += (np.dtype(np.uint8),)
     if value.dtype not in want:
       names = ' or '.join(map(str, want))
-      raise ValueError(f'{file}: {key} is {value.dtype}, must be {names}')
+      raise UserError(f'{file}: {key} is {value.dtype}, must be {names}')
     if len(value) != n:
-      raise ValueError(
+      raise UserError(
         f'{file}: {key} has {len(value)} rows, reward has {n}: must be equal'
       )
   about = dataset.about
@@ -202,16 +271,14 @@ def _check_types(dataset, file):
   for key, shape in shapes.items():
     got = getattr(dataset, key).shape[1:]
     if got != shape:
-      raise ValueError(
-        f'{file}: {key} has rows of shape {got}, must be {shape}'
-      )
+      raise UserError(f'{file}: {key} has rows of shape {got}, must be {shape}')
   if np.shape(about.action_low) != np.shape(about.action_high):
-    raise ValueError(
+    raise UserError(
       f'{file}: action_high has shape {np.shape(about.action_high)}, '
       f'action_low {np.shape(about.action_low)}: must be equal'
     )
   if dataset.observation.dtype != dataset.next_observation.dtype:
-    raise ValueError(
+    raise UserError(
       f'{file}: next_observation is {dataset.next_observation.dtype}, '
       f'observation {dataset.observation.dtype}: must be equal'
     )
@@ -220,7 +287,7 @@ def _check_types(dataset, file):
 def _refuse(bad, value, start, file, key, what):
   if bad.any():
     where = tuple(np.argwhere(bad)[0])
-    raise ValueError(
+    raise UserError(
       f'{file}: {key} in row {start + where[0]} is {value[where]}, {what}'
     )
 
@@ -271,11 +338,11 @@ def concatenate(datasets: Sequence[Dataset], about: About) -> Dataset:
     ValueError: none at all, or observations or actions of several shapes.
   """
   if not datasets:
-    raise ValueError('concatenate: needs at least one data set')
+    raise UserError('concatenate: needs at least one data set')
   for key in ('observation', 'action'):
     shapes = {getattr(d, key).shape[1:] for d in datasets}
     if len(shapes) > 1:
-      raise ValueError(f'concatenate: {key} has rows of shapes {shapes}')
+      raise UserError(f'concatenate: {key} has rows of shapes {shapes}')
   columns = {k: np.concatenate([getattr(d, k) for d in datasets]) for k in KEYS}
   ends = np.cumsum([len(d.reward) for d in datasets])[:-1] - 1
   columns['truncated'][ends] |= ~columns['terminated'][ends]
@@ -335,12 +402,12 @@ def normalised_score(about: About, returns: Any) -> Any:
   """
   low, high = about.ref_min, about.ref_max
   if low is None or high is None:
-    raise ValueError(
+    raise UserError(
       f'{about.name}: ref_min={low}, ref_max={high}: no normalised score '
       'without both; report returns'
     )
   if not low < high:
-    raise ValueError(
+    raise UserError(
       f'{about.name}: ref_min={low:g} must be below ref_max={high:g}'
     )
   return 100 * (returns - low) / (high - low)

@@ -5,12 +5,14 @@
                              `[T + 1, ...]`, actions `[T, ...]`, rewards,
                              terminations and truncations `[T]`
 
-Observations that are a Dict or Tuple of Boxes become one vector, leaf after
-leaf in the order of sorted names or of indices (Gymnasium's `flatten`).
-Not read: Arrow and Parquet (Minari converts them), deeper nesting, JPEG
-frames, actions that are not a Box.
+Observations that are a Dict or Tuple become one vector, part after part in the
+order of the space that Minari has kept, which is the simulator's own:
+`envs.host.observation_codec` lays out both.
+Not read: Arrow and Parquet (Minari converts them), JPEG frames, texts, actions
+that are not a Box.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data import hdf5, layout
+from experiments.data import hdf5, layout, spaces
+from experiments.envs import host, recorded
+from experiments.files import reading
+from experiments.files.errors import UserError, shown
 
 # The oldest whose readers know all that is written here.
 _MINARI_VERSION = '0.5.3'
@@ -41,9 +46,35 @@ def root() -> pathlib.Path:
 def data_folder(path: pathlib.Path) -> pathlib.Path | None:
   """The folder with `metadata.json`, of an id's folder or of itself."""
   for folder in (path, path / 'data'):
-    if (folder / 'metadata.json').is_file():
+    if os.path.lexists(folder / 'metadata.json'):
       return folder
   return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ours:
+  """What `save` adds to Minari's own."""
+
+  env: str = ''
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+  """`metadata.json`, as far as it is read."""
+
+  total_episodes: int
+  observation_space: str
+  action_space: str
+  data_format: str = 'hdf5'
+  jpeg_encoding: bool = True
+  dataset_id: str | None = None
+  env_spec: str | None = None
+  eval_env_spec: str | None = None
+  ref_min_score: float | None = None
+  ref_max_score: float | None = None
+  algorithm_name: str | None = None
+  outplay: _Ours | None = None
 
 
 def load(path: str | os.PathLike) -> layout.Dataset:
@@ -57,146 +88,119 @@ def load(path: str | os.PathLike) -> layout.Dataset:
 
   Raises:
     ValueError: h5py is not installed, a file, key or episode is missing or
-      damaged, a space or format that is not read, or rows not in order.
+      damaged, a space or format that is not read, rows not in order, links in
+      the folder, or more than fits into memory.
   """
   path = pathlib.Path(path)
   folder = data_folder(path)
   if folder is None:
-    raise ValueError(f'{path}: metadata.json is missing: no Minari folder')
+    raise UserError(
+      f'{shown(path)}: metadata.json is missing: no Minari folder'
+    )
+  reading.check_folder(folder)
+  about = f'{folder}/metadata.json'
   metadata = _metadata(folder / 'metadata.json')
-  space = _space(metadata, 'observation_space', folder)
-  keys = _leaf_keys(space, folder)
-  if _is_image(space) and metadata.get('jpeg_encoding', True):
-    raise ValueError(
-      f'{folder}: observations are JPEG frames, which are not read; write them '
-      'with jpeg_encoding=False'
+  space = spaces.read(metadata.observation_space, f'{about}: observation_space')
+  if _is_image(space) and metadata.jpeg_encoding:
+    raise UserError(
+      f'{shown(folder)}: observations are JPEG frames, which are not read; '
+      'write them with jpeg_encoding=False'
     )
-  action_space = _space(metadata, 'action_space', folder)
-  if action_space['type'] != 'Box':
-    raise ValueError(
-      f'{folder}: action_space is {action_space["type"]}, must be Box'
-    )
+  bounds = spaces.read_bounds(metadata.action_space, f'{about}: action_space')
+  size, lay_out = spaces.laid_out(space, f'{about}: observation_space')
+  if metadata.outplay is not None:
+    # What we have written is laid out already.
+    lay_out = lambda rows: rows
   file = folder / 'main_data.hdf5'
-  with hdf5.open_file(file) as groups:
+  with hdf5.open_file(file) as opened:
+    reader = hdf5.Reader(opened, file)
     episodes = [
-      _episode(groups, i, keys, file) for i in range(metadata['total_episodes'])
+      _episode(reader, i, space, size, lay_out, shown(file))
+      for i in range(metadata.total_episodes)
     ]
-  if not episodes:
-    raise ValueError(f'{folder}: total_episodes is 0')
   # The last one may be unfinished; the others stop for some reason.
   for *_, terminated, truncated in episodes[:-1]:
     truncated[-1] |= not terminated[-1]
   try:
     columns = [np.concatenate(column) for column in zip(*episodes)]
   except ValueError as error:
-    raise ValueError(f'{file}: episodes of several shapes: {error}') from error
-  shape = tuple(space.get('shape', columns[0].shape[1:]))
-  if columns[0].shape[1:] != shape:
-    raise ValueError(
-      f'{file}: observations have rows of shape {columns[0].shape[1:]}, '
-      f'observation_space says {shape}'
-    )
-  observation, action, reward, following, terminated, truncated = columns
+    raise UserError(
+      f'{shown(file)}: episodes of several shapes: {shown(error)}'
+    ) from error
+  longest = max(len(episode[2]) for episode in episodes)
+  cut = longest if columns[-1].any() else None
   dataset = layout.make(
-    observation,
-    action,
-    reward,
-    following,
-    terminated,
-    truncated,
-    _about(metadata, action_space, folder),
+    *columns, about=_about(metadata, space, bounds, folder, cut)
   )
-  return layout.check(dataset, str(file))
+  return layout.check(dataset, shown(file))
 
 
 def _metadata(file):
-  try:
-    metadata = json.loads(file.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{file}: torn or damaged ({error})') from error
+  metadata = reading.read_json(file, dict[str, Any])
   kind = metadata.get('data_format', 'hdf5')
   if kind != 'hdf5':
-    raise ValueError(
-      f"{file}: data_format is {kind!r}, must be 'hdf5'; convert it with Minari"
+    raise UserError(
+      f"{shown(file)}: data_format is {shown(repr(kind), 40)}, must be 'hdf5'; "
+      'convert it with Minari'
     )
-  if not isinstance(metadata.get('total_episodes'), int):
-    raise ValueError(f'{file}: total_episodes is missing or not a number')
+  metadata = reading.decode_json(json.dumps(metadata), _Metadata, str(file))
+  if metadata.total_episodes < 1:
+    raise UserError(
+      f'{shown(file)}: total_episodes is {metadata.total_episodes}, must be at '
+      'least 1'
+    )
   return metadata
 
 
-def _space(metadata, key, folder):
-  try:
-    return json.loads(metadata[key])
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f'{folder}/metadata.json: {key} is missing or damaged ({error}); save '
-      'it again with a newer Minari'
-    ) from error
-
-
 def _is_image(space):
-  shape = space.get('shape', ())
+  shape = getattr(space, 'shape', None) or ()
   return (
-    space.get('dtype') == 'uint8'
+    type(space).__name__ == 'Box'
+    and space.dtype == np.uint8
     and len(shape) in (2, 3)
     and min(shape[:2]) >= 32
   )
 
 
-def _leaf_keys(space, folder):
-  """Names of the leaves below `observations`; None for a single Box."""
-  kind = space['type']
-  if kind == 'Box':
-    return None
-  leaves = space.get('subspaces')
-  if kind == 'Dict':
-    leaves = {key: leaves[key] for key in sorted(leaves)}
-  elif kind == 'Tuple':
-    leaves = {f'_index_{i}': leaf for i, leaf in enumerate(leaves)}
-  else:
-    raise ValueError(f'{folder}: observation_space is {kind}, must be Box')
-  for key, leaf in leaves.items():
-    if leaf['type'] != 'Box':
-      raise ValueError(
-        f'{folder}: observation_space is a {kind} whose {key} is '
-        f'{leaf["type"]}; only a flat {kind} of Boxes is read'
-      )
-  return list(leaves)
-
-
-def _episode(groups, i, keys, file):
+def _episode(reader, i, space, size, lay_out, where):
   """The columns of one episode, before their types are settled."""
-  if f'episode_{i}' not in groups:
-    raise ValueError(f'{file}: episode_{i} is missing')
-  group = groups[f'episode_{i}']
-  if keys is None:
-    observations = hdf5.read(group, 'observations', file)
-  else:
-    leaves = [hdf5.read(group, f'observations/{key}', file) for key in keys]
-    observations = np.concatenate(
-      [leaf.reshape(len(leaf), -1).astype(np.float32) for leaf in leaves], 1
-    )
+  name = f'episode_{i}'
+  if not reader.has(name):
+    raise UserError(f'{where}: {name} is missing')
+  rows = spaces.read_rows(reader, f'{name}/observations', space, where)
   action, reward, terminated, truncated = (
-    hdf5.read(group, key, file) for key in ('actions', 'rewards', *_FLAGS)
+    reader.read(f'{name}/{key}') for key in ('actions', 'rewards', *_FLAGS)
   )
+  for key, value in (
+    ('rewards', reward),
+    *zip(_FLAGS, (terminated, truncated)),
+  ):
+    if value.ndim != 1:
+      raise UserError(
+        f'{where}: {name}/{key} has shape {value.shape}, must be a number a row'
+      )
+  if action.ndim < 1:
+    raise UserError(f'{where}: {name}/actions is a single number, must be rows')
   steps = len(reward)
   lengths = {
-    'observations': len(observations) - 1,
     'actions': len(action),
     'terminations': len(terminated),
     'truncations': len(truncated),
   }
-  for key, length in lengths.items():
+  found = [('observations', n - 1) for n in spaces.lengths(rows)]
+  for key, length in (*found, *lengths.items()):
     if length != steps or not steps:
-      raise ValueError(
-        f'{file}: episode_{i}/{key} is of {length} steps, rewards of {steps}: '
+      raise UserError(
+        f'{where}: {name}/{key} is of {length} steps, rewards of {steps}: '
         'must be equal and at least 1'
       )
+  reader.claim(f'{name}/observations', 4 * size * steps)
+  observations = lay_out(rows)
   terminated, truncated = terminated.astype(bool), truncated.astype(bool)
   early = (terminated | truncated)[:-1]
   if early.any():
-    raise ValueError(
-      f'{file}: episode_{i} ends in step {int(np.argmax(early))} of {steps}'
+    raise UserError(
+      f'{where}: {name} ends in step {int(np.argmax(early))} of {steps}'
     )
   return (
     *(observations[:-1], action, reward, observations[1:]),
@@ -204,25 +208,35 @@ def _episode(groups, i, keys, file):
   )
 
 
-def _about(metadata, action_space, folder):
-  ours = metadata.get('outplay', {})
-  env = ours.get('env')
-  if env is None:
-    try:
-      env = json.loads(metadata['env_spec'])['id']
-    except (KeyError, TypeError, ValueError):
-      env = ''
-  shape = action_space['shape']
-  bound = lambda key: np.asarray(action_space[key], np.float32).reshape(shape)
+def _about(metadata, space, bounds, folder, cut):
+  """What the data are of; `cut` is the length at which episodes were."""
+  ours = metadata.outplay or _Ours()
+  env, extra = ours.env, dict(ours.extra)
+  # The environment to evaluate in, if it is another one.
+  for key in ('eval_env_spec', 'env_spec'):
+    text = getattr(metadata, key)
+    if text is not None and metadata.outplay is None:
+      where = f'{folder}/metadata.json: {key}'
+      found, left_out = recorded.from_spec(text, where)
+      if found.max_episode_steps is None:
+        found = dataclasses.replace(found, max_episode_steps=cut)
+      parts = host.columns(space, where)
+      found = dataclasses.replace(found, columns=parts)
+      # With a module, if the file names one: `envs.names` refuses it.
+      env = f'gymnasium:{recorded.full_id(text)}'
+      extra[recorded.KEY] = dataclasses.asdict(found)
+      if left_out:
+        extra[recorded.LEFT_OUT] = left_out
+      break
   return layout.About(
-    name=metadata.get('dataset_id', folder.parent.name),
+    name=shown(metadata.dataset_id or folder.parent.name, 100),
     env=env,
-    action_low=bound('low'),
-    action_high=bound('high'),
-    ref_min=metadata.get('ref_min_score'),
-    ref_max=metadata.get('ref_max_score'),
-    source=metadata.get('algorithm_name', ''),
-    extra=ours.get('extra', {}),
+    action_low=bounds[0],
+    action_high=bounds[1],
+    ref_min=metadata.ref_min_score,
+    ref_max=metadata.ref_max_score,
+    source=shown(metadata.algorithm_name or '', 1000),
+    extra=extra,
   )
 
 
@@ -244,10 +258,10 @@ def save(
       observation is not the one of the next row: Minari stores it once.
   """
   if not is_id(dataset_id):
-    raise ValueError(f'dataset_id={dataset_id!r} must be like outplay/name-v0')
+    raise UserError(f'dataset_id={dataset_id!r} must be like outplay/name-v0')
   path = pathlib.Path(folder or root()) / dataset_id
   if path.exists():
-    raise ValueError(f'{path}: is there already; remove it or name another')
+    raise UserError(f'{path}: is there already; remove it or name another')
   layout.check(dataset, str(path))
   _check_chained(dataset, path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +290,7 @@ def _check_chained(dataset, path):
   broken = inside & ~same.reshape(len(inside), -1).all(-1)
   if broken.any():
     row = int(np.argmax(broken))
-    raise ValueError(
+    raise UserError(
       f'{path}: next_observation in row {row} is not the observation in row '
       f'{row + 1}: Minari cannot hold both'
     )

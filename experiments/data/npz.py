@@ -8,19 +8,20 @@ beside its place and renamed into it, so that what has its name is complete.
          terminated.npy, truncated.npy, episode.npy, about.json
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
-import zipfile
-import zlib
+from typing import Any
 
 import numpy as np
 
-from experiments.data import layout
+from experiments.data import layout, npy
+from experiments.files import reading
+from experiments.files.errors import Missing, UserError, shown
 
 _VERSION = 1
-_DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def save(dataset: layout.Dataset, path: str | os.PathLike) -> None:
@@ -60,60 +61,43 @@ def load(path: str | os.PathLike) -> layout.Dataset:
   """Reads what `save` wrote; a folder's arrays are read-only memory maps.
 
   Raises:
-    ValueError: a key is missing or torn, or the data set is not in order.
+    ValueError: a key is missing or torn, the folder holds links or the like,
+      the data set is not in order, or a `.npz` is larger than memory.
   """
   path = pathlib.Path(path)
   read = _read_npz if path.suffix == '.npz' else _read_folder
   about, columns = read(path)
-  return layout.check(layout.Dataset(**columns, about=about), str(path))
+  return layout.check(layout.Dataset(**columns, about=about), shown(path))
 
 
 def _read_folder(path):
-  text = _guarded(
-    path,
-    'about.json',
-    lambda: (path / 'about.json').read_text(encoding='utf-8'),
-  )
-  about = _from_json(text, path)
-  columns = {
-    key: _guarded(path, key, lambda key=key: _open_map(path / f'{key}.npy'))
-    for key in layout.KEYS
-  }
-  return about, columns
+  reading.check_folder(path)
+  where = f'{path}: about'
+  try:
+    text = reading.read_bytes(path / 'about.json')
+  except Missing as error:
+    raise UserError(f'{shown(where)}.json is missing') from error
+  about = _from_json(text, where)
+  return about, {key: _map(path, key) for key in layout.KEYS}
 
 
-def _open_map(file):
-  size = file.stat().st_size
-  array = np.load(file, mmap_mode='r', allow_pickle=False)
-  if array.offset + array.nbytes != size:
-    raise ValueError(f'{size} bytes, not {array.offset + array.nbytes}')
+def _map(path, key):
+  try:
+    array = npy.open_map(path / f'{key}.npy', key)
+  except Missing as error:
+    raise UserError(f'{shown(path)}: {key} is missing') from error
+  if array.dtype.kind not in 'biuf':
+    raise UserError(f'{shown(path)}: {key} is {array.dtype}, must be numbers')
   return array
 
 
 def _read_npz(path):
-  with path.open('rb') as file:
-    archive = _guarded(path, 'archive', lambda: _open_archive(file))
-    read = lambda key: _guarded(path, key, lambda: archive[key])
-    about = _from_json(str(read('about')), path)
-    return about, {key: read(key) for key in layout.KEYS}
-
-
-def _open_archive(file):
-  archive = np.load(file, allow_pickle=False)
-  if not isinstance(archive, np.lib.npyio.NpzFile):
-    raise ValueError('a single array')
-  return archive
-
-
-def _guarded(path, key, read):
-  try:
-    return read()
-  except (FileNotFoundError, KeyError) as error:
-    raise ValueError(f'{path}: {key} is missing') from error
-  except _DAMAGE as error:
-    raise ValueError(
-      f'{path}: {key} is torn or damaged ({error}); collect or copy it again'
-    ) from error
+  kinds = {'about': 'U', **dict.fromkeys(layout.KEYS, 'biuf')}
+  columns = npy.read_archive(path, kinds, follow=True)
+  about = columns.pop('about')
+  if about.ndim:
+    raise UserError(f'{shown(path)}: about is torn or damaged: must be a text')
+  return _from_json(str(about), f'{path}: about'), columns
 
 
 def _to_json(about):
@@ -124,15 +108,42 @@ def _to_json(about):
   return {'version': _VERSION, **about._asdict(), **arrays}
 
 
-def _from_json(text, path):
-  try:
-    fields = json.loads(text)
-    version = fields.pop('version')
-    for key in ('action_low', 'action_high'):
-      fields[key] = np.asarray(fields[key], np.float32)
-    about = layout.About(**fields)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{path}: about is torn or damaged ({error})') from error
-  if version != _VERSION:
-    raise ValueError(f'{path}: about has version {version}, must be {_VERSION}')
-  return about
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+  """`about.json`: `layout.About` and the version of the format."""
+
+  version: int
+  name: str
+  env: str
+  action_low: Any
+  action_high: Any
+  ref_min: float | None = None
+  ref_max: float | None = None
+  source: str = ''
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _from_json(text, where):
+  plain = reading.decode_json(text, dict[str, Any], where)
+  version = plain.get('version')
+  if version != _VERSION or isinstance(version, bool):
+    raise UserError(
+      f'{shown(where)} has version {shown(version, 40)}, must be {_VERSION}'
+    )
+  fields = reading.decode_json(text, _Fields, where)
+  known = {field.name for field in dataclasses.fields(_Fields)}
+  for name in plain.keys() - known:
+    raise UserError(
+      f'{shown(where)} has a field {shown(name, 40)}, known are '
+      f'{", ".join(sorted(known))}'
+    )
+  return layout.About(
+    name=shown(fields.name, 100),
+    env=fields.env,
+    action_low=layout.bounds(fields.action_low, f'{where}: action_low'),
+    action_high=layout.bounds(fields.action_high, f'{where}: action_high'),
+    ref_min=fields.ref_min,
+    ref_max=fields.ref_max,
+    source=shown(fields.source, 1000),
+    extra=fields.extra,
+  )

@@ -3,7 +3,8 @@
 import os
 import pathlib
 
-from experiments.data import d4rl, layout, minari_files, npz
+from experiments.data import d4rl, d4rl_names, layout, minari_files, npz
+from experiments.files.errors import UserError, shown
 
 UNDERSTOOD = (
   'a folder or .npz of experiments.collect, a .hdf5 of D4RL, a folder of '
@@ -24,40 +25,63 @@ def open_dataset(name: str | os.PathLike) -> layout.Dataset:
     ValueError: nothing is there (the message says what to fetch and where to
       put it), what is there is not understood, or it is damaged.
   """
-  path = pathlib.Path(name).expanduser()
-  if path.exists():
-    return _open_path(path)
   name = os.fspath(name)
-  url = d4rl.url(name)
+  path = _expanded(name)
+  if os.path.lexists(path):
+    return _open_path(path)
+  word = shown(name)
+  url = d4rl_names.url(name)
+  folder = _expanded(os.environ.get('D4RL_DATASET_DIR') or '~/.d4rl/datasets')
   if url is not None:
-    folder = os.environ.get('D4RL_DATASET_DIR') or '~/.d4rl/datasets'
-    path = pathlib.Path(folder).expanduser() / url.rpartition('/')[2]
-    if path.exists():
-      return d4rl.load(path)
+    # Kept under the file's name, as D4RL does, or under the data set's.
+    for stem in (url.rpartition('/')[2], f'{name}.hdf5'):
+      if os.path.lexists(folder / stem):
+        return d4rl.load(folder / stem)
   if minari_files.is_id(name):
     found = minari_files.data_folder(minari_files.root() / name)
     if found is not None:
       return minari_files.load(found)
   if url is not None:
-    raise ValueError(f'{name}: {path} is missing; fetch {url} and put it there')
-  if minari_files.is_id(name):
-    raise ValueError(
-      f'{name}: no such path, and no such id in {minari_files.root()}; fetch '
-      f'it there with: minari download {name}'
+    path = folder / url.rpartition('/')[2]
+    raise UserError(
+      f'{word}: {shown(path)} is missing; fetch {url} and put it there'
     )
-  raise ValueError(f'{name}: no such path or name; understood is {UNDERSTOOD}')
+  near = d4rl_names.nearest(name)
+  if near:
+    raise UserError(
+      f'{word}: is named as D4RL names its data sets, but it has none of this '
+      f'name; nearest are {", ".join(near)}'
+    )
+  if minari_files.is_id(name):
+    raise UserError(
+      f'{word}: no such path, and no such id in {shown(minari_files.root())}; '
+      f'fetch it there with: minari download {word}'
+    )
+  raise UserError(f'{word}: no such path or name; understood is {UNDERSTOOD}')
+
+
+def _expanded(name: str) -> pathlib.Path:
+  try:
+    return pathlib.Path(name).expanduser()
+  except RuntimeError as error:
+    raise UserError(f'{shown(name)}: {error}; give the whole path') from error
 
 
 def _open_path(path):
-  if path.is_dir():
-    if (path / 'about.json').is_file():
+  # Kinds of files are looked at before names: a FIFO opens as nothing.
+  if os.path.isdir(path):
+    if os.path.lexists(path / 'about.json'):
       return npz.load(path)
     if minari_files.data_folder(path) is not None:
       return minari_files.load(path)
-  elif path.suffix == '.npz':
+    raise UserError(
+      f'{shown(path)}: not a data set, it has neither about.json nor '
+      f'metadata.json; understood is {UNDERSTOOD}'
+    )
+  if path.suffix == '.npz':
     return npz.load(path)
-  elif path.suffix in ('.hdf5', '.h5'):
+  if path.suffix in ('.hdf5', '.h5'):
     if minari_files.data_folder(path.parent) is not None:
       return minari_files.load(path.parent)
     return d4rl.load(path)
-  raise ValueError(f'{path}: not a data set; understood is {UNDERSTOOD}')
+  raise UserError(f'{shown(path)}: not a data set; understood is {UNDERSTOOD}')

@@ -13,6 +13,7 @@ import numpy as np
 
 from agents.core.types import Discrete, Spec
 from experiments.envs import contract, host
+from experiments.envs import recorded as recording
 from experiments.files.errors import UserError
 from search.model import TimeStep
 
@@ -23,6 +24,7 @@ def make_gymnasium(
   *,
   frame_stack: int = 1,
   channels: Any = None,
+  recorded: recording.Recorded = recording.NOTHING,
   **options: Any,
 ) -> host.HostEnvironment:
   """`num_envs` copies of a Gymnasium environment, stepped one by one.
@@ -38,6 +40,8 @@ def make_gymnasium(
     frame_stack: observations stacked along the last axis.
     channels: of images, `first` or `last` as `host.observation_codec` says;
       another value is an option of the environment's own.
+    recorded: what a data set was recorded in, made again for the same id; the
+      parts of observations come in its order.
     **options: of `gymnasium.make`, for an id only.
 
   Returns:
@@ -51,13 +55,16 @@ def make_gymnasium(
   host.check_num_envs(num_envs)
   if channels not in (None, 'first', 'last'):
     options, channels = options | {'channels': channels}, None
-  env, make = _maker(env_id_or_fn, options)
+  env, make = _maker(env_id_or_fn, options, recorded)
   probe = make()
   name = _name(probe)
   observation_space = _space(env, probe, 'observation_space')
   action_space = _space(env, probe, 'action_space')
   where, notes = f'env={env}', []
   frame, convert = host.observation_codec(observation_space, where, channels)
+  ours = host.columns(observation_space, where)
+  if len(ours) > 1 and recorded.columns:
+    convert = _ordered(convert, host.in_order(ours, recorded.columns, env))
   action = host.action_spec(action_space, where)
   # A copy that nobody plays: what it does wrong at once is said at once.
   copy = _Copy(env, 0, probe, observation_space, 0, notes)
@@ -127,7 +134,11 @@ def make_gymnasium(
   return host.HostEnvironment(spec, num_envs, start)
 
 
-def _maker(env_id_or_fn, options) -> tuple[str, Callable[[], Any]]:
+def _ordered(convert, order):
+  return lambda x: convert(x)[:, order]
+
+
+def _maker(env_id_or_fn, options, recorded) -> tuple[str, Callable[[], Any]]:
   """The environment's name for messages, and `() -> gymnasium.Env`."""
   import gymnasium
 
@@ -147,7 +158,7 @@ def _maker(env_id_or_fn, options) -> tuple[str, Callable[[], Any]]:
 
   def make():
     try:
-      return gymnasium.make(env_id_or_fn, **options)
+      return recording.make(env_id_or_fn, recorded, options)
     except gymnasium.error.Error as error:
       why = str(error).rstrip('.')
       raise UserError(

@@ -299,10 +299,10 @@ def _joined_codec(space, kind, name, channels):
         'which is not supported; leave it out, for example with '
         'gymnasium.wrappers.FilterObservation'
       )
-  parts = [observation_codec(items[k], name, channels) for k in keys]
-  if len(parts) == 1:
-    part, convert = parts[0]
+  if len(keys) == 1:
+    part, convert = observation_codec(items[keys[0]], name, channels)
     return part, lambda x: convert(x[keys[0]])
+  parts = [_part_codec(items[k], name, channels) for k in keys]
   if any(len(part.shape) != 1 for part, _ in parts):
     raise ValueError(
       f'{name}: observation space {shown(space)} holds an image beside other '
@@ -311,6 +311,77 @@ def _joined_codec(space, kind, name, channels):
   size = sum(part.shape[0] for part, _ in parts)
   return ArraySpec((size,), np.float32), lambda x: np.concatenate(
     [convert(x[k]) for k, (_, convert) in zip(keys, parts)], axis=-1
+  )
+
+
+def _part_codec(space, name, channels=None):
+  """Of a part beside others: a matrix of floats is laid out, not an image."""
+  is_box = kind_of(space) == 'Box'
+  if is_box and len(space.shape) < 3 and space.dtype != np.uint8:
+    size = int(np.prod(space.shape, dtype=int))
+    return ArraySpec((size,), np.float32), lambda x: np.asarray(
+      x, np.float32
+    ).reshape(-1, size)
+  return observation_codec(space, name, channels)
+
+
+def columns(space: Any, name: str) -> tuple[tuple[str, int], ...]:
+  """Where the numbers of a dict or tuple come from, in `observation_codec`.
+
+  Args:
+    space: the observation space of one environment.
+    name: of the environment, for error messages.
+
+  Returns:
+    Name (`outer/inner`) and size of each part, in order; () for a space that
+    is a single array.
+
+  Raises:
+    ValueError: as `observation_codec`.
+  """
+  kind = kind_of(space)
+  if kind not in ('Dict', 'Tuple'):
+    return ()
+  items = space.spaces
+  found: list[tuple[str, int]] = []
+  for key in list(items) if kind == 'Dict' else range(len(items)):
+    inner = columns(items[key], name)
+    if inner:
+      found += [(f'{key}/{part}', size) for part, size in inner]
+    else:
+      part, _ = _part_codec(items[key], name)
+      found.append((str(key), int(np.prod(part.shape, dtype=int))))
+  return tuple(found)
+
+
+def in_order(
+  ours: tuple[tuple[str, int], ...],
+  wanted: tuple[tuple[str, int], ...],
+  name: str,
+) -> np.ndarray:
+  """Where each wanted number is among ours, int `[F]`.
+
+  Args:
+    ours: from `columns`.
+    wanted: the same parts in another order.
+    name: of the environment, for the message.
+
+  Raises:
+    ValueError: they are not the same parts.
+
+  >>> in_order((('a', 1), ('b', 2)), (('b', 2), ('a', 1)), 'x').tolist()
+  [1, 2, 0]
+  """
+  if sorted(ours) != sorted(wanted):
+    told = lambda parts: ', '.join(f'{part} ({size})' for part, size in parts)
+    raise ValueError(
+      f'env={name}: its observations are of {shown(told(ours))}, those of the '
+      f'data of {shown(told(wanted))}; --set=env.recorded=none takes them so'
+    )
+  starts = np.cumsum([0, *(size for _, size in ours)])
+  begins = {part: start for (part, _), start in zip(ours, starts)}
+  return np.concatenate(
+    [np.arange(begins[part], begins[part] + size) for part, size in wanted]
   )
 
 

@@ -46,6 +46,7 @@ def make(
   num_threads: int = 0,
   options: Mapping[str, Any] | None = None,
   action_bins: int = 0,
+  recorded: str = '',
 ) -> Environment | HostEnvironment:
   """Finds and describes an environment; nothing is simulated yet.
 
@@ -63,6 +64,7 @@ def make(
     options: the environment's own.
     action_bins: bins a dimension that continuous actions are divided into
       (`discretise`); 0 leaves them.
+    recorded: JSON of `recorded.Recorded`, for Gymnasium's; '' for nothing.
 
   Returns:
     An `Environment` for `jax:` and `self_play:` names, else a
@@ -72,7 +74,9 @@ def make(
     ValueError: an unknown name or option, a space that no agent can take, or
       actions that cannot be divided.
   """
-  env: Any = _make(name, num_envs, training, frame_stack, num_threads, options)
+  env: Any = _make(
+    name, num_envs, training, frame_stack, num_threads, options, recorded
+  )
   if action_bins:
     from experiments.envs.discretise import discretise
 
@@ -80,7 +84,9 @@ def make(
   return env
 
 
-def _make(name, num_envs, training, frame_stack, num_threads, options):
+def _make(
+  name, num_envs, training, frame_stack, num_threads, options, recorded
+):
   options = dict(options or {})
   kind, colon, rest = name.partition(':')
   if not colon:
@@ -96,10 +102,15 @@ def _make(name, num_envs, training, frame_stack, num_threads, options):
     )
   if kind == 'gymnasium':
     from experiments.envs import gymnasium
+    from experiments.envs import recorded as recording
 
     stack = 1 if frame_stack is None else frame_stack
     return gymnasium.make_gymnasium(
-      rest, num_envs, frame_stack=stack, **options
+      rest,
+      num_envs,
+      frame_stack=stack,
+      recorded=recording.decode(recorded),
+      **options,
     )
   if kind not in ('jax', 'self_play'):
     raise ValueError(

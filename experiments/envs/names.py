@@ -46,22 +46,22 @@ def code_in(name: str, options: Sequence[str] = ()) -> str:
   if ':' in (rest if kind in _KINDS else name):
     return f'env_name={name}'
   for option in options:
-    if not _is_plain(make.parse_options([option])):
+    if not is_plain(make.parse_options([option])):
       return f'env.options={option}'
   return ''
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
   """Whether a value, with all within it, can name neither code nor a file."""
   if isinstance(value, Mapping):
     return all(
-      _is_plain(key)
-      and _is_plain(inner)
+      is_plain(key)
+      and is_plain(inner)
       and not (isinstance(inner, str) and _CODE.fullmatch(str(key)))
       for key, inner in value.items()
     )
   if isinstance(value, list | tuple | set):
-    return all(map(_is_plain, value))
+    return all(map(is_plain, value))
   if isinstance(value, str):
     return _PLAIN.fullmatch(value) is not None
   return value is None or isinstance(value, bool | int | float)

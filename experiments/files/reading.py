@@ -19,6 +19,11 @@ T = TypeVar('T')
 MAX_BYTES = 64 << 20
 # Python's own decoders recurse; nothing that we write nests as deep.
 _MAX_DEPTH = 64
+# What stands in a checkout in the place of a large file that was not fetched.
+_POINTERS = {
+  b'version https://git-lfs': ('Git LFS', 'git lfs pull'),
+  b'/annex/objects/': ('git-annex', 'git annex get'),
+}
 
 
 def open_file(
@@ -35,7 +40,8 @@ def open_file(
 
   Raises:
     Missing: nothing is there.
-    UserError: a link, folder, FIFO or device; too large; not readable.
+    UserError: a link, folder, FIFO or device; too large; not readable; the
+      pointer of Git LFS or git-annex that stands for the file.
   """
   path = pathlib.Path(path)
   where = shown(path)
@@ -60,10 +66,23 @@ def open_file(
       raise UserError(
         f'{where}: {found.st_size:,} bytes, must be at most {limit:,}'
       )
+    _check_fetched(where, os.pread(handle, 64, 0))
     return os.fdopen(handle, 'rb')
+  except OSError as error:
+    os.close(handle)
+    raise UserError(f'{where}: cannot be read: {error.strerror}') from error
   except BaseException:
     os.close(handle)
     raise
+
+
+def _check_fetched(where: str, head: bytes) -> None:
+  for start, (what, command) in _POINTERS.items():
+    if head.startswith(start):
+      raise UserError(
+        f'{where}: is a {what} pointer, not the file itself; fetch it with: '
+        f'{command}'
+      )
 
 
 def check_regular(path: str | os.PathLike, found: os.stat_result) -> None:
