@@ -213,6 +213,18 @@ class Watcher:
       )
       self._unended = None
 
+  def measure(self, step: int, agent_state, path: pathlib.Path) -> None:
+    """Writes what the evaluation finds of an agent; all processes call it."""
+    from experiments.runtime import distributed
+
+    found = {}
+    if self._evaluator is not None:
+      found = distributed.of_main(self._evaluator(agent_state.params, step))
+    if distributed.is_main():
+      names, cells = ['step', *found], [f'{x:.9g}' for x in found.values()]
+      lines = [','.join(names), ','.join([str(step), *cells])]
+      writing.write_text(path, '\n'.join(lines) + '\n')
+
   def evaluate(self, step: int, agent_state) -> dict[str, float]:
     """Measures an agent where that is due."""
     from experiments.runtime import distributed

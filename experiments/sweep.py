@@ -3,6 +3,7 @@
   python -m experiments.sweep --preset=muzero_catch --env=jax:catch --seeds=16
     --grid=learning_rate=1e-3,3e-3 --grid=num_simulations=4,8
     --workdir=sweeps/NAME
+  python -m experiments.sweep --status --workdir=sweeps/NAME
 
 On a pure-JAX environment seeds and floats are vmapped into one program, and
 what changes shapes becomes another one; any other environment runs as one
@@ -19,12 +20,18 @@ from experiments import (
   presets,
   support,
   sweep_engines,
+  sweep_halving,
   sweep_plan,
+  sweep_pool,
+  sweep_ray,
   sweep_results,
+  sweep_rows,
+  sweep_status,
   terminal,
   train,
 )
 from experiments.runtime import config as configs
+from experiments.runtime import signals
 
 
 def define_flags() -> None:
@@ -81,20 +88,47 @@ def define_flags() -> None:
   )
   flags.DEFINE_float('row_cpus', 1.0, 'that a row takes on Ray', 0.0)
   flags.DEFINE_float('row_gpus', 0.0, 'that a row takes on Ray', 0.0)
+  flags.DEFINE_float(
+    'row_minutes', None, 'after which a process of a row is ended', 0.001
+  )
+  flags.DEFINE_float(
+    'row_gb', None, 'of memory at which a process of a row is ended', 0.001
+  )
+  flags.DEFINE_integer(
+    'halving',
+    0,
+    'end poor rows early: one of so many goes on at every rung; 0 for none',
+    0,
+  )
+  flags.DEFINE_integer(
+    'halving_first',
+    None,
+    'updates of the first rung; left out, those of a row by halving squared',
+    1,
+  )
+  flags.DEFINE_string(
+    'share', None, 'I/N: every Nth row from the Ith on, for N such commands'
+  )
+  flags.DEFINE_bool('status', False, 'print what --workdir is doing; stop')
 
 
 def main() -> None:
   """Sweeps as the flags say.
 
   Raises:
-    SystemExit: with 1, where rows are left to do.
+    UserError: what the flags ask for cannot be done.
+    SystemExit: with 1, where rows failed.
   """
   from absl import flags
 
   values = flags.FLAGS
   workdir = pathlib.Path(values.workdir)
   metric = values.metric or 'eval_return'
+  if values.status:
+    sweep_status.show(workdir)
+    return
   with configs.user_errors():
+    share = read_share(values.share)
     plan = sweep_plan.make_plan(
       values.preset,
       agent=values.agent,
@@ -111,7 +145,12 @@ def main() -> None:
     first = plan.describe(sweep_plan.Row(0, 0))
     if first.is_text and not values.metric:
       metric = 'held_log_likelihood'
-    engine = choose_engine(plan, values.engine, metric)
+    asked = values.engine
+    if asked == 'auto' and (share != (0, 1) or values.halving):
+      asked = 'processes'
+    engine = choose_engine(plan, asked, metric)
+    halving = make_halving(first, engine, metric)
+    pool = _make_pool(engine, workdir)
     rows = sweep_plan.rows(plan, values.seeds)
     # Rows of processes and of Ray are alike.
     kind = 'vmap' if engine == 'vmap' else 'processes'
@@ -120,6 +159,7 @@ def main() -> None:
       content |= {'dataset_checksum': offline.checksum_of(first)}
     if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
       configs.write_run_config(workdir, content, engine)
+    sweep_status.note_rows(workdir, plan, values.seeds)
     where = first.dataset or first.env_name
     terminal.begin(
       f'{len(plan.settings)} settings x {values.seeds} seeds = {len(rows)} '
@@ -129,19 +169,21 @@ def main() -> None:
       # Processes and machines of a cluster have devices of their own.
       compiles=engine == 'vmap',
     )
-  run = _run_programs if engine == 'vmap' else _run_jobs
-  results, failed = run(plan, rows, workdir, engine, metric)
+  if pool is None:
+    results, failed = _run_programs(plan, rows, workdir, metric), {}
+  else:
+    results, failed = _run_jobs(plan, rows, share, workdir, pool, halving)
+  left = [row for row in rows if row not in results]
+  summaries = sweep_results.write(plan, results, metric, workdir, left)
   if results:
-    summaries = sweep_results.write(plan, results, metric, workdir)
     sweep_results.show(plan, summaries, metric, workdir)
     _tell_support(plan, results)
   for row, reason in failed.items():
     words = f'{sweep_results.label(plan, row.setting)} seed={row.seed}'
     terminal.say(f'failed: {words}: {reason}')
-  if len(results) < len(rows):
-    left = len(rows) - len(results)
-    print(f'{left} rows are left; the same command goes on from here')
-  if failed:
+  if left:
+    print(f'{len(left)} rows are left; the same command goes on from here')
+  if failed and not signals.received():
     raise SystemExit(1)
 
 
@@ -157,6 +199,93 @@ def _tell_support(plan, results) -> None:
       seeds = ', '.join(str(row.seed) for row in told)
       words = sweep_results.label(plan, setting)
       print(f'{words}, seeds {seeds}: {lines[told[0]]}')
+
+
+def read_share(text: str | None) -> tuple[int, int]:
+  """`I/N` as numbers; `(0, 1)` where nothing is shared out.
+
+  Raises:
+    UserError: it is no such text, or I is not below N.
+
+  >>> read_share('2/8')
+  (2, 8)
+  """
+  if text is None:
+    return 0, 1
+  first, slash, second = text.partition('/')
+  numbers = [int(x) for x in (first, second) if x.isascii() and x.isdecimal()]
+  if not slash or len(numbers) != 2 or numbers[0] >= numbers[1]:
+    raise configs.UserError(
+      f'share={text}: must be I/N with I from 0 to N - 1, as in 0/4'
+    )
+  return numbers[0], numbers[1]
+
+
+def make_halving(
+  experiment: build.Experiment, engine: str, metric: str
+) -> sweep_halving.Halving | None:
+  """The rule that ends poor rows, as the flags say.
+
+  Raises:
+    UserError: it does not fit the engine, or nothing is measured meanwhile.
+  """
+  from absl import flags
+
+  values, updates = flags.FLAGS, experiment.updates
+  factor, first = values.halving, values.halving_first
+  if not factor:
+    if first is not None:
+      raise configs.UserError(
+        f'halving_first={first}: --halving is left out; give it, too'
+      )
+    return None
+  field = f'halving={factor}'
+  if factor == 1:
+    raise configs.UserError(f'{field}: must be 0 or at least 2')
+  if engine == 'vmap':
+    raise configs.UserError(
+      f'{field}: the rows of one program end together; take '
+      '--engine=processes or ray'
+    )
+  if metric.startswith(('eval_', 'network_', 'held_')) and (
+    not experiment.run.evaluate_every
+  ):
+    raise configs.UserError(
+      f'{field}: {metric} is not measured while a row trains; give '
+      '--set=evaluate_every=N or another --metric'
+    )
+  first = first or max(updates // factor**2, 1)
+  if first >= updates:
+    raise configs.UserError(
+      f'halving_first={first}: must be below the {updates} updates of a row'
+    )
+  return sweep_halving.Halving(factor, first, metric)
+
+
+def _make_pool(engine: str, workdir: pathlib.Path) -> sweep_pool.Pool | None:
+  """Where rows run; None for one program."""
+  from absl import flags
+
+  values = flags.FLAGS
+  if engine == 'vmap':
+    for name in ('share', 'row_minutes', 'row_gb'):
+      value = getattr(values, name)
+      if value is not None:
+        raise configs.UserError(
+          f'{name}={value}: the rows of one program run together; take '
+          '--engine=processes or ray'
+        )
+    return None
+  limits = sweep_pool.Limits(values.row_minutes, values.row_gb)
+  if engine == 'processes':
+    return sweep_pool.local(values.at_once, limits)
+  return sweep_ray.connect(
+    values.ray_address,
+    workdir,
+    cpus=values.row_cpus,
+    gpus=values.row_gpus,
+    limits=limits,
+  )
 
 
 def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
@@ -206,12 +335,11 @@ def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
   return asked
 
 
-def _run_programs(plan, rows, workdir, engine, metric):
+def _run_programs(plan, rows, workdir, metric):
   from absl import flags
 
-  from experiments.runtime import metrics, signals
+  from experiments.runtime import metrics
 
-  del engine
   values = flags.FLAGS
   train.use_compilation_cache()
   with configs.user_errors():
@@ -239,39 +367,30 @@ def _run_programs(plan, rows, workdir, engine, metric):
         )
       finally:
         bar.close()
-  return sweep_engines.read_parts(todo, rows), {}
+  return sweep_engines.read_parts(todo, rows)
 
 
-def _run_jobs(plan, rows, workdir, engine, metric):
+def _run_jobs(plan, rows, share, workdir, pool, halving):
   from absl import flags
 
-  from experiments.runtime import metrics, signals
+  from experiments.runtime import metrics
 
-  del metric
-  values = flags.FLAGS
-  todo = sweep_engines.jobs(plan, rows, workdir)
-  bar = metrics.progress(len(todo))
+  todo = sweep_rows.jobs(plan, rows, workdir)
+  own = todo[share[0] :: share[1]]
+  bar = metrics.progress(len(own))
   with signals.graceful_exit() as stopping:
-    shared = {
-      'retries': values.retries,
-      'stopping': stopping,
-      'report': lambda ended: bar.write(ended, {}),
-    }
     try:
-      if engine == 'ray':
-        failed = sweep_engines.on_ray(
-          plan,
-          todo,
-          address=values.ray_address,
-          cpus=values.row_cpus,
-          gpus=values.row_gpus,
-          **shared,
-        )
-      else:
-        failed = sweep_engines.processes(todo, at_once=values.at_once, **shared)
+      failed = sweep_pool.run(
+        own,
+        pool,
+        retries=flags.FLAGS.retries,
+        stopping=stopping,
+        report=lambda ended: bar.write(ended, {}),
+        halving=halving,
+      )
     finally:
       bar.close()
-  return sweep_engines.read_jobs(todo, failed), failed
+  return sweep_rows.read(todo, failed), failed
 
 
 if __name__ == '__main__':

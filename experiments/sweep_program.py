@@ -482,7 +482,10 @@ def _on_host(experiment, phase, values, params, step):
   from experiments.runtime import evaluate as playing
 
   rows, episodes = len(values), experiment.run.evaluate_episodes
-  env = build.make_env(experiment, training=False, num_envs=episodes)
+  # As many at a time as `assess.evaluator` takes: who plays which episode, and
+  # their number, follow from it.
+  beside = min(episodes, 32)
+  env = build.make_env(experiment, training=False, num_envs=beside)
   assert isinstance(env, HostEnvironment)
   # As `experiments.train` does, every row meets the same episodes.
   env = side_by_side(env, rows)
@@ -494,7 +497,7 @@ def _on_host(experiment, phase, values, params, step):
     values, params, key, jax.tree.map(shaped, timestep)
   )
 
-  diverged = np.zeros((rows, episodes), bool)
+  diverged = np.zeros((rows, beside), bool)
 
   def play(params, key, timestep):
     del params
@@ -513,7 +516,9 @@ def _on_host(experiment, phase, values, params, step):
     num_episodes=rows * episodes,
     seed=step,
   )
-  returns = np.where(diverged, np.nan, shaped(played.returns))
+  returns = shaped(played.returns)
+  bad = np.repeat(diverged, returns.shape[1] // beside, axis=1)
+  returns = np.where(bad, np.nan, returns)
   return {'eval': (returns, shaped(played.lengths))}
 
 

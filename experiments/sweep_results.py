@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import sweep_plan, terminal
-from experiments.files import writing
+from experiments.files import reading, writing
+from experiments.files.errors import Missing, shown
 from experiments.runtime import config as configs
 from experiments.sweep_plan import Plan, Row
 
@@ -18,7 +19,7 @@ class Result(NamedTuple):
 
   Attributes:
     status: `done`; `nan`, its numbers are not finite any more; `failed`, its
-      process ended too often.
+      process ended too often; `halved`, ended for being among the poor ones.
     curve: rows of metrics with `step`, in order.
     final: the last of each metric, of the trained agent.
   """
@@ -38,7 +39,7 @@ class Summary(NamedTuple):
     high: the other end.
     mean: of the same.
     seeds: how many have the metric.
-    lost: how many have not (NaN, failed); they are in no aggregate.
+    lost: how many have not (NaN, failed, halved); they are in no aggregate.
   """
 
   setting: int
@@ -66,14 +67,42 @@ def from_curve(
 
 
 def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
-  """Rows of a CSV of numbers, without the blanks; [] if there is no file."""
-  if not path.exists():
+  """Rows of a CSV of numbers, without the blanks; [] if there is no file.
+
+  Raises:
+    UserError: it is no such file, or a cell is no number.
+  """
+  found = []
+  for i, row in enumerate(read_table(path)):
+    try:
+      found.append({name: float(x) for name, x in row.items() if x})
+    except ValueError as error:
+      raise configs.UserError(
+        f'{shown(path)}: row {i + 1}: {shown(error)}; copy it back'
+      ) from error
+  return found
+
+
+def read_table(path: pathlib.Path) -> list[dict[str, str]]:
+  """Rows of a CSV, also of one that is being written; [] if there is none.
+
+  Raises:
+    UserError: it cannot be read as one.
+  """
+  try:
+    text = reading.read_text(path)
+  except Missing:
     return []
-  with path.open(newline='', encoding='utf-8') as file:
-    return [
-      {name: float(x) for name, x in row.items() if x}
-      for row in csv.DictReader(file)
-    ]
+  whole = text[: text.rfind('\n') + 1]
+  try:
+    rows = list(csv.DictReader(io.StringIO(whole, newline='')))
+  except csv.Error as error:
+    raise configs.UserError(f'{shown(path)}: {error}; copy it back') from error
+  # A line may have fewer cells than the head, or more.
+  return [
+    {str(name): x for name, x in row.items() if isinstance(x, str)}
+    for row in rows
+  ]
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -106,7 +135,11 @@ def summarise(
     own = [r for row, r in results.items() if row.setting == setting]
     if not own:
       continue
-    values = [r.final.get(metric, math.nan) for r in own]
+    # What was ended early has learned for less long than the others.
+    values = [
+      math.nan if r.status == 'halved' else r.final.get(metric, math.nan)
+      for r in own
+    ]
     known = [v for v in values if math.isfinite(v)]
     centre = low = high = mean = math.nan
     if known:
@@ -125,6 +158,7 @@ def write(
   results: Mapping[Row, Result],
   metric: str,
   workdir: pathlib.Path,
+  left: Sequence[Row] = (),
 ) -> list[Summary]:
   """Writes sweep.csv, curves.csv, summary.csv and sweep.png.
 
@@ -133,6 +167,7 @@ def write(
     results: of the rows that have ended.
     metric: a column of the curves, higher is better.
     workdir: the folder.
+    left: rows that have not ended, which only sweep.csv names.
 
   Returns:
     `summarise`, the best first.
@@ -146,7 +181,8 @@ def write(
       f'metric={metric}: no row has it; there are {", ".join(known)}'
     )
   table, curves = [], []
-  for row, result in sorted(results.items()):
+  table_of = {row: Result('left', [], {}) for row in left} | dict(results)
+  for row, result in sorted(table_of.items()):
     tag = dict(zip(plan.fields, plan.settings[row.setting]))
     tag |= {'seed': row.seed}
     table.append(tag | _final(result, metric) | {'status': result.status})
@@ -169,8 +205,14 @@ def write(
 
 
 def _final(result: Result, metric: str) -> dict[str, float]:
-  """Final metrics with and without search, and the mean over training."""
+  """Final metrics with and without search, and the mean over training.
+
+  `final_return` is that of a launcher's own play at its end, in episodes of
+  its own; one program has none.
+  """
   names = dict.fromkeys((metric, 'eval_return', 'network_return'))
+  if 'final_return' in result.final:
+    names['final_return'] = None
   found = {n: result.final.get(n, math.nan) for n in names}
   seen = [point[metric] for point in result.curve if metric in point]
   mean = sum(seen) / len(seen) if seen else math.nan

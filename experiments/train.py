@@ -66,6 +66,11 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'profile', 0, 'updates to trace for the profiler into WORKDIR/profile', 0
   )
+  flags.DEFINE_bool(
+    'measure',
+    False,
+    'measure the trained agent as evaluate_every does, into measured.csv',
+  )
   flags.DEFINE_bool('tensorboard', False, 'write TensorBoard events, too')
   flags.DEFINE_string(
     'wandb', None, 'a project of Weights & Biases to write to, too'
@@ -117,6 +122,7 @@ def main() -> None:
     profile=values.profile,
     tensorboard=values.tensorboard,
     wandb=values.wandb or '',
+    measure=values.measure,
   )
 
 
@@ -271,6 +277,7 @@ def run(
   profile: int = 0,
   tensorboard: bool = False,
   wandb: str = '',
+  measure: bool = False,
 ) -> None:
   """Trains in a folder, from its last checkpoint if it has one.
 
@@ -283,6 +290,8 @@ def run(
     profile: updates to trace.
     tensorboard: whether to write events.
     wandb: the project that wandb gets the numbers for; '' for none.
+    measure: whether the trained agent is measured at the end just as it is
+      every `evaluate_every` updates, into measured.csv.
 
   A signal stops it with a checkpoint; `signals.received` then says which.
 
@@ -293,7 +302,9 @@ def run(
 
   started = time.perf_counter()
   with signals.graceful_exit() as asked:
-    trained = _train(experiment, workdir, profile, tensorboard, wandb, asked)
+    trained = _train(
+      experiment, workdir, profile, tensorboard, wandb, measure, asked
+    )
   players = None
   agent = trained.trainer.stages[-1].agent
   plays = experiment.run.final_episodes and experiment.env_name
@@ -347,7 +358,9 @@ def _planned(experiment: build.Experiment) -> str:
   return f'{about}{experiment.updates:,}'
 
 
-def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
+def _train(
+  experiment, workdir, profile, tensorboard, wandb, measure, asked
+) -> _Trained:
   import jax
 
   from experiments.runtime import distributed, loop, mesh, watch
@@ -452,6 +465,8 @@ def _train(experiment, workdir, profile, tensorboard, wandb, asked) -> _Trained:
     ended = keeper.budget.stop(end) == end
   if watcher.held_out is not None and ended:
     watcher.held_out.compare(carry.agent, workdir / 'held_out.csv', is_main)
+  if measure and ended:
+    watcher.measure(end, carry.agent, workdir / 'measured.csv')
   if is_main:
     peaks = watch.peak_memory().items()
     used = ', '.join(f'{x / 1e9:.2f} GB of the {name}' for name, x in peaks)

@@ -108,6 +108,7 @@ EXAMPLES = (
   'experiments.players',
   'experiments.runtime.config',
   'experiments.statistics',
+  'experiments.sweep',
   'networks.balance',
   'networks.heads',
   'networks.routing',

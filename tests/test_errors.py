@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, presets, sweep_engines
+from experiments import build, presets, sweep_engines, sweep_pool
 from experiments.collect import Collection
 from experiments.data import layout, npz
 from experiments.files import writing
@@ -68,6 +68,23 @@ TABLE = {
   'train --steps=300': 'steps=300: must be above warmup_decisions=400',
   'train --set=warmup_decisions=9': 'warmup_decisions=9: must be at least 192',
   'train --set=replay_capacity=9': 'replay_capacity=9: must be at least 192',
+  'sweep --workdir=new --share=2/2': 'share=2/2: must be I/N with I from 0 to ',
+  'sweep --workdir=new --halving_first=5': 'halving_first=5: --halving is left',
+  'sweep --workdir=new --halving=1': 'halving=1: must be 0 or at least 2',
+  'sweep --workdir=new --halving=2 --engine=vmap --env=jax:catch': (
+    'halving=2: the rows of one program end together; take --engine=processes'
+  ),
+  'sweep --workdir=new --halving=2 --set=evaluate_every=0': (
+    'halving=2: eval_return is not measured while a row trains; give --set='
+  ),
+  'sweep --workdir=new --halving=2 --halving_first=99999 --metric=loss': (
+    'halving_first=99999: must be below the '
+  ),
+  'sweep --workdir=new --row_gb=2 --env=jax:catch': (
+    'row_gb=2.0: the rows of one program run together; take --engine=process'
+  ),
+  'sweep --workdir=new --row_minutes=0': 'row_minutes=0: must be',
+  'sweep --workdir=new --status': "workdir=new: is no sweep's folder",
   'sweep --workdir=new --set=zzz': '--set=zzz: should be field=value',
   'benchmark --set=zzz': '--set=zzz: should be field=value',
   'collect --set=updates=inf': 'updates=inf: ... must be a whole number',
@@ -421,8 +438,8 @@ def launch(folder, compiled, monkeypatch, capsys):
   # What is not refused must not keep the tests waiting.
   monkeypatch.setattr(mesh, 'init', begun)
   monkeypatch.setattr(distributed, '_connect', begun)
-  for name in ('vmapped', 'processes', 'on_ray'):
-    monkeypatch.setattr(sweep_engines, name, begun)
+  monkeypatch.setattr(sweep_engines, 'vmapped', begun)
+  monkeypatch.setattr(sweep_pool, 'run', begun)
   monkeypatch.setattr(subprocess, 'Popen', _only_others(subprocess.Popen))
   # Or the launchers would set up a cache of their own.
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'set')

@@ -21,8 +21,8 @@ from experiments import (
   build,
   offline,
   play,
-  sweep_engines,
   sweep_plan,
+  sweep_rows,
   terminal,
 )
 from experiments.data import layout, minari_files, npz
@@ -379,7 +379,7 @@ def test_rows_of_a_sweep_get_the_environment_by_flag(planted, tmp_path):
   npz.save(make_data('Pendulum-v1'), tmp_path / 'plain')
   plan = sweep_plan.make_plan('bc_small', env=planted.env, dataset='plain')
   rows = sweep_plan.rows(plan, 2)
-  for job in sweep_engines.jobs(plan, rows, tmp_path / 'sweep'):
+  for job in sweep_rows.jobs(plan, rows, tmp_path / 'sweep'):
     assert f'--env={planted.env}' in job.arguments
   assert not planted.mark.exists()
 

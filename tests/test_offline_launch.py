@@ -18,9 +18,9 @@ from experiments import (
   play,
   presets,
   sweep,
-  sweep_engines,
   sweep_plan,
   sweep_program,
+  sweep_rows,
   train,
 )
 from experiments import stages as staging
@@ -669,6 +669,6 @@ def test_rows_of_one_program_need_the_data_on_the_device(data):
 
 def test_rows_of_agents_without_search_run_as_processes(data, tmp_path):
   plan = sweep_plan.make_plan('bc', dataset=data, steps=5, fixed=RUN)
-  (job,) = sweep_engines.jobs(plan, [Row(0, 3)], tmp_path)
+  (job,) = sweep_rows.jobs(plan, [Row(0, 3)], tmp_path)
   assert f'--dataset={data}' in job.arguments and job.updates == 5
   assert '--set=final_simulations=' in job.arguments

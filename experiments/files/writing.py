@@ -109,3 +109,13 @@ def open_append(path: str | os.PathLike) -> BinaryIO:
       os.close(handle)
       check_replaceable(path)
     return os.fdopen(handle, 'ab')
+
+
+def is_there(path: str | os.PathLike) -> bool:
+  """Whether a file is there, also where the folder is a network's.
+
+  Looking into the folder makes a client of NFS ask its server anew.
+  """
+  with contextlib.suppress(OSError):
+    return os.path.basename(path) in os.listdir(os.path.dirname(path) or '.')
+  return False

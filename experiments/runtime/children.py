@@ -5,15 +5,21 @@ the launcher alone: a second signal would end it before it has saved.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+# Asks Linux to kill it with its parent, then becomes the program. Not by
+# `preexec_fn`: jax warns of forks in a process of many threads.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):  # it has not died meanwhile
+  os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
@@ -26,12 +32,11 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
     command: program and arguments.
     **options: of `Popen`.
   """
+  tied = []
+  if sys.platform == 'linux':
+    tied = [sys.executable, '-IS', '-c', _TIED, str(os.getpid())]
   return subprocess.Popen(
-    command,
-    stdin=subprocess.DEVNULL,
-    process_group=0,
-    preexec_fn=_die_with_parent(),
-    **options,
+    [*tied, *command], stdin=subprocess.DEVNULL, process_group=0, **options
   )
 
 
@@ -58,17 +63,3 @@ def memory(pid: int) -> int:
       with open(f'/proc/{one}/task/{one}/children', encoding='ascii') as file:
         left += map(int, file.read().split())
   return total
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-  """What a child runs before its program: Linux kills it with its parent."""
-  if sys.platform != 'linux':
-    return None
-  prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-  def before_program() -> None:
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has died meanwhile
-      os._exit(1)
-
-  return before_program
