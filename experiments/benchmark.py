@@ -27,6 +27,7 @@ from experiments.measure import (
   write_rows,
 )
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 
 _SUITES = (
   'search',
@@ -56,7 +57,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_alias('what', 'suite')
   flags.DEFINE_string('out', 'benchmark.csv', 'the CSV')
-  flags.DEFINE_integer('repeats', 9, 'of every measurement', 1)
+  flags.DEFINE_integer('repeats', 9, 'of every measurement', 1, 10_000)
   flags.DEFINE_bool('quick', False, 'tiny sizes, to see that it runs')
   flags.DEFINE_string(
     'preset',
@@ -91,6 +92,10 @@ def main() -> None:
   for suite in values.suite:
     if suite not in _SUITES:
       raise UserError(f'suite={suite}: must be of {", ".join(_SUITES)}')
+  if 'scale' not in values.suite:
+    flag_checks.refuse(['seeds'], 'without --suite=scale')
+    if not {'learner', 'acting'} & set(values.suite):
+      flag_checks.refuse(['preset', 'set'], 'on these suites')
   configs.check_place('out', values.out)
   sizes = (QUICK if values.quick else Sizes())._replace(repeats=values.repeats)
   with configs.user_errors():

@@ -141,6 +141,7 @@ def describe(
     env=sections['env'],
     run=sections['run'],
   )
+  _check_integers(experiment)
   if is_fresh(experiment.config):
     experiment = _complete_fresh(experiment)
   # A preset without an environment is not for play, whatever env is given.
@@ -154,6 +155,11 @@ def describe(
   )
   planned += -planned % experiment.env.num_envs
   experiment = experiment._replace(time_steps=planned)
+  if experiment.updates > configs.MAX_INT:
+    raise ValueError(
+      f'steps={experiment.steps}: makes {experiment.updates} updates, must be '
+      f'at most {configs.MAX_INT}; take fewer steps'
+    )
   # What of the agent depends on the size of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
   lengths = {'total_updates': experiment.updates}
@@ -167,6 +173,27 @@ def describe(
   known = {n: v for n, v in lengths.items() if n in fields}
   config = dataclasses.replace(experiment.config, **known)
   return experiment._replace(config=config)
+
+
+def _check_integers(experiment: Experiment) -> None:
+  """Refuses integers that no array of JAX can hold."""
+  from experiments.runtime import config as configs
+
+  def check(name, value):
+    if dataclasses.is_dataclass(value):
+      for field in dataclasses.fields(value):
+        check(field.name, getattr(value, field.name))
+    elif isinstance(value, tuple):
+      for item in value:
+        check(name, item)
+    elif name in ('replay_capacity', 'model_capacity'):
+      return  # `experiments.capacity` tells what it would take
+    elif type(value) is int and abs(value) > configs.MAX_INT:
+      raise ValueError(f'{name}={value}: must be at most {configs.MAX_INT}')
+
+  check('steps', experiment.steps)
+  for section in (experiment.config, experiment.env, experiment.run):
+    check('', section)
 
 
 def _has(sections, setting: str) -> bool:
@@ -340,6 +367,24 @@ def make_phases(experiment: Experiment, spec, reduce: Callable | None = None):
       f'{names}'
     )
   return phases
+
+
+def row(experiment: Experiment) -> tuple[Any, Any, Any]:
+  """The last phase's agent and source on one device, and their spec.
+
+  Raises:
+    ValueError: agent, environment or data set do not fit.
+  """
+  if not experiment.dataset:
+    env = make_env(experiment, training=True)
+    agent = make_agent(experiment, env.spec)
+    return agent, make_source(experiment, env, agent), env.spec
+  data, stage = offline.material(experiment), None
+  if experiment.env_name:
+    stage = make_env(experiment, training=False, num_envs=1)
+  spec = offline.spec_of(data, stage and stage.spec)
+  phase = make_phases(experiment, spec)[-1]
+  return phase.agent, offline.make_source(experiment, data, phase), spec
 
 
 class Layout(NamedTuple):

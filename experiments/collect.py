@@ -134,9 +134,11 @@ def define_flags() -> None:
     'env', 'Pendulum-v1', "envpool's name; its actions must be continuous"
   )
   flags.DEFINE_string('out', None, 'the folder; data/ENV_sSEED if left out')
-  flags.DEFINE_integer('steps', None, 'decisions of the training', 1)
   flags.DEFINE_integer(
-    'transitions', 50_000, 'of random, medium and expert each', 1
+    'steps', None, 'decisions of the training', 1, configs.MAX_INT
+  )
+  flags.DEFINE_integer(
+    'transitions', 50_000, 'of random, medium and expert each', 1, 100_000_000
   )
   flags.DEFINE_multi_string(
     'set', [], "field=value, repeatable: SAC's and this module's Collection's"

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from experiments import control_runs, plan_models, terminal
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 
 _FIRST = re.compile(r'actor|critic|lookahead=([1-9]\d*)')
 
@@ -345,6 +346,10 @@ def launch(values: Any) -> list[Row]:
   return rows
 
 
+_OF_STUDY = ('data', 'folder', 'results', 'qualities', 'agents', 'seeds')
+_OF_PLAY = ('workdir', 'checkpoint', 'dynamics', 'planners', 'seed', 'out')
+
+
 def main() -> None:
   """Plays, or runs the study, as the flags say.
 
@@ -358,6 +363,10 @@ def main() -> None:
 
   values = flags.FLAGS
   with configs.user_errors():
+    flag_checks.refuse(
+      _OF_PLAY if values.study else _OF_STUDY,
+      f'with{"" if values.study else "out"} --study',
+    )
     if values.study:
       control_study.check(values)
     elif not values.workdir:
@@ -390,10 +399,12 @@ def define_flags() -> None:
     'actor;critic;lookahead=1;lookahead=1+rollout=8',
     'names with semicolons between them',
   )
-  flags.DEFINE_integer('candidates', 8, 'of the first stage', 1)
-  flags.DEFINE_integer('later_candidates', 4, 'of each later one', 1)
+  flags.DEFINE_integer('candidates', 8, 'of the first stage', 1, 10_000)
+  flags.DEFINE_integer('later_candidates', 4, 'of each later one', 1, 10_000)
   flags.DEFINE_enum('value', 'min', ['min', 'mean'], 'of the critics')
-  flags.DEFINE_integer('episodes', 64, 'episodes for each planner', 1)
+  flags.DEFINE_integer(
+    'episodes', 64, 'episodes for each planner', 1, 1_000_000
+  )
   flags.DEFINE_integer(
     'seed', 0, 'of the starts and of the planner', 0, configs.MAX_SEED
   )
@@ -404,7 +415,7 @@ def define_flags() -> None:
   flags.DEFINE_string('results', 'experiments/results', 'where its CSVs go')
   flags.DEFINE_list('qualities', ['random', 'medium'], 'of its data sets')
   flags.DEFINE_list('agents', ['iql', 'atac', 'td3_bc'], 'that it trains')
-  flags.DEFINE_integer('seeds', 5, 'of each agent', 1)
+  flags.DEFINE_integer('seeds', 5, 'of each agent', 1, 10_000)
 
 
 if __name__ == '__main__':

@@ -177,8 +177,8 @@ def define_flags() -> None:
 
   flags.DEFINE_string('workdir', None, 'the folder of a run', required=True)
   flags.DEFINE_list('players', ['lookahead=1', 'lookahead=2'], 'who is judged')
-  flags.DEFINE_integer('positions', 200, 'turns', 2)
-  flags.DEFINE_integer('plies', 1, 'that gnubg looks ahead', 0)
+  flags.DEFINE_integer('positions', 200, 'turns', 2, 1_000_000)
+  flags.DEFINE_integer('plies', 1, 'that gnubg looks ahead', 0, 7)
   flags.DEFINE_string('out', None, 'the CSV; WORKDIR/equity.csv if left out')
 
 

@@ -18,6 +18,7 @@ from experiments import game_selection, terminal
 from experiments.files.errors import UserError
 from experiments.game_selection import BETAS, COVERAGE
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 from experiments.runtime import metrics
 
 # `1 / (1 - g)`; rewards are within [0, 1].
@@ -286,13 +287,17 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'out', 'experiments/results/atac_game.csv', 'the CSV; others lie beside it'
   )
-  flags.DEFINE_integer('mdps', 6, 'random MDPs', 1)
-  flags.DEFINE_integer('states', 5, 'of each MDP', 1)
-  flags.DEFINE_integer('actions', 3, 'of each MDP; mu may lack one', 3)
-  flags.DEFINE_integer('iterations', 300, 'K of each play', 1)
+  flags.DEFINE_integer('mdps', 6, 'random MDPs', 1, 100_000)
+  flags.DEFINE_integer('states', 5, 'of each MDP', 1, 1_000)
+  flags.DEFINE_integer('actions', 3, 'of each MDP; mu may lack one', 3, 1_000)
+  flags.DEFINE_integer('iterations', 300, 'K of each play', 1, 10_000_000)
   flags.DEFINE_integer('seed', 0, 'of MDPs and data', 0, configs.MAX_SEED)
   flags.DEFINE_integer(
-    'datasets', 60, 'MDPs that beta is chosen for from data; 0: none', 0
+    'datasets',
+    60,
+    'MDPs that beta is chosen for from data; 0: none',
+    0,
+    100_000,
   )
   flags.DEFINE_list(
     'sizes', ['30', '100', '300', '1000'], 'transitions in their data sets'
@@ -321,6 +326,8 @@ def main() -> None:
 
   values = flags.FLAGS
   out, sizes = pathlib.Path(values.out), _read_sizes(values.sizes)
+  if not values.datasets:
+    flag_checks.refuse(['sizes'], 'with --datasets=0')
   if out.suffix != '.csv':
     raise UserError(f'out={out}: must end in .csv')
   configs.check_place('out', out)

@@ -219,7 +219,7 @@ def define_flags() -> None:
   """The flags of `python -m experiments.judge`."""
   from absl import flags
 
-  flags.DEFINE_integer('positions', 300, 'how many', 1)
+  flags.DEFINE_integer('positions', 300, 'how many', 1, 1_000_000)
   flags.DEFINE_integer(
     'seed', 0, 'of the moves that lead there', 0, configs.MAX_SEED
   )

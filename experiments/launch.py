@@ -63,13 +63,14 @@ def define_flags() -> None:
   """The flags of `python -m experiments.launch`."""
   from absl import flags
 
-  flags.DEFINE_integer('processes', 2, 'how many', 1)
+  flags.DEFINE_integer('processes', 2, 'how many', 1, 1_024)
   flags.DEFINE_integer(
     'devices_per_process',
     None,
     'virtual devices on the CPU; on GPUs how many each process sees; all if '
     'left out',
     1,
+    1_024,
   )
   flags.DEFINE_integer(
     'restarts',
@@ -77,9 +78,14 @@ def define_flags() -> None:
     'how often a failed run is started again; one that was refused (exit code '
     '2) or stopped (130, 143) is not',
     0,
+    1_000_000,
   )
   flags.DEFINE_float(
-    'grace', 10, 'seconds from SIGTERM to SIGKILL once a process has failed', 0
+    'grace',
+    10,
+    'seconds from SIGTERM to SIGKILL once a process has failed',
+    0,
+    1_000_000,
   )
 
 

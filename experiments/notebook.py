@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from experiments.files import writing
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'experiments' / 'notebooks'
@@ -373,6 +374,8 @@ def main(asked: Sequence[str]) -> None:
   changed = ROOT / 'runs' / 'notebooks'
   out = pathlib.Path(values['out'] or (changed if assignments else DOCS))
   configs.check_place('out', out, folder=True)
+  if values['check']:
+    flag_checks.refuse(['set', 'tiny'], 'with --check')
   for name in asked:  # before the first one takes minutes
     code(name, assignments)
   for name in asked or names():

@@ -436,7 +436,7 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string('out', 'experiments/results', 'where the files go')
-  flags.DEFINE_integer('trials', 20_000, 'of each estimate', 2)
+  flags.DEFINE_integer('trials', 20_000, 'of each estimate', 2, 10_000_000)
   flags.DEFINE_integer('seed', 0, 'of the draws', 0, configs.MAX_SEED)
   flags.DEFINE_list(
     'ks',

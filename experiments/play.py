@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import build, terminal
+from experiments import build, capacity, terminal
 from experiments.files import writing
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 from experiments.runtime import metrics
 
 
@@ -223,10 +224,10 @@ def read_budgets(
     UserError: one is no whole number, or below 0.
   """
   for text in texts or ():
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
       raise configs.UserError(
-        f'simulations={text}: must be whole numbers, 0 or more, with commas '
-        'between, such as 0,16,64'
+        f'simulations={text}: must be whole numbers, 0 or more and below '
+        '1000000000, with commas between, such as 0,16,64'
       )
   return [int(text) for text in texts or ()] or list(usual)
 
@@ -417,6 +418,7 @@ def main() -> None:
     for name in ('out', 'record'):
       if getattr(values, name):
         configs.check_place(name, getattr(values, name))
+    _refuse_others(experiment, values)
     if values.prompt and not experiment.is_text:
       raise configs.UserError(
         f'prompt={values.prompt}: {experiment.agent_name} is no language '
@@ -450,6 +452,11 @@ def main() -> None:
     agent = build.make_agent(experiment, load_spec(values.workdir, env.spec))
     usual = [0] if agent.exploit is not None else [0, 16]
     budgets = read_budgets(values.simulations, usual)
+    num = getattr(env, 'num_envs', values.episodes)
+    most = max(budgets)
+    capacity.check(
+      capacity.of_search(agent, env.spec, num, most, 'simulations')
+    )
     checkpoints = load_params(values.workdir, agent, names)
     terminal.begin(
       f'{experiment.agent_name} on {experiment.env_name}: checkpoint '
@@ -479,6 +486,47 @@ def main() -> None:
   terminal.end(str(out), following)
 
 
+# Flags that only some of what can be played looks at.
+_OF_TEXT = ('tokens', 'temperature')
+_OF_MATCH = ('openings', 'opening_plies')
+_OF_GAME = ('players', 'opponents', 'human')
+_OF_EPISODES = ('planner', 'simulations', 'episodes', 'num_envs')
+
+
+def _refuse_others(experiment: build.Experiment, values: Any) -> None:
+  """Refuses flags that what is asked for would ignore.
+
+  Raises:
+    UserError: names the first of them.
+  """
+  own = [*_OF_EPISODES, *_OF_GAME, *_OF_MATCH, 'begin', 'record', 'frames']
+  if experiment.is_text:
+    flag_checks.refuse([*own, 'out'], 'on a language model')
+    return
+  flag_checks.refuse(_OF_TEXT, 'without a language model')
+  one = [name for name in ('checkpoint',) if len(values.checkpoint) > 1]
+  if values.record:
+    others = ('human', 'begin', 'episodes', 'num_envs', 'out', *_OF_MATCH)
+    flag_checks.refuse([*others, *one], 'with --record')
+    if values.players and values.opponents:
+      flag_checks.refuse(['simulations'], 'with --players and --opponents')
+    return
+  flag_checks.refuse(['frames'], 'without --record')
+  if values.human:
+    others = ('opponents', 'out', *_OF_EPISODES, *_OF_MATCH)
+    flag_checks.refuse([*others, *one], 'with --human')
+    if len(values.players) > 1:
+      flag_checks.refuse(
+        ['players'], 'beyond the first with --human', 'take one'
+      )
+    return
+  flag_checks.refuse(['begin'], 'without --human')
+  if values.players or values.opponents:
+    flag_checks.refuse([*_OF_EPISODES, *one], 'with --players and --opponents')
+  else:
+    flag_checks.refuse(_OF_MATCH, 'without --players or --opponents')
+
+
 def define_flags() -> None:
   """The flags of `python -m experiments.play`."""
   from absl import flags
@@ -501,8 +549,10 @@ def define_flags() -> None:
     None,
     'budgets a decision, 0 and 16 if left out; 0 is the network alone',
   )
-  flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1)
-  flags.DEFINE_integer('num_envs', 0, "copies at once; 0 for the run's own", 0)
+  flags.DEFINE_integer('episodes', 100, 'episodes for each row', 1, 1_000_000)
+  flags.DEFINE_integer(
+    'num_envs', 0, "copies at once; 0 for the run's own", 0, 1_000_000
+  )
   flags.DEFINE_integer(
     'seed', 0, 'of simulators and planner', 0, configs.MAX_SEED
   )
@@ -521,8 +571,12 @@ def define_flags() -> None:
     'e.g. network, lookahead=2, gumbel=32, puct=32, '
     'lookahead=1+rollout=8, runs/OTHER@early:gumbel=32',
   )
-  flags.DEFINE_integer('openings', 64, 'each played from both sides', 1)
-  flags.DEFINE_integer('opening_plies', 4, 'random moves before a game', 0)
+  flags.DEFINE_integer(
+    'openings', 64, 'each played from both sides', 1, 1_000_000
+  )
+  flags.DEFINE_integer(
+    'opening_plies', 4, 'random moves before a game', 0, 10_000
+  )
   flags.DEFINE_boolean('human', False, 'play the first player in the terminal')
   flags.DEFINE_boolean('begin', True, 'who plays in the terminal begins')
   flags.DEFINE_string(
@@ -532,12 +586,22 @@ def define_flags() -> None:
     'animation, .png a strip; of a game the first player and opponent',
   )
   flags.DEFINE_integer(
-    'frames', 0, 'time steps of a .gif at most (300), shown in a .png (8)', 0
+    'frames',
+    0,
+    'time steps of a .gif at most (300), shown in a .png (8)',
+    0,
+    100_000,
   )
   flags.DEFINE_string('prompt', None, 'what a language model is to continue')
-  flags.DEFINE_integer('tokens', 100, 'how many a language model adds', 1)
+  flags.DEFINE_integer(
+    'tokens', 100, 'how many a language model adds', 1, 1_000_000
+  )
   flags.DEFINE_float(
-    'temperature', 1.0, 'that it draws them at; 0 takes the likeliest', 0.0
+    'temperature',
+    1.0,
+    'that it draws them at; 0 takes the likeliest',
+    0.0,
+    1_000_000,
   )
   flags.DEFINE_string(
     'out', None, 'the CSV; WORKDIR/play.csv or match.csv if left out'

@@ -32,8 +32,12 @@ _ROWS = 512
 _PATTERN = re.compile(
   r'((?P<planner>network|random|lookahead|gumbel|puct)(=(?P<budget>\d+))?)?'
   r'(?P<plus>\+)?((?P<greedy>greedy_)?rollout=(?P<steps>\d+|end)'
-  r'(x(?P<trials>\d+))?)?'
+  r'(x(?P<trials>\d+))?)?',
+  re.ASCII,
 )
+# More than this nobody waits for, and no memory holds.
+_MOST = {'lookahead': 10, 'gumbel': 1_000_000, 'puct': 1_000_000}
+_MOST_STEPS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +102,21 @@ def parse(name: str) -> Strategy:
   trials = int(found['trials'] or 1)
   if not trials:
     raise _unknown(name)
+  _check_most(name, planner, budget, _MOST.get(planner, 0))
+  _check_most(name, 'rollout', None if steps == 'end' else steps, _MOST_STEPS)
+  _check_most(name, 'trials', found['trials'], _MOST_STEPS)
   length = None
   if steps is not None:
     length = -1 if steps == 'end' else int(steps)
   return Strategy(
     planner, int(budget or 0), length, trials, bool(found['greedy'])
   )
+
+
+def _check_most(name: str, what: str, number: str | None, most: int) -> None:
+  # What is longer is larger, and Python refuses to read very long numbers.
+  if number and (len(number) > len(str(most)) or int(number) > most):
+    raise UserError(f'player={name!r}: {what} must be at most {most}')
 
 
 def split(name: str) -> tuple[str, str, str]:

@@ -480,7 +480,9 @@ def define_flags() -> None:
     'y', ['episode_return'], 'columns of metrics.csv, a panel each'
   )
   flags.DEFINE_bool('together', False, 'all columns in one panel')
-  flags.DEFINE_integer('smooth', 1, 'mean over so many rows of metrics.csv', 1)
+  flags.DEFINE_integer(
+    'smooth', 1, 'mean over so many rows of metrics.csv', 1, 1_000_000
+  )
   flags.mark_flag_as_required('workdirs')
 
 

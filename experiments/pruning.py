@@ -225,7 +225,7 @@ def define_flags() -> None:
   """The flags of `python -m experiments.pruning`."""
   from absl import flags
 
-  flags.DEFINE_integer('processes', 2000, 'random ones', 2)
+  flags.DEFINE_integer('processes', 2000, 'random ones', 2, 1_000_000)
   flags.DEFINE_string(
     'folder', 'runs/studies/connect_four', 'where the trained runs lie'
   )

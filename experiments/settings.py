@@ -33,6 +33,8 @@ class EnvConfig:
   def __post_init__(self):
     _at_least(self, 1, 'num_envs')
     _at_least(self, 0, 'num_threads')
+    _at_most(self, 1_000_000, 'num_envs', 'action_bins')
+    _at_most(self, 10_000, 'num_threads', 'frame_stack')
     if self.frame_stack is not None:
       _at_least(self, 1, 'frame_stack')
     if self.action_bins < 0 or self.action_bins == 1:
@@ -144,6 +146,9 @@ class RunConfig:
       'final_episodes',
     )
     _at_least(self, 1e-3, 'decisions_per_update')
+    _at_most(self, 1e6, 'decisions_per_update')
+    _at_most(self, 1_000_000, 'evaluate_episodes', 'final_episodes', 'hold_out')
+    _at_most(self, 10_000, 'queue_size', 'keep_checkpoints')
     if not math.isfinite(self.reward_factor) or not self.reward_factor:
       raise ValueError(
         f'reward_factor={self.reward_factor}: must be finite and not 0'
@@ -161,6 +166,13 @@ def _at_least(config, least, *names):
       raise ValueError(f'{name}={value}: must be finite')
     if value < least:
       raise ValueError(f'{name}={value}: must be >= {least}')
+
+
+def _at_most(config, most, *names):
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and value > most:
+      raise ValueError(f'{name}={value}: must be <= {most:g}')
 
 
 class Preset(NamedTuple):

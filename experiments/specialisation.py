@@ -162,8 +162,10 @@ def define_flags() -> None:
 
   flags.DEFINE_string('workdir', None, "a run's folder", required=True)
   flags.DEFINE_string('checkpoint', 'final', 'final or best')
-  flags.DEFINE_integer('layer', 0, 'which mixture', 0)
-  flags.DEFINE_integer('tokens', 48, 'most frequent ones that are drawn', 1)
+  flags.DEFINE_integer('layer', 0, 'which mixture', 0, 10_000)
+  flags.DEFINE_integer(
+    'tokens', 48, 'most frequent ones that are drawn', 1, 1_000_000
+  )
   flags.DEFINE_string('out', 'specialisation.png', 'the figure')
 
 

@@ -495,8 +495,8 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_enum('study', None, list(STUDIES), 'which', required=True)
-  flags.DEFINE_integer('seeds', 0, "how many; 0 for the study's own", 0)
-  flags.DEFINE_integer('at_once', 1, 'runs at the same time', 1)
+  flags.DEFINE_integer('seeds', 0, "how many; 0 for the study's own", 0, 10_000)
+  flags.DEFINE_integer('at_once', 1, 'runs at the same time', 1, 1_024)
   flags.DEFINE_string('folder', 'runs/studies', 'where the runs are kept')
   flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
 

@@ -468,9 +468,9 @@ def define_flags() -> None:
   flags.DEFINE_string('folder', 'runs/studies/backgammon', 'where its runs are')
   flags.DEFINE_list('players', list(PLAYERS), 'who plays')
   flags.DEFINE_list('opponents', [JUDGE, *OUTSIDERS], 'who scores them')
-  flags.DEFINE_integer('games', 100, 'with each opponent', 4)
-  flags.DEFINE_integer('positions', 300, 'judged turns', 2)
-  flags.DEFINE_integer('plies', 1, 'that the judge looks ahead', 0)
+  flags.DEFINE_integer('games', 100, 'with each opponent', 4, 1_000_000)
+  flags.DEFINE_integer('positions', 300, 'judged turns', 2, 1_000_000)
+  flags.DEFINE_integer('plies', 1, 'that the judge looks ahead', 0, 7)
   flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')
 
 

@@ -445,8 +445,12 @@ def define_flags() -> None:
   flags.DEFINE_list(
     'opponents', ['judge', 'third', 'solver', 'network'], 'who scores them'
   )
-  flags.DEFINE_integer('openings', 64, 'each played from both sides', 1)
-  flags.DEFINE_integer('opening_plies', 4, 'random moves before a game', 0)
+  flags.DEFINE_integer(
+    'openings', 64, 'each played from both sides', 1, 1_000_000
+  )
+  flags.DEFINE_integer(
+    'opening_plies', 4, 'random moves before a game', 0, 10_000
+  )
   flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')
 
 

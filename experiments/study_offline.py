@@ -411,8 +411,8 @@ def define_flags() -> None:
     'envs', ['pendulum', 'double_pendulum'], 'folders in it, one a task'
   )
   flags.DEFINE_list('only', [], 'agents; all if left out')
-  flags.DEFINE_integer('seeds', 5, 'of each setting', 1)
-  flags.DEFINE_integer('at_once', 1, 'cells at the same time', 1)
+  flags.DEFINE_integer('seeds', 5, 'of each setting', 1, 10_000)
+  flags.DEFINE_integer('at_once', 1, 'cells at the same time', 1, 1_024)
   flags.DEFINE_string('folder', 'runs/offline', 'where the sweeps are kept')
   flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
 

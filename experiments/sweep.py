@@ -16,11 +16,13 @@ import pathlib
 
 from experiments import (
   build,
+  capacity,
   offline,
   presets,
   support,
   sweep_engines,
   sweep_halving,
+  sweep_metrics,
   sweep_plan,
   sweep_pool,
   sweep_ray,
@@ -31,6 +33,7 @@ from experiments import (
   train,
 )
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 from experiments.runtime import signals
 
 
@@ -48,8 +51,10 @@ def define_flags() -> None:
   )
   flags.DEFINE_string('text', None, 'to learn from, as for train')
   flags.DEFINE_multi_string('set', [], 'field=value of every row, repeatable')
-  flags.DEFINE_integer('steps', None, 'decisions; the preset has its own', 1)
-  flags.DEFINE_integer('seeds', 4, 'of every setting: 0, 1, ...', 1)
+  flags.DEFINE_integer(
+    'steps', None, 'decisions; the preset has its own', 1, configs.MAX_INT
+  )
+  flags.DEFINE_integer('seeds', 4, 'of every setting: 0, 1, ...', 1, 100_000)
   flags.DEFINE_multi_string(
     'grid',
     [],
@@ -62,7 +67,7 @@ def define_flags() -> None:
     'field=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A:B; '
     'repeated ones are drawn together',
   )
-  flags.DEFINE_integer('samples', 0, 'settings drawn from --random', 0)
+  flags.DEFINE_integer('samples', 0, 'settings drawn from --random', 0, 10_000)
   flags.DEFINE_integer('sweep_seed', 0, 'of that drawing', 0, configs.MAX_SEED)
   flags.DEFINE_string('workdir', None, "the sweep's folder", required=True)
   flags.DEFINE_string(
@@ -77,34 +82,50 @@ def define_flags() -> None:
     ['auto', 'vmap', 'processes', 'ray'],
     'auto is vmap on a pure-JAX environment or a data set, else processes',
   )
-  flags.DEFINE_integer('max_rows', 64, 'rows in one program', 1)
+  flags.DEFINE_integer('max_rows', 64, 'rows in one program', 1, 1_000_000)
   flags.DEFINE_float(
-    'checkpoint_minutes', 5.0, 'between checkpoints of a program', 0.0
+    'checkpoint_minutes',
+    5.0,
+    'between checkpoints of a program',
+    0.0,
+    1_000_000,
   )
-  flags.DEFINE_integer('at_once', 2, 'processes at the same time', 1)
-  flags.DEFINE_integer('retries', 2, 'of a row whose process died', 0)
+  flags.DEFINE_integer('at_once', 2, 'processes at the same time', 1, 1024)
+  flags.DEFINE_integer(
+    'retries', 2, 'of a row whose process died', 0, 1_000_000
+  )
   flags.DEFINE_string(
     'ray_address', None, "a cluster's; a running or a new local one if left out"
   )
-  flags.DEFINE_float('row_cpus', 1.0, 'that a row takes on Ray', 0.0)
-  flags.DEFINE_float('row_gpus', 0.0, 'that a row takes on Ray', 0.0)
+  flags.DEFINE_float('row_cpus', 1.0, 'that a row takes on Ray', 0.0, 1_000_000)
+  flags.DEFINE_float('row_gpus', 0.0, 'that a row takes on Ray', 0.0, 1_000_000)
   flags.DEFINE_float(
-    'row_minutes', None, 'after which a process of a row is ended', 0.001
+    'row_minutes',
+    None,
+    'after which a process of a row is ended',
+    0.001,
+    1_000_000,
   )
   flags.DEFINE_float(
-    'row_gb', None, 'of memory at which a process of a row is ended', 0.001
+    'row_gb',
+    None,
+    'of memory at which a process of a row is ended',
+    0.001,
+    1_000_000,
   )
   flags.DEFINE_integer(
     'halving',
     0,
     'end poor rows early: one of so many goes on at every rung; 0 for none',
     0,
+    1_000,
   )
   flags.DEFINE_integer(
     'halving_first',
     None,
     'updates of the first rung; left out, those of a row by halving squared',
     1,
+    configs.MAX_INT,
   )
   flags.DEFINE_string(
     'share', None, 'I/N: every Nth row from the Ith on, for N such commands'
@@ -150,8 +171,14 @@ def main() -> None:
       asked = 'processes'
     engine = choose_engine(plan, asked, metric)
     halving = make_halving(first, engine, metric)
-    pool = _make_pool(engine, workdir)
+    if not values.random:
+      flag_checks.refuse(['sweep_seed'], 'without --random')
+    _refuse_others(engine)
     rows = sweep_plan.rows(plan, values.seeds)
+    sweep_metrics.check(first, metric)
+    if engine == 'vmap':
+      capacity.check_rows(first, min(len(rows), values.max_rows), len(rows))
+    pool = _make_pool(engine, workdir)
     # Rows of processes and of Ray are alike.
     kind = 'vmap' if engine == 'vmap' else 'processes'
     content = plan._asdict() | {'engine': kind}
@@ -286,6 +313,23 @@ def _make_pool(engine: str, workdir: pathlib.Path) -> sweep_pool.Pool | None:
     gpus=values.row_gpus,
     limits=limits,
   )
+
+
+# Flags that are of one engine alone.
+_ENGINES = {
+  'max_rows': ('vmap',),
+  'checkpoint_minutes': ('vmap',),
+  'at_once': ('processes',),
+  'retries': ('processes', 'ray'),
+  'ray_address': ('ray',),
+  'row_cpus': ('ray',),
+  'row_gpus': ('ray',),
+}
+
+
+def _refuse_others(engine: str) -> None:
+  names = [name for name, own in _ENGINES.items() if engine not in own]
+  flag_checks.refuse(names, f'with engine {engine}')
 
 
 def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 from experiments import build
 from experiments.files.errors import UserError
 
+# Each is described before the first one runs, each row leaves files.
+_MAX_SETTINGS = 10_000
+_MAX_ROWS = 100_000
+
 _HINT = (
   'should be field=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A:B'
 )
@@ -125,6 +129,12 @@ def make_plan(
       + ('at least 1 for --random' if ranges else '0 without --random')
     )
   names = tuple(name for name, _ in (*grids, *ranges))
+  number = math.prod(len(values) for _, values in grids) * max(samples, 1)
+  if number > _MAX_SETTINGS:
+    raise UserError(
+      f'grid: makes {number} settings, must be at most {_MAX_SETTINGS}; take '
+      'fewer values, or --random and --samples'
+    )
   drawn: list[tuple[str, ...]] = _draw(ranges, samples, seed)
   product = itertools.product(*(values for _, values in grids))
   settings = tuple((*a, *b) for a in product for b in drawn)
@@ -155,9 +165,11 @@ def _split(text: str, flag: str, hint: str) -> tuple[str, str]:
 def _read_grid(text: str) -> tuple[str, tuple[str, ...]]:
   name, values = _split(text, 'grid', 'should be field=value,value')
   parts = [p.strip() for p in values.split(';' if ';' in values else ',')]
-  if not any(parts):
-    raise UserError(f'--grid={text}: should be field=value,value')
-  return name, tuple(filter(None, parts))
+  if not all(parts):
+    raise UserError(
+      f'--grid={text}: should be field=value,value; one of them is empty'
+    )
+  return name, tuple(parts)
 
 
 def _read_range(text: str) -> tuple[str, Callable[[Any], str]]:
@@ -280,6 +292,15 @@ def _replaced(config, names, value):
 
 
 def rows(plan: Plan, seeds: int) -> list[Row]:
-  """All rows of a plan with seeds 0, 1, ..."""
+  """All rows of a plan with seeds 0, 1, ...
+
+  Raises:
+    UserError: too many of them.
+  """
+  if len(plan.settings) * seeds > _MAX_ROWS:
+    raise UserError(
+      f'seeds={seeds}: makes {len(plan.settings) * seeds} rows, must be at '
+      f'most {_MAX_ROWS}'
+    )
   numbers = range(len(plan.settings))
   return [Row(i, seed) for i in numbers for seed in range(seeds)]

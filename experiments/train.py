@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from experiments import (
   assess,
   build,
+  capacity,
   offline,
   play,
   presets,
@@ -27,6 +28,7 @@ from experiments import (
 )
 from experiments.keeper import Keeper, peek
 from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 
 
 def define_flags() -> None:
@@ -58,13 +60,19 @@ def define_flags() -> None:
     'set', [], 'field=value, repeatable; --show lists the fields'
   )
   flags.DEFINE_integer('seed', 0, 'of everything', 0, configs.MAX_SEED)
-  flags.DEFINE_integer('steps', None, 'decisions; the preset has its own', 1)
+  flags.DEFINE_integer(
+    'steps', None, 'decisions; the preset has its own', 1, configs.MAX_INT
+  )
   flags.DEFINE_string(
     'workdir', None, "the run's folder; runs/PRESET_ENV_sSEED if left out"
   )
   flags.DEFINE_bool('show', False, 'print the settings and their meaning; stop')
   flags.DEFINE_integer(
-    'profile', 0, 'updates to trace for the profiler into WORKDIR/profile', 0
+    'profile',
+    0,
+    'updates to trace for the profiler into WORKDIR/profile',
+    0,
+    1_000_000,
   )
   flags.DEFINE_bool(
     'measure',
@@ -83,10 +91,18 @@ def define_flags() -> None:
     'experiments/recipes',
   )
   flags.DEFINE_integer(
-    'num_processes', None, 'how many, with --distributed=HOST:PORT', 1
+    'num_processes',
+    None,
+    'how many, with --distributed=HOST:PORT',
+    1,
+    1_000_000,
   )
   flags.DEFINE_integer(
-    'process_id', None, 'which of them, with --distributed=HOST:PORT', 0
+    'process_id',
+    None,
+    'which of them, with --distributed=HOST:PORT',
+    0,
+    1_000_000,
   )
 
 
@@ -108,6 +124,9 @@ def main() -> None:
       dataset=text_or_dataset(values),
     )
     if values.show:
+      flag_checks.refuse(
+        ['profile', 'tensorboard', 'wandb', 'workdir'], 'with --show'
+      )
       return _show(experiment)
     metrics.check_installed(values.tensorboard, values.wandb or '')
     distributed.initialize(
@@ -379,6 +398,7 @@ def _train(
     distributed.barrier('config')
     saved = peek(workdir)
     trainer = stages.make(experiment, saved, asked)
+    capacity.check_run(experiment, trainer, saved.phase)
     stage, devices = trainer.stages[saved.phase], trainer.layout.mesh
     if is_main:
       _announce(experiment, trainer, workdir)

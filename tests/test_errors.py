@@ -306,7 +306,7 @@ TABLE = {
   'train --env=': 'flag --env=: is empty; give a value or leave the flag out',
   'play --workdir=catch --players=': 'flag --players=: is empty; give a value',
   'play': 'flag --workdir: is needed: the folder of a run',
-  'launch --grace=nan': 'flag --grace=nan: must be a number',
+  'launch --grace=nan': 'flag --grace=nan: must be a finite number',
 }
 # What is not installed, and what needs it.
 MISSING = {

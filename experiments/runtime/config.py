@@ -45,7 +45,8 @@ _PACKAGES = (
   'numpy',
 )
 
-
+# JAX counts in 32 bits.
+MAX_INT = 2**31 - 1
 # A simulator's seeds are int32, and some are counted up from the run's own.
 MAX_SEED = 2_000_000_000
 
@@ -100,29 +101,19 @@ def run_main(main: Callable[[], None]) -> None:
   """
   from absl import app, flags, logging
 
+  from experiments.runtime import flags as ours
+
   def parse(argv: list[str]) -> list[str]:
-    try:
-      rest = flags.FLAGS(argv)
-    except flags.Error as error:
-      fail(f'{_flag_error(error)} (--help lists the flags)')
-    for name in flags.FLAGS:
-      value = flags.FLAGS[name].value
-      if flags.FLAGS[name].present and value in ('', []):
-        fail(f'flag --{name}=: is empty; give a value or leave the flag out')
-      if isinstance(value, float) and math.isnan(value):
-        fail(f'flag --{name}=nan: must be a number')
-    return rest
+    with _one_line():
+      return ours.parse(argv)
 
   def guarded(argv: list[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
       # Libraries tell each file that they write.
       logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-      fail(f'unexpected argument {argv[1]!r}: flags are --name=value')
-    try:
+    with _one_line():
+      ours.check_arguments(argv)
       main()
-    except UserError as error:
-      fail(str(error), error.__cause__)
 
   with signals.launcher():
     try:
@@ -132,24 +123,41 @@ def run_main(main: Callable[[], None]) -> None:
         raise
 
 
-def _flag_error(error: Exception) -> str:
-  """What is wrong with a flag and what would be right, from absl's error."""
-  from absl import flags
+# As a shell says it of a program that SIGPIPE has ended.
+_NOBODY_READS = 128 + 13
 
-  found = re.match(r'flag --(\w+)=(.*?): ', str(error), re.S)
-  if found is None or found[1] not in flags.FLAGS:
-    return str(error)
-  name, value = found.groups()
-  flag = flags.FLAGS[name]
-  if 'other than None' in str(error):
-    return f'flag --{name}: is needed: {flag.help}'
-  right = flag.parser.syntactic_help
-  choices = getattr(flag.parser, 'enum_values', ())
-  if flag.boolean:
-    right = 'true or false'
-  elif choices:
-    right = f'one of {", ".join(choices)}'
-  return f'flag --{name}={value}: must be {right}'
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+  """Ends the process in one line for a mistake of the person who runs it.
+
+  It ends without any where nobody reads what it prints any more, as in
+  `... --help | head`.
+
+  Raises:
+    SystemExit: with 2 for a mistake; else as the block leaves.
+  """
+  try:
+    try:
+      yield
+    except UserError as error:
+      fail(str(error), error.__cause__)
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError as error:
+    left = error.__context__
+    # Or Python would complain at the very end when it empties its buffer.
+    with contextlib.suppress(OSError, ValueError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code = left.code if isinstance(left, SystemExit) else _NOBODY_READS
+    raise SystemExit(code) from None
+
+
+# What the kernel shows as files. Some of it may be written to, nothing kept.
+_KERNEL = ('/proc', '/sys', '/dev')
+_KERNEL_MEMORY = '/dev/shm'
+# What `files.writing` adds to a name while it writes.
+_LONGEST_NAME = 255 - len('..0123456789abcdef.tmp')
 
 
 def check_place(
@@ -164,8 +172,10 @@ def check_place(
 
   Raises:
     UserError: a folder in the place of a file, or the reverse, at the path or
-      above it; or the operating system does not let us write there.
+      above it; a name that cannot be written or shown; the root folder or one
+      of the kernel's; or the operating system does not let us write there.
   """
+  _check_name(field, str(path), folder)
   path = pathlib.Path(path)
   above = path if folder else path.parent
   try:
@@ -173,8 +183,13 @@ def check_place(
       raise UserError(
         f'{field}={path}: is a folder, must be the name of a file'
       )
+    real = pathlib.Path(os.path.realpath(path))
+    if not folder and (path.is_symlink() or real.exists()):
+      writing.check_replaceable(path)
     while not above.exists():
       above = above.parent
+  except UserError as error:
+    raise UserError(f'{field}={path}: {error}; take another place') from error
   except OSError as error:
     raise UserError(
       f'{field}={path}: {(error.strerror or str(error)).lower()}; take another '
@@ -183,9 +198,33 @@ def check_place(
   if not above.is_dir():
     what = 'is' if above == path else f'{above} is'
     raise UserError(f'{field}={path}: {what} a file, must be a folder')
+  if folder and real == pathlib.Path(real.anchor):
+    raise UserError(
+      f'{field}={path}: is the root of all folders; take a folder of its own'
+    )
+  kernel = [real.is_relative_to(place) for place in _KERNEL]
+  if any(kernel) and not real.is_relative_to(_KERNEL_MEMORY):
+    raise UserError(
+      f'{field}={path}: {_KERNEL[kernel.index(True)]} belongs to the kernel, '
+      'nothing is kept there; take another place'
+    )
   if not os.access(above, os.W_OK | os.X_OK):
     raise UserError(
       f'{field}={path}: {above} must not be written to; take another place'
+    )
+
+
+def _check_name(field: str, path: str, folder: bool) -> None:
+  """Refuses a path that cannot be written, or not be shown."""
+  if not path.isprintable():
+    raise UserError(
+      f'{field}={path}: holds characters that cannot be printed; take another '
+      'name'
+    )
+  size = len(pathlib.Path(path).name.encode('utf-8', 'replace'))
+  if not folder and size > _LONGEST_NAME:
+    raise UserError(
+      f'{field}={path}: name of {size} bytes, must be at most {_LONGEST_NAME}'
     )
 
 
@@ -262,9 +301,11 @@ def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
     annotation = typing.get_type_hints(type(config))[field]
     try:
       value = _parse(annotation, text)
-    except ValueError:
+    except ValueError as error:
+      why = str(error) if isinstance(error, _Refused) else ''
+      why = why if why[:1] in ('', ';') else f' {why}'
       raise UserError(
-        f'{name} is {text!r}, must be {_type_name(annotation)}'
+        f'{name} is {text!r}, must be {_type_name(annotation)}{why}'
       ) from None
   return dataclasses.replace(config, **{field: value})
 
@@ -300,6 +341,16 @@ def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
   raise UserError(f'no field {name}: {hint}fields are {", ".join(names)}')
 
 
+# What a file of settings can hold, and no number that is longer to read.
+_MAX_INT = 2**63 - 1
+_LONGEST_NUMBER = 400
+_CLOSING = {'(': ')', '[': ']', '{': '}'}
+
+
+class _Refused(ValueError):
+  """A text that is no value; says what more than its type is wrong."""
+
+
 def _parse(annotation: Any, text: str) -> Any:
   """Reads a value by its annotation, or raises `ValueError`."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -318,7 +369,7 @@ def _parse(annotation: Any, text: str) -> Any:
           return choice
     raise ValueError
   if origin is tuple:
-    parts = [p.strip() for p in text.strip('()[] ').split(',') if p.strip()]
+    parts = _split(text)
     if len(args) == 2 and args[1] is Ellipsis:
       args = (args[0],) * len(parts)
     if len(parts) != len(args):
@@ -326,17 +377,64 @@ def _parse(annotation: Any, text: str) -> Any:
     return tuple(_parse(arg, part) for arg, part in zip(args, parts))
   if annotation is bool and text.lower() in ('true', 'false'):
     return text.lower() == 'true'
-  if annotation is int:
-    with contextlib.suppress(ValueError):
-      return int(text)
-    value = float(text)
-    if value.is_integer():
-      return int(value)
-  if annotation is float and not math.isnan(float(text)):
-    return float(text)
+  if annotation in (int, float):
+    return _parse_number(annotation, text)
   if annotation is str:
     return text
   raise ValueError
+
+
+def _parse_number(kind: type, text: str) -> Any:
+  """An int or a float, or raises `ValueError`."""
+  if not text.isascii() or len(text) > _LONGEST_NUMBER:
+    raise ValueError
+  if kind is int:
+    with contextlib.suppress(ValueError):
+      return _bounded(int(text))
+  value = float(text)
+  # Infinity is what says so, not what is too large for a float.
+  overflown = math.isinf(value) and any(c.isdigit() for c in text)
+  if math.isnan(value) or overflown:
+    raise ValueError
+  if kind is float:
+    return value
+  if value.is_integer():
+    return _bounded(int(value))
+  raise ValueError
+
+
+def _bounded(value: int) -> int:
+  if abs(value) > _MAX_INT:
+    raise _Refused(f'of at most {_MAX_INT}')
+  return value
+
+
+def _split(text: str) -> list[str]:
+  """What stands between commas, but for those within brackets or quotes."""
+  parts, open_, quote = [''], [], ''
+  for c in text:
+    if quote:
+      quote = '' if c == quote else quote
+    elif c in '"\'':
+      quote = c
+    elif c in _CLOSING:
+      open_.append(_CLOSING[c])
+    elif c in _CLOSING.values() and (not open_ or open_.pop() != c):
+      raise _Refused('; a bracket is closed that is not open')
+    if c == ',' and not (quote or open_):
+      parts.append('')
+    else:
+      parts[-1] += c
+  if quote or open_:
+    raise _Refused(f'; {quote or open_[-1]} is missing at the end')
+  parts = [part.strip() for part in parts]
+  if len(parts) == 1 and parts[0][:1] in ('(', '['):
+    return _split(parts[0][1:-1])
+  if not parts[-1]:
+    del parts[-1]  # an empty tuple, or a comma as Python writes behind one
+  if not all(parts):
+    raise _Refused('; an item is empty')
+  return parts
 
 
 def _type_name(annotation: Any) -> str:

@@ -1,0 +1,178 @@
+"""What is wrong with a command's flags, before its launcher looks at them."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments.files import reading
+from experiments.files.errors import UserError
+from experiments.runtime.config import MAX_INT
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses absl's flags and refuses what it would take in silence.
+
+  Args:
+    argv: the program's name and its arguments.
+
+  Returns:
+    The name and what is left that is no flag.
+
+  Raises:
+    UserError: an unknown flag, a value that is none of its flag's, a flag that
+      is given twice or empty.
+    SystemExit: with 0 for help.
+  """
+  from absl import flags
+
+  given = list(_given(argv[1:]))
+  _check_texts(given)
+  try:
+    rest = flags.FLAGS(argv)
+  except (flags.Error, ValueError) as error:
+    raise UserError(f'{_explained(error)} (--help lists the flags)') from error
+  except SystemExit as left:
+    # absl ends with 1 once it has shown its help, as if that were an error.
+    raise SystemExit(0) from left
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    _check_value(flags.FLAGS[name], value)
+  _check_repeats(given)
+  return rest
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+  """Refuses what is left of a command's arguments that is no flag.
+
+  Raises:
+    UserError: names the first of them.
+  """
+  if len(argv) > 1:
+    raise UserError(f'unexpected argument {argv[1]!r}: flags are --name=value')
+
+
+def refuse(names: Sequence[str], where: str, remedy: str = '') -> None:
+  """Refuses flags that a command of this kind would ignore.
+
+  Args:
+    names: flags that have no effect in it.
+    where: what makes them so, such as `--human`.
+    remedy: what to do; to leave them out if not given.
+
+  Raises:
+    UserError: one of them was given.
+  """
+  from absl import flags
+
+  for name in names:
+    flag = flags.FLAGS[name]
+    if flag.present:
+      value = flag.value
+      if isinstance(value, list | tuple):
+        value = ','.join(map(str, value))
+      if flag.boolean:
+        value = str(value).lower()
+      raise UserError(
+        f'flag --{name}={value}: has no effect {where}; '
+        f'{remedy or "leave it out"}'
+      )
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+  """Names and texts of the flags on a command line, as absl reads them."""
+  from absl import flags
+
+  left = iter(arguments)
+  for argument in left:
+    if not argument.startswith('-') or argument == '--':
+      return
+    name, equals, text = argument.lstrip('-').partition('=')
+    if name not in flags.FLAGS and name.startswith('no'):
+      name = name[2:]
+    elif not equals and name in flags.FLAGS and not flags.FLAGS[name].boolean:
+      text = next(left, '')
+    yield name, text
+
+
+def _check_texts(given: Sequence[tuple[str, str]]) -> None:
+  """Refuses texts that no file system, terminal or number should get."""
+  from absl import flags
+
+  for name, text in given:
+    if '\0' in text:
+      raise UserError(f'flag --{name}={text}: must not hold a zero byte')
+    try:
+      text.encode('utf-8')
+    except UnicodeEncodeError as error:
+      raise UserError(f'flag --{name}={text}: must be UTF-8') from error
+    if name == 'flagfile':
+      reading.check_regular(text, _stat(name, text))
+    known = name in flags.FLAGS
+    number = known and flags.FLAGS[name].flag_type() in ('int', 'float')
+    if number and not text.isascii():
+      # Python reads the digits of every script.
+      raise UserError(f'flag --{name}={text}: must be in the digits 0 to 9')
+
+
+def _stat(name: str, text: str) -> os.stat_result:
+  try:
+    return os.stat(text)
+  except OSError as error:
+    why = (error.strerror or str(error)).lower()
+    raise UserError(f'flag --{name}={text}: {why}') from error
+
+
+def _check_value(flag: Any, value: Any) -> None:
+  """Refuses an empty text or item, and numbers that nothing can count."""
+  if not flag.present:
+    return
+  if value == [] or (isinstance(value, str) and not value.strip()):
+    raise UserError(
+      f'flag --{flag.name}=: is empty; give a value or leave the flag out'
+    )
+  if isinstance(value, list) and not all(str(item).strip() for item in value):
+    text = ','.join(map(str, value))
+    raise UserError(
+      f'flag --{flag.name}={text}: has an empty item; leave it out'
+    )
+  if isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f'flag --{flag.name}={value}: must be a finite number')
+  if type(value) is int and abs(value) > MAX_INT:
+    raise UserError(f'flag --{flag.name}={value}: must be at most {MAX_INT}')
+
+
+def _check_repeats(given: Sequence[tuple[str, str]]) -> None:
+  """Refuses a flag that is given twice: only the last one would count."""
+  from absl import flags
+
+  # What --undefok names is not known.
+  given = [(name, text) for name, text in given if name in flags.FLAGS]
+  for name, text in given:
+    flag = flags.FLAGS[name]
+    if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+      known = [x for n, x in given if flags.FLAGS[n] is flag]
+      raise UserError(
+        f'flag --{name}={text}: is given {len(known)} times '
+        f'({", ".join(known)}); give it once'
+      )
+
+
+def _explained(error: Exception) -> str:
+  """What is wrong with a flag and what would be right, from absl's error."""
+  from absl import flags
+
+  found = re.match(r'flag --(\w+)=(.*?): ', str(error), re.S)
+  if found is None or found[1] not in flags.FLAGS:
+    return str(error)
+  name, value = found.groups()
+  flag = flags.FLAGS[name]
+  if 'other than None' in str(error):
+    return f'flag --{name}: is needed: {flag.help}'
+  right = flag.parser.syntactic_help
+  choices = getattr(flag.parser, 'enum_values', ())
+  if flag.boolean:
+    right = 'true or false'
+  elif choices:
+    right = f'one of {", ".join(choices)}'
+  return f'flag --{name}={value}: must be {right}'
