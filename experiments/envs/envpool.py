@@ -260,10 +260,10 @@ def make_envpool(
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # envpool casts its bounds to float32.
     try:
-      fields = envpool.make_spec(task).config._fields
+      usual = envpool.make_spec(task).config
     except ImportError as error:
       raise ValueError(f'env={env_id!r}: {_remedy(error)}') from error
-    is_atari = 'noop_max' in fields
+    is_atari = 'noop_max' in usual._fields
     if is_atari:
       protocol = {
         'episodic_life': training,
@@ -271,7 +271,7 @@ def make_envpool(
         'max_episode_steps': 3000 if training else 27_000,
       }
       options = {**ATARI_100K, **protocol, **options}
-    _check_options(task, options, fields, num_threads)
+    _check_options(task, options, usual, num_threads)
     if not isinstance(action_repeat, int) or action_repeat < 1:
       raise ValueError(
         f'{task}: action_repeat={action_repeat!r} must be an integer >= 1'
@@ -310,7 +310,7 @@ def make_envpool(
       pool = envpool.make_gymnasium(
         task,
         num_envs=num_envs,
-        num_threads=num_threads or min(2, num_envs),
+        num_threads=min(num_threads or 2, num_envs),
         seed=seeds,
         **options,
       )
@@ -434,8 +434,13 @@ def _try_renderer() -> None:
     )
 
 
-def _check_options(task, options, fields, num_threads):
+# More threads than this and four a core only cost, or the process dies of it.
+_MAX_THREADS = 64
+
+
+def _check_options(task, options, usual, num_threads):
   """Refuses what envpool would ignore, abort on or crash on."""
+  fields = usual._fields
   for name, value in options.items():
     if name in _OURS:
       raise ValueError(
@@ -455,7 +460,28 @@ def _check_options(task, options, fields, num_threads):
       'render_height',
     ) and not (isinstance(value, int) and value >= 1):
       raise ValueError(f'{task}: {name}={value!r} must be an integer >= 1')
+    _check_kind(task, name, value, getattr(usual, name, None))
     if name == 'repeat_action_probability' and not 0 <= value <= 1:
       raise ValueError(f'{task}: {name}={value!r} must be in [0, 1]')
-  if num_threads < 0:
-    raise ValueError(f'{task}: num_threads={num_threads} must be at least 0')
+  cores = os.cpu_count() or 1
+  most = max(_MAX_THREADS, 4 * cores)
+  if not 0 <= num_threads <= most:
+    raise ValueError(
+      f'{task}: num_threads={num_threads} must be within 0 and {most}, this '
+      f'machine has {cores} cores'
+    )
+
+
+def _check_kind(task, name, value, usual):
+  """Refuses a value that C++ would not take."""
+  kind = type(usual)
+  if kind not in (bool, int, float, str):
+    return
+  kinds = (int, float) if kind is float else (kind,)
+  if type(value) not in kinds:
+    raise ValueError(
+      f'{task}: {name}={value!r} must be of type {kind.__name__}, such as '
+      f'{usual!r}'
+    )
+  if kind is int and not -(2**31) <= value < 2**31:
+    raise ValueError(f'{task}: {name}={value!r} must be an integer of 32 bits')

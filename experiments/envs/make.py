@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def parse_options(
     field: where they stand, for the message.
 
   Raises:
-    ValueError: one without `=`.
+    ValueError: one without a name or `=`, one that is given twice, brackets or
+      quotes that are no literal, an infinite number.
 
   >>> parse_options(('action_repeat=8', 'rules=pgx'))
   {'action_repeat': 8, 'rules': 'pgx'}
@@ -28,13 +30,29 @@ def parse_options(
   parsed: dict[str, Any] = {}
   for option in options:
     name, equals, text = option.partition('=')
-    if not equals:
+    name = name.strip()
+    if not (name.isidentifier() and equals):
       raise ValueError(f'{field}={option}: should be name=value')
-    try:
-      parsed[name] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      parsed[name] = text
+    if name in parsed:
+      raise ValueError(f'{field}={option}: {name} is given twice')
+    parsed[name] = _literal(text, f'{field}={option}')
   return parsed
+
+
+def _literal(text: str, where: str) -> Any:
+  """A Python literal, or a text that does not try to be one."""
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+    if set(text) & set('()[]{}"\''):
+      raise ValueError(
+        f'{where}: must be a literal of Python, such as 4, True, [1, 2] or '
+        "'text', or a plain word"
+      ) from error
+    return text
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f'{where}: must be a finite number')
+  return value
 
 
 def make(
@@ -84,10 +102,20 @@ def make(
   return env
 
 
+# Arguments of the makers that have fields of their own.
+_FIELDS = ('num_envs', 'num_threads', 'frame_stack', 'training')
+
+
 def _make(
   name, num_envs, training, frame_stack, num_threads, options, recorded
 ):
   options = dict(options or {})
+  for option in _FIELDS:
+    if option in options:
+      raise ValueError(
+        f'env.options={option}={options[option]}: is no option; '
+        + (f'set env.{option}' if option != 'training' else 'leave it out')
+      )
   kind, colon, rest = name.partition(':')
   if not colon:
     from experiments.envs import envpool
@@ -157,7 +185,20 @@ def _make(
         f'env.options={option}={value}: {name} has '
         f'{", ".join(known) or "none"}; env.options= clears those of a preset'
       )
+    _check_kind(option, value, known[option].default)
   return makers[rest](**options)
+
+
+def _check_kind(option: str, value: Any, usual: Any) -> None:
+  """Refuses a value of another type than the usual one's."""
+  if type(usual) not in (bool, int, float):
+    return
+  kinds = (int, float) if type(usual) is float else (type(usual),)
+  if type(value) not in kinds:
+    raise ValueError(
+      f'env.options={option}={value}: must be of type {kinds[-1].__name__}, '
+      f'such as {usual}'
+    )
 
 
 def _make_game(name, rest, training, options):
