@@ -14,6 +14,9 @@ from experiments.runtime.config import MAX_INT
 def parse(argv: Sequence[str]) -> list[str]:
   """Parses absl's flags and refuses what it would take in silence.
 
+  Of a flag that is given twice the last one counts, as of a field of `--set`:
+  scripts append to a command.
+
   Args:
     argv: the program's name and its arguments.
 
@@ -21,8 +24,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     The name and what is left that is no flag.
 
   Raises:
-    UserError: an unknown flag, a value that is none of its flag's, a flag that
-      is given twice or empty.
+    UserError: an unknown flag, a value that is none of its flag's or empty.
     SystemExit: with 0 for help.
   """
   from absl import flags
@@ -38,7 +40,6 @@ def parse(argv: Sequence[str]) -> list[str]:
     raise SystemExit(0) from left
   for name, value in flags.FLAGS.flag_values_dict().items():
     _check_value(flags.FLAGS[name], value)
-  _check_repeats(given)
   return rest
 
 
@@ -140,22 +141,6 @@ def _check_value(flag: Any, value: Any) -> None:
     raise UserError(f'flag --{flag.name}={value}: must be a finite number')
   if type(value) is int and abs(value) > MAX_INT:
     raise UserError(f'flag --{flag.name}={value}: must be at most {MAX_INT}')
-
-
-def _check_repeats(given: Sequence[tuple[str, str]]) -> None:
-  """Refuses a flag that is given twice: only the last one would count."""
-  from absl import flags
-
-  # What --undefok names is not known.
-  given = [(name, text) for name, text in given if name in flags.FLAGS]
-  for name, text in given:
-    flag = flags.FLAGS[name]
-    if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
-      known = [x for n, x in given if flags.FLAGS[n] is flag]
-      raise UserError(
-        f'flag --{name}={text}: is given {len(known)} times '
-        f'({", ".join(known)}); give it once'
-      )
 
 
 def _explained(error: Exception) -> str:
