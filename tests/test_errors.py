@@ -604,7 +604,7 @@ SIGNED = {'target_entropy', 'min_entropy', 'gap_target', 'value_clip'}
 SIGNED |= {'reward_factor'}
 UNBOUNDED = {'max_gradient_norm', 'radius', 'min_std', 'max_std'}
 # Checked when the environment is made.
-TEXTS = {'options'}
+TEXTS = {'options', 'recorded'}
 
 
 def _leaves(config, prefix=()):
