@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experiments import terminal
 from experiments.files import writing
+from experiments.runtime import children, signals
 from experiments.runtime import config as configs
 
 
@@ -326,12 +327,26 @@ STUDIES = {
 }
 
 
-def run_one(study: Study, run: Run, folder: pathlib.Path) -> bool:
-  """Runs or resumes one run; whether it finished."""
+def run_one(
+  study: Study,
+  run: Run,
+  folder: pathlib.Path,
+  stopping: Callable[[], bool] = lambda: False,
+) -> bool:
+  """Runs or resumes one run; whether it finished.
+
+  Args:
+    study: whose run it is.
+    run: which.
+    folder: of all runs.
+    stopping: polled; True stops it with a checkpoint, or lets none begin.
+  """
   workdir = folder / f'{run.variant}_s{run.seed}'
   timing = workdir / 'timing.csv'
   if timing.exists():
     return True
+  if stopping():
+    return False
   environment = dict(os.environ)
   command = [sys.executable, '-m', 'experiments.train']
   command += [*run.arguments, f'--seed={run.seed}', f'--workdir={workdir}']
@@ -341,13 +356,17 @@ def run_one(study: Study, run: Run, folder: pathlib.Path) -> bool:
     if study.cold:
       environment['JAX_COMPILATION_CACHE_DIR'] = empty
     start = time.perf_counter()
-    process = subprocess.Popen(
-      command, env=environment, stdout=output, stderr=subprocess.STDOUT
+    code, usage = children.run(
+      command,
+      stopping,
+      env=environment,
+      stdout=output,
+      stderr=subprocess.STDOUT,
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-  if process.returncode:
-    terminal.say(f'{workdir} failed, see {log}', file=sys.stderr)
+  if code:
+    if not stopping():
+      what = signals.explain(code)
+      terminal.say(f'{workdir} failed: {what}, see {log}', file=sys.stderr)
     return False
   seconds = time.perf_counter() - start
   cpu = usage.ru_utime + usage.ru_stime
@@ -453,7 +472,11 @@ def draw_beside(curves: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def main() -> None:
-  """Runs the study that the flags name."""
+  """Runs the study that the flags name.
+
+  Raises:
+    SystemExit: with 1, where runs failed.
+  """
   from absl import flags
 
   values = flags.FLAGS
@@ -469,14 +492,24 @@ def main() -> None:
     f'folders and logs: {folder}',
     compiles=False,
   )
-  with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
-    futures = [pool.submit(run_one, study, run, folder) for run in study.runs]
+  failed = 0
+  with (
+    signals.graceful_exit() as stopping,
+    concurrent.futures.ThreadPoolExecutor(values.at_once) as pool,
+  ):
+    futures = [
+      pool.submit(run_one, study, run, folder, stopping) for run in study.runs
+    ]
     for done, future in enumerate(
       concurrent.futures.as_completed(futures), start=1
     ):
-      future.result()
+      failed += not future.result()
       collect(values.study, study, folder, results)
-      print(f'{done} of {len(study.runs)} runs', flush=True)
+      if not stopping():
+        print(f'{done} of {len(study.runs)} runs', flush=True)
+    if stopping():
+      print(f'{failed} runs are left; the same command goes on from here')
+      return
   shown = ('held_perplexity', 'cv_load')
   returns = [n for n in study.curves if n.endswith('_return') or n in shown]
   curves = results / f'{values.study}_curves.csv'
@@ -488,6 +521,8 @@ def main() -> None:
     f'{results}/{values.study}_*.csv',
     f"python -m experiments.plots --workdirs='{folder}/*' --out=curves.png",
   )
+  if failed:
+    raise SystemExit(1)
 
 
 def define_flags() -> None:

@@ -20,16 +20,16 @@ import concurrent.futures
 import csv
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import terminal
 from experiments.files import writing
+from experiments.runtime import children, signals
 from experiments.runtime import config as configs
 from experiments.sweep_results import write_csv
 
@@ -98,12 +98,17 @@ STUDIES = {
 
 
 def run_one(
-  cell: Cell, data: pathlib.Path, folder: pathlib.Path, seeds: int
+  cell: Cell,
+  data: pathlib.Path,
+  folder: pathlib.Path,
+  seeds: int,
+  stopping: Callable[[], bool] = lambda: False,
 ) -> bool:
   """Runs or resumes one cell; whether it finished.
 
   What has finished is left alone as long as it is asked for with the same
   arguments, seeds and rows; else the sweep itself adds seeds, or refuses.
+  `stopping` is polled: True stops the sweep, or lets none begin.
   """
   from experiments import offline
 
@@ -128,19 +133,21 @@ def run_one(
   log = workdir.parent / f'{workdir.name}.log'
   start = time.perf_counter()
   with log.open('a') as output:
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    code, usage = children.run(
+      command, stopping, stdout=output, stderr=subprocess.STDOUT
+    )
+  if usage is None:
+    return False
   # Of all attempts together.
   spent = {
     'wall_seconds': time.perf_counter() - start,
     'cpu_seconds': usage.ru_utime + usage.ru_stime,
   }
   spent = {n: round(x + before.get(n, 0.0), 1) for n, x in spent.items()}
-  done = not process.returncode and _is_whole(cell, workdir, seeds)
+  done = not code and _is_whole(cell, workdir, seeds)
   content = json.dumps(wanted | spent | {'done': done}) + '\n'
   writing.write_text(mark, content)
-  if not done:
+  if not done and not stopping():
     terminal.say(f'{workdir} did not finish, see {log}', file=sys.stderr)
   return done
 
@@ -381,9 +388,12 @@ def main() -> None:
     compiles=False,
   )
   failed = 0
-  with concurrent.futures.ThreadPoolExecutor(values.at_once) as pool:
+  with (
+    signals.graceful_exit() as stopping,
+    concurrent.futures.ThreadPoolExecutor(values.at_once) as pool,
+  ):
     futures = [
-      pool.submit(run_one, cell, place, folder(place), values.seeds)
+      pool.submit(run_one, cell, place, folder(place), values.seeds, stopping)
       for cell, place in work
     ]
     for done, future in enumerate(
@@ -391,7 +401,11 @@ def main() -> None:
     ):
       failed += not future.result()
       write()
-      print(f'{done} of {len(work)} cells', flush=True)
+      if not stopping():
+        print(f'{done} of {len(work)} cells', flush=True)
+    if stopping():
+      print(f'{failed} cells are left; the same command goes on from here')
+      return
   if failed:
     raise configs.UserError(f'{failed} of {len(work)} cells did not finish')
   terminal.end(

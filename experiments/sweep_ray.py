@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,15 @@ from experiments.sweep_pool import Ended, Limits, Pool
 from experiments.sweep_rows import Job
 
 _ANSWERS_WITHIN = 20.0
+# Other releases have no such client: then Ray itself will say.
+_ASK = """
+import sys
+try:
+  from ray._raylet import GcsClient
+except ImportError:
+  sys.exit(0)
+GcsClient(address=sys.argv[1])
+"""
 # A machine's first task may wait until its workers have started.
 _PROBE_WITHIN = 120.0
 # Between looks at which machines there are.
@@ -72,12 +82,19 @@ def check_address(address: str | None) -> None:
     ) from error
   if address.startswith('ray://'):
     return
+  # In a process that can be ended: Ray itself asks for a quarter of an hour.
   try:
-    raylet = importlib.import_module('ray._raylet')
-    healthy = raylet.check_health(address, int(_ANSWERS_WITHIN), True)
-  except (ImportError, AttributeError, RuntimeError):
-    return  # another release: Ray itself will say
-  if not healthy:
+    done = subprocess.run(
+      [sys.executable, '-c', _ASK, address],
+      capture_output=True,
+      timeout=_ANSWERS_WITHIN,
+    )
+  except subprocess.TimeoutExpired as error:
+    raise UserError(
+      f'{field}: no answer within {_ANSWERS_WITHIN:g} s; is it the port of the '
+      "cluster's head?"
+    ) from error
+  if done.returncode == 1:
     raise UserError(f'{field}: what answers there is no head of a Ray cluster')
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from experiments.runtime import distributed, signals
+from experiments.runtime import children, distributed, signals
 from experiments.runtime.signals import SIGNALS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -225,3 +225,82 @@ def test_a_run_ends_with_its_signal(tmp_path, env, signum, moment):
   text = (tmp_path / 'log').read_text()
   assert code == 128 + signum or (code == -signum and moment < 1), text
   assert 'Traceback' not in text or moment < 1, text
+
+
+CHILD = """
+import signal, sys, time
+def leave(*_):
+  print('saved', flush=True)
+  sys.exit(143)
+signal.signal(signal.SIGTERM, leave)
+print('ready', flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_child_is_asked_once_and_waited_for(tmp_path):
+  path = tmp_path / 'said'
+  with path.open('w') as file:
+    code, usage = children.run(
+      [sys.executable, '-c', CHILD],
+      lambda: path.read_text() == 'ready\n',
+      stdout=file,
+    )
+  # It was not asked before it listened, and its second line is the last.
+  assert code == 143 and path.read_text() == 'ready\nsaved\n'
+  assert usage.ru_utime + usage.ru_stime > 0
+
+
+def test_no_child_begins_once_all_is_to_stop():
+  assert children.run(['no such program'], lambda: True) == (143, None)
+
+
+def test_memory_of_a_child_and_what_it_starts():
+  big = "x = bytearray(60 << 20); print('ready', flush=True); input()"
+  script = (
+    f'import subprocess, sys\nsubprocess.run([sys.executable, "-c", {big!r}])\n'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', script],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == 'ready\n'
+    assert 60 << 20 < children.memory(process.pid) < 400 << 20
+    process.stdin.write('\n')
+  assert children.memory(process.pid) == 0
+
+
+STUDY = """
+import sys
+from experiments import study
+from experiments.runtime import config
+train = [sys.executable, '-c', sys.argv.pop(1)]
+def run(command, stopping, **options):
+  return study_run(train, stopping, **options)
+study_run, study.children.run = study.children.run, run
+study.define_flags()
+config.run_main(study.main)
+"""
+
+
+def test_a_study_stops_with_its_runs(tmp_path):
+  with (tmp_path / 'log').open('w') as log:
+    process = subprocess.Popen(
+      [sys.executable, '-c', STUDY, CHILD, '--study=catch', '--at_once=2']
+      + [f'--folder={tmp_path}/runs', f'--results={tmp_path}/results'],
+      env=ENVIRONMENT,
+      stdout=log,
+      stderr=log,
+    )
+    logs = lambda: [p.read_text() for p in tmp_path.glob('runs/catch/*.log')]
+    end = time.monotonic() + 60
+    while logs() != ['ready\n'] * 2 and time.monotonic() < end:
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(30)
+  said = (tmp_path / 'log').read_text()
+  assert code == 143, said
+  assert logs() == ['ready\nsaved\n'] * 2
+  assert '10 runs are left; the same command goes on from here' in said

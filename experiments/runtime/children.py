@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Asks Linux to kill it with its parent, then becomes the program. Not by
@@ -38,6 +39,39 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
   return subprocess.Popen(
     [*tied, *command], stdin=subprocess.DEVNULL, process_group=0, **options
   )
+
+
+def run(
+  command: Sequence[str], stopping: Callable[[], bool], **options: Any
+) -> tuple[int, Any]:
+  """Runs a process to its end; asks it to save and leave where that is due.
+
+  Args:
+    command: program and arguments.
+    stopping: polled; where it is True before the process begins, there is
+      none, and the code is that of SIGTERM.
+    **options: of `Popen`.
+
+  Returns:
+    `Popen.returncode`, and what `resource.getrusage` tells of such a process;
+    None if there was none.
+  """
+  if stopping():
+    return 128 + signal.SIGTERM, None
+  child, asked = start(command, **options), False
+  try:
+    while True:
+      pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+      if pid:
+        child.returncode = os.waitstatus_to_exitcode(status)
+        return child.returncode, usage
+      if stopping() and not asked:
+        asked = True
+        send(child, signal.SIGTERM)
+      time.sleep(0.05)
+  finally:
+    if child.returncode is None:
+      kill(child)
 
 
 def send(child: subprocess.Popen, signum: int) -> None:
