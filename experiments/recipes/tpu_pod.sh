@@ -4,7 +4,8 @@
 #   TPU=NAME ZONE=ZONE [SETUP=1] [DRY_RUN=1] tpu_pod.sh --workdir=DIR [FLAGS]
 #
 # From the root of a clone. SETUP=1 first copies the last commit to every host
-# and installs it there. FLAGS are those of experiments.train.
+# and installs it there. FLAGS are those of experiments.train. DRY_RUN=1 prints
+# the commands, and refuses what the launcher would.
 set -euo pipefail
 
 : "${TPU:?the name of the TPU VM}" "${ZONE:?its zone}"
@@ -14,6 +15,12 @@ case " $* " in
   *) echo 'error: --workdir=DIR is missing: a folder that all hosts share' >&2
      exit 2 ;;
 esac
+
+if [[ ${DRY_RUN:-} ]]; then
+  # The folder is the hosts'; all else can be looked at here.
+  JAX_PLATFORMS=cpu "${CHECK_PYTHON:-.venv/bin/python}" -m experiments.train \
+    "$@" "--workdir=${TMPDIR:-/tmp}/outplay-check" --check >/dev/null
+fi
 
 run() {
   if [[ ${DRY_RUN:-} ]]; then
@@ -40,5 +47,11 @@ if [[ ${SETUP:-} ]]; then
     .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
 fi
 
+code=0
 on_all "cd outplay && exec .venv/bin/python -m experiments.train \
---distributed=auto$(printf ' %q' "$@")"
+--distributed=auto$(printf ' %q' "$@")" || code=$?
+case $code in
+  130 | 143)
+    echo 'stopped with a checkpoint; the same command goes on from there' >&2 ;;
+esac
+exit "$code"
