@@ -59,7 +59,7 @@ class Line(NamedTuple):
     number: of the try, '' before the first.
     updates: done and all, `40/120`.
     heard: how long ago its process last said something.
-    log: its file.
+    log: its file, in the sweep's folder.
     reason: why it is not done.
   """
 
@@ -136,7 +136,7 @@ def _of_job(plan: Plan, job: sweep_rows.Job) -> Line:
     last.number if last else '',
     f'{sweep_rows.updates_done(job):,}/{job.updates:,}',
     _age(job.log) if state == 'running' else '',
-    os.path.relpath(job.log) if last else '',
+    os.path.relpath(job.log, job.log.parents[1]) if last else '',
     last.reason if last else '',
   )
 

@@ -620,7 +620,7 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
     ('waiting', '', ''),
   ]
   assert lines[1].updates == '5/16' and lines[1].heard.endswith(' s ago')
-  assert lines[1].log == 'sweep/rows/s000_seed1.log'
+  assert lines[1].log == 'rows/s000_seed1.log'
   assert lines[2].name == 'learning_rate=1e-2 seed=0'
   sweep_status.show(workdir)
   said = capsys.readouterr().out
