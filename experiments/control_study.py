@@ -9,7 +9,6 @@ episodes in the simulator, over the exact and over the learned model. What has
 been trained or played is not done again.
 """
 
-import csv
 import pathlib
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import control, control_runs, plan_models, terminal
+from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 from experiments.sweep_results import write_csv
@@ -254,10 +254,7 @@ def launch(values: Any) -> None:
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """Rows of a CSV that `launch` wrote; none where there is no file."""
-  if not path.exists():
-    return []
-  with path.open(newline='') as file:
-    return list(csv.DictReader(file))
+  return tables.read_rows(path)
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ positions reads them from the file.
 Axes: `P` positions.
 """
 
-import csv
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import terminal
+from experiments.files import reading, tables
 from experiments.files.errors import UserError
 from experiments.players import Player
 from experiments.runtime import config as configs
@@ -65,17 +65,18 @@ def read(path: pathlib.Path = POSITIONS) -> Judged:
   Raises:
     UserError: there are none.
   """
-  if not path.exists():
+  columns = [f'score_{c}' for c in range(COLUMNS)]
+  try:
+    rows = tables.read_csv(path, ['moves', *columns])[1]
+  except reading.Missing as error:
     raise UserError(
       f'{path}: no judged positions; write them with python -m '
       'experiments.judge'
+    ) from error
+  with tables.reading_cells(path):
+    score = np.asarray(
+      [[float(row[name] or 'nan') for name in columns] for row in rows]
     )
-  with path.open(newline='') as file:
-    rows = list(csv.DictReader(file))
-  number = lambda text: float(text) if text else np.nan
-  score = np.asarray(
-    [[number(row[f'score_{c}']) for c in range(COLUMNS)] for row in rows]
-  )
   return Judged(tuple(row['moves'] for row in rows), np.sign(score), score)
 
 

@@ -1,7 +1,6 @@
 """Finds the folders of runs, groups them and reads their numbers."""
 
 import collections
-import csv
 import glob
 import os
 import pathlib
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files.errors import UserError
+from experiments.files import reading, tables
+from experiments.files.errors import UserError, shown
 from experiments.runtime import config as configs
 
 Path = str | os.PathLike
@@ -141,13 +141,11 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
   """Columns and rows of a CSV file, all text.
 
   Raises:
-    UserError: there is no such file.
+    UserError: there is no such file, or it is no CSV file.
   """
   try:
-    with open(path, encoding='utf-8', newline='') as file:
-      reader = csv.DictReader(file)
-      return list(reader.fieldnames or []), list(reader)
-  except FileNotFoundError as error:
+    return tables.read_csv(path, follow=True)
+  except reading.Missing as error:
     raise UserError(f'{path}: there is none; has the run begun?') from error
 
 
@@ -162,7 +160,8 @@ def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
   for name in (x, y):
     if name not in columns:
       raise UserError(
-        f'{path} has no column {name!r}; there are {", ".join(columns)}'
+        f'{path} has no column {name!r}; there are '
+        f'{shown(", ".join(columns), 1000)}'
       )
   pairs = [(row[x], row[y]) for row in rows if row[x] and row[y]]
   try:

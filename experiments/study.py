@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experiments import terminal
-from experiments.files import writing
+from experiments.files import tables, writing
 from experiments.runtime import children, signals
 from experiments.runtime import config as configs
 
@@ -377,10 +377,7 @@ def run_one(
 
 
 def _read(path: pathlib.Path) -> list[dict[str, str]]:
-  if not path.exists():
-    return []
-  with path.open(newline='') as file:
-    return list(csv.DictReader(file))
+  return tables.read_rows(path)
 
 
 def _write(path: pathlib.Path, rows: Sequence[dict]) -> None:

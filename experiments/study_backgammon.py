@@ -9,13 +9,13 @@ says how many points a turn loses (Tesauro and Galperin 1996, Table 3), and
 opponents whom it plays games with. A row is written as it comes.
 """
 
-import csv
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import arena, equity, match, players, terminal
+from experiments.files import tables
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -66,8 +66,6 @@ class Row(NamedTuple):
 
 def read(path: pathlib.Path) -> list[Row]:
   """Rows that a study has written so far."""
-  if not path.exists():
-    return []
   kinds: dict[str, Any] = dict.fromkeys(Row._fields, float)
   kinds |= dict.fromkeys(('player', 'opponent'), str)
   kinds |= dict.fromkeys(
@@ -77,10 +75,10 @@ def read(path: pathlib.Path) -> list[Row]:
   def cell(name: str, text: str) -> Any:
     return kinds[name](text) if text else None
 
-  with path.open(newline='') as file:
+  with tables.reading_cells(path):
     return [
       Row(**{n: cell(n, row[n]) for n in Row._fields})
-      for row in csv.DictReader(file)
+      for row in tables.read_rows(path)
     ]
 
 

@@ -10,13 +10,13 @@ seed's network under a search), and, as the score that misleads, its own
 network alone. A row is written as it comes.
 """
 
-import csv
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import arena, judge, match, players, terminal
+from experiments.files import tables
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -81,10 +81,8 @@ class Row(NamedTuple):
 
 def read(path: pathlib.Path) -> list[Row]:
   """Rows that a study has written so far."""
-  if not path.exists():
-    return []
   whole = lambda text: int(text) if text else None
-  with path.open(newline='') as file:
+  with tables.reading_cells(path):
     return [
       Row(
         int(row['seed']),
@@ -99,7 +97,7 @@ def read(path: pathlib.Path) -> list[Row]:
         whole(row['other']),
         whole(row['opening_plies']),
       )
-      for row in csv.DictReader(file)
+      for row in tables.read_rows(path)
     ]
 
 

@@ -17,7 +17,6 @@ experiments/results/.
 """
 
 import concurrent.futures
-import csv
 import json
 import math
 import pathlib
@@ -28,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import terminal
-from experiments.files import writing
+from experiments.files import reading, tables, writing
 from experiments.runtime import children, signals
 from experiments.runtime import config as configs
 from experiments.sweep_results import write_csv
@@ -119,7 +118,7 @@ def run_one(
     'seeds': seeds,
     'checksum': offline.checksum(str(place)),
   }
-  before = json.loads(mark.read_text()) if mark.exists() else {}
+  before = _read_mark(mark)
   if before.get('done') and all(before[n] == x for n, x in wanted.items()):
     return True
   workdir.mkdir(parents=True, exist_ok=True)
@@ -159,8 +158,7 @@ def _is_whole(cell: Cell, workdir: pathlib.Path, seeds: int) -> bool:
     return False
   grids = [a.partition('=')[2] for a in cell.arguments if '--grid=' in a]
   settings = math.prod(len(g.split(',')) for g in grids)
-  with path.open(newline='') as file:
-    return len(list(csv.DictReader(file))) >= settings * seeds
+  return len(tables.read_rows(path)) >= settings * seeds
 
 
 def collected(
@@ -174,7 +172,7 @@ def collected(
   for cell in cells:
     path = folder / f'{cell.agent}_{cell.quality}' / 'sweep.csv'
     mark = path.with_name('cell.json')
-    cost = json.loads(mark.read_text()) if mark.exists() else {}
+    cost = _read_mark(mark)
     if not cost.get('done'):
       continue
     if cell.quality not in seen:
@@ -184,19 +182,27 @@ def collected(
       mean = float(returns.mean()) if len(returns) else None
       tag = {'env': data.name, 'quality': cell.quality, 'agent': 'behaviour'}
       rows.append(tag | _scored(dataset.about, mean))
-    with path.open(newline='') as file:
-      for row in csv.DictReader(file):
-        swept = {n: x for n, x in row.items() if n not in _RESULTS}
-        tag = {'env': data.name, 'quality': cell.quality, 'agent': cell.agent}
+    for row in tables.read_csv(path, ['eval_return'])[1]:
+      swept = {n: x for n, x in row.items() if n not in _RESULTS}
+      tag = {'env': data.name, 'quality': cell.quality, 'agent': cell.agent}
+      with tables.reading_cells(path):
         result = float(row['eval_return'] or 'nan')
-        result = result if math.isfinite(result) else None
-        rows.append(
-          tag
-          | swept
-          | _scored(seen[cell.quality], result)
-          | {'cell_cpu_seconds': cost['cpu_seconds']}
-        )
+      result = result if math.isfinite(result) else None
+      rows.append(
+        tag
+        | swept
+        | _scored(seen[cell.quality], result)
+        | {'cell_cpu_seconds': cost['cpu_seconds']}
+      )
   return rows
+
+
+def _read_mark(path: pathlib.Path) -> dict[str, Any]:
+  """What is noted of a cell; nothing of one that has not begun."""
+  try:
+    return reading.read_json(path)
+  except reading.Missing:
+    return {}
 
 
 _RESULTS = ('eval_return', 'network_return', 'eval_return_mean', 'status')

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from experiments import sweep_plan, sweep_program, sweep_results
 from experiments.files import reading, writing
+from experiments.files.errors import UserError, shown
 from experiments.sweep_plan import Plan, Row
 from experiments.sweep_results import Result
 
@@ -181,11 +182,21 @@ def _write_program(part: Part, points: Sequence[sweep_program.Point]) -> None:
 
 
 def read_parts(todo: Sequence[Part], rows: Sequence[Row]) -> dict[Row, Result]:
-  """Results of what has finished, of the rows that are asked for."""
+  """Results of what has finished, of the rows that are asked for.
+
+  Raises:
+    UserError: a curves.csv is damaged.
+  """
   results = {}
   for part in filter(finished, todo):
     curves = collections.defaultdict(list)
-    for line in sweep_results.read_curve(part.folder / 'curves.csv'):
+    path = part.folder / 'curves.csv'
+    for line in sweep_results.read_curve(path):
+      if not {'setting', 'seed', 'step', 'finite'} <= line.keys():
+        raise UserError(
+          f'{shown(path)}: lacks setting, seed, step or finite in a row; copy '
+          'it back'
+        )
       row = Row(int(line.pop('setting')), int(line.pop('seed')))
       curves[row].append(line)
     for row, curve in curves.items():

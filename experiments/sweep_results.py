@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import sweep_plan, terminal
-from experiments.files import reading, writing
-from experiments.files.errors import Missing, shown
+from experiments.files import tables, writing
 from experiments.runtime import config as configs
 from experiments.sweep_plan import Plan, Row
 
@@ -72,15 +71,7 @@ def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
   Raises:
     UserError: it is no such file, or a cell is no number.
   """
-  found = []
-  for i, row in enumerate(read_table(path)):
-    try:
-      found.append({name: float(x) for name, x in row.items() if x})
-    except ValueError as error:
-      raise configs.UserError(
-        f'{shown(path)}: row {i + 1}: {shown(error)}; copy it back'
-      ) from error
-  return found
+  return [tables.numbers(row, path) for row in read_table(path)]
 
 
 def read_table(path: pathlib.Path) -> list[dict[str, str]]:
@@ -89,20 +80,7 @@ def read_table(path: pathlib.Path) -> list[dict[str, str]]:
   Raises:
     UserError: it cannot be read as one.
   """
-  try:
-    text = reading.read_text(path)
-  except Missing:
-    return []
-  whole = text[: text.rfind('\n') + 1]
-  try:
-    rows = list(csv.DictReader(io.StringIO(whole, newline='')))
-  except csv.Error as error:
-    raise configs.UserError(f'{shown(path)}: {error}; copy it back') from error
-  # A line may have fewer cells than the head, or more.
-  return [
-    {str(name): x for name, x in row.items() if isinstance(x, str)}
-    for row in rows
-  ]
+  return tables.read_rows(path)
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -223,7 +223,9 @@ def decode_json(content: bytes | str, kind: Any, where: str) -> Any:
     # Unlike msgspec's own decoder it knows the Infinity of unbounded spaces.
     plain = json.loads(content)
   except ValueError as error:
-    raise UserError(f'{where} is not JSON: {shown(error)}') from error
+    raise UserError(
+      f'{where} is not JSON: {shown(error)}; copy it back'
+    ) from error
   try:
     return msgspec.convert(plain, kind)
   except msgspec.ValidationError as error:
