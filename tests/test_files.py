@@ -4,10 +4,13 @@ import dataclasses
 import os
 import pathlib
 import socket
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from experiments.files import reading, writing
+from experiments.files import arrays, locking, reading, tables, writing
 from experiments.files.errors import Missing, UserError, shown
 
 
@@ -152,3 +155,105 @@ def test_escape_sequences_do_not_reach_the_terminal():
   assert shown(text) == ('a\\x1b]0;title\\x07\\u202eb\\ud800é中\\n')
   assert len(shown('x' * 10**7)) == 200
   assert len(shown('\x1b' * 10**7)) <= 403
+
+
+def test_arrays_come_back_and_only_as_expected(tmp_path):
+  path = tmp_path / 'file.bin'
+  content = {
+    'a': np.arange(6.0).reshape(2, 3)[:, ::2],
+    'scalar': np.array(5, np.int8),
+    'none': np.zeros((0, 3)),
+    'yes': np.array([True]),
+  }
+  stored = arrays.write(path, content)
+  assert arrays.stored(path) == stored
+  expected = {n: (x.dtype, x.shape) for n, x in content.items()}
+  for found in (
+    arrays.read(path, expected, stored),
+    {n: arrays.mapped(path)(n, *about) for n, about in expected.items()},
+  ):
+    for name, x in content.items():
+      np.testing.assert_array_equal(found[name], x, strict=True)
+  for name, about, message in (
+    ('a', ('float32', (2, 2)), r'a is float64\[2, 2\], must be float32'),
+    ('a', ('float64', (2, 10**12)), 'must be float64'),
+    ('b', ('float64', ()), 'lacks b'),
+  ):
+    with pytest.raises(UserError, match=message):
+      arrays.read(path, expected | {name: about}, stored)
+  data = bytearray(path.read_bytes())
+  for at, message in ((0, 'is no file of arrays'), (8, 'no file of arrays')):
+    path.write_bytes(data[:at] + b'\xff' * 8 + data[at + 8 :])
+    with pytest.raises(UserError, match=message):
+      arrays.mapped(path)
+    with pytest.raises(UserError, match='is garbled'):
+      arrays.read(path, expected, stored)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('step,loss\n1,"' + 'x' * 200_000 + '"\n', 'is no CSV'),
+    (','.join(map(str, range(10**5))) + '\n', '100,000 columns'),
+    ('step,loss\n1\n', 'line 2: 1 cells, must be 2'),
+    ('loss\n1\n', 'has no column step; there are loss'),
+    ('', 'has no column step; there are none'),
+    ('step\0\n', 'is binary'),
+    ('step\x1b[2J\n', r'there are step\\x1b'),
+  ],
+)
+def test_a_table_is_csv_or_one_line(tmp_path, text, message):
+  path = tmp_path / 'table.csv'
+  path.write_text(text)
+  with pytest.raises(UserError, match=message) as caught:
+    tables.read_csv(path, ['step'])
+  assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def hold(folder, then, before='pass'):
+  """A process that holds a folder, or prints why it cannot."""
+  script = f"""
+import os, time
+from experiments.files import locking
+{before}
+try:
+  with locking.locked({str(folder)!r}):
+    print('held', flush=True)
+    {then}
+    time.sleep(1)
+except ValueError as error:
+  print(error, flush=True)
+"""
+  return subprocess.Popen(
+    [sys.executable, '-c', script],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).resolve().parent.parent,
+  )
+
+
+def test_one_process_holds_a_folder_and_a_killed_one_none(tmp_path):
+  folder = tmp_path / 'new'
+  with locking.locked(folder):
+    again = locking.locked(folder)
+    words = rf'another run writes there \(process {os.getpid()} on '
+    with pytest.raises(UserError, match=words):
+      again.__enter__()
+  # What it forks, as a simulator may be, must not hold the folder for it.
+  child = hold(folder, 'if not os.fork(): time.sleep(20)')
+  assert child.stdout.readline() == 'held\n'
+  child.kill()
+  child.stdout.close()
+  child.wait()
+  with locking.locked(folder):
+    pass
+
+
+def test_of_several_at_once_one_holds_a_folder(tmp_path):
+  go = tmp_path / 'go'
+  wait = f'while not os.path.exists({str(go)!r}): time.sleep(0.01)'
+  children = [hold(tmp_path / 'run', 'time.sleep(3)', wait) for _ in range(5)]
+  go.touch()
+  told = [child.communicate()[0] for child in children]
+  assert told.count('held\n') == 1
+  assert sum('another run writes there' in line for line in told) == 4

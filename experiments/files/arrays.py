@@ -1,0 +1,213 @@
+"""Named arrays in one file: written whole, with a digest, and read as expected.
+
+A file has eight bytes of magic, the length of its header (uint64, little
+endian), the header (JSON: name, dtype, shape and offset of each array) and the
+arrays' bytes, each at a multiple of 64. There is nothing in it to execute, and
+a reader names what it expects: nothing is allocated for what a file merely
+says.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from experiments.files import reading, writing
+from experiments.files.errors import UserError, shown
+
+_MAGIC = b'outplay1'
+_ALIGNED = 64
+_HEADER_LIMIT = 16 << 20
+_BLOCK = 1 << 20
+
+
+class Stored(NamedTuple):
+  """What a file must be.
+
+  Attributes:
+    size: bytes.
+    digest: SHA-256, hexadecimal.
+  """
+
+  size: int
+  digest: str
+
+
+class _Entry(NamedTuple):
+  """One array of a file, as its header describes it."""
+
+  name: str
+  dtype: str
+  shape: tuple[int, ...]
+  offset: int
+
+
+def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> Stored:
+  """Writes arrays as a file, at once or not at all; see `writing.replacing`.
+
+  Args:
+    path: of the file; its folder is made.
+    arrays: by name, of any dtype but objects and strings.
+
+  Returns:
+    The file's size and digest.
+
+  Raises:
+    UserError: a link or folder is in its place, or the disk refuses.
+  """
+  sums = hashlib.sha256()
+  size = 0
+  with writing.replacing(path) as file:
+    for block in _blocks(arrays):
+      file.write(block)
+      sums.update(block)
+      size += len(block)
+  return Stored(size, sums.hexdigest())
+
+
+def _blocks(arrays: Mapping[str, Any]) -> Iterator[Any]:
+  """A file's content, piece by piece."""
+  plain = {name: np.asarray(x) for name, x in arrays.items()}
+  # Offsets count from the end of the header, which they are part of.
+  entries, offset = [], 0
+  for name, x in plain.items():
+    entries.append((name, str(x.dtype), x.shape, offset))
+    offset += x.nbytes + -x.nbytes % _ALIGNED
+  header = json.dumps(entries).encode()
+  header += b' ' * (-(len(header) + 16) % _ALIGNED)
+  yield _MAGIC + len(header).to_bytes(8, 'little') + header
+  for x in plain.values():
+    yield np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+    yield bytes(-x.nbytes % _ALIGNED)
+
+
+def stored(path: str | os.PathLike) -> Stored:
+  """Size and digest of a file as it lies on the disk.
+
+  Raises:
+    UserError: see `reading.open_file`.
+  """
+  sums, size = hashlib.sha256(), 0
+  with reading.open_file(path) as file:
+    try:
+      while block := file.read(_BLOCK):
+        size += len(block)
+        sums.update(block)
+    except OSError as error:
+      raise UserError(
+        f'{shown(path)}: cannot be read: {error.strerror}'
+      ) from error
+  return Stored(size, sums.hexdigest())
+
+
+def read(
+  path: str | os.PathLike,
+  expected: Mapping[str, tuple[Any, tuple[int | None, ...]]],
+  must_be: Stored | None = None,
+) -> dict[str, np.ndarray]:
+  """All arrays of a file.
+
+  Args:
+    path: of the file.
+    expected: dtype and shape by name; None is any length, which the size of
+      the file bounds.
+    must_be: of `write`; None where it is not known.
+
+  Returns:
+    Fresh arrays by name.
+
+  Raises:
+    UserError: another file, or other arrays than expected.
+  """
+  with reading.open_file(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    if must_be is not None and size != must_be.size:
+      raise UserError(
+        f'{shown(path)}: has {size:,} bytes, must have {must_be.size:,}'
+      )
+    try:
+      content = bytearray(size)
+      if file.readinto(content) != size:  # type: ignore[attr-defined]
+        raise UserError(f'{shown(path)}: changes while it is read')
+    except (OSError, MemoryError) as error:
+      raise UserError(f'{shown(path)}: cannot be read: {error}') from error
+  digest = hashlib.sha256(content).hexdigest() if must_be else ''
+  if must_be is not None and digest != must_be.digest:
+    raise UserError(f'{shown(path)}: is garbled')
+  entries = _header(io.BytesIO(content[: _HEADER_LIMIT + 16]), size, str(path))
+  for name in entries.keys() - expected.keys():
+    raise UserError(f'{shown(path)}: has {shown(name)}, which is not expected')
+  view = memoryview(content)
+  return {
+    name: _part(view, entries, name, dtype, shape, str(path))
+    for name, (dtype, shape) in expected.items()
+  }
+
+
+def mapped(path: str | os.PathLike) -> Callable[..., np.ndarray]:
+  """A file's arrays, read only where they are looked at.
+
+  Args:
+    path: of the file; it must not change any more.
+
+  Returns:
+    `(name, dtype, shape) -> array`, which cannot be written to and raises
+    `UserError` where the file holds something else.
+
+  Raises:
+    UserError: no file of arrays.
+  """
+  with reading.open_file(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    entries = _header(file, size, str(path))
+    view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+  return lambda name, dtype, shape: _part(
+    view, entries, name, dtype, shape, str(path)
+  )
+
+
+def _header(file: BinaryIO, size: int, where: str) -> dict[str, _Entry]:
+  """What a file says of its arrays; offsets from its beginning."""
+  start = file.read(16)
+  length = int.from_bytes(start[8:], 'little')
+  if start[:8] != _MAGIC or length > min(size - 16, _HEADER_LIMIT):
+    raise UserError(f'{shown(where)}: is no file of arrays; copy it back')
+  found = reading.decode_json(file.read(length), list[_Entry], where)
+  return {e.name: e._replace(offset=e.offset + 16 + length) for e in found}
+
+
+def _part(
+  view: memoryview,
+  entries: Mapping[str, _Entry],
+  name: str,
+  dtype: Any,
+  shape: tuple[int | None, ...],
+  where: str,
+) -> np.ndarray:
+  """One array of a file's bytes, if it is what is expected."""
+  where, dtype = shown(where), np.dtype(dtype)
+  if name not in entries:
+    raise UserError(f'{where}: lacks {shown(name)}')
+  entry = entries[name]
+  fits = len(entry.shape) == len(shape) and all(
+    n == m or (m is None and n >= 0) for n, m in zip(entry.shape, shape)
+  )
+  if entry.dtype != str(dtype) or not fits:
+    wanted = [('any' if n is None else n) for n in shape]
+    raise UserError(
+      f'{where}: {shown(name)} is {shown(entry.dtype)}{list(entry.shape)}, '
+      f'must be {dtype}{wanted}'
+    )
+  count = 1
+  for n in entry.shape:
+    count *= n
+  end = entry.offset + count * dtype.itemsize
+  if entry.offset < 0 or end > len(view):
+    raise UserError(f'{where}: {shown(name)} is cut short')
+  data = view[entry.offset : end]
+  return np.frombuffer(data, np.uint8).view(dtype).reshape(entry.shape)
