@@ -240,8 +240,11 @@ def test_one_process_holds_a_folder_and_a_killed_one_none(tmp_path):
     with pytest.raises(UserError, match=words):
       again.__enter__()
   # What it forks, as a simulator may be, must not hold the folder for it.
-  child = hold(folder, 'if not os.fork(): time.sleep(20)')
+  child = hold(
+    folder, "os.fork() or (print('forked', flush=True), time.sleep(9))"
+  )
   assert child.stdout.readline() == 'held\n'
+  assert child.stdout.readline() == 'forked\n'
   child.kill()
   child.stdout.close()
   child.wait()
