@@ -104,6 +104,7 @@ EXAMPLES = (
   'experiments.files.errors',
   'experiments.runtime.signals',
   'experiments.files.reading',
+  'experiments.files.tables',
   'experiments.match',
   'experiments.players',
   'experiments.runtime.config',

@@ -119,7 +119,7 @@ def read(
     must_be: of `write`; None where it is not known.
 
   Returns:
-    Fresh arrays by name.
+    Fresh arrays by name, of the shapes `[...]` that are expected.
 
   Raises:
     UserError: another file, or other arrays than expected.
