@@ -17,6 +17,7 @@ import subprocess
 import sys
 import typing
 
+import flag_values
 import jax
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from experiments import build, presets, sweep_engines, sweep_pool
 from experiments.collect import Collection
 from experiments.data import layout, npz
 from experiments.files import writing
-from experiments.files.errors import UserError
+from experiments.files.errors import UserError, shown
 from experiments.runtime import checkpoint, distributed, mesh, watch
 from experiments.runtime import config as configs
 
@@ -447,8 +448,8 @@ def launch(folder, compiled, monkeypatch, capsys):
   app.define_help_flags()
   handlers, level = logging.root.handlers[:], logging.root.level
 
-  def refused(command: str) -> str:
-    name, *rest = shlex.split(command)
+  def refused(command: str, *more: str) -> str:
+    name, *rest = [*shlex.split(command), *more]
     module = importlib.import_module(f'experiments.{name}')
     cut = rest.index('--') if '--' in rest else len(rest)
     rest, behind = rest[:cut], rest[cut + 1 :]
@@ -506,6 +507,86 @@ def _says(message, expected):
 @table(TABLE)
 def test_a_mistake_is_told_in_one_line(command, launch):
   _says(launch(command), TABLE[command])
+
+
+@table(flag_values.ROWS)
+def test_flags_that_cannot_be_meant_are_told_in_one_line(command, launch):
+  _says(launch(command), flag_values.ROWS[command])
+
+
+@table(flag_values.PLACES)
+def test_places_that_keep_nothing_are_refused(command, launch):
+  for value, expected in flag_values.places(command).items():
+    message = launch(f'{command}={shlex.quote(value)}')
+    _says(message, f'{command.split("--")[-1]}={shown(value)}: ... {expected}')
+
+
+def test_settings_that_no_run_can_have_are_refused(launch):
+  for setting, expected in flag_values.settings().items():
+    message = launch('train', f'--set={setting}')
+    field, _, value = setting.partition('=')
+    assert field.split('.')[-1] in message and expected in message, message
+    assert value in message or value.isdecimal(), message
+
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_every_flag_refuses_what_its_type_cannot_be(launcher, launch):
+  for name, flag in _flags(launcher).items():
+    if name == 'what':  # an alias, whose messages name the flag
+      continue
+    for value, expected in flag_values.by_type(flag).items():
+      needs = flag_values.NEEDS.get(launcher, '')
+      message = launch(f'{launcher} {needs}', f'--{name}={value}')
+      shows = shown(value) if value.strip() else ''
+      _says(message, f'flag --{name}={shows} ... {expected}')
+
+
+def test_there_are_enough_values():
+  count = len(flag_values.ROWS) + len(flag_values.settings())
+  count += sum(len(flag_values.places(flag)) for flag in flag_values.PLACES)
+  for launcher in LAUNCHERS:
+    flags = _flags(launcher).values()
+    count += sum(len(flag_values.by_type(flag)) for flag in flags)
+  assert count >= 500
+
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_help_is_no_error(launcher, launch, capsys, monkeypatch):
+  from absl import flags
+
+  module = importlib.import_module(f'experiments.{launcher}')
+  monkeypatch.setattr(sys, 'argv', [launcher, '--help'])
+  known = set(flags.FLAGS)
+  module.define_flags()
+  try:
+    configs.run_main(module.main)
+  finally:
+    for flag in set(flags.FLAGS) - known:
+      delattr(flags.FLAGS, flag)
+    flags.FLAGS.unparse_flags()
+  told = capsys.readouterr()
+  assert '--helpfull' in told.out and not told.err
+
+
+@pytest.mark.parametrize(
+  'launcher',
+  [
+    name if name == 'train' else pytest.param(name, marks=pytest.mark.slow)
+    for name in LAUNCHERS
+  ],
+)
+def test_help_ends_in_silence_where_nobody_reads_it(launcher):
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run(
+    [sys.executable, '-m', f'experiments.{launcher}', '--help'],
+    cwd=ROOT,
+    stdout=write,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(write)
+  assert (done.returncode, done.stderr) == (0, '')
 
 
 @table(MISSING)

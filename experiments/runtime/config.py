@@ -104,7 +104,7 @@ def run_main(main: Callable[[], None]) -> None:
   from experiments.runtime import flags as ours
 
   def parse(argv: list[str]) -> list[str]:
-    with _one_line():
+    with _one_line(unread=0):  # it prints nothing but help
       return ours.parse(argv)
 
   def guarded(argv: list[str]) -> None:
@@ -128,11 +128,14 @@ _NOBODY_READS = 128 + 13
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
+def _one_line(unread: int = _NOBODY_READS) -> Iterator[None]:
   """Ends the process in one line for a mistake of the person who runs it.
 
   It ends without any where nobody reads what it prints any more, as in
   `... --help | head`.
+
+  Args:
+    unread: the code that it then ends with, unless it was to end anyway.
 
   Raises:
     SystemExit: with 2 for a mistake; else as the block leaves.
@@ -149,7 +152,7 @@ def _one_line() -> Iterator[None]:
     # Or Python would complain at the very end when it empties its buffer.
     with contextlib.suppress(OSError, ValueError):
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    code = left.code if isinstance(left, SystemExit) else _NOBODY_READS
+    code = left.code if isinstance(left, SystemExit) else unread
     raise SystemExit(code) from None
 
 
@@ -175,56 +178,53 @@ def check_place(
       above it; a name that cannot be written or shown; the root folder or one
       of the kernel's; or the operating system does not let us write there.
   """
-  _check_name(field, str(path), folder)
+  named = f'{field}={shown(path)}'
+  _check_name(named, str(path), folder)
   path = pathlib.Path(path)
   above = path if folder else path.parent
   try:
     if not folder and path.is_dir():
-      raise UserError(
-        f'{field}={path}: is a folder, must be the name of a file'
-      )
+      raise UserError(f'{named}: is a folder, must be the name of a file')
     real = pathlib.Path(os.path.realpath(path))
     if not folder and (path.is_symlink() or real.exists()):
       writing.check_replaceable(path)
     while not above.exists():
       above = above.parent
   except UserError as error:
-    raise UserError(f'{field}={path}: {error}; take another place') from error
+    raise UserError(f'{named}: {error}; take another place') from error
   except OSError as error:
     raise UserError(
-      f'{field}={path}: {(error.strerror or str(error)).lower()}; take another '
-      'place'
+      f'{named}: {(error.strerror or str(error)).lower()}; take another place'
     ) from error
   if not above.is_dir():
-    what = 'is' if above == path else f'{above} is'
-    raise UserError(f'{field}={path}: {what} a file, must be a folder')
+    what = 'is' if above == path else f'{shown(above)} is'
+    raise UserError(f'{named}: {what} a file, must be a folder')
   if folder and real == pathlib.Path(real.anchor):
     raise UserError(
-      f'{field}={path}: is the root of all folders; take a folder of its own'
+      f'{named}: is the root of all folders; take a folder of its own'
     )
   kernel = [real.is_relative_to(place) for place in _KERNEL]
   if any(kernel) and not real.is_relative_to(_KERNEL_MEMORY):
     raise UserError(
-      f'{field}={path}: {_KERNEL[kernel.index(True)]} belongs to the kernel, '
+      f'{named}: {_KERNEL[kernel.index(True)]} belongs to the kernel, '
       'nothing is kept there; take another place'
     )
   if not os.access(above, os.W_OK | os.X_OK):
     raise UserError(
-      f'{field}={path}: {above} must not be written to; take another place'
+      f'{named}: {shown(above)} must not be written to; take another place'
     )
 
 
-def _check_name(field: str, path: str, folder: bool) -> None:
+def _check_name(named: str, path: str, folder: bool) -> None:
   """Refuses a path that cannot be written, or not be shown."""
   if not path.isprintable():
     raise UserError(
-      f'{field}={path}: holds characters that cannot be printed; take another '
-      'name'
+      f'{named}: holds characters that cannot be printed; take another name'
     )
   size = len(pathlib.Path(path).name.encode('utf-8', 'replace'))
   if not folder and size > _LONGEST_NAME:
     raise UserError(
-      f'{field}={path}: name of {size} bytes, must be at most {_LONGEST_NAME}'
+      f'{named}: name of {size} bytes, must be at most {_LONGEST_NAME}'
     )
 
 

@@ -128,7 +128,8 @@ def _check_value(flag: Any, value: Any) -> None:
   """Refuses an empty text or item, and numbers that nothing can count."""
   if not flag.present:
     return
-  if value == [] or (isinstance(value, str) and not value.strip()):
+  texts = [value] if isinstance(value, str) else value
+  if isinstance(texts, list) and not ''.join(map(str, texts)).strip():
     raise UserError(
       f'flag --{flag.name}=: is empty; give a value or leave the flag out'
     )
