@@ -115,6 +115,7 @@ def test_ci_does_what_the_readme_says():
   ci = (ROOT / '.ci' / 'run').read_text()
   assert 'set -euo pipefail' in ci
   assert 'make setup ' in ci
+  assert 'make extras ' in ci
   assert 'make --keep-going check ' in ci
 
 
