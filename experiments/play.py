@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import build, capacity, terminal
-from experiments.files import writing
+from experiments.files import reading, writing
+from experiments.files.errors import Missing, shown
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 from experiments.runtime import metrics
@@ -266,7 +267,8 @@ def load_experiment(workdir: str, env: str | None = None) -> build.Experiment:
     for name, kind in _KINDS.items():
       if not isinstance(saved[name], kind):
         raise configs.UserError(
-          f'{file}: {name} is {saved[name]!r}, must be of type {kind.__name__}'
+          f'{file}: {name} is {shown(repr(saved[name]), 60)}, must be of type '
+          f'{kind.__name__}'
         )
     settings = [
       f'{section}.{name}={text}'
@@ -288,12 +290,12 @@ def load_experiment(workdir: str, env: str | None = None) -> build.Experiment:
     )
   except KeyError as error:
     raise configs.UserError(
-      f'{file} lacks {error}: was it written by another version?'
+      f'{file} lacks {shown(error)}: was it written by another version?'
     ) from error
-  except configs.UserError as error:
+  except ValueError as error:
     # What its settings name need not be told from what flags do.
     message = str(error).removeprefix(f'{file}: ')
-    raise configs.UserError(f'{file}: {message}') from error
+    raise configs.UserError(f'{file}: {shown(message, 4000)}') from error
   names.check(experiment.env_name, experiment.env.options, file, env)
   return experiment
 
@@ -331,19 +333,31 @@ def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
   Raises:
     UserError: the statistics that the run keeps are damaged.
   """
+  import jax
   import numpy as np
 
   path = pathlib.Path(workdir) / _STATISTICS
-  if not path.exists():
-    return env_spec
   try:
-    saved = json.loads(path.read_text(encoding='utf-8'))
-    found = tuple(np.asarray(saved[n], np.float32) for n in ('mean', 'std'))
-  except (KeyError, TypeError, ValueError) as error:
+    saved = reading.read_json(path, dict[str, list[float]])
+  except Missing:
+    return env_spec
+  leaves = jax.tree.leaves(
+    env_spec.observation, is_leaf=lambda x: hasattr(x, 'shape')
+  )
+  size = sum(int(np.prod(leaf.shape, dtype=int)) for leaf in leaves)
+  found = []
+  for name in ('mean', 'std'):
+    numbers = np.asarray(saved.get(name, ()), np.float64)
+    if numbers.shape != (size,) or not (np.abs(numbers) < 1e38).all():
+      raise configs.UserError(
+        f'{shown(path)}: {name} must be {size} finite numbers; copy it back'
+      )
+    found.append(numbers.astype(np.float32))
+  if not (found[1] > 0).all():
     raise configs.UserError(
-      f'{path}: mean or std is missing or damaged ({error}); copy it back'
-    ) from error
-  return env_spec._replace(statistics=found)
+      f'{shown(path)}: std must be above 0 everywhere; copy it back'
+    )
+  return env_spec._replace(statistics=tuple(found))
 
 
 def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:

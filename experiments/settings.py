@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
+from experiments.files.errors import shown
+
 
 @dataclasses.dataclass(frozen=True)
 class EnvConfig:
@@ -39,6 +41,16 @@ class EnvConfig:
       _at_least(self, 1, 'frame_stack')
     if self.action_bins < 0 or self.action_bins == 1:
       raise ValueError(f'action_bins={self.action_bins}: must be 0 or >= 2')
+    if self.recorded:
+      from experiments.envs import recorded
+
+      try:
+        recorded.decode(self.recorded, 'recorded')
+      except ValueError as error:
+        raise ValueError(
+          f'recorded={shown(self.recorded, 60)}: must be none, or what a data '
+          f'set gives: {error}'
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from experiments import terminal
 from experiments.data import text as texts
 from experiments.data.text import Corpus
-from experiments.files import writing
+from experiments.files import reading, writing
 from experiments.files.errors import UserError, shown
 
 _VOCABULARY = 'vocabulary.json'
@@ -250,13 +250,8 @@ def play(experiment: Any, workdir: str, name: str, options: Any) -> None:
       "prompt: a language model continues a text; say --prompt='The '"
     )
   path = pathlib.Path(workdir) / _VOCABULARY
-  if not path.exists():
-    raise UserError(f'workdir={workdir}: has no {_VOCABULARY}')
-  try:
-    words = [str(x) for x in json.loads(path.read_text(encoding='utf-8'))]
-  except (TypeError, ValueError) as error:
-    raise UserError(f'{path}: is damaged ({error}); copy it back') from error
-  vocabulary = texts.Vocabulary(tuple(words))
+  words = reading.read_json(path, tuple[str, ...])
+  vocabulary = texts.Vocabulary(words)
   nothing = np.zeros(0, np.uint16)
   spec = spec_of(Corpus(path.parent.name, nothing, nothing, vocabulary))
   agent = build.make_agent(experiment, spec)

@@ -200,7 +200,7 @@ TABLE = {
   'play --workdir=empty': "workdir=empty: is no run's folder ... name the --wo",
   'play --workdir=file': "workdir=file: is no run's folder ... name the --work",
   'play --workdir=torn': 'torn/config.json is not JSON: ... copy it back',
-  'play --workdir=list': 'list/config.json: must be a JSON object; copy it bac',
+  'play --workdir=list': 'list/config.json: Expected `object`, got `array`; co',
   'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
   'play --workdir=typed': "typed/config.json: steps is 'x', must be of type in",
   'play --workdir=catch --env=zzz': (
@@ -213,7 +213,7 @@ TABLE = {
   'train --preset=muzero_catch --env=jax:catch --workdir=catch --seed=1': (
     'catch holds another run: seed was 0, is 1. Take another --workdir'
   ),
-  'train --workdir=list': 'list/config.json: must be a JSON object; copy it',
+  'train --workdir=list': 'list/config.json: Expected `object`, got `array`',
   'play --workdir=board --checkpoint=best': (
     'checkpoint=best: board has none; there are none yet'
   ),
@@ -282,8 +282,8 @@ TABLE = {
   'train --preset=bc --dataset=ids.npz': 'ids.npz: episode ... must start at 0',
   'train --preset=bc --dataset=torn.hdf5': 'torn.hdf5: torn, or not an hdf5',
   'sweep --workdir=new --preset=bc --dataset=none': 'dataset=none: no such pat',
-  'train --preset=moe_language_small --text=none': 'text=none: No such file',
-  'train --preset=moe_language_small --text=empty': 'text=empty: Is a direct',
+  'train --preset=moe_language_small --text=none': 'text=none: no such file',
+  'train --preset=moe_language_small --text=empty': 'text=empty: is a folder',
   'train --preset=moe_language_small --text=file': 'text=file: ... longer text',
   'train --preset=moe_language_small --text=latin.txt': (
     'text=latin.txt: byte 3 (line 1) is not utf-8; ... encoding=latin-1'

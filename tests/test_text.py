@@ -132,7 +132,7 @@ def test_a_cache_that_fails_is_done_without(tmp_path, monkeypatch):
 def test_files_that_are_no_texts(tmp_path):
   path = tmp_path / 'x.txt'
   read = functools.partial(texts.read, path, vocabulary=300, held_out=0.5)
-  with pytest.raises(ValueError, match=r'x.txt: No such file'):
+  with pytest.raises(ValueError, match=r'x.txt: no such file'):
     read()
   path.write_bytes(b'')
   with pytest.raises(ValueError, match=r'x.txt: is empty; take'):
@@ -474,7 +474,7 @@ def test_how_much_a_token_tells():
 
 MISTAKES = {
   'no text': ({'path': ''}, 'learns from a text: --text=PATH'),
-  'missing': ({'path': 'nowhere.txt'}, 'nowhere.txt: No such file'),
+  'missing': ({'path': 'nowhere.txt'}, 'nowhere.txt: no such file'),
   'env': ({'env': 'Catch-v0'}, 'env=Catch-v0: a text'),
   'hold out': (
     {'settings': (*SETTINGS, 'hold_out=3')},

@@ -43,7 +43,7 @@ def _space(plain: Any, where: str) -> Any:
     shape = _whole(plain.get('shape'), where, 'shape')
     _check_size(math.prod(shape), where)
     dtype = plain.get('dtype', 'float32')
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
       raise UserError(
         f'{shown(where)}: dtype is {shown(repr(dtype), 40)}, must be one of '
         f'{", ".join(sorted(_DTYPES))}'

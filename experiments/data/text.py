@@ -14,13 +14,15 @@ import hashlib
 import os
 import pathlib
 import re
-import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from experiments.data import npy
+from experiments.files import memory, reading, writing
+from experiments.files.errors import UserError, shown
 
 # The first tokens are the 256 bytes.
 BYTES = 256
@@ -76,7 +78,7 @@ def count_words(text: str, size: int) -> Vocabulary:
     ValueError: size is below 256.
   """
   if size < BYTES:
-    raise ValueError(
+    raise UserError(
       f'vocabulary={size}: must be at least {BYTES}, which are the bytes'
     )
   counts: collections.Counter[str] = collections.Counter()
@@ -180,14 +182,16 @@ def read(
 
 def _bytes(path: pathlib.Path) -> bytes:
   try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise ValueError(
-      f'text={path}: {error.strerror}; must be a text file, python -m '
-      'experiments.corpus fetches some'
+    content = reading.read_bytes(
+      path, limit=memory.room_for_data(), follow=True
+    )
+  except UserError as error:
+    raise UserError(
+      f'text={error}; must be a text file, python -m experiments.corpus '
+      'fetches some'
     ) from error
   if not content:
-    raise ValueError(f'text={path}: is empty; take a longer text')
+    raise UserError(f'text={shown(path)}: is empty; take a longer text')
   return content
 
 
@@ -196,15 +200,15 @@ def _tokens(path, content, vocabulary, held_out, encoding) -> Corpus:
     text = content.decode(encoding)
   except UnicodeDecodeError as error:
     line = content.count(b'\n', 0, error.start) + 1
-    raise ValueError(
-      f'text={path}: byte {error.start} (line {line}) is not {encoding}; '
-      'convert the file, or set encoding=latin-1'
+    raise UserError(
+      f'text={shown(path)}: byte {error.start} (line {line}) is not '
+      f'{encoding}; convert the file, or set encoding=latin-1'
     ) from error
   split = len(text) - max(round(held_out * len(text)), 1)
   if split < 1:
-    raise ValueError(
-      f'text={path}: held_out={held_out} of {len(text)} characters leaves none '
-      'to train on; take a longer text'
+    raise UserError(
+      f'text={shown(path)}: held_out={held_out} of {len(text)} characters '
+      'leaves none to train on; take a longer text'
     )
   found = count_words(text[:split], vocabulary)
   whole = functools.partial(encode, found)
@@ -215,20 +219,24 @@ def _cached(
   file: pathlib.Path, name: str, make: Callable[[], Corpus]
 ) -> Corpus:
   # What cannot be read or kept is made again.
-  with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile):
+  with contextlib.suppress(OSError, ValueError):
     return _load(file, name)
   corpus = make()
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError, UserError):
     _keep(file, corpus)
   return corpus
 
 
 def _load(file: pathlib.Path, name: str) -> Corpus:
-  # A damaged file would leave np.load's own handle open.
-  with file.open('rb') as handle, np.load(handle) as saved:
-    words = saved['words'].tobytes().decode()
-    vocabulary = Vocabulary(tuple(words.split('\0') if words else ()))
-    return Corpus(name, saved['train'], saved['held_out'], vocabulary)
+  kinds = {'train': 'u', 'held_out': 'u', 'words': 'u'}
+  saved = npy.read_archive(file, kinds)
+  words = saved['words'].astype(np.uint8).tobytes().decode()
+  vocabulary = Vocabulary(tuple(words.split('\0') if words else ()))
+  for key in ('train', 'held_out'):
+    tokens = saved[key]
+    if tokens.ndim != 1 or (tokens >= vocabulary.size).any():
+      raise UserError(f'{shown(file)}: {key} is not of tokens')
+  return Corpus(name, saved['train'], saved['held_out'], vocabulary)
 
 
 def _keep(file: pathlib.Path, corpus: Corpus) -> None:
@@ -238,9 +246,6 @@ def _keep(file: pathlib.Path, corpus: Corpus) -> None:
     'held_out': corpus.held_out,
     'words': np.frombuffer(words, np.uint8),
   }
-  file.parent.mkdir(parents=True, exist_ok=True)
   # At once or not at all: another run may look for it now.
-  handle, unfinished = tempfile.mkstemp(dir=file.parent)
-  with os.fdopen(handle, 'wb') as target:
+  with writing.replacing(file) as target:
     np.savez(target, **arrays)
-  os.replace(unfinished, file)

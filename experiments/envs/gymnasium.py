@@ -113,7 +113,9 @@ def make_gymnasium(
     def step(action):
       action = host.check_action(action, spec, num_envs)
       if isinstance(spec.action, Discrete):
-        action = [int(a) + int(action_space.start) for a in action]
+        action = [
+          int(a) + int(getattr(action_space, 'start', 0)) for a in action
+        ]
       else:
         action = action.astype(action_space.dtype)
       results = [

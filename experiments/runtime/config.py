@@ -23,8 +23,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from experiments.files import writing
-from experiments.files.errors import UserError, shown
+from experiments.files import reading, writing
+from experiments.files.errors import Missing, UserError, shown
 from experiments.runtime import signals
 
 # An unknown field's line lists all fields.
@@ -565,21 +565,13 @@ def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: `workdir` is no run's folder, or the file cannot be read.
   """
-  path = pathlib.Path(workdir) / 'config.json'
   try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except (FileNotFoundError, NotADirectoryError) as error:
+    return reading.read_json(pathlib.Path(workdir) / 'config.json')
+  except Missing as error:
     raise UserError(
-      f"workdir={workdir}: is no run's folder, it has no config.json; name the "
-      '--workdir of python -m experiments.train'
+      f"workdir={shown(workdir)}: is no run's folder, it has no config.json; "
+      'name the --workdir of python -m experiments.train'
     ) from error
-  except OSError as error:
-    raise UserError(f'{path}: cannot be read: {error.strerror}') from error
-  except ValueError as error:
-    raise UserError(f'{path} is not JSON: {error}; copy it back') from error
-  if not isinstance(content, dict):
-    raise UserError(f'{path}: must be a JSON object; copy it back')
-  return content
 
 
 def check_run_config(
