@@ -45,7 +45,11 @@ def _opened(name: str, stamp: tuple):
 
 
 def _stamp(name: str) -> tuple:
-  """Changes when the files of a path do; () for what is not a path."""
+  """Changes when the files of a data set do; () for what is not there."""
+  from experiments.data import open as data
+
+  with contextlib.suppress(UserError):
+    name = str(data.locate(name))
   # Links are not followed, and what cannot be looked at is refused later.
   files = [os.path.join(at, f) for at, _, some in os.walk(name) for f in some]
   found = []

@@ -25,10 +25,19 @@ def open_dataset(name: str | os.PathLike) -> layout.Dataset:
     ValueError: nothing is there (the message says what to fetch and where to
       put it), what is there is not understood, or it is damaged.
   """
+  return _open_path(locate(name))
+
+
+def locate(name: str | os.PathLike) -> pathlib.Path:
+  """The file or folder of a data set's name; see `open_dataset`.
+
+  Raises:
+    ValueError: nothing is there.
+  """
   name = os.fspath(name)
   path = _expanded(name)
   if os.path.lexists(path):
-    return _open_path(path)
+    return path
   word = shown(name)
   url = d4rl_names.url(name)
   folder = _expanded(os.environ.get('D4RL_DATASET_DIR') or '~/.d4rl/datasets')
@@ -36,11 +45,11 @@ def open_dataset(name: str | os.PathLike) -> layout.Dataset:
     # Kept under the file's name, as D4RL does, or under the data set's.
     for stem in (url.rpartition('/')[2], f'{name}.hdf5'):
       if os.path.lexists(folder / stem):
-        return d4rl.load(folder / stem)
+        return folder / stem
   if minari_files.is_id(name):
     found = minari_files.data_folder(minari_files.root() / name)
     if found is not None:
-      return minari_files.load(found)
+      return found
   if url is not None:
     path = folder / url.rpartition('/')[2]
     raise UserError(
