@@ -92,17 +92,25 @@ TORSOS = {
 }
 
 
+COMBINED = (
+  tuple(TORSOS),
+  ('image', 'vector'),
+  ('batch', 'layer', 'none'),
+  ('reward', 'value_prefix'),
+  ('float32', 'bfloat16'),
+)
+
+
 @pytest.mark.parametrize(
   ('torso', 'latent', 'norm', 'reward', 'dtype'),
-  list(
-    itertools.product(
-      TORSOS,
-      ('image', 'vector'),
-      ('batch', 'layer', 'none'),
-      ('reward', 'value_prefix'),
-      ('float32', 'bfloat16'),
+  [
+    # In every other diagonal each value meets each of all other columns.
+    pytest.param(*row, marks=pytest.mark.slow if diagonal % 2 else ())
+    for row, diagonal in zip(
+      itertools.product(*COMBINED),
+      map(sum, itertools.product(*(range(len(c)) for c in COMBINED))),
     )
-  ),
+  ],
 )
 def test_shapes_and_dtypes(torso, latent, norm, reward, dtype):
   shape, kind, latent_shape = TORSOS[torso]

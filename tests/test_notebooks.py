@@ -57,7 +57,17 @@ def without_windows():
   matplotlib.use(backend)
 
 
-@pytest.mark.parametrize('name', notebook.names())
+# What these call other tests call, too.
+SLOW = ('newton', 'runs', 'tree')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in notebook.names()
+  ],
+)
 def test_notebook_runs_with_tiny_sizes(name):
   cells = notebook.code(name, ['TINY=True'])
   assert len(cells) > 2

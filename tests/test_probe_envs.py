@@ -153,7 +153,9 @@ def test_a_constant_reward_is_learned(module):
   np.testing.assert_allclose(rewards, [1, 0], atol=0.1)
 
 
-@both
+@pytest.mark.parametrize(
+  'module', [pytest.param(muzero, marks=pytest.mark.slow), efficientzero]
+)
 def test_a_delayed_reward_is_discounted(module):
   value, _, rewards = predictions(module, DELAYED, [1, 0, 0], [0, 1])
   np.testing.assert_allclose(value, GAMMA, atol=0.05)
