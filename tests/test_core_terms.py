@@ -295,6 +295,16 @@ def test_adamw_first_step_and_decoupled_decay():
   np.testing.assert_allclose(updates, [-0.1 - 0.1, 0.1 + 0.2], rtol=1e-4)
 
 
+def test_adamw_clips_what_it_averages():
+  optimiser = optim.adamw(lambda _: 0.1, weight_decay=0.0, max_norm=1.0)
+  params = jnp.zeros(2)
+  state = optimiser.init(params)
+  for gradient in ([3.0, 4.0], [0.6, 0.8]):
+    updates, state = optimiser.update(jnp.float32(gradient), state, params)
+    # Both are (0.6, 0.8) once clipped, so that both steps are the same.
+    np.testing.assert_allclose(updates, [-0.1, -0.1], rtol=1e-4)
+
+
 def test_minimise_takes_one_step_and_reduces_the_gradient():
   optimiser = optim.sgd(lambda _: 0.5, momentum=0, weight_decay=0, max_norm=1e9)
   loss = lambda p, x: (jnp.sum(p * p) * x, {'p': p})

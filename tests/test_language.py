@@ -203,6 +203,22 @@ def test_sizes_are_those_of_the_networks(changes):
 # The agent.
 
 
+def test_every_token_is_predicted_from_those_before_it():
+  # A network that knows the next token, and is sure of it with e^9 to 1.
+  knows = lambda params, stats, tokens, train, key: (
+    9.0 * jax.nn.one_hot((tokens + 3) % V, V),
+    (),
+    stats,
+  )
+  networks = agent_module.make_networks(CONFIG, SPEC)._replace(apply=knows)
+  losses = agent_module.make_losses()
+  agent = agent_module.make(CONFIG, networks, losses, SPEC)
+  assert agent.evaluate is not None
+  params = agent_module.Params({}, {})
+  loss = agent.evaluate(params, Text(make_tokens()), None)['loss']
+  assert float(loss) == pytest.approx(np.log1p((V - 1) * np.exp(-9)), rel=1e-4)
+
+
 def test_it_learns_and_is_traced_once(built):
   agent, state, update, evaluate, traces = built
   assert agent.act is None

@@ -127,6 +127,22 @@ def whole(data, tmp_path_factory):
   return workdir, experiment
 
 
+def test_the_seed_of_a_run_draws_its_network_and_batches(tmp_path):
+  npz.save(make_dataset(env=''), tmp_path / 'data')
+  settings = ('hidden_sizes=8', 'batch_size=16', 'devices=1', 'log_every=1')
+  seen = []
+  for seed in (0, 1):
+    workdir = tmp_path / str(seed)
+    experiment = describe(
+      str(tmp_path / 'data'), 'bc', env=None, steps=1, seed=seed,
+      settings=settings,
+    )  # fmt: skip
+    train.run(experiment, workdir)
+    (row,) = rows(workdir / 'metrics.csv')
+    seen.append((row['loss_policy'], row['squared_error']))
+  assert seen[0] != seen[1]
+
+
 def test_a_run_has_its_phases_and_scores(whole, data):
   workdir, _ = whole
   metrics = rows(workdir / 'metrics.csv')

@@ -1,0 +1,120 @@
+"""Faults that no test saw until one was written for it.
+
+Each is a change of one line that leaves shapes, types and names as they are;
+`test_mutants` applies it to a copy of the tree.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+  """A fault, and who must notice it.
+
+  Attributes:
+    path: of the file, from the root.
+    old: text that is in it exactly once.
+    new: what takes its place.
+    tests: the file of tests.
+    select: pytest's `-k`, of which every test must fail.
+  """
+
+  path: str
+  old: str
+  new: str
+  tests: str
+  select: str
+
+
+MUTANTS = (
+  Mutant(
+    'agents/core/optim.py',
+    '    optax.clip_by_global_norm(max_norm),\n    optax.scale_by_adam(),',
+    '    optax.scale_by_adam(),',
+    'tests/test_core_terms.py',
+    'adamw_clips',
+  ),
+  Mutant(
+    'agents/language.py',
+    'inputs, target = tokens[:, :-1], tokens[:, 1:]',
+    'inputs, target = tokens[:, :-1], tokens[:, :-1]',
+    'tests/test_language.py',
+    'every_token',
+  ),
+  Mutant(
+    'agents/muzero.py',
+    'by_step.reward[1:])\n    policy = jnp.sum',
+    'by_step.reward[:-1])\n    policy = jnp.sum',
+    'tests/test_agents_wiring.py',
+    'predictions and muzero',
+  ),
+  Mutant(
+    'agents/muzero.py',
+    'batch.experience.action[:, : config.unroll_steps]',
+    'batch.experience.action[:, 1 : config.unroll_steps + 1]',
+    'tests/test_agents_wiring.py',
+    'predictions and muzero',
+  ),
+  Mutant(
+    'agents/efficientzero.py',
+    "pi = batch.experience.extras['search_policy'][:, head]",
+    "pi = batch.experience.extras['search_policy'][:, 1 : unrolled + 2]",
+    'tests/test_agents_wiring.py',
+    'predictions and efficientzero and not sampled',
+  ),
+  Mutant(
+    'agents/efficientzero.py',
+    'jnp.swapaxes(observation[:, 1:], 0, 1)',
+    'jnp.swapaxes(observation[:, :-1], 0, 1)',
+    'tests/test_agents_wiring.py',
+    'predictions and efficientzero and not sampled',
+  ),
+  Mutant(
+    'agents/sampled_muzero.py',
+    'jnp.swapaxes(observation[:, 1:], 0, 1)',
+    'jnp.swapaxes(observation[:, :-1], 0, 1)',
+    'tests/test_agents_wiring.py',
+    'predictions and sampled',
+  ),
+  Mutant(
+    'agents/sampled_muzero.py',
+    'config.reward_scale * timestep.reward',
+    'timestep.reward',
+    'tests/test_agents_wiring.py',
+    'predictions and sampled',
+  ),
+  Mutant(
+    'agents/efficientzero.py',
+    'reset_every=config.prefix_horizon if config.value_prefix else None,',
+    'reset_every=None,',
+    'tests/test_agents.py',
+    'learner_resets and not sampled and (2 or 3)',
+  ),
+  Mutant(
+    'agents/sampled_muzero.py',
+    'reset_every=config.prefix_horizon if config.value_prefix else None,',
+    'reset_every=None,',
+    'tests/test_agents.py',
+    'learner_resets and sampled and (2 or 3)',
+  ),
+  Mutant(
+    'experiments/train.py',
+    'jax.random.key(experiment.seed)',
+    'jax.random.key(0)',
+    'tests/test_offline_launch.py',
+    'the_seed_of_a_run',
+  ),
+  Mutant(
+    'experiments/runtime/loop.py',
+    'agent_key, _ = jax.random.split(jax.random.fold_in(key, 2**31 - 1))',
+    'agent_key, _ = jax.random.split(jax.random.key(0))',
+    'tests/test_loop.py',
+    'agent_and_source_begin',
+  ),
+  Mutant(
+    'experiments/runtime/loop.py',
+    'jax.random.split(jax.random.fold_in(key, carry.step))',
+    'jax.random.split(jax.random.fold_in(jax.random.key(0), carry.step))',
+    'tests/test_loop.py',
+    'every_step_draws',
+  ),
+)
