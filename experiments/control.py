@@ -35,6 +35,8 @@ from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 
+# Each stage multiplies the sequences of actions.
+_DEEPEST = 10
 _FIRST = re.compile(r'actor|critic|lookahead=([1-9]\d*)')
 
 
@@ -63,11 +65,16 @@ def parse(name: str) -> Strategy:
   Raises:
     UserError: it stands for none.
   """
+  numbers = re.findall(r'\d+', name)
+  if not name.isascii() or any(len(n) > 6 for n in numbers):
+    raise UserError(f'planner={name!r}: numbers must be below 1000000')
   first, *rest = name.split('+')
   found = _FIRST.fullmatch(first)
   if found is None:
     raise _unknown(name)
   depth = {'actor': -1, 'critic': 0}.get(first) or int(found[1] or 0)
+  if depth > _DEEPEST:
+    raise UserError(f'planner={name!r}: lookahead must be at most {_DEEPEST}')
   fields: dict[str, Any] = {}
   for word in rest:
     option, _, number = word.partition('=')

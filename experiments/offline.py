@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from typing import Any, NamedTuple
@@ -44,6 +45,10 @@ def _opened(name: str, stamp: tuple):
     raise UserError(f'dataset={shown(name)}: {what}') from error
 
 
+# Of a data set; a walk through a whole disk would take minutes.
+_MOST_FILES = 10_000
+
+
 def _stamp(name: str) -> tuple:
   """Changes when the files of a data set do; () for what is not there."""
   from experiments.data import open as data
@@ -51,7 +56,13 @@ def _stamp(name: str) -> tuple:
   with contextlib.suppress(UserError):
     name = str(data.locate(name))
   # Links are not followed, and what cannot be looked at is refused later.
-  files = [os.path.join(at, f) for at, _, some in os.walk(name) for f in some]
+  walk = (os.path.join(at, f) for at, _, some in os.walk(name) for f in some)
+  files = list(itertools.islice(walk, _MOST_FILES + 1))
+  if len(files) > _MOST_FILES:
+    raise UserError(
+      f'dataset={name}: is a folder of more than {_MOST_FILES} files; name '
+      'that of one data set'
+    )
   found = []
   for file in sorted(files) or [name]:
     with contextlib.suppress(OSError, ValueError):
@@ -223,6 +234,9 @@ def checksum(name: str) -> str:
 
   Args:
     name: see `opened`.
+
+  Raises:
+    UserError: its folder holds more than one data set can.
   """
   return _checksum(name, _stamp(name))
 

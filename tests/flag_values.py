@@ -187,6 +187,11 @@ ROWS = {
   'play --workdir=board --players=lookahead=1+rollout=999999999': (
     'rollout must be at most'
   ),
+  'control --workdir=pendulum --planners=lookahead=11': 'lookahead must be at ',
+  'control --workdir=pendulum --planners=lookahead=1+rollout=9999999': (
+    'numbers must be below 1000000'
+  ),
+  'train --preset=bc --dataset=/': 'dataset=/: is a folder of more than',
   'launch --grace=inf': 'flag --grace=inf: must be a number in the range',
   'launch --grace=1e400': 'flag --grace=1e400: must be a number in the range',
   'launch --processes=99999999': 'flag --processes=99999999: must be an',
