@@ -26,12 +26,15 @@ import importlib.util
 import json
 import math
 import pathlib
+import secrets
 import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import collector, terminal
+from experiments.files import arrays, locking, reading, writing
+from experiments.files.errors import shown
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -126,6 +129,32 @@ class Trained(NamedTuple):
   facts: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Policy:
+  """A policy in facts.json.
+
+  Attributes:
+    decisions: that it was trained for.
+    mean_return: of its evaluation.
+    params: what the file of its parameters must be.
+  """
+
+  decisions: int
+  mean_return: float
+  params: arrays.Stored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+  """What facts.json holds; see `Trained`."""
+
+  ref_min: float
+  ref_max: float
+  medium: _Policy
+  expert: _Policy
+  options: list[str] = dataclasses.field(default_factory=list)
+
+
 def define_flags() -> None:
   """The flags of `python -m experiments.collect`."""
   from absl import flags
@@ -201,8 +230,6 @@ def run(
     ValueError: settings that do not fit, a folder of other settings, or a
       training that did not come as far as medium.
   """
-  from experiments.data import npz
-
   if steps <= collection.warmup:
     raise ValueError(
       f'steps={steps}: must be more than warmup={collection.warmup}'
@@ -218,8 +245,22 @@ def run(
   if not own['options']:  # Folders from before they were known go on.
     del own['options']
   wanted |= {'seed': seed, 'sac': sac, 'collection': own}
-  if configs.check_run_config(out, wanted) is None:
-    configs.write_run_config(out, wanted)
+  configs.check_run_config(out, wanted)
+  with locking.locked(out):
+    if configs.check_run_config(out, wanted) is None:
+      configs.write_run_config(out, wanted)
+    _make(env, agent, out, steps, transitions, seed, collection, minari)
+  terminal.end(
+    f'{out}/{{{",".join(QUALITIES)}}}',
+    f'python -m experiments.train --preset=atac_small --dataset={out}/medium',
+  )
+
+
+def _make(env, agent, out, steps, transitions, seed, collection, minari):
+  """Makes what is not there yet, and says what there is."""
+  from experiments.data import npz
+
+  env_name = env.spec.name
   terminal.begin(
     f'{env_name}: SAC learns ({steps:,} decisions), then {transitions:,} '
     f'transitions of each quality, folder {out}'
@@ -227,9 +268,10 @@ def run(
   play = collector.players(agent)
   if not ((out / 'agent').exists() and (out / 'medium-replay').exists()):
     _train(env, agent, play, out, steps, seed, collection)
-  trained = _load(out / 'agent', agent)
+  trained = None
   for quality in QUALITIES:
     if not (out / quality).exists():
+      trained = trained or _load(out / 'agent', agent)
       dataset = _collect(
         quality, env.spec, collection, play, trained, out, transitions, seed
       )
@@ -238,10 +280,6 @@ def run(
     terminal.say(_line(quality, dataset))
     if minari:
       _to_minari(quality, dataset, out / 'minari')
-  terminal.end(
-    f'{out}/{{{",".join(QUALITIES)}}}',
-    f'python -m experiments.train --preset=atac_small --dataset={out}/medium',
-  )
 
 
 def stream_seed(seed: int, what: str, number: int = 0) -> int:
@@ -330,15 +368,15 @@ def _train(env, agent, play, out, steps, seed, collection):
     shutil.rmtree(out / folder, ignore_errors=True)
   replay = collector.by_episode(history[:cut], about)
   npz.save(_with_returns(replay), out / 'medium-replay')
-  partial = out / '.agent.partial'
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
+  partial = out / f'.agent.{secrets.token_hex(8)}.partial'
   _write_evaluations(partial / 'evaluations.csv', found)
   for quality, chosen in (('medium', medium), ('expert', expert)):
-    leaves: dict[str, Any] = _leaves(chosen.params)
-    np.savez(partial / f'{quality}.npz', **leaves)
-  (partial / 'facts.json').write_text(json.dumps(facts, indent=1))
-  partial.rename(out / 'agent')
+    stored = arrays.write(partial / f'{quality}.bin', _leaves(chosen.params))
+    facts[quality]['params'] = stored
+  text = json.dumps(facts, indent=1)
+  writing.write_text(partial / 'facts.json', text)
+  with writing.writing(out / 'agent'):
+    partial.rename(out / 'agent')
 
 
 def choose_medium(
@@ -387,12 +425,29 @@ def _load(folder, agent):
 
   template = jax.eval_shape(agent.init, jax.random.key(0)).params
   paths, tree = jax.tree_util.tree_flatten_with_path(template)
-  params = {}
+  expected = {
+    jax.tree_util.keystr(path): (x.dtype, x.shape) for path, x in paths
+  }
+  if (folder / 'medium.npz').exists():
+    raise configs.UserError(
+      f'{shown(folder)}: was written by an older release; delete it, then the '
+      'same command makes it again'
+    )
+  facts, params = reading.read_json(folder / 'facts.json', _Facts), {}
+  for quality, about in (('medium', facts.medium), ('expert', facts.expert)):
+    path = folder / f'{quality}.bin'
+    try:
+      saved = arrays.read(path, expected, about.params)
+    except configs.UserError as error:
+      raise configs.UserError(
+        f'{error}; put back a copy, or delete {shown(folder)}, then the same '
+        'command makes it again'
+      ) from error
+    params[quality] = jax.tree.unflatten(tree, list(saved.values()))
+  told = dataclasses.asdict(facts)
   for quality in ('medium', 'expert'):
-    with np.load(folder / f'{quality}.npz') as saved:
-      leaves = [saved[jax.tree_util.keystr(path)] for path, _ in paths]
-    params[quality] = jax.tree.unflatten(tree, leaves)
-  return Trained(params, json.loads((folder / 'facts.json').read_text()))
+    del told[quality]['params']
+  return Trained(params, told)
 
 
 def _about(spec, quality, facts):

@@ -1,41 +1,111 @@
 """What a run keeps in its folder, and how it comes back from there."""
 
 import contextlib
+import dataclasses
+import os
 import pathlib
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
 
 import numpy as np
 
+from experiments.files import locking
+from experiments.files.errors import UserError, shown
 from experiments.runtime import config as configs
 
 
-class Saved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Saved:
   """What a run's newest checkpoint tells before it is read.
 
   Attributes:
     parts: that its experience was begun with; 0 if nothing is saved.
     phase: which of the run's phases it belongs to.
+    decisions: taken by then.
+    source: facts of the experience, see `Source.save`.
+    metrics: digest of the rows of metrics.csv by then, '' where none is kept.
+    acted: after which update acting was over, see `budget.Budget`.
   """
 
   parts: int = 0
   phase: int = 0
+  decisions: float = 0.0
+  source: dict[str, Any] = dataclasses.field(default_factory=dict)
+  metrics: str = ''
+  acted: int | None = None
+
+  @classmethod
+  def read(cls, extra: dict[str, Any]) -> 'Saved':
+    """What a checkpoint's `extra` says.
+
+    Raises:
+      Damaged: it says something else.
+    """
+    import msgspec
+
+    from experiments.runtime import integrity
+
+    try:
+      return msgspec.convert({'parts': 1} | extra, cls)
+    except msgspec.ValidationError as error:
+      raise integrity.Damaged(f'extra: {error}') from error
 
 
 def peek(workdir: pathlib.Path) -> Saved:
-  """Of the run in a folder; all 0 if nothing is saved."""
+  """Of the run in a folder; all 0 if nothing is saved.
+
+  Raises:
+    UserError: what is saved cannot be gone on with.
+  """
   from experiments.runtime import checkpoint
 
   if not (workdir / 'checkpoints').is_dir():
     return Saved()
-  saved = checkpoint.open(workdir / 'checkpoints', read_only=True)
+  saved = checkpoint.open(
+    workdir / 'checkpoints',
+    read_only=True,
+    run=configs.read_identity(workdir),
+  )
   try:
     found = saved.peek()
   finally:
     saved.close()
-  if found is None:
-    return Saved()
-  _, extra = found
-  return Saved(extra.get('parts', 1), extra.get('phase', 0))
+  return Saved() if found is None else Saved.read(found[1])
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path, is_new: bool = False) -> Iterator[None]:
+  """Holds a run's folder against other runs; all processes call it.
+
+  Args:
+    workdir: the run's folder, which is made.
+    is_new: whether no run must have begun there meanwhile.
+
+  Raises:
+    UserError: another run holds it, or has begun there.
+  """
+  from experiments.runtime import distributed
+
+  trouble: UserError | None = None
+  with contextlib.ExitStack() as stack:
+    if distributed.is_main():
+      try:
+        stack.enter_context(locking.locked(workdir))
+        if is_new and os.path.lexists(workdir / 'config.json'):
+          raise UserError(
+            f'workdir={shown(workdir)}: another run has just begun there; take '
+            'another folder, or start the command again'
+          )
+      except UserError as error:
+        trouble = error
+    failed = distributed.of_main({'failed': float(trouble is not None)})
+    if failed['failed']:
+      raise trouble or UserError(
+        f'workdir={shown(workdir)}: process 0 cannot use it'
+      )
+    yield
 
 
 class Keeper:
@@ -43,37 +113,42 @@ class Keeper:
 
   `checkpoints` holds the whole carry and `replay` the rows of a host's replay;
   `final`, `early` and `best` hold parameters on their own, so that a player
-  need not read a replay.
+  need not read a replay. One thread writes them, in the order of their saves.
 
   Attributes:
     decisions: taken so far; saved, so that a resumed run counts on.
     budget: of the decisions; None where the run ends by its updates.
     phase: which one's carry is kept.
+    metrics: of the checkpoint that was restored, see `Saved`.
+    digest: `() -> str`, of the rows of metrics.csv so far.
   """
 
   def __init__(self, experiment, source, parts: int, workdir, key, phase=0):
     from experiments.runtime import checkpoint
 
     self.enter(phase, source)
-    self._key = key
+    self._key, self._workdir, self._settings = key, workdir, experiment.run
     self._replay = workdir / 'replay'
+    self._pool = futures.ThreadPoolExecutor(1, 'checkpoints')
+    options = {'run': configs.read_identity(workdir), 'pool': self._pool}
     self._latest = checkpoint.open(
-      workdir / 'checkpoints', keep=experiment.run.keep_checkpoints
+      workdir / 'checkpoints', keep=experiment.run.keep_checkpoints, **options
     )
     self._params = {
-      name: checkpoint.open(workdir / name, keep=1)
+      name: checkpoint.open(workdir / name, keep=1, **options)
       for name in ('final', 'early')
       if name == 'final'
       or 0 < experiment.run.early_update <= experiment.updates
     }
     self._best = None
     if experiment.run.evaluate_every:
-      self._best = checkpoint.best(workdir / 'best')
-    self._facts: list[dict] = []
+      self._best = checkpoint.best(workdir / 'best', **options)
+    self._rows: list[dict] = []
     self._most = experiment.run.keep_checkpoints + 1
-    self.decisions, self.budget = 0.0, None
+    self.decisions, self.metrics, self.budget = 0.0, '', None
     if experiment.ends_by_decisions:
       self.budget = experiment.budget
+    self.digest: Callable[[], str] = lambda: ''
     self._parts = parts
 
   def enter(self, phase: int, source) -> None:
@@ -83,33 +158,50 @@ class Keeper:
   def save(self, carry) -> None:
     """Saves the carry and the newest parameters."""
     from experiments.runtime import integrity
+    from experiments.runtime.sources import Held
 
     step = int(carry.step)
-    extra: dict[str, Any] = {
-      'phase': self.phase,
-      'decisions': self.decisions,
-      'parts': self._parts,
-    }
-    if self.budget is not None:
-      extra['acted'] = self.budget.acted
-    arrays = carry.source
+    arrays, facts, parts, rows = carry.source, {}, {}, {}
     if self._source.save is not None:
       carry = carry._replace(step=np.asarray(step, np.int32))
-      with integrity.saving(step, self._replay):
-        arrays, extra['source'] = self._source.save(
-          carry.source, self._replay, step
-        )
-    self._latest.save(step, carry._replace(source=arrays), extra)
+      # What is being written decides what is whole.
+      newest = self._latest.latest_step()
+      with integrity.saving(step, self._replay, newest):
+        arrays, facts = self._source.save(carry.source, self._replay, step)
+      if isinstance(arrays, Held):
+        arrays, parts, rows = {}, arrays.parts, arrays.rows()
+    extra = Saved(
+      self._parts,
+      self.phase,
+      self.decisions,
+      facts,
+      self.digest(),
+      None if self.budget is None else self.budget.acted,
+    )
+    self._latest.save(
+      step,
+      carry._replace(source=arrays),
+      dataclasses.asdict(extra),
+      parts,
+      {f'{self._replay.name}/{name}': one for name, one in rows.items()},
+    )
+    self._save_final(step, carry.agent.params)
+    if self._source.prune is not None:
+      self._rows = [*self._rows, rows][-self._most :]
+      # After a resume older steps may still be there.
+      if len(self._rows) == self._most:
+        self._source.prune(self._replay, self._rows)
+
+  def _save_final(self, step: int, params) -> None:
+    from experiments.runtime import integrity
+
     final = self._params['final']
     # Counted: a run that lost its newest checkpoint comes to a step again.
-    number = final.latest_step()
-    number = 0 if number is None else number + 1
-    final.save(number, carry.agent.params, {'step': step})
-    if self._source.prune is not None:
-      self._facts = [*self._facts, extra['source']][-self._most :]
-      # After a resume older steps may still be there.
-      if len(self._facts) == self._most:
-        self._source.prune(self._replay, self._facts)
+    try:
+      number = final.latest_step()
+    except integrity.Damaged:
+      number = None
+    final.save(0 if number is None else number + 1, params, {'step': step})
 
   def save_early(self, step: int, agent_state) -> None:
     """Keeps the parameters to compare with at the end, if the run asks."""
@@ -124,48 +216,136 @@ class Keeper:
   def restore(self, carry):
     """The saved carry in the place of a fresh one, or None.
 
-    Where the rows beside a checkpoint are damaged the one before it is taken.
-    """
-    from experiments.runtime import distributed, loop
+    Where a checkpoint or the rows beside it are damaged the one before is
+    taken; parameters in `final` that are not the checkpoint's are replaced.
 
-    source, template = self._source, carry
-    if source.template is not None:
-      # The step is the host's own; all processes have the same.
-      step = np.zeros((), np.int32)
-      template = carry._replace(source=source.template(), step=step)
-    key = loop.source_key(self._key)
+    Raises:
+      UserError: no checkpoint is whole, or none is left of a run that had one.
+    """
+    from experiments.runtime import distributed
+
     while True:
-      restored = self._latest.restore(template)
-      if restored is None:
+      if self._latest.latest_step() is None:
+        self._check_lost()
         return None
-      carry, extra = restored
-      assert extra.get('phase', 0) == self.phase, 'a carry of another phase'
-      self.decisions = extra['decisions']
-      if self.budget is not None:
-        self.budget.taken = self.decisions
-        self.budget.acted = extra.get('acted')
-      if source.load is None:
-        return carry
-      state, trouble = None, ''
+      restored, trouble = None, ''
       try:
-        state = source.load(carry.source, extra['source'], self._replay, key)
-      except configs.UserError:  # not damage
-        raise
-      except ValueError as error:  # rows that are gone or garbled
-        trouble = str(error)
+        restored = self._load(carry)
+      except _damages() as error:
+        trouble = _line(error)
       # One process's rows may be damaged; all must go back together.
       bad = distributed.sum_over_processes({'bad': float(bool(trouble))})
       if not bad['bad']:
-        self._facts = [extra['source']]
-        return carry._replace(source=state)
-      if state is not None and source.close is not None:
-        source.close(state)
+        break
+      if restored is not None and self._source.close is not None:
+        self._source.close(restored.source)
       self._latest.reject(trouble or 'the rows of another process are')
+    assert restored is not None
+    self._mend_final(restored)
+    return restored
+
+  def _load(self, carry):
+    """The newest checkpoint's carry."""
+    from experiments.runtime import integrity, loop
+    from experiments.runtime.sources import Held
+
+    source, template = self._source, carry
+    parts = {}
+    if source.template is not None:
+      arrays = source.template()
+      if isinstance(arrays, Held):
+        parts = {name: one for name, (one, _) in arrays.parts.items()}
+        arrays = {}
+      # The step is the host's own; all processes have the same.
+      step = np.zeros((), np.int32)
+      template = carry._replace(source=arrays, step=step)
+    found = self._latest.restore(template)
+    assert found is not None
+    carry, saved = found[0], Saved.read(found[1])
+    if saved.phase != self.phase:
+      raise UserError(
+        f'checkpoints: the newest whole one is of phase {saved.phase}, a '
+        f'damaged one of phase {self.phase}: the same command goes on there'
+      )
+    bad = loop.not_finite(carry.agent.params)
+    if bad:
+      raise integrity.Damaged(f'the parameters {bad[0]} are not finite')
+    if source.load is not None:
+      arrays, rows = carry.source, {}
+      if parts:
+        arrays = Held(self._latest.restore_local(parts))
+        rows = arrays.rows()
+      key = loop.source_key(self._key)
+      state = source.load(arrays, saved.source, self._replay, key)
+      carry, self._rows = carry._replace(source=state), [rows]
+    self.decisions, self.metrics = saved.decisions, saved.metrics
+    if self.budget is not None:
+      self.budget.taken, self.budget.acted = saved.decisions, saved.acted
+    return carry
+
+  def _mend_final(self, carry) -> None:
+    """Writes `final` if it is not of the checkpoint that the run goes on from.
+
+    A damaged one, or that of a lost future.
+    """
+    from experiments.runtime import distributed, integrity
+
+    step, why, final = int(carry.step), '', self._params['final']
+    try:
+      found = final.peek()
+      if found is None or found[1].get('step') != step:
+        why = 'it is not of this update'
+    except integrity.Damaged as error:
+      why = str(error)
+    if why:
+      if distributed.is_main():
+        print(f'note: final is made again from update {step} ({why})')
+      self._save_final(step, carry.agent.params)
+
+  def _check_lost(self) -> None:
+    """Refuses to begin a run anew that has had checkpoints.
+
+    A run that was killed before its first one has none, but then `final`,
+    which is written after it, is not there either.
+    """
+    from experiments.runtime import distributed, integrity, metrics
+
+    try:
+      had = self._params['final'].latest_step() is not None
+    except integrity.Damaged:
+      had = True
+    last = metrics.last_step(self._workdir / 'metrics.csv')
+    every = self._settings.checkpoint_every
+    if had or (every and last >= 2 * every):
+      raise UserError(
+        f'{shown(self._workdir / "checkpoints")}: holds no checkpoint, but the '
+        f'run had come to update {last}: put back a copy, or delete the run to '
+        'begin it anew'
+      )
+    if last and distributed.is_main():
+      print(
+        f'note: the run was stopped at update {last}, before its first '
+        'checkpoint: it begins anew'
+      )
 
   def close(self) -> None:
     """Waits for what is being written."""
     # All are closed even if one fails.
     with contextlib.ExitStack() as stack:
+      stack.callback(self._pool.shutdown)
       for keeper in (self._latest, *self._params.values(), self._best):
         if keeper is not None:
           stack.callback(keeper.close)
+
+
+def _damages() -> tuple[type[Exception], ...]:
+  """What reading a damaged checkpoint may raise."""
+  from experiments.runtime import integrity
+
+  # Of facts and arrays whose sums were forged.
+  forged = (KeyError, TypeError, IndexError, OverflowError, zlib.error)
+  return (integrity.Damaged, *forged)
+
+
+def _line(error: Exception) -> str:
+  return shown(' '.join(f'{error}'.split())) or type(error).__name__

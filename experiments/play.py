@@ -363,32 +363,48 @@ def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
 def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   """Parameters of a run's checkpoints, by `final`, `best`, `early`.
 
+  Where `final` is damaged the newest whole checkpoint has them, too.
+
   Raises:
-    UserError: one that is not there.
+    UserError: one that is not there, or not whole.
   """
   import jax
 
-  from experiments.runtime import checkpoint
+  from experiments.runtime import checkpoint, integrity, loop
 
-  state = jax.eval_shape(agent.init, jax.random.key(0))
-  folder = pathlib.Path(workdir)
+  params = jax.eval_shape(agent.init, jax.random.key(0)).params
+  folder, run = pathlib.Path(workdir), configs.read_identity(workdir)
+
+  def restore(where: pathlib.Path, inside: str = '') -> Any:
+    keeper = checkpoint.open(where, read_only=True, run=run, check_rows=False)
+    try:
+      # The final parameters are kept on their own: no replay need be read.
+      found = keeper.restore(params, inside)
+    finally:
+      keeper.close()
+    if found is None:
+      raise integrity.Damaged(f'{shown(where)} is empty')
+    bad = loop.not_finite(found[0])
+    if bad:
+      raise integrity.Damaged(f'{shown(where)}: {bad[0]} is not finite')
+    return found[0]
+
   loaded = {}
   for name in names:
     where = folder / name
     if not where.is_dir():
       raise configs.UserError(
-        f'checkpoint={name}: {workdir} has none; there are '
+        f'checkpoint={shown(name)}: {shown(workdir)} has none; there are '
         f'{", ".join(available(workdir)) or "none yet"}'
       )
-    keeper = checkpoint.open(where, read_only=True)
     try:
-      # The final parameters are kept on their own: no replay need be read.
-      found = keeper.restore(state.params)
-    finally:
-      keeper.close()
-    if found is None:
-      raise configs.UserError(f'checkpoint={name}: {where} is empty')
-    loaded[name] = found[0]
+      loaded[name] = restore(where)
+    except integrity.Damaged as error:
+      whole = folder / 'checkpoints'
+      if name != 'final' or not whole.is_dir():
+        raise
+      loaded[name] = restore(whole, '.agent.params')
+      print(f'note: {error}; the newest checkpoint is taken')
   return loaded
 
 

@@ -11,6 +11,7 @@ process a row. The same command goes on with what is left, also with more
 `--seeds`.
 """
 
+import contextlib
 import importlib.util
 import pathlib
 
@@ -32,6 +33,7 @@ from experiments import (
   terminal,
   train,
 )
+from experiments.files import locking
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 from experiments.runtime import signals
@@ -143,6 +145,12 @@ def main() -> None:
     UserError: what the flags ask for cannot be done.
     SystemExit: with 1, where rows failed.
   """
+  with contextlib.ExitStack() as held:
+    _sweep(held)
+
+
+def _sweep(held: contextlib.ExitStack) -> None:
+  """`main`; `held` gets the lock of the folder."""
   from absl import flags
 
   values = flags.FLAGS
@@ -187,11 +195,13 @@ def main() -> None:
     content = plan._asdict() | {'engine': kind}
     if plan.dataset:
       content |= {'dataset_checksum': offline.checksum_of(first)}
-    notes = configs.check_run_config(workdir, content, engine, ('dataset',))
+    configs.check_run_config(workdir, content, engine, ('dataset',))
     if values.check:
       print('nothing is wrong with it')
       return
-    if notes is None:
+    if values.share is None:  # tasks of one sweep share its folder
+      held.enter_context(locking.locked(workdir))
+    if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
       configs.write_run_config(workdir, content, engine)
     sweep_status.note_rows(workdir, plan, values.seeds)
     where = first.dataset or first.env_name

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import assess, build, offline, sweep_plan, text
+from experiments.runtime import config as configs
 
 
 class Program(NamedTuple):
@@ -384,7 +385,7 @@ def run(
   intervals = loop.Intervals(
     log=settings.log_every, evaluate=settings.evaluate_every
   )
-  keeper = checkpoint.open(folder / 'checkpoints')
+  keeper = checkpoint.open(folder / 'checkpoints', run=_identity(program))
   try:
     restored = _restore(keeper, phases, values, seeds, count, mesh)
     carry, points, number = restored or (
@@ -446,6 +447,46 @@ def run(
   finally:
     keeper.close()
   return points
+
+
+def _identity(program: Program) -> dict[str, Any]:
+  """What tells a program's checkpoints from those of another one."""
+  about = program.experiment.as_dict()
+  # As of a single run: the data set may lie elsewhere by now.
+  about |= {'dataset': '', 'seed': program.seeds, 'rows': program.values}
+  about |= {'paths': program.paths}
+  return {'seed': program.seeds, 'settings': configs.digest(about)}
+
+
+class _History(NamedTuple):
+  """What a checkpoint tells of a program's rows.
+
+  Attributes:
+    steps: of the points so far.
+    names: of their metrics.
+    phase: the carry's.
+  """
+
+  steps: list[int]
+  names: list[str]
+  phase: int
+
+
+def _history(extra: dict[str, Any], phases: int) -> _History:
+  """A checkpoint's `extra`, as `_save` wrote it.
+
+  Raises:
+    UserError: it says something else.
+  """
+  import msgspec
+
+  try:
+    found = msgspec.convert([extra.get(n) for n in _History._fields], _History)
+  except msgspec.ValidationError as error:
+    raise configs.UserError(f'the checkpoint is damaged: {error}') from error
+  if not (found.steps and 0 <= found.phase < phases):
+    raise configs.UserError('the checkpoint is damaged: it has no such phase')
+  return found
 
 
 def _evaluated(experiment, phase, values, params, seeds, step, metrics):
@@ -645,8 +686,7 @@ def _restore(keeper, phases, values, seeds, count, mesh):
   found = keeper.peek()
   if found is None:
     return None
-  steps, names = found[1]['steps'], found[1]['names']
-  number = found[1].get('phase', 0)
+  steps, names, number = _history(found[1], len(phases))
   axes = phases[number].axes
 
   def fresh(values, seeds, shared):

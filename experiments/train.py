@@ -26,7 +26,7 @@ from experiments import (
   terminal,
   text,
 )
-from experiments.keeper import Keeper, peek
+from experiments.keeper import Keeper, alone, peek
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 
@@ -308,10 +308,6 @@ def _seen(spec) -> str:
   return f'images of {height} x {width} with {channels} channels'
 
 
-# May differ when a run is resumed.
-_FREE = ('run.devices', 'run.acting_devices', 'dataset')
-
-
 def run(
   experiment: build.Experiment,
   workdir: pathlib.Path,
@@ -343,9 +339,9 @@ def run(
   from experiments.runtime import distributed, signals
 
   started = time.perf_counter()
-  with signals.graceful_exit() as asked:
+  with signals.graceful_exit() as asked, contextlib.ExitStack() as held:
     trained = _train(
-      experiment, workdir, profile, tensorboard, wandb, measure, asked
+      experiment, workdir, held, profile, tensorboard, wandb, measure, asked
     )
   players = None
   agent = trained.trainer.stages[-1].agent
@@ -401,7 +397,7 @@ def _planned(experiment: build.Experiment) -> str:
 
 
 def _train(
-  experiment, workdir, profile, tensorboard, wandb, measure, asked
+  experiment, workdir, held, profile, tensorboard, wandb, measure, asked
 ) -> _Trained:
   import jax
 
@@ -411,12 +407,16 @@ def _train(
   key = jax.random.key(experiment.seed)
   is_main = distributed.is_main()
   with configs.user_errors():
+    # A folder that is not there yet is made when nothing is refused any more.
+    is_new = not distributed.of_main({'is_there': workdir.exists()})['is_there']
     device = terminal.device()
     about = experiment.as_dict()
     if experiment.dataset:
       about |= {'dataset_checksum': offline.checksum_of(experiment)}
     distributed.agree(_decisive(about, device, profile, workdir))
-    notes = configs.check_run_config(workdir, about, device, _FREE)
+    notes = configs.check_run_config(workdir, about, device, configs.FREE)
+    if not is_new:
+      held.enter_context(alone(workdir, is_new=notes is None))
     # Whatever is refused is refused by all, before the first one writes.
     distributed.barrier('config')
     saved = peek(workdir)
@@ -426,6 +426,8 @@ def _train(
     if is_main:
       _announce(experiment, trainer, workdir)
     fresh = mesh.init(stage.agent, stage.source, key, devices, stage.sharding)
+  if is_new:
+    held.enter_context(alone(workdir, is_new=True))
   if is_main:
     if notes is None:
       configs.write_run_config(workdir, about, device)
@@ -454,7 +456,7 @@ def _train(
     words = f'resumed at update {begin:,} of {_planned(experiment)}'
     print(words, flush=True)
 
-  writer = _writer(experiment, workdir, begin, tensorboard, wandb)
+  writer = _writer(experiment, workdir, begin, tensorboard, wandb, keeper)
   watcher = assess.Watcher(experiment, trainer, keeper, writer, begin, key)
   intervals = loop.Intervals(
     log=settings.log_every,
@@ -525,6 +527,7 @@ def _writer(
   begin: int,
   tensorboard: bool,
   wandb: str,
+  keeper: Keeper,
 ):
   """Where metrics go: files and the terminal of the first process."""
   from experiments.runtime import distributed, metrics
@@ -532,7 +535,10 @@ def _writer(
   if not distributed.is_main():
     return metrics.tee()
   resumed = begin or None
-  writers = [metrics.csv_writer(workdir / 'metrics.csv', resumed)]
+  table = metrics.csv_writer(workdir / 'metrics.csv', resumed, keeper.metrics)
+  assert table.digest is not None
+  keeper.digest = table.digest
+  writers = [table]
   if tensorboard:
     writers.append(metrics.tensorboard_writer(workdir / 'tensorboard', resumed))
   if wandb:

@@ -6,7 +6,6 @@ One process forks them all, so that JAX is imported once.
 """
 
 import json
-import logging
 import os
 import pathlib
 import resource
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1  # noqa: F401  (imported before the forks)
 
 from agents.core.types import Agent, ArraySpec, Discrete, Info, Spec
 from experiments.envs.host import EpisodeStats, HostEnvironment, Simulator
@@ -121,7 +119,8 @@ def run(folder: pathlib.Path, fault: str = '') -> tuple[int, Carry]:
     if step == 2 * EVERY and fault:
       kept.wait()
       _arm(fault)
-    with integrity.saving(step, folder / 'replay'):
+    newest = kept.latest_step()
+    with integrity.saving(step, folder / 'replay', newest):
       arrays, facts = source.save(carry.source, folder / 'replay', step)
     if step == 2 * EVERY and fault == 'after the rows':
       _die()
@@ -231,5 +230,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   warnings.simplefilter('ignore')  # of the forks
-  logging.getLogger('absl').setLevel(logging.ERROR)  # orbax: a slow disk
   main()

@@ -1,8 +1,11 @@
 """Checkpoints: all leaves come back, errors are clear, kills do no harm."""
 
+import dataclasses
+import gc
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +21,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.files import arrays
 from experiments.files.errors import UserError
-from experiments.runtime import checkpoint, signals
+from experiments.runtime import checkpoint, integrity, signals
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -216,22 +220,18 @@ def test_another_template_is_refused_in_one_line(saved, change, message):
 
 
 def test_newer_schema_is_refused(saved, monkeypatch):
-  root, carry, checkpoints = saved
-  monkeypatch.setattr(checkpoint, 'SCHEMA', 0)
-  for read in (checkpoints.peek, lambda: checkpoints.restore(carry)):
-    with pytest.raises(UserError, match=f'{root}/4 has schema 1, this release'):
-      read()
+  root = saved[0]
+  monkeypatch.setattr(integrity, 'SCHEMA', 1)
+  with pytest.raises(UserError, match=f'{root}/4 has schema 2, this release'):
+    checkpoint.open(root, read_only=True)
 
 
-def test_strange_checkpoint_is_refused(tmp_path):
-  from orbax.checkpoint import v1 as ocp
-
-  with ocp.training.Checkpointer(tmp_path) as strange:
-    strange.save(1, {'x': np.zeros(2)})
-  checkpoints = checkpoint.open(tmp_path)
-  with pytest.raises(UserError, match='/1 was not written by Outplay'):
-    checkpoints.peek()
-  checkpoints.close()
+def test_a_checkpoint_of_an_older_release_is_refused_and_stays(tmp_path):
+  (tmp_path / '1' / 'meta').mkdir(parents=True)
+  for read_only in (True, False):
+    with pytest.raises(UserError, match='/1 was written by an older release'):
+      checkpoint.open(tmp_path, read_only=read_only)
+  assert (tmp_path / '1' / 'meta').is_dir()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_leaf_that_cannot_be_saved_is_named(saved, leaf, what):
 
 def test_reader_makes_and_tidies_nothing(saved, tmp_path):
   root, carry, _ = saved
-  unfinished = root / '5.orbax-checkpoint-tmp'
+  unfinished = root / '.5.0123abc.tmp'
   unfinished.mkdir()
   reader = checkpoint.open(root, read_only=True)
   assert reader.latest_step() == 4
@@ -409,3 +409,130 @@ def test_other_threads_get_a_flag_that_stays_down():
   thread.start()
   thread.join()
   assert seen == [False]
+
+
+def descriptors_and_threads():
+  return [len(os.listdir(f'/proc/self/{name}')) for name in ('fd', 'task')]
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='no /proc')
+def test_two_hundred_saves_leave_no_descriptors_or_threads(
+  tmp_path, monkeypatch
+):
+  # Flushing takes most of the time and opens nothing.
+  monkeypatch.setattr(os, 'fsync', lambda handle: None)
+  carry = {'w': jnp.arange(10.0), 'n': 1}
+  checkpoints = checkpoint.open(tmp_path)
+  for step in range(10):
+    checkpoints.save(step, carry)
+  checkpoints.wait()
+  before = descriptors_and_threads()
+  for step in range(10, 210):
+    checkpoints.save(step, carry)
+    if step % 50 == 0:
+      checkpoints.restore(carry)
+  checkpoints.wait()
+  gc.collect()
+  assert descriptors_and_threads() <= before
+  checkpoints.close()
+
+
+NAMES = (
+  'plain', 'with blank', 'a[1]', 'a*b', 'a?b', 'a\\b', '[', '{a,b}', 'ñ-文字',
+  '%s-{}', "quote'\"", '-dash', '~home', 'new\nline', '#1&$(x);', '.hidden',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_folder_may_have_any_name(tmp_path, name):
+  (tmp_path / 'real').mkdir()
+  (tmp_path / name).symlink_to(tmp_path / 'real')  # the run's own may be a link
+  folder = tmp_path / name / 'checkpoints'
+  for step in (1, 2, 3):
+    checkpoints = checkpoint.open(folder)
+    checkpoints.save(step, {'x': np.full(3, step)})
+    checkpoints.close()
+  reader = checkpoint.open(folder, read_only=True)
+  assert reader.restore({'x': np.zeros(3, int)})[0]['x'].tolist() == [3] * 3
+  reader.close()
+  assert {p.name for p in folder.iterdir()} == {'2', '3'}
+
+
+def test_a_disk_that_gives_back_something_else_is_noticed(
+  tmp_path, monkeypatch
+):
+  write = arrays.write
+
+  def rotten(path, content):
+    stored = write(path, content)
+    with path.open('r+b') as file:
+      file.write(b'x')
+    return stored
+
+  monkeypatch.setattr(arrays, 'write', rotten)
+  checkpoints = checkpoint.open(tmp_path)
+  checkpoints.save(1, {'x': np.zeros(3)})
+  with pytest.raises(UserError, match='/1: was written but cannot be read ba'):
+    checkpoints.wait()
+
+
+def test_what_another_run_saved_is_passed_over(tmp_path, capsys):
+  for seed, step in ((0, 10), (1, 20)):
+    checkpoints = checkpoint.open(tmp_path, run={'seed': seed, 'settings': 'a'})
+    if step == 20:  # as if its folder had been copied here
+      shutil.move(tmp_path / '10', tmp_path / 'kept')
+    checkpoints.save(step, {'x': np.zeros(1)})
+    checkpoints.close()
+  shutil.move(tmp_path / 'kept', tmp_path / '10')
+  checkpoints = checkpoint.open(tmp_path, run={'seed': 0, 'settings': 'a'})
+  assert checkpoints.latest_step() == 10
+  assert '/20 is damaged (is of another run: seed 1)' in capsys.readouterr().out
+  checkpoints.close()
+
+
+def test_what_was_set_aside_comes_back_once_it_is_whole(tmp_path, capsys):
+  rows = tmp_path / 'replay' / 'rows.bin'
+  stored = arrays.write(rows, {'x': np.arange(3)})
+  root = tmp_path / 'checkpoints'
+  checkpoints = checkpoint.open(root)
+  for step in (10, 20):
+    named = {'replay/rows.bin': stored} if step == 20 else {}
+    checkpoints.save(step, {'x': np.full(1, step)}, rows=named)
+  checkpoints.close()
+  content = rows.read_bytes()
+  for found, step, said in (
+    (None, 10, 'replay/rows.bin is missing'),
+    (content[:-1] + b'x', 10, ''),
+    (content, 20, '20.corrupt is the checkpoint of step 20 and whole'),
+  ):
+    rows.unlink(missing_ok=True)
+    if found is not None:
+      rows.write_bytes(found)
+    reader = checkpoint.open(root, read_only=True)
+    assert reader.latest_step() == step
+    checkpoints = checkpoint.open(root)
+    assert checkpoints.restore({'x': np.zeros(1, int)})[0]['x'] == step
+    assert said in capsys.readouterr().out
+    checkpoints.close()
+
+
+def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
+  tmp_path,
+):
+  checkpoints = checkpoint.open(tmp_path)
+  checkpoints.save(1, {'x': np.zeros(3), 'n': 1})
+  checkpoints.close()
+  whole = integrity.read_manifest(tmp_path / '1')
+  n, x = whole.leaves
+  huge = x.pieces[0]._replace(shape=(10**12,))
+  for leaves, message in (
+    ((n, dataclasses.replace(x, shape=(10**12,))), r'\[1000000000000\] in the'),
+    ((n, dataclasses.replace(x, dtype='int32')), 'is int32'),
+    ((n, dataclasses.replace(x, pieces=(huge,))), r'must be float64\[1000000'),
+    ((n, dataclasses.replace(x, pieces=())), 'lacks a part'),
+    ((dataclasses.replace(n, value='a'), x), 'must be of type int'),
+  ):
+    integrity.seal(tmp_path / '1', dataclasses.replace(whole, leaves=leaves))
+    reader = checkpoint.open(tmp_path, read_only=True)
+    with pytest.raises(UserError, match=message):
+      reader.restore({'x': np.zeros(3), 'n': 1})

@@ -62,31 +62,31 @@ def largest(folder):
 
 
 def truncate(step):
-  os.truncate(largest(step / 'leaves'), 100)
+  os.truncate(largest(step), 100)
 
 
 def delete(step):
-  largest(step / 'leaves').unlink()
+  largest(step).unlink()
 
 
 def flip_a_bit(step):
-  path = largest(step / 'leaves')
+  path = largest(step)
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
 
 
 def garble(step):
-  (step / 'meta' / 'data.json').write_bytes(b'\x00\xff{')
+  (step / 'manifest.json').write_bytes(b'\x00\xff{')
 
 
-def garble_unsealed(step):
-  garble(step)
-  (step / 'meta' / 'sums.json').unlink()
+def change_the_manifest(step):
+  path = step / 'manifest.json'
+  path.write_text(path.read_text().replace('"of": 20', '"of": 21'))
 
 
-def delete_meta(step):
-  shutil.rmtree(step / 'meta')
+def delete_the_manifest(step):
+  (step / 'manifest.json').unlink()
 
 
 def empty(step):
@@ -98,10 +98,10 @@ DAMAGES = {
   truncate: ' has 100 bytes instead of ',
   delete: ' is missing',
   flip_a_bit: ' is garbled',
-  garble: 'meta/data.json is garbled',
-  garble_unsealed: 'meta/data.json is garbled',
-  delete_meta: 'no meta/',
-  empty: 'no meta/',
+  garble: 'is not JSON',
+  change_the_manifest: 'manifest.json is garbled',
+  delete_the_manifest: 'manifest.json is missing',
+  empty: 'manifest.json is missing',
 }
 
 
@@ -148,14 +148,6 @@ def test_another_shape_is_no_damage(copy, capsys):
   checkpoints.close()
   assert not capsys.readouterr().out
   assert (copy / '20').is_dir()
-
-
-def test_a_step_without_sums_is_read(copy):
-  # Of a release that wrote none.
-  (copy / '20' / 'meta' / 'sums.json').unlink()
-  checkpoints = checkpoint.open(copy)
-  check_taken(checkpoints, 20)
-  checkpoints.close()
 
 
 def test_only_damaged_checkpoints_end_the_run_and_stay(copy, capsys):
@@ -210,19 +202,20 @@ def test_a_damaged_best_is_replaced(tmp_path, capsys):
   [
     (OSError(28, 'x'), 'No space left on device'),
     (PermissionError(13, 'x'), 'Permission denied'),
-    (
-      ValueError("RESOURCE_EXHAUSTED: Failed [os_error_code='28']"),
-      'No space left on device',
-    ),
+    (OSError(24, 'x'), 'Too many open files'),
   ],
 )
 def test_a_refusal_is_one_line(error, reason):
-  with pytest.raises(UserError) as caught, integrity.saving(7, '/a/run'):
-    raise error
-  assert str(caught.value) == (
-    f'cannot save the checkpoint at update 7 into /a/run: {reason}; the one '
-    'before it is whole: make room, then the same command goes on from there'
-  )
+  for newest, words in (
+    (6, 'the one of update 6 is whole: make room, then the same command goes'),
+    (None, 'there is none before it: make room, then the same command begins'),
+  ):
+    saving = integrity.saving(7, '/a/run', newest)
+    with pytest.raises(UserError) as caught, saving:
+      raise error
+    assert str(caught.value).startswith(
+      f'cannot save the checkpoint at update 7 into /a/run: {reason}; {words}'
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,12 +260,12 @@ def test_rows_without_room_are_written_the_next_time(
   def full(handle):
     raise OSError(28, 'No space left on device')
 
-  with monkeypatch.context() as broken, pytest.raises(OSError, match='space'):
+  with monkeypatch.context() as broken, pytest.raises(UserError, match='space'):
     broken.setattr(os, 'fsync', full)
     host_replay.save(state, tmp_path)
-  assert not list(tmp_path.glob('*.npz'))
-  meta = host_replay.save(state, tmp_path)
-  loaded = host_replay.load(kept.init(source.example()), tmp_path, meta)
+  assert not list(tmp_path.iterdir())
+  saved = host_replay.save(state, tmp_path)
+  loaded = host_replay.load(kept.init(source.example()), tmp_path, *saved)
   jax.tree.map(np.testing.assert_array_equal, loaded.rows, state.rows)
   source.close(stream)
 
@@ -531,8 +524,8 @@ def test_a_full_disk_ends_the_run_with_one_line(ended, fault):
   assert found[fault]['status'] == 2
   assert found[fault]['errors'] == (
     f'error: cannot save the checkpoint at update 8 into {where}: File too '
-    'large; the one before it is whole: make room, then the same command goes '
-    'on from there\n'
+    'large; the one of update 4 is whole: make room, then the same command '
+    'goes on from there\n'
   )
   assert found[fault]['steps'] == [4]
   check_goes_on(found, fault, 4)

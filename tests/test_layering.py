@@ -59,7 +59,6 @@ HEAVY = {
   'mctx',
   'networks',
   'optax',
-  'orbax',
   'pgx',
   'ray',
   'rich',

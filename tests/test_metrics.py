@@ -230,3 +230,26 @@ def test_a_missing_package_is_told(tmp_path, monkeypatch, make, package, extra):
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(UserError, match=rf'pip install "outplay\[{extra}\]"'):
     make(tmp_path)
+
+
+def test_rows_that_two_runs_wrote_are_kept_once(tmp_path):
+  path = tmp_path / 'metrics.csv'
+  path.write_text('step,loss\n10,1\n20,2\n10,1\n20,3\n30,4\n20,2\n')
+  assert metrics.last_step(path) == 30
+  metrics.csv_writer(path, resume_step=20)
+  assert path.read_text() == 'step,loss\n10,1\n20,2\n'
+
+
+def test_rows_that_are_not_as_they_were_are_said(tmp_path, capsys):
+  path = tmp_path / 'metrics.csv'
+  writer = metrics.csv_writer(path)
+  writer.write(10, {'loss': 1.0})
+  digest = writer.digest()
+  writer.write(20, {'loss': 1.0, 'more': 2.0})
+  metrics.csv_writer(path, 10, digest)
+  assert not capsys.readouterr().out
+  path.write_text(path.read_text().replace('10,1', '10,2'))
+  metrics.csv_writer(path, 10, digest)
+  assert (
+    'metrics.csv is not what it was at update 10' in capsys.readouterr().out
+  )

@@ -135,7 +135,7 @@ def test_damaged_rows_fall_back_to_the_checkpoint_before(key, tmp_path, capsys):
   newest.write_bytes(content)
   rest, _ = train(env, key, workdir=tmp_path)
   told = capsys.readouterr().out
-  assert f'/{saved[-1]} is damaged (replay: cannot read segment' in told
+  assert f'/{saved[-1]} is damaged (replay: {newest}: is garbled)' in told
   assert f'step {saved[-2]} is taken' in told
   np.testing.assert_array_equal(rest, whole[-len(rest) :])
   assert (tmp_path / 'checkpoints' / f'{saved[-1]}.corrupt').is_dir()

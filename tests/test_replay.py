@@ -1,6 +1,7 @@
 """The two replays against each other, brute force and numbers by hand."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from agents.core.replay import (
 from agents.core.types import Experience, Sample
 from experiments.envs.envpool import make_envpool
 from experiments.runtime import replay as host
+from experiments.runtime.integrity import Damaged
 from experiments.runtime.replay import host_replay
 from search.model import TimeStep
 
@@ -435,7 +437,7 @@ def test_saving_appends_and_loading_restores(tmp_path, compress, key):
       continue
     batch = replay.sample(state, jax.random.fold_in(key, t), 0.5)
     state = replay.update(state, batch.sample, np.arange(8) * t)
-    meta = host.save(state, tmp_path)
+    saved = host.save(state, tmp_path)
     # Old files are neither changed nor gone.
     files = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert before.items() <= files.items()
@@ -445,56 +447,50 @@ def test_saving_appends_and_loading_restores(tmp_path, compress, key):
     )
     assert written == 7
     before = files
-    back = host.load(replay.init(rows[0]), tmp_path, meta)
+    back = host.load(replay.init(rows[0]), tmp_path, *saved)
     equal(state, back)
     x, y = replay.sample(state, key, 1.0), replay.sample(back, key, 1.0)
     jax.tree.map(np.testing.assert_array_equal, x, y)
-  # What a checkpoint of orbax takes.
-  for leaf in jax.tree.leaves(meta):
-    assert isinstance(leaf, int) or (
-      type(leaf) is np.ndarray and leaf.size and leaf.dtype.kind in 'fiu'
-    )
+  assert json.loads(json.dumps(saved[1]))['count'] == 56
 
 
 def test_a_replay_that_was_saved_empty_loads_empty(tmp_path):
   replay = host_replay(8, 1, 1)
   rows = one_stream(1)
-  meta = host.save(replay.init(rows[0]), tmp_path)
+  saved = host.save(replay.init(rows[0]), tmp_path)
   assert not list(tmp_path.iterdir())
-  assert all(x.size for x in meta.values() if isinstance(x, np.ndarray))
-  equal(host.load(replay.init(rows[0]), tmp_path, meta), replay.init(rows[0]))
+  equal(host.load(replay.init(rows[0]), tmp_path, *saved), replay.init(rows[0]))
 
 
 def test_segments_without_a_checkpoint_do_not_count(tmp_path):
   replay = host_replay(STREAMS * ROWS, 4, 2)
   rows, other = stream(30), stream(30, seed=9)
   state = fill(replay, rows[:10])
-  meta = host.save(state, tmp_path)
+  saved = host.save(state, tmp_path)
   for row in rows[10:17]:
     state = replay.add(state, row)
   host.save(state, tmp_path)  # Killed before its meta was written.
-  (tmp_path / 'rows_000000000017_000000000020_5.npz.tmp').write_bytes(b'x')
-  resumed = host.load(replay.init(rows[0]), tmp_path, meta)
+  (tmp_path / '.rows_000000000017_000000000020_5.bin.tmp').write_bytes(b'x')
+  resumed = host.load(replay.init(rows[0]), tmp_path, *saved)
   reference = fill(replay, rows[:10])
   equal(resumed, reference)
   # It goes on otherwise than before, over the same numbers of rows.
-  metas = [meta]
+  metas = [saved]
   for row in other[10:22]:
     resumed, reference = replay.add(resumed, row), replay.add(reference, row)
     if resumed.count % 6 == 0:
       metas.append(host.save(resumed, tmp_path))
   equal(resumed, reference)
   metas.append(host.save(resumed, tmp_path))
-  back = host.load(replay.init(rows[0]), tmp_path, metas[-1])
+  back = host.load(replay.init(rows[0]), tmp_path, *metas[-1])
   equal(back, reference)
   # Only what the last two need is left, and it is enough.
-  host.prune(tmp_path, metas[-2:])
+  host.prune(tmp_path, [host.files_of(meta) for _, meta in metas[-2:]])
   names = {p.name for p in tmp_path.iterdir()}
   assert not any(name.endswith('tmp') for name in names)
-  kept = {tuple(s) for meta in metas[-2:] for s in meta['segments'].tolist()}
-  assert len(names) == len(kept)
-  for meta in metas[-2:]:
-    back = host.load(replay.init(rows[0]), tmp_path, meta)
+  assert names == {n for _, meta in metas[-2:] for n in host.files_of(meta)}
+  for priority, meta in metas[-2:]:
+    back = host.load(replay.init(rows[0]), tmp_path, priority, meta)
     assert back.count == meta['count']
   equal(back, reference)
 
@@ -509,31 +505,32 @@ def test_pruning_spares_what_is_being_saved_and_drops_what_was_overwritten(
     state = replay.add(state, row)
     if state.count % 5 == 0:
       metas.append(host.save(state, tmp_path))
-  host.prune(tmp_path, metas[-3:-1])  # The last is still being written.
-  for meta in metas[-3:]:
-    back = host.load(replay.init(rows[0]), tmp_path, meta)
+  # The last is still being written.
+  host.prune(tmp_path, [host.files_of(meta) for _, meta in metas[-3:-1]])
+  for priority, meta in metas[-3:]:
+    back = host.load(replay.init(rows[0]), tmp_path, priority, meta)
     assert back.count == meta['count']
   equal(back, state)
   starts = sorted(int(p.name.split('_')[1]) for p in tmp_path.iterdir())
   assert starts[0] >= 30 - ROWS - 5
-  with pytest.raises(ValueError, match='cannot read segment'):
-    host.load(replay.init(rows[0]), tmp_path, metas[0])
+  with pytest.raises(Damaged, match=r'rows_\S* is missing'):
+    host.load(replay.init(rows[0]), tmp_path, *metas[0])
 
 
 _KILLED = """
-import os, sys
-import numpy as np
+import json, os, sys
 sys.path[:0] = [{root!r}, os.path.join({root!r}, 'tests')]
 from test_replay import host, host_replay, stream
+from experiments.files import writing
 rows = stream(2000, shape=(24, 24))
 replay = host_replay(2 * 64, 4, 2)
 state = replay.init(rows[0])
 for i, row in enumerate(rows):
   state = replay.add(state, row)
   if i % 5 == 4:
-    meta = host.save(state, {directory!r})
-    np.savez({directory!r} + '/meta.tmp.npz', **meta)
-    os.replace({directory!r} + '/meta.tmp.npz', {directory!r} + '/meta.npz')
+    priority, meta = host.save(state, {directory!r})
+    text = json.dumps([priority.tolist(), meta])
+    writing.write_text({directory!r} + '/meta.json', text)
     print(i, flush=True)
 """
 
@@ -549,11 +546,10 @@ def test_kill_at_any_moment_leaves_the_last_checkpoint(tmp_path):
   process.send_signal(signal.SIGKILL)
   process.communicate()
   assert process.returncode == -signal.SIGKILL
-  with np.load(tmp_path / 'meta.npz') as meta:
-    meta = dict(meta)
+  saved = json.loads((tmp_path / 'meta.json').read_text())
   rows = stream(2000, shape=(24, 24))
   replay = host_replay(2 * 64, 4, 2)
-  back = host.load(replay.init(rows[0]), tmp_path, meta)
+  back = host.load(replay.init(rows[0]), tmp_path, *saved)
   assert back.count >= 40
   equal(back, fill(replay, rows[: back.count]))
 
@@ -561,19 +557,51 @@ def test_kill_at_any_moment_leaves_the_last_checkpoint(tmp_path):
 def test_loading_into_something_else_is_refused(tmp_path):
   rows = stream(6, shape=(4, 4))
   replay = host_replay(STREAMS * ROWS, 4, 2)
-  meta = host.save(fill(replay, rows), tmp_path)
-  load = lambda r, row, meta=meta: host.load(r.init(row), tmp_path, meta)
+  priority, meta = host.save(fill(replay, rows), tmp_path)
+  load = lambda r, row, meta=meta: host.load(
+    r.init(row), tmp_path, priority, meta
+  )
   with pytest.raises(ValueError, match=r'saved with rows x streams = \(12, 2'):
     load(host_replay(40, 4, 2), rows[0])
   with pytest.raises(ValueError, match='version 99'):
     load(replay, rows[0], {**meta, 'version': 99})
-  with pytest.raises(ValueError, match='another setting of compress'):
+  with pytest.raises(ValueError, match=r'timestep\.observation is uint8'):
     load(host_replay(24, 4, 2, compress=True), rows[0])
-  with pytest.raises(ValueError, match=r'timestep.observation was saved as'):
+  with pytest.raises(
+    ValueError, match=r'timestep.observation is uint8\[6, 2, 4, 4, 1\], must'
+  ):
     load(replay, stream(1, shape=(5, 4))[0])
   renamed = rows[0]._replace(extras={'other': rows[0].extras['search_value']})
-  with pytest.raises(ValueError, match=r'saved without extras\.other'):
+  with pytest.raises(
+    ValueError, match=r'extras\.search_value, which is not expected'
+  ):
     load(replay, renamed)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda p, m: (p * np.nan, m), 'a priority is negative or not finite'),
+    (lambda p, m: (p - 1, m), 'a priority is negative or not finite'),
+    (lambda p, m: (p + np.inf, m), 'a priority is negative or not finite'),
+    (lambda p, m: (p, m | {'max_priority': 0.0}), 'max_priority=0.0'),
+    (lambda p, m: (p, m | {'max_priority': 'a'}), 'max_priority'),
+    (lambda p, m: (p, m | {'count': 5}), 'not those of 5 rows'),
+    (lambda p, m: (p, m | {'segments': m['segments'][1:]}), 'are not those'),
+    (lambda p, m: (p, m | {'segments': m['segments'][:1]}), 'are not those'),
+  ],
+)
+def test_numbers_that_no_replay_has_are_damage(tmp_path, change, message):
+  rows = stream(12)
+  replay = host_replay(STREAMS * ROWS, 4, 2)
+  state = fill(replay, rows[:6])
+  host.save(state, tmp_path)
+  for row in rows[6:10]:
+    state = replay.add(state, row)
+  priority, meta = host.save(state, tmp_path)
+  host.load(replay.init(rows[0]), tmp_path, priority, meta)
+  with pytest.raises(Damaged, match=message):
+    host.load(replay.init(rows[0]), tmp_path, *change(priority, meta))
 
 
 def test_compression_loses_nothing(key):

@@ -1,56 +1,68 @@
-"""Checkpoints: whole carries, asynchronous and atomic, on orbax's v1.
+"""Checkpoints: whole carries, asynchronous and atomic.
 
 A step is written to a temporary folder and renamed when it is complete: a
 kill at any moment leaves the steps before it as they were. Each step holds
 
-- `meta/data.json`: the schema's version, one line for each leaf of the carry
-  (path, dtype, shape; the value itself of Python numbers and strings) and the
-  caller's `extra`, readable without knowing the carry;
-- `leaves`: the arrays;
-- `meta/sums.json`: size and CRC-32 of every file of these two.
+- `arrays_PPPP.bin`: the arrays that process P had, see `files.arrays`;
+- `manifest.json`: one line for each leaf of the carry (path, dtype, shape,
+  where its array is; the value itself of Python numbers and strings), the
+  caller's `extra`, the step's own number, the run's identity, size and digest
+  of every file of the step and of the rows beside it.
 
-The sums are checked when a folder is opened, for orbax itself notices neither
-a changed byte of an array nor every missing file. A newest step that is
-damaged is set aside as `N.corrupt` and the one before it taken.
+All that is checked when a folder is opened, see `integrity`: a newest step
+that is damaged is set aside as `N.corrupt` and the one before it taken. The
+first step that is saved is read back at once.
 
 The tree's structure comes from a template on restoring, leaf by leaf checked
-against what was saved. That also lets leaves through that orbax refuses:
-numpy scalars, bytes, zero-size arrays, empty containers.
+against what was saved, before any array is read.
 
-With several processes, `jax.Array`s are saved by all of them together, numpy
-arrays by the first alone: what is local to a host needs a folder a host. The
-first process alone checks for damage, and tells the others which step it is.
+With several processes each writes its shards of `jax.Array`s that are split;
+what is whole everywhere, and numpy arrays, the first alone. What one process
+alone has, a part of the experience, is `local`. The first process alone checks
+for damage, and tells the others which step it is.
 """
 
+import dataclasses
+import functools
 import json
-import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.files import arrays as files
+from experiments.files import writing
+from experiments.files.arrays import Stored
 from experiments.files.errors import UserError, shown
 from experiments.runtime import integrity
-
-SCHEMA = 1
+from experiments.runtime.integrity import Leaf, Local, Manifest, Piece
 
 
 class Checkpoints(NamedTuple):
   """The checkpoints of one folder.
 
   Attributes:
-    save: `(step, carry, extra=None) -> None`, starts writing and returns as
-      soon as the carry may be changed or donated; waits for the save before.
-      `extra` is a JSON dictionary. A step that is already there is left alone.
+    save: `(step, carry, extra=None, local=None, rows=None) -> None`, starts
+      writing and returns as soon as the carry may be changed or donated; waits
+      for the save before. `extra` is a JSON dictionary; `local` maps names to
+      `(arrays, facts)` that this process alone has; `rows` maps files beside
+      the checkpoints to what they must be. A step that is already there is
+      left alone.
     peek: `() -> (step, extra)` of the latest step, or None: what is needed to
       build the template (the phase's number).
-    restore: `(template) -> (carry, extra)` of the latest step, or None.
-      `template` has the carry's structure; its leaves are arrays or
+    restore: `(template, inside='') -> (carry, extra)` of the latest step, or
+      None. `template` has the structure of the carry, or of the part of it
+      whose paths begin with `inside`; its leaves are arrays or
       `jax.ShapeDtypeStruct`s and say what is wanted back: numpy arrays, or
       `jax.Array`s with their sharding.
+    restore_local: `({name: template}) -> {name: (arrays, facts)}` of the
+      latest step, whichever process saved them.
     latest_step: `() -> int` or None. Like all that reads, it waits for the
       save before.
     reject: `(why) -> None`, sets the latest step aside, with a printed line,
@@ -61,7 +73,8 @@ class Checkpoints(NamedTuple):
 
   save: Callable[..., None]
   peek: Callable[[], tuple[int, dict[str, Any]] | None]
-  restore: Callable[[Any], tuple[Any, dict[str, Any]] | None]
+  restore: Callable[..., tuple[Any, dict[str, Any]] | None]
+  restore_local: Callable[..., dict[str, tuple[Any, dict[str, Any]]]]
   latest_step: Callable[[], int | None]
   reject: Callable[[str], None]
   wait: Callable[[], None]
@@ -69,157 +82,299 @@ class Checkpoints(NamedTuple):
 
 
 def open(
-  directory: str | os.PathLike, keep: int = 2, read_only: bool = False
+  directory: str | os.PathLike,
+  keep: int = 2,
+  read_only: bool = False,
+  *,
+  run: Mapping[str, Any] | None = None,
+  check_rows: bool = True,
+  pool: futures.Executor | None = None,
 ) -> Checkpoints:
   """Opens a folder of checkpoints, which one process may write.
 
+  Prints one line for each damaged step that it passes over.
+
   Args:
-    directory: made where it is missing.
+    directory: made where it is missing; it must not be a link.
     keep: how many of the latest steps stay.
     read_only: for a reader beside a running writer: makes no folder and does
       not tidy up unfinished steps, which are the writer's.
-
-  Prints one line for each damaged step that it passes over.
+    run: the identity of the run, which JSON can hold: steps of another one
+      count as damaged. None takes all.
+    check_rows: whether a step without the rows beside it is damaged.
+    pool: with one thread, which writes; None starts one. Folders that share
+      it are written in the order of their saves.
 
   Raises:
-    UserError: `keep` below 1, or nothing to read.
+    UserError: `keep` below 1, or nothing to read, or a link.
     Damaged: (from `restore`, `peek`, `latest_step`) every step is damaged;
       they are set aside if something is saved nevertheless.
     UserError: (from `reject`) there is no step before it.
-    UserError: (from `restore`, `peek`) written by a newer release or by
-      another program; (from `restore`) a template of another structure,
-      shape or dtype; (from `save`) a leaf that is no array, number, string
-      or bytes.
+    UserError: (from `restore`) a template of another structure, shape or
+      dtype; (from `save`) a leaf that is no array, number, string or bytes.
+    Foreign: (from all that reads) written by another release or program.
     UserError: (from all, for the save before) it could not be written: the
       disk is full or refuses. The steps before it are whole.
   """
   if keep < 1:
     raise UserError(f'keep is {keep}, must be at least 1')
-  root = pathlib.Path(directory).resolve()
+  root = _place(directory)
   if read_only and not root.is_dir():
-    raise UserError(f'no checkpoints in {root}')
-  from orbax.checkpoint import v1 as ocp
-
-  logging.getLogger('absl').addFilter(integrity.is_news)
-  newest, hopeless = integrity.settle(root, read_only)
-  training: Any = ocp.training  # its own types do not fit each other
-  registry = ocp.handlers.local_registry()
-  registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
-  context = ocp.Context()
-  context.checkpointables.registry = registry
-  writing: int | None = None
-  # Called by the writing thread when all is written, before the renaming.
-  context.async_options.post_finalization_callback = lambda: integrity.seal(
-    root, writing
-  )
-  keeper = training.Checkpointer(
-    root,
-    context=context,
-    preservation_policy=training.preservation_policies.LatestN(keep),
-    cleanup_tmp_directories=not read_only,
-  )
+    raise UserError(f'no checkpoints in {shown(root)}')
+  settled = integrity.settle(root, read_only, run, check_rows)
+  newest, folder, steps = settled.step, settled.folder, settled.steps
+  hopeless, own_pool, known = settled.hopeless, None, None
+  if not read_only:
+    with writing.writing(root):
+      root.mkdir(parents=True, exist_ok=True)
+    if integrity.is_first():
+      integrity.tidy(root)
+  pending: futures.Future | None = None
+  tested = False  # whether a step was read back
 
   def wait() -> None:
-    with integrity.saving(writing, root):
-      keeper.wait()
+    nonlocal pending
+    last, pending = pending, None
+    if last is not None:
+      last.result()
 
   def latest_step() -> int | None:
-    wait()  # a step being written counts as there, but cannot be read
-    if hopeless:
-      raise integrity.Damaged(hopeless)
-    if read_only:
-      return newest  # damaged ones are still in their place
-    return keeper.latest.step if keeper.latest else None
-
-  def save(step: int, carry: Any, extra: dict[str, Any] | None = None) -> None:
-    import jax
-
-    nonlocal hopeless, writing
     wait()
     if hopeless:
-      integrity.set_aside(root)
-      keeper.reload()
-      hopeless = None
-    if any(saved.step == step for saved in keeper.checkpoints):
+      raise integrity.Damaged(hopeless)
+    return newest
+
+  def save(
+    step: int,
+    carry: Any,
+    extra: dict[str, Any] | None = None,
+    local: Mapping[str, tuple[Any, dict[str, Any]]] | None = None,
+    rows: Mapping[str, Stored] | None = None,
+  ) -> None:
+    nonlocal hopeless, own_pool, pending
+    wait()
+    if step in steps:
       return
-    entries, arrays = _pack(carry)
-    meta = {'schema': SCHEMA, 'extra': extra or {}, 'leaves': entries}
-    # A round trip: the writer's thread must not see later changes.
-    items = {'meta': json.loads(json.dumps(meta))}
-    if arrays:  # orbax fails on an empty tree
-      items['leaves'] = arrays
-    writing = step
-    with integrity.saving(step, root):
-      keeper.save_checkpointables_async(step, items, force=True)
-      if jax.process_count() > 1:
-        # orbax names its barriers by the step, whatever the folder: of two
-        # saves on their way at once one would meet the other's.
-        keeper.wait()
+    if hopeless and integrity.is_first():
+      integrity.set_all_aside(root)
+    hopeless = None
+    # What the writer's thread gets is a copy: nothing changes it any more.
+    contents: dict[str, np.ndarray] = {}
+    manifest = Manifest(
+      integrity.SCHEMA,
+      step,
+      None if run is None else dict(run),
+      json.loads(json.dumps(extra or {})),
+      _pack(carry, contents),
+      {
+        name: Local(_pack(arrays, contents, name), facts)
+        for name, (arrays, facts) in (local or {}).items()
+      },
+      files={},
+      rows=dict(rows or {}),
+    )
+    [token] = integrity.agreed([secrets.randbits(59)])
+    if _processes() > 1:
+      write(manifest, contents, token)  # together, hence in the main thread
+      return
+    if own_pool is None:
+      own_pool = pool or futures.ThreadPoolExecutor(1, 'checkpoints')
+    pending = own_pool.submit(write, manifest, contents, token)
+
+  def write(manifest: Manifest, contents: Mapping[str, Any], token: int):
+    nonlocal newest, folder, known, tested
+    step = manifest.step
+    update = manifest.extra.get('step', step)
+    whole = newest if update == step else None
+    with integrity.saving(update, root, whole):
+      _write_step(root, manifest, contents, token, test=not tested)
+    tested = True
+    newest, folder, known = step, root / str(step), None
+    steps.append(step)
+    steps.sort(reverse=True)
+    while len(steps) > keep:
+      old = steps.pop()
+      if integrity.is_first():
+        integrity.forget(root, old)
 
   def close() -> None:
-    with integrity.saving(writing, root):
-      keeper.close()
-
-  def read_meta(step: int) -> dict[str, Any]:
-    where = f'the checkpoint {root}/{step}'
     try:
-      meta = keeper.load_checkpointables(step, {'meta': None})['meta']
-      schema = int(meta['schema'])
-    except (KeyError, TypeError, FileNotFoundError) as error:
-      raise UserError(f'{where} was not written by Outplay') from error
-    if schema > SCHEMA:
-      raise UserError(
-        f'{where} has schema {schema}, this release reads up to {SCHEMA}: '
-        'use the release that wrote it, or a newer one'
-      )
-    return meta
+      wait()
+    finally:
+      if own_pool is not None and own_pool is not pool:
+        own_pool.shutdown()
+
+  def opened() -> tuple[pathlib.Path, Manifest] | None:
+    nonlocal known
+    if latest_step() is None:
+      return None
+    assert folder is not None
+    if known is None:
+      known = integrity.read_manifest(folder)
+    return folder, known
 
   def peek() -> tuple[int, dict[str, Any]] | None:
-    step = latest_step()
-    return None if step is None else (step, read_meta(step)['extra'])
+    found = opened()
+    return None if found is None else (found[1].step, found[1].extra)
 
-  def restore(template: Any) -> tuple[Any, dict[str, Any]] | None:
-    step = latest_step()
-    if step is None:
+  def restore(
+    template: Any, inside: str = ''
+  ) -> tuple[Any, dict[str, Any]] | None:
+    found = opened()
+    if found is None:
       return None
-    meta = read_meta(step)
-    differences = _differences(meta['leaves'], template)
-    if differences:
-      more = len(differences) - 3
-      raise UserError(
-        f'the checkpoint {root}/{step} does not fit this run: '
-        + '; '.join(differences[:3])
-        + (f'; and {more} more' if more > 0 else '')
-        + '; another agent, network or release has written it'
-      )
-    slots = _slots(meta['leaves'], template)
-    wanted = {s.number: _wanted(s) for s in slots if s.is_stored()}
-    arrays = {}
-    if wanted:
-      arrays = keeper.load_checkpointables(step, {'leaves': wanted})['leaves']
-    leaves = [_unpack(slot, arrays) for slot in slots]
-    carry = _flatten(template)[2].unflatten(leaves)
-    return carry, meta['extra']
+    leaves = [
+      dataclasses.replace(leaf, path=leaf.path.removeprefix(inside))
+      for leaf in found[1].leaves
+      if leaf.path.startswith(inside)
+    ]
+    return _restore(found[0], leaves, template), found[1].extra
+
+  def restore_local(
+    templates: Mapping[str, Any],
+  ) -> dict[str, tuple[Any, dict[str, Any]]]:
+    found = opened()
+    assert found is not None, 'nothing is saved'
+    back = {}
+    for name, template in templates.items():
+      own = found[1].local.get(name)
+      if own is None:
+        raise integrity.Damaged(f'it has no {shown(name)}')
+      back[name] = _restore(found[0], own.leaves, template), own.facts
+    return back
 
   def reject(why: str) -> None:
+    nonlocal settled, newest, folder, known, steps
     step = latest_step()
-    assert step is not None
-    older = [saved.step for saved in keeper.checkpoints if saved.step < step]
-    if not older:
+    assert step is not None and folder is not None
+    if not steps[1:]:
       raise UserError(
-        f'the only checkpoint in {root}, step {step}, is damaged ({why}): put '
-        'back a copy of it, or delete the run to begin it anew'
+        f'the only checkpoint in {shown(root)}, step {step}, is damaged '
+        f'({why}): put back a copy of it, or delete the run to begin it anew'
       )
-    integrity.set_aside(root, step)
-    keeper.reload()
     if integrity.is_first():
-      print(
-        f'note: the checkpoint {shown(root)}/{step} is damaged ({shown(why)}): '
-        f'it is set aside as {step}.corrupt, step {max(older)} is taken',
-        flush=True,
-      )
+      aside = integrity.set_aside(folder)
+      integrity.tell(folder, why, aside, steps[1])
+    settled = integrity.settle(root, False, run, check_rows, below=step)
+    if settled.step is None:
+      raise integrity.Damaged(settled.hopeless or f'{shown(root)} is empty')
+    newest, folder, steps = settled.step, settled.folder, settled.steps
+    known = None
 
-  return Checkpoints(save, peek, restore, latest_step, reject, wait, close)
+  return Checkpoints(
+    save, peek, restore, restore_local, latest_step, reject, wait, close
+  )
+
+
+def _place(directory: str | os.PathLike) -> pathlib.Path:
+  """The folder's absolute path; what is above it may be links."""
+  path = pathlib.Path(os.path.abspath(directory))
+  if path.is_symlink():
+    raise UserError(
+      f'{shown(path)}: is a link; put the folder itself there, or make the '
+      "run's whole folder a link"
+    )
+  if os.path.lexists(path) and not path.is_dir():
+    raise UserError(f'{shown(path)}: is a file, must be a folder')
+  return path
+
+
+def _processes() -> int:
+  import jax
+
+  return jax.process_count()
+
+
+def _write_step(
+  root: pathlib.Path,
+  manifest: Manifest,
+  contents: Mapping[str, Any],
+  token: int,
+  test: bool,
+) -> None:
+  """Writes a step; all processes together, if there are several."""
+  import jax
+
+  number, count = jax.process_index(), jax.process_count()
+  folder = integrity.unfinished(root, manifest.step, token)
+
+  def write() -> None:
+    nonlocal manifest
+    name = _file_of(number)
+    if contents:
+      written = {name: files.write(folder / name, contents)}
+      manifest = dataclasses.replace(manifest, files=written)
+    if count > 1:
+      integrity.seal(folder, manifest, f'process_{number:04}.json')
+
+  def finish() -> None:
+    whole = manifest
+    if count > 1:
+      names = [f'process_{k:04}.json' for k in range(count)]
+      whole = _merged([integrity.read_manifest(folder, n) for n in names])
+      for name in names:
+        (folder / name).unlink()
+    integrity.seal(folder, whole)
+    integrity.finish(root, folder, whole.step)
+    if test:
+      _read_back(root / str(whole.step))
+
+  try:
+    _together(integrity.begin, root, folder, first_only=True)
+    _together(write)
+    _together(finish, first_only=True)
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
+
+
+def _together(function: Callable, *args: Any, first_only: bool = False) -> None:
+  """Calls a function in all processes, or the first; all fail if one does."""
+  trouble: Exception | None = None
+  if integrity.is_first() or not first_only:
+    try:
+      function(*args)
+    except Exception as error:
+      trouble = error
+  if _processes() > 1:
+    from experiments.runtime import distributed
+
+    failed = distributed.sum_over_processes({'failed': trouble is not None})
+    if failed['failed'] and trouble is None:
+      raise UserError('another process could not save its checkpoint')
+  if trouble is not None:
+    raise trouble
+
+
+def _merged(manifests: Sequence[Manifest]) -> Manifest:
+  """One manifest of those of all processes."""
+  joined = lambda name: {
+    k: v for one in manifests for k, v in getattr(one, name).items()
+  }
+  leaves = tuple(
+    dataclasses.replace(
+      same[0], pieces=tuple(piece for leaf in same for piece in leaf.pieces)
+    )
+    for same in zip(*(one.leaves for one in manifests), strict=True)
+  )
+  return dataclasses.replace(
+    manifests[0],
+    leaves=leaves,
+    local=joined('local'),
+    files=joined('files'),
+    rows=joined('rows'),
+  )
+
+
+def _read_back(folder: pathlib.Path) -> None:
+  """Refuses a place that does not give back what was written to it."""
+  try:
+    integrity.check(folder, integrity.read_manifest(folder))
+  except integrity.Damaged as error:
+    raise UserError(
+      f'{shown(folder)}: was written but cannot be read back ({error}); take '
+      'a folder on another disk'
+    ) from error
 
 
 class Best(NamedTuple):
@@ -240,13 +395,25 @@ class Best(NamedTuple):
   close: Callable[[], None]
 
 
-def best(directory: str | os.PathLike, read_only: bool = False) -> Best:
-  """Opens a folder that holds the best parameters so far; see `open`."""
-  checkpoints = open(directory, keep=1, read_only=read_only)
+def best(
+  directory: str | os.PathLike, read_only: bool = False, **options: Any
+) -> Best:
+  """Opens a folder that holds the best parameters so far.
+
+  Args:
+    directory: see `open`.
+    read_only: see `open`.
+    options: `run` and `pool` of `open`.
+  """
+  checkpoints = open(directory, keep=1, read_only=read_only, **options)
 
   def metric() -> float | None:
     found = checkpoints.peek()
-    return None if found is None else found[1]['metric']
+    if found is None:
+      return None
+    if not isinstance(found[1].get('metric'), float):
+      raise integrity.Damaged(f'{shown(directory)}: metric is no number')
+    return found[1]['metric']
 
   lost = False
   try:
@@ -254,7 +421,9 @@ def best(directory: str | os.PathLike, read_only: bool = False) -> Best:
   except integrity.Damaged as error:
     if read_only:
       raise
-    print(f'note: {shown(error)}; the next best takes its place', flush=True)
+    print(
+      f'note: {shown(error, 1000)}; the next best takes its place', flush=True
+    )
     held, lost = None, True
 
   def save(
@@ -301,13 +470,12 @@ def _is_value(leaf: Any) -> bool:
   )
 
 
-def _describe(path: str, leaf: Any) -> dict[str, Any]:
+def _describe(path: str, leaf: Any) -> Leaf:
   """What is written of one leaf: path, dtype, shape, perhaps the value."""
   if _is_value(leaf):
-    name = f'python {type(leaf).__name__}'
-    return {'path': path, 'dtype': name, 'shape': [], 'value': leaf}
+    return Leaf(path, f'python {type(leaf).__name__}', (), leaf)
   if isinstance(leaf, bytes):
-    return {'path': path, 'dtype': 'bytes', 'shape': [len(leaf)]}
+    return Leaf(path, 'bytes', (len(leaf),))
   dtype = getattr(leaf, 'dtype', None)
   plain = isinstance(dtype, np.dtype) and (
     not dtype.hasobject and dtype.names is None and dtype.kind not in 'USMm'
@@ -318,42 +486,72 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
       + (f' of {dtype}' if dtype is not None else '')
       + ', not an array, a number, a string or bytes'
     )
-  return {'path': path, 'dtype': str(dtype), 'shape': list(leaf.shape)}
+  return Leaf(path, str(dtype), tuple(leaf.shape))
 
 
-def _pack(carry: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-  """The description of all leaves, and the arrays among them by number."""
+def _file_of(process: int) -> str:
+  return f'arrays_{process:04}.bin'
+
+
+def _pack(
+  tree: Any, contents: dict[str, np.ndarray], local: str | None = None
+) -> tuple[Leaf, ...]:
+  """Describes all leaves and copies the arrays that this process writes.
+
+  Args:
+    tree: of arrays, numbers, strings and bytes.
+    contents: gets the arrays, by name.
+    local: the name of what this process alone has; None for the carry.
+  """
   import jax
 
-  entries, arrays = [], {}
-  for i, (path, leaf) in enumerate(zip(*_flatten(carry)[:2])):
-    entries.append(_describe(path, leaf))
-    if _is_value(leaf) or 0 in entries[-1]['shape']:
-      continue
-    if _is_key(leaf):
-      leaf = jax.random.key_data(leaf)
-    elif isinstance(leaf, bytes):
-      leaf = np.frombuffer(leaf, np.uint8)
-    elif isinstance(leaf, np.generic):
-      leaf = np.asarray(leaf)
-    arrays[str(i)] = leaf
-  return entries, arrays
+  number, leaves = jax.process_index(), []
+  for i, (path, leaf) in enumerate(zip(*_flatten(tree)[:2])):
+    entry, pieces = _describe(path, leaf), []
+    name = str(i) if local is None else f'{local}/{i}'
+    if not (_is_value(leaf) or 0 in entry.shape):
+      for k, (start, array) in enumerate(_held(leaf, local is not None)):
+        own = f'{name}.{k}' if k else name
+        contents[own] = array
+        pieces.append(Piece(_file_of(number), own, start, array.shape))
+    leaves.append(dataclasses.replace(entry, pieces=tuple(pieces)))
+  return tuple(leaves)
 
 
-def _differences(saved: list[dict[str, Any]], template: Any) -> list[str]:
+def _held(leaf: Any, local: bool) -> list[tuple[tuple[int, ...], np.ndarray]]:
+  """Copies of the rectangles of a leaf that this process writes."""
+  import jax
+
+  if _is_key(leaf):
+    leaf = jax.random.key_data(leaf)
+  elif isinstance(leaf, bytes):
+    leaf = np.frombuffer(leaf, np.uint8)
+  is_split = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+  if is_split and not leaf.is_fully_replicated:
+    shards = [s for s in leaf.addressable_shards if s.replica_id == 0]
+    return [
+      (tuple(i.start or 0 for i in s.index), np.array(s.data)) for s in shards
+    ]
+  if not (local or integrity.is_first()):
+    return []
+  whole = leaf.addressable_data(0) if is_split else leaf
+  return [((0,) * whole.ndim, np.array(whole))]
+
+
+def _differences(saved: Sequence[Leaf], template: Any) -> list[str]:
   """How a template differs from the saved leaves, one phrase each."""
 
   def text(entry):
     # Bytes may have changed their length, as numbers their value.
-    if entry['dtype'].startswith(('python', 'bytes')):
-      return entry['dtype']
-    return f'{entry["dtype"]}{entry["shape"]}'
+    if entry.dtype.startswith(('python', 'bytes')):
+      return shown(entry.dtype)
+    return f'{shown(entry.dtype)}{list(entry.shape)}'
 
-  here = {e['path']: e for e in map(_describe, *_flatten(template)[:2])}
-  there = {entry['path']: entry for entry in saved}
+  here = {e.path: e for e in map(_describe, *_flatten(template)[:2])}
+  there = {entry.path: entry for entry in saved}
   found = []
   for path in sorted(here.keys() | there.keys()):
-    name = path or 'it'
+    name = shown(path) or 'it'
     if path not in there:
       found.append(f'{name} is not in the checkpoint')
     elif path not in here:
@@ -366,24 +564,28 @@ def _differences(saved: list[dict[str, Any]], template: Any) -> list[str]:
   return found
 
 
-class _Slot(NamedTuple):
-  """One leaf of a template beside what was saved of it."""
+def _restore(folder: pathlib.Path, saved: Sequence[Leaf], template: Any) -> Any:
+  """A tree of the template's structure from what is saved of it.
 
-  number: str
-  entry: dict[str, Any]
-  leaf: Any
-
-  def is_stored(self) -> bool:
-    return 'value' not in self.entry and 0 not in self.entry['shape']
-
-
-def _slots(saved: list[dict[str, Any]], template: Any) -> list[_Slot]:
+  Raises:
+    UserError: something else is saved.
+  """
+  differences = _differences(saved, template)
+  if differences:
+    more = len(differences) - 3
+    raise UserError(
+      f'the checkpoint {shown(folder)} does not fit this run: '
+      + '; '.join(differences[:3])
+      + (f'; and {more} more' if more > 0 else '')
+      + '; another agent, network or release has written it'
+    )
   # By path: a NamedTuple may have had its fields in another order.
-  number = {entry['path']: i for i, entry in enumerate(saved)}
-  return [
-    _Slot(str(number[path]), saved[number[path]], leaf)
-    for path, leaf in zip(*_flatten(template)[:2])
-  ]
+  by_path = {entry.path: entry for entry in saved}
+  paths, leaves, tree = _flatten(template)
+  mapped = functools.cache(lambda name: files.mapped(folder / name))
+  return tree.unflatten(
+    [_unpack(by_path[path], leaf, mapped) for path, leaf in zip(paths, leaves)]
+  )
 
 
 def _raw(leaf: Any) -> Any:
@@ -415,41 +617,65 @@ def _sharding(leaf: Any) -> Any:
   return getattr(leaf, 'sharding', None)
 
 
-def _wanted(slot: _Slot) -> Any:
-  """What orbax is to read: a numpy array unless a sharding is asked for."""
-  import jax
-
-  if isinstance(slot.leaf, bytes):
-    return np.empty(slot.entry['shape'], np.uint8)
-  raw = _raw(slot.leaf)
-  sharding = _sharding(raw)
-  if sharding is None:
-    return np.empty(raw.shape, raw.dtype)
-  return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
-
-
-def _unpack(slot: _Slot, arrays: dict[str, Any]) -> Any:
+def _unpack(entry: Leaf, leaf: Any, mapped: Callable) -> Any:
   """One leaf, of the kind that the template has there."""
   import jax
   import jax.numpy as jnp
 
-  if 'value' in slot.entry:
-    return slot.entry['value']
-  array, leaf = arrays.get(slot.number), slot.leaf
+  if _is_value(leaf):
+    if type(entry.value) is not type(leaf):
+      raise UserError(
+        f'the checkpoint has {shown(entry.path)}={shown(entry.value)}: must '
+        f'be of type {type(leaf).__name__}'
+      )
+    return entry.value
   if isinstance(leaf, bytes):
-    return b'' if array is None else array.tobytes()
+    return _gathered(entry, entry.shape, np.dtype(np.uint8), mapped).tobytes()
   raw = _raw(leaf)
-  if array is None:
-    array = np.zeros(raw.shape, raw.dtype)
+  part = functools.partial(_gathered, entry, raw.shape, raw.dtype, mapped)
   if isinstance(leaf, np.generic):
-    return array[()]
+    return part()[()]
   if isinstance(leaf, np.ndarray):
-    return array
-  if not isinstance(array, jax.Array):
-    # A copy: what may be donated shares no memory with numpy.
-    array = jnp.array(array)
-    if _sharding(raw) is not None:
-      array = jax.device_put(array, _sharding(raw))
+    return part()
+  # Copies of jax: what may be donated shares no memory with numpy.
+  if _sharding(raw) is None:
+    array = jnp.array(part())
+  else:
+    array = jax.make_array_from_callback(
+      raw.shape, _sharding(raw), lambda index: jnp.array(part(index))
+    )
   if _is_key(leaf):
     return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
   return array
+
+
+def _gathered(
+  entry: Leaf,
+  shape: tuple[int, ...],
+  dtype: Any,
+  mapped: Callable,
+  index: tuple[slice, ...] | None = None,
+) -> np.ndarray:
+  """A rectangle of a leaf, put together from the pieces that were saved."""
+  index = index or (slice(None),) * len(shape)
+  bounds = [i.indices(n)[:2] for i, n in zip(index, shape)]
+  low, high = np.array(bounds, int).reshape(-1, 2).T
+  whole = np.empty(high - low, dtype)
+  missing = whole.size
+  for piece in entry.pieces:
+    if len(piece.start) != len(shape) or len(piece.shape) != len(shape):
+      break
+    a = np.maximum(low, piece.start)
+    b = np.minimum(high, np.add(piece.start, piece.shape))
+    if (a < b).all():
+      source = mapped(piece.file)(piece.name, dtype, piece.shape)
+      cut = lambda origin, a=a, b=b: tuple(
+        slice(i, j) for i, j in zip(a - origin, b - origin)
+      )
+      whole[cut(low)] = source[cut(np.array(piece.start, int))]
+      missing -= math.prod(b - a)
+  if missing:
+    raise UserError(
+      f'the checkpoint lacks a part of {shown(entry.path)}: put back a copy'
+    )
+  return whole

@@ -7,6 +7,7 @@ or by a `validate` function, always on concrete values.
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -536,6 +537,10 @@ def _commit() -> str | None:
   return described.stdout.strip() or None
 
 
+# Settings that may differ when a run is resumed.
+FREE = ('run.devices', 'run.acting_devices', 'dataset')
+
+
 def write_run_config(
   workdir: str | os.PathLike,
   config: Mapping[str, Any],
@@ -574,6 +579,36 @@ def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
     ) from error
 
 
+def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """What tells a run from others: its seed, a digest of its settings.
+
+  Args:
+    workdir: the run's folder.
+
+  Returns:
+    None where there is no config.json.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  if not os.path.lexists(pathlib.Path(workdir) / 'config.json'):
+    return None
+  config = read_run_config(workdir)
+  config.pop('made_with', None)
+  return {'seed': config.get('seed'), 'settings': digest(config)}
+
+
+def digest(config: Mapping[str, Any]) -> str:
+  """SHA-256 of the settings that must not change during a run.
+
+  Args:
+    config: of `read_run_config`, or what is written there.
+  """
+  leaves = [leaf for leaf in _leaves(_plain(config)) if leaf[0] not in FREE]
+  text = json.dumps(sorted(leaves, key=lambda leaf: leaf[0]))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_run_config(
   workdir: str | os.PathLike,
   config: Mapping[str, Any],
@@ -596,7 +631,7 @@ def check_run_config(
   Raises:
     UserError: the folder holds a run of another config; names the fields.
   """
-  if not (pathlib.Path(workdir) / 'config.json').exists():
+  if not os.path.lexists(pathlib.Path(workdir) / 'config.json'):
     return None
   saved = read_run_config(workdir)
   then = saved.pop('made_with', {})

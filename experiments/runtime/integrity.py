@@ -1,150 +1,532 @@
 """Whether checkpoints are whole, and what happens where they are not.
 
-A step's folder holds, beside what the checkpoint wrote, the size and the
-CRC-32 of every file. They are written before the folder gets its final name,
-so that a step either has them or is not there.
+A step's folder holds a manifest that names everything that belongs to it: its
+own number, the run, every file with its size and digest, and the files beside
+the checkpoints (rows of a replay). A step that is not what its manifest says
+is set aside as `N.corrupt` and an older one taken; what lies under another
+name than its manifest's, there too, is put back once it is whole.
 """
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
-import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
-import zlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.files import arrays, reading, writing
+from experiments.files.arrays import Stored
 from experiments.files.errors import UserError, shown
+
+SCHEMA = 2
+# Steps that other processes are sent.
+_MOST = 8
+MANIFEST = 'manifest.json'
+_STEP = re.compile(r'(0|[1-9][0-9]{0,17})(\.corrupt(?:-[0-9]+)?)?', re.ASCII)
+# What the releases before schema 2 left in a step's folder.
+_OLD = ('meta', '_CHECKPOINT_METADATA')
 
 
 class Damaged(UserError):
-  """Every checkpoint of a folder is damaged."""
+  """A checkpoint, or every one of a folder, is not whole."""
 
 
-# Errors of the operating system that are no fault of the program.
-_REFUSALS = (
-  errno.ENOSPC,
-  errno.EDQUOT,
-  errno.EFBIG,
-  errno.EIO,
-  errno.EROFS,
-  errno.EACCES,
-  errno.EPERM,
-)
+class Foreign(UserError):
+  """A checkpoint that another release or program has written."""
+
+
+class Piece(NamedTuple):
+  """A rectangle of a leaf, which one process had.
+
+  Attributes:
+    file: in the step's folder.
+    name: of the array in it.
+    start: of the rectangle along each axis.
+    shape: of the rectangle.
+  """
+
+  file: str
+  name: str
+  start: tuple[int, ...]
+  shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A leaf of a saved tree.
+
+  Attributes:
+    path: its key path in the tree.
+    dtype: of an array, `python int` and the like, or `bytes`.
+    shape: of an array.
+    value: of a Python number or string.
+    pieces: where the array is; none of an empty one.
+  """
+
+  path: str
+  dtype: str
+  shape: tuple[int, ...]
+  value: Any = None
+  pieces: tuple[Piece, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+  """What one process alone had: a part of the experience.
+
+  Attributes:
+    leaves: of its arrays.
+    facts: what JSON can hold.
+  """
+
+  leaves: tuple[Leaf, ...]
+  facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """All that belongs to a step.
+
+  Attributes:
+    schema: the version of this layout.
+    step: the step's number.
+    run: which run's it is, or None.
+    extra: the caller's.
+    leaves: of the carry.
+    local: by name.
+    files: of the step's folder.
+    rows: files beside the checkpoints, relative to the folder above them.
+  """
+
+  schema: int
+  step: int
+  run: dict[str, Any] | None
+  extra: dict[str, Any]
+  leaves: tuple[Leaf, ...]
+  local: dict[str, Local]
+  files: dict[str, Stored]
+  rows: dict[str, Stored]
 
 
 @contextlib.contextmanager
-def saving(step: int | None, folder: str | os.PathLike) -> Iterator[None]:
+def saving(
+  update: int | None, folder: str | os.PathLike, newest: int | None = None
+) -> Iterator[None]:
   """Makes the disk's refusal to take a checkpoint one line for people.
 
   Args:
-    step: of the checkpoint.
+    update: which one's the checkpoint is.
     folder: where it was to be.
+    newest: the update of the newest whole checkpoint; None without.
 
   Raises:
     UserError: the block met a full disk, or another refusal of the operating
-      system, in Python or within orbax.
+      system.
   """
   try:
     yield
-  except (OSError, ValueError) as error:
-    if isinstance(error, UserError):
+  except (OSError, UserError) as error:
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if not isinstance(cause, OSError) or cause.errno is None:
       raise
-    code = getattr(error, 'errno', None)
-    if code is None:  # tensorstore's
-      found = re.search(r"os_error_code='(\d+)'", str(error))
-      code = int(found[1]) if found else None
-    if code not in _REFUSALS:
-      raise
+    words = 'there is none before it: make room, then the same command begins'
+    if newest is not None:
+      words = f'the one of update {newest} is whole: make room, then the same '
+      words += 'command goes on from there'
     raise UserError(
-      f'cannot save the checkpoint at update {step} into {folder}: '
-      f'{os.strerror(code)}; the one before it is whole: make room, then the '
-      'same command goes on from there'
+      f'cannot save the checkpoint at update {update} into {shown(folder)}: '
+      f'{os.strerror(cause.errno)}; {words}'
     ) from error
 
 
-def is_news(record: logging.LogRecord) -> bool:
-  """Drops the tracebacks that orbax logs of what it then raises."""
-  return not (record.exc_info and 'orbax' in record.pathname)
+def seal(
+  folder: pathlib.Path, manifest: Manifest, name: str = MANIFEST
+) -> None:
+  """Writes a step's manifest, the last of its files, with its own digest.
+
+  Raises:
+    UserError: the disk refuses.
+  """
+  # Plain JSON: what is read back has the same text.
+  content = json.loads(json.dumps(dataclasses.asdict(manifest)))
+  sealed = {'digest': _digest(content), 'manifest': content}
+  writing.write_text(folder / name, json.dumps(sealed) + '\n')
 
 
-def _steps(root: pathlib.Path) -> list[int]:
-  """Steps that were written to the end, the newest first."""
-  found = root.iterdir() if root.is_dir() else ()
-  return sorted((int(p.name) for p in found if p.name.isdigit()), reverse=True)
+def _digest(content: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _sums(folder: pathlib.Path) -> dict[str, list[int]]:
-  """Size and CRC-32 of each file that reading a step needs."""
-  found = {}
-  for part in ('meta', 'leaves'):
-    for path in sorted((folder / part).rglob('*')):
-      # Orbax rewrites its marks while it finishes a step.
-      if not path.is_file() or path.name in ('commit_success.txt', 'sums.json'):
-        continue
-      size = crc = 0
-      with path.open('rb') as file:
-        while block := file.read(1 << 20):
-          size, crc = size + len(block), zlib.crc32(block, crc)
-      found[path.relative_to(folder).as_posix()] = [size, crc]
-  return found
+def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
+  """What a step's folder says of itself.
 
+  Raises:
+    Foreign: it was written by another release or program.
+    Damaged: there is none, or it is not as it was written.
+  """
+  import msgspec
 
-def seal(root: pathlib.Path, step: int | None) -> None:
-  """Adds the sums to a step that is written but not yet renamed."""
-  for folder in root.glob(f'{step}.orbax-checkpoint-tmp*'):
-    with (folder / 'meta' / 'sums.json').open('w') as file:
-      json.dump(_sums(folder), file)
-      file.flush()
-      os.fsync(file.fileno())
-
-
-def _damage(folder: pathlib.Path) -> str | None:
-  """What is wrong with a step's files, or None."""
-  meta = folder / 'meta'
-  if not meta.is_dir():
-    # What another program wrote is for `peek` to refuse.
-    others = {path.name for path in folder.iterdir()} - {'leaves'}
-    return None if any((folder / n).is_dir() for n in others) else 'no meta/'
-  for path in (meta / 'data.json', meta / 'sums.json'):
-    # Steps of older releases have no sums.
-    if path.name == 'data.json' or path.exists():
-      try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-      except FileNotFoundError:
-        return f'meta/{path.name} is missing'
-      except ValueError:
-        return f'meta/{path.name} is garbled'
-      if not isinstance(content, dict):
-        return f'meta/{path.name} is garbled'
-  if not (meta / 'sums.json').exists():
-    return None
+  path = folder / name
   try:
-    found = _sums(folder)
-  except FileNotFoundError:
-    return 'it is being deleted'
-  for name, (size, crc) in content.items():
-    if name not in found:
-      return f'{name} is missing'
-    if found[name][0] != size:
-      return f'{name} has {found[name][0]} bytes instead of {size}'
-    if found[name][1] != crc:
-      return f'{name} is garbled'
-  return None
+    sealed = reading.read_json(path)
+    content = sealed.get('manifest')
+    if not isinstance(content, dict):
+      raise UserError(f'{MANIFEST} is garbled')
+    schema = content.get('schema')
+    if isinstance(schema, int) and schema > SCHEMA:
+      raise Foreign(
+        f'the checkpoint {shown(folder)} has schema {schema}, this release '
+        f'reads up to {SCHEMA}: use the release that wrote it, or a newer one'
+      )
+    if _digest(content) != sealed.get('digest'):
+      raise UserError(f'{MANIFEST} is garbled')
+    return msgspec.convert(content, Manifest)
+  except reading.Missing as error:
+    if any((folder / name).exists() for name in _OLD):
+      raise Foreign(
+        f'the checkpoint {shown(folder)} was written by an older release or by '
+        'another program: go on with the release that config.json names, or '
+        'begin anew in another folder'
+      ) from error
+    raise Damaged(f'{MANIFEST} is missing') from error
+  except Foreign:
+    raise
+  except (UserError, msgspec.ValidationError) as error:
+    text = str(error).removeprefix(f'{shown(path)}: ')
+    raise Damaged(text.removeprefix(f'{shown(path)} ')) from error
 
 
-def _set_aside(root: pathlib.Path, steps: list[int]) -> None:
-  for step in steps:
-    aside = root / f'{step}.corrupt'
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(root / str(step), aside)
+def check(
+  folder: pathlib.Path,
+  manifest: Manifest,
+  run: Mapping[str, Any] | None = None,
+  rows: bool = True,
+  thorough: bool = False,
+) -> None:
+  """Compares a step with its manifest.
+
+  Args:
+    folder: the step's.
+    manifest: of `read_manifest`.
+    run: whose it must be; None for any.
+    rows: whether the files beside the checkpoints must be there, too.
+    thorough: whether to read these as well, which loading does anyway.
+
+  Raises:
+    Damaged: they differ.
+  """
+  _check_run(manifest, run)
+  for name, must_be in manifest.files.items():
+    _check_file(folder, name, must_be, True)
+  for name, must_be in manifest.rows.items() if rows else ():
+    _check_file(folder.parent.parent, name, must_be, thorough)
 
 
-def _agreed(values: list[int]) -> list[int]:
+def _check_run(manifest: Manifest, run: Mapping[str, Any] | None) -> None:
+  if run is None or manifest.run is None or manifest.run == run:
+    return
+  changed = [n for n in run if manifest.run.get(n) != run[n]]
+  was = {n: manifest.run.get(n) for n in changed}
+  if 'seed' in was:
+    raise Damaged(f'is of another run: seed {shown(was["seed"])}')
+  raise Damaged('is of another run: other settings')
+
+
+def _check_file(
+  folder: pathlib.Path, name: str, must_be: Stored, content: bool
+) -> None:
+  path = folder / name
+  if (
+    pathlib.PurePath(name).is_absolute() or '..' in pathlib.PurePath(name).parts
+  ):
+    raise Damaged(f'{shown(name)} is no name of a file of the run')
+  try:
+    found = path.lstat()
+    reading.check_regular(name, found)
+  except OSError as error:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+      raise Damaged(f'{shown(name)} is missing') from error
+    raise Damaged(f'{shown(name)}: {error.strerror}') from error
+  except UserError as error:
+    raise Damaged(str(error)) from error
+  if found.st_size != must_be.size:
+    raise Damaged(
+      f'{shown(name)} has {found.st_size} bytes instead of {must_be.size}'
+    )
+  if content:
+    try:
+      digest = arrays.stored(path).digest
+    except UserError as error:
+      raise Damaged(str(error)) from error
+    if digest != must_be.digest:
+      raise Damaged(f'{shown(name)} is garbled')
+
+
+class _Entry(NamedTuple):
+  """A folder that holds a step, or did."""
+
+  path: pathlib.Path
+  step: int
+  manifest: Manifest | None
+  why: str
+
+  @property
+  def is_in_place(self) -> bool:
+    return self.path.name == str(self.step)
+
+
+def _scan(root: pathlib.Path) -> tuple[list[_Entry], list[pathlib.Path]]:
+  """Steps, the newest first, and what else has a step's name.
+
+  Raises:
+    UserError: a link is among them, or the folder cannot be read.
+    Foreign: the newest is another release's.
+  """
+  entries, strays, foreign = [], [], []
+  if not os.path.lexists(root):
+    return [], []
+  try:
+    names = sorted(os.listdir(root))
+    for name in names:
+      found, path = _STEP.fullmatch(name), root / name
+      if found is None:
+        continue
+      mode = path.lstat().st_mode
+      if stat.S_ISLNK(mode):
+        reading.check_regular(path, path.lstat())
+      if not stat.S_ISDIR(mode):
+        if found[2] is None:
+          strays.append(path)
+        continue
+      number = int(found[1])
+      try:
+        manifest = read_manifest(path)
+        entries.append(_Entry(path, manifest.step, manifest, ''))
+      except Foreign as error:
+        foreign.append((number, error))
+      except Damaged as error:
+        entries.append(_Entry(path, number, None, str(error)))
+  except NotADirectoryError as error:
+    raise UserError(f'{shown(root)}: is a file, must be a folder') from error
+  except OSError as error:
+    raise UserError(
+      f'{shown(root)}: cannot be read: {error.strerror}'
+    ) from error
+  for number, error in foreign:
+    if number >= max((e.step for e in entries if e.manifest), default=-1):
+      raise error
+  entries.sort(key=lambda e: (e.step, e.is_in_place), reverse=True)
+  return entries, strays
+
+
+class Settled(NamedTuple):
+  """What was found in a folder of checkpoints.
+
+  Attributes:
+    step: the newest that is whole, or None.
+    folder: where it is.
+    steps: all that are in their places, as far as was looked, descending.
+    hopeless: what to tell the user where there are only damaged ones.
+  """
+
+  step: int | None
+  folder: pathlib.Path | None
+  steps: list[int]
+  hopeless: str | None
+
+
+def settle(
+  root: pathlib.Path,
+  read_only: bool = False,
+  run: Mapping[str, Any] | None = None,
+  rows: bool = True,
+  below: int | None = None,
+) -> Settled:
+  """Finds the newest step that is whole, and sets newer ones aside.
+
+  Prints one line for each of them. All processes call it, unless `read_only`.
+  Where there are only damaged ones they stay in their place: the next run must
+  not begin anew unasked.
+
+  Args:
+    root: the folder of the steps.
+    read_only: leave them where they are.
+    run: see `check`.
+    rows: see `check`.
+    below: only steps before this one are looked at.
+
+  Raises:
+    UserError: the folder cannot be used as it is; all processes raise.
+    Foreign: it is another release's.
+  """
+  if read_only:
+    return _settle(root, True, run, rows, below)
+  trouble: UserError | None = None
+  settled = Settled(None, None, [], None)
+  if is_first():
+    try:
+      settled = _settle(root, False, run, rows, below)
+    except UserError as error:
+      trouble = error
+  newest = -1 if settled.step is None else settled.step
+  state = 2 if trouble else int(settled.hopeless is not None)
+  steps = [*settled.steps[:_MOST], *[-1] * _MOST][:_MOST]
+  newest, state, *steps = agreed([newest, state, *steps])
+  if trouble is not None:
+    raise trouble
+  if is_first():
+    return settled
+  if state == 2:
+    raise UserError(f'{shown(root)} cannot be used: see process 0')
+  if newest < 0:
+    hopeless = f'no checkpoint in {shown(root)} is whole: see process 0'
+    return Settled(None, None, [], hopeless if state else None)
+  return Settled(newest, root / str(newest), [n for n in steps if n >= 0], None)
+
+
+def _settle(root, read_only, run, rows, below) -> Settled:
+  entries, strays = _scan(root)
+  for path in strays if not read_only else ():
+    aside = set_aside(path).name
+    print(f'note: {shown(path)} is no folder: it is set aside as {aside}')
+  damaged, newest = [], None
+  if below is not None:
+    entries = [entry for entry in entries if entry.step < below]
+  for entry in entries:
+    why = entry.why
+    if entry.manifest is not None:
+      try:
+        # What was set aside comes back only if all of it is whole.
+        check(entry.path, entry.manifest, run, rows, not entry.is_in_place)
+      except Damaged as error:
+        why = str(error)
+    if not why:
+      newest = entry
+      break
+    damaged.append(entry._replace(why=why))
+  if newest is None:
+    reasons = ', '.join(f'step {e.step}: {e.why}' for e in damaged[:3])
+    return Settled(
+      None,
+      None,
+      [],
+      f'no checkpoint in {shown(root)} is whole ({reasons}): put back a copy '
+      'of one, or delete the run to begin it anew'
+      if damaged
+      else None,
+    )
+  in_place = [e for e in damaged if '.' not in e.path.name]
+  for entry in in_place:
+    aside = None if read_only else set_aside(entry.path)
+    _tell(entry.path, entry.why, aside, newest.step)
+  where = newest.path
+  if not newest.is_in_place:
+    where = root / str(newest.step)
+    done = '' if read_only else f': it is put back as {where.name}'
+    print(
+      f'note: {shown(newest.path)} is the checkpoint of step {newest.step} and '
+      f'whole{done}',
+      flush=True,
+    )
+    if read_only:
+      where = newest.path
+    else:
+      if os.path.lexists(where):
+        set_aside(where)
+      os.rename(newest.path, where)
+  steps = [newest.step]
+  for entry in entries[entries.index(newest) + 1 :]:
+    if entry.is_in_place and entry.manifest is not None:
+      steps.append(entry.step)
+  return Settled(newest.step, where, steps, None)
+
+
+def _tell(path, why, aside, taken) -> None:
+  done = '' if aside is None else f'it is set aside as {aside.name}, '
+  print(
+    f'note: the checkpoint {shown(path)} is damaged ({why}): {done}step '
+    f'{taken} is taken',
+    flush=True,
+  )
+
+
+def tell(folder: pathlib.Path, why: str, aside: pathlib.Path, taken: int):
+  """Prints that a step was set aside and which one is taken."""
+  _tell(folder, why, aside, taken)
+
+
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+  """Renames a step to the first free `N.corrupt`, `N.corrupt-2`, ...
+
+  Raises:
+    UserError: the folder takes no renaming.
+  """
+  number = 1
+  while True:
+    more = f'-{number}' if number > 1 else ''
+    aside = path.with_name(f'{path.name.partition(".")[0]}.corrupt{more}')
+    if not os.path.lexists(aside):
+      break
+    number += 1
+  with writing.writing(aside):
+    os.rename(path, aside)
+  return aside
+
+
+def set_all_aside(root: pathlib.Path) -> None:
+  """Sets aside every step that is in its place; see `set_aside`."""
+  for name in os.listdir(root):
+    found = _STEP.fullmatch(name)
+    if found is not None and found[2] is None:
+      set_aside(root / name)
+
+
+def begin(root: pathlib.Path, folder: pathlib.Path) -> None:
+  """Makes the folder that a step is written to."""
+  root.mkdir(parents=True, exist_ok=True)
+  folder.mkdir()
+
+
+def unfinished(root: pathlib.Path, step: int, token: int) -> pathlib.Path:
+  """The folder that a step is written to, under a name that nobody guesses."""
+  return root / f'.{step}.{token:015x}.tmp'
+
+
+def finish(root: pathlib.Path, folder: pathlib.Path, step: int) -> None:
+  """Gives a written step its name, for good."""
+  writing.flush_folder(folder)
+  if os.path.lexists(root / str(step)):
+    set_aside(root / str(step))
+  os.rename(folder, root / str(step))
+  writing.flush_folder(root)
+
+
+def forget(root: pathlib.Path, step: int) -> None:
+  """Deletes a step; one that is half deleted has no step's name any more."""
+  gone = root / f'.{step}.{secrets.token_hex(8)}.old'
+  with contextlib.suppress(OSError):
+    os.rename(root / str(step), gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(root: pathlib.Path) -> None:
+  """Deletes what a killed run had begun to write or to delete."""
+  with contextlib.suppress(OSError):
+    for name in os.listdir(root):
+      if re.fullmatch(r'\.\d+\.[0-9a-f]+\.(tmp|old)', name, re.ASCII):
+        shutil.rmtree(root / name, ignore_errors=True)
+
+
+def agreed(values: list[int]) -> list[int]:
   """The first process's numbers, in every process."""
   import jax
 
@@ -152,7 +534,10 @@ def _agreed(values: list[int]) -> list[int]:
     return values
   from jax.experimental import multihost_utils
 
-  return multihost_utils.broadcast_one_to_all(np.array(values)).tolist()
+  # jax would round to 32 bits.
+  halves = np.array([[v >> 30, v & (1 << 30) - 1] for v in values], np.int32)
+  halves = multihost_utils.broadcast_one_to_all(halves)
+  return [(int(a) << 30) + int(b) for a, b in halves]
 
 
 def is_first() -> bool:
@@ -160,58 +545,3 @@ def is_first() -> bool:
   import jax
 
   return jax.process_index() == 0
-
-
-def set_aside(root: pathlib.Path, step: int | None = None) -> None:
-  """Renames a step, or every one, to `N.corrupt`; all processes call it."""
-  if is_first():
-    _set_aside(root, _steps(root) if step is None else [step])
-  _agreed([0])  # nobody goes on before it is done
-
-
-def settle(
-  root: pathlib.Path, read_only: bool = False
-) -> tuple[int | None, str | None]:
-  """Finds the newest step that is whole, and sets newer ones aside.
-
-  Prints one line for each of them. All processes call it, unless `read_only`.
-
-  Args:
-    root: the folder of the steps.
-    read_only: leave them where they are.
-
-  Returns:
-    The step, None where there is none; and what to tell the user where there
-    are only damaged ones, else None. Those stay in their place: the next run
-    must not begin anew unasked.
-  """
-  damaged: dict[int, str] = {}
-  newest = -1
-  if read_only or is_first():
-    for step in _steps(root):
-      why = _damage(root / str(step))
-      if why is None:
-        newest = step
-        break
-      damaged[step] = why
-    if newest >= 0 and not read_only:
-      _set_aside(root, list(damaged))
-    for step, why in damaged.items() if newest >= 0 else ():
-      done = '' if read_only else f'it is set aside as {step}.corrupt, '
-      print(
-        f'note: the checkpoint {shown(root)}/{step} is damaged ({shown(why)}): '
-        f'{done}step {newest} is taken',
-        flush=True,
-      )
-  count = len(damaged)
-  if not read_only:
-    newest, count = _agreed([newest, count])
-  if newest >= 0:
-    return newest, None
-  if not count:
-    return None, None
-  reasons = ', '.join(f'step {step}: {why}' for step, why in damaged.items())
-  return None, (
-    f'no checkpoint in {root} is whole ({reasons or "see process 0"}): put '
-    'back a copy of one, or delete the run to begin it anew'
-  )

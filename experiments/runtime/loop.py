@@ -227,10 +227,11 @@ def _are_finite(leaves):
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
-def _check_params(step: int, params: Any) -> None:
-  """Raises `Diverged` if the parameters after an update are not all finite.
+def not_finite(params: Any) -> list[str]:
+  """Key paths of the floating-point leaves that are not all finite.
 
-  The metrics of the update that spoils them may still be finite.
+  Args:
+    params: a pytree of arrays.
   """
   floats = {
     jax.tree_util.keystr(path): leaf
@@ -238,9 +239,17 @@ def _check_params(step: int, params: Any) -> None:
     if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
   }
   if not floats:
-    return
+    return []
   finite = np.asarray(_are_finite(list(floats.values())))
-  bad = [name or 'params' for name, ok in zip(floats, finite) if not ok]
+  return [name or 'params' for name, ok in zip(floats, finite) if not ok]
+
+
+def _check_params(step: int, params: Any) -> None:
+  """Raises `Diverged` if the parameters after an update are not all finite.
+
+  The metrics of the update that spoils them may still be finite.
+  """
+  bad = not_finite(params)
   if bad:
     more = f' and {len(bad) - 1} more' if len(bad) > 1 else ''
     raise Diverged(

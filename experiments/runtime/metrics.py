@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import importlib
 import io
 import os
@@ -12,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from experiments.files.errors import UserError
+from experiments.files import reading, tables
+from experiments.files.errors import UserError, shown
 from experiments.files.writing import open_append, write_text, writing
 
 
@@ -23,10 +25,12 @@ class Writer(NamedTuple):
     write: `(step, row) -> None`; `row` maps names to scalars (Python's,
       numpy's or 0-d arrays) or to short strings.
     close: `() -> None`.
+    digest: `() -> str`, of the rows so far; None where none is kept.
   """
 
   write: Callable[[int, Mapping[str, Any]], None]
   close: Callable[[], None]
+  digest: Callable[[], str] | None = None
 
 
 def tee(*writers: Writer) -> Writer:
@@ -68,7 +72,7 @@ def write_lines(
 
 
 def csv_writer(
-  path: str | os.PathLike, resume_step: int | None = None
+  path: str | os.PathLike, resume_step: int | None = None, must_be: str = ''
 ) -> Writer:
   """Appends rows to a CSV file whose first column is `step`.
 
@@ -81,14 +85,25 @@ def csv_writer(
     resume_step: the step that a resumed run goes on from. Rows behind it, of
       the future that was lost, are removed, so that the file becomes that of
       the uninterrupted run. None begins anew.
+    must_be: the digest of the rows up to there, '' where it is not known; a
+      line says if they have another one.
 
   Raises:
     UserError: the file to go on with is damaged.
   """
   path = pathlib.Path(path)
   columns, rows = ['step'], []
-  if resume_step is not None and path.exists():
+  if resume_step is not None and os.path.lexists(path):
     columns, rows = _read(path, resume_step)
+  sums = hashlib.sha256()
+  for row in rows:
+    sums.update(_known(row))
+  if must_be and must_be != sums.hexdigest():
+    print(
+      f'note: {shown(path)} is not what it was at update {resume_step}: rows '
+      'are missing or changed; put back a copy to have the whole curve',
+      flush=True,
+    )
   write_text(path, _csv_text(columns, rows))
 
   def write(step: int, row: Mapping[str, Any]) -> None:
@@ -97,35 +112,55 @@ def csv_writer(
     new = [name for name in cells if name not in columns]
     if new:
       columns = columns + new
-      write_text(path, _csv_text(columns, _read(path, None)[1]))
+      write_text(path, _csv_text(columns, _read(path)[1]))
     with open_append(path) as file, writing(path):
       line = _csv_line(cells.get(name, '') for name in columns)
       file.write(line.encode('utf-8'))
+    sums.update(_known(cells))
 
-  return Writer(write, lambda: None)
+  return Writer(write, lambda: None, sums.hexdigest)
+
+
+def _known(row: Mapping[str, str]) -> bytes:
+  """A row as it is whatever columns are added to the file."""
+  return repr(sorted((n, x) for n, x in row.items() if x)).encode()
+
+
+def last_step(path: str | os.PathLike) -> int:
+  """The step of the last row that `csv_writer` has written, 0 without any.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  if not os.path.lexists(path):
+    return 0
+  rows = _read(pathlib.Path(path))[1]
+  return int(rows[-1]['step']) if rows else 0
 
 
 def _read(
-  path: pathlib.Path, last_step: int | None
+  path: pathlib.Path, last: int | None = None
 ) -> tuple[list[str], list[dict[str, str]]]:
-  """Columns and rows up to a step, without what a kill left half-written."""
+  """Columns and rows up to a step, each step once, in order.
+
+  What a kill left half-written is dropped, and so is what a second run on the
+  folder once wrote again.
+  """
   try:
-    return _parse(path.read_text(encoding='utf-8'), last_step)
-  except (KeyError, ValueError) as error:
+    header, rows = tables.read_csv(path)
+    if header[:1] != ['step']:
+      header, rows = ['step', *header[1:]], [r | {'step': ''} for r in rows]
+    by_step = {int(row['step']): row for row in rows}
+  except ValueError as error:
     raise UserError(
-      f'{path}: is damaged, step is missing or no number ({error}); mend it or '
-      'move it away, then the same command goes on'
+      f'{error}; or move {shown(path)} away, then the same command goes on'
+      if isinstance(error, UserError)
+      else f'{shown(path)}: is damaged, step is missing or no number '
+      f'({shown(error)}); mend it or move it away, then the same command goes '
+      'on'
     ) from error
-
-
-def _parse(
-  text: str, last_step: int | None
-) -> tuple[list[str], list[dict[str, str]]]:
-  complete = text[: text.rfind('\n') + 1]
-  header, *lines = list(csv.reader(io.StringIO(complete))) or [['step']]
-  rows = [dict(zip(header, line)) for line in lines]
-  if last_step is not None:
-    rows = [row for row in rows if int(row['step']) <= last_step]
+  rows = [by_step[n] for n in sorted(by_step) if last is None or n <= last]
+  if last is not None:
     # The lost future may have brought columns of its own.
     header = ['step'] + [
       name for name in header[1:] if any(row.get(name) for row in rows)
@@ -236,8 +271,8 @@ def wandb_writer(
   wandb = _extra('wandb', 'wandb')
   workdir = pathlib.Path(workdir)
   kept = workdir / _WANDB_ID
-  known = resume_step is not None and kept.exists()
-  identity = kept.read_text(encoding='utf-8').strip() if known else None
+  known = resume_step is not None and os.path.lexists(kept)
+  identity = reading.read_text(kept, limit=1000).strip() if known else None
   try:
     run = wandb.init(
       project=project,

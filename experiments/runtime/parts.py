@@ -22,11 +22,8 @@ to the first parts; parts are alike in distribution.
 Axes: `N` parts, `B` windows of a batch.
 """
 
-import io
-import json
 import math
 import pathlib
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,10 +34,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from agents.core.replay import joined_weights
 from agents.core.types import Info, Sample, Trajectory
-from experiments.files import writing
-from experiments.runtime import config as configs
 from experiments.runtime import mesh as meshes
-from experiments.runtime.sources import Measures, Source
+from experiments.runtime.sources import Held, Measures, Source
 
 
 def choose(wanted: int, saved: int, sizes: dict[str, int], mesh: Mesh) -> int:
@@ -187,33 +182,43 @@ def hosted(
     return State(states, state.drawn)
 
   def save(state: State, directory, step):
+    saved = {}
     for k, part, old in zip(numbers, parts, state.parts):
       assert part.save is not None
       folder = _folder(directory, k)
-      _write(_file(folder, step), *part.save(old, folder, step))
-    return {}, {'parts': number, 'step': step}
+      saved[folder.name] = part.save(old, folder, step)
+    return Held(saved), {'parts': number}
 
-  def load(arrays, facts, directory, key):
-    del arrays
+  def load(arrays: Held, facts, directory, key):
+    del facts
     states = []
     for k, part, part_key in zip(numbers, parts, keys(key)):
-      assert part.load is not None and part.template is not None
+      assert part.load is not None
       folder = _folder(directory, k)
-      saved, own = _read(_file(folder, facts['step']), part.template())
+      saved, own = arrays.parts[folder.name]
       states.append(part.load(saved, own, folder, part_key))
     return State(states, [])
 
-  def prune(directory, facts):
-    steps = [one['step'] for one in facts]
+  def template():
+    found = {}
+    for k, part in zip(numbers, parts):
+      assert part.template is not None
+      found[_folder('', k).name] = part.template(), {}
+    return Held(found)
+
+  def prune(directory, rows):
     for k, part in zip(numbers, parts):
       folder = _folder(directory, k)
-      for path in folder.glob('state_*.npz'):
-        step = int(path.stem.partition('_')[2])
-        if step < max(steps) and step not in steps:
-          path.unlink(missing_ok=True)
+      own = [
+        {
+          name.removeprefix(f'{folder.name}/'): must_be
+          for name, must_be in some.items()
+          if name.startswith(f'{folder.name}/')
+        }
+        for some in rows
+      ]
       if part.prune is not None:
-        kept = [_file(folder, step) for step in steps]
-        part.prune(folder, [_facts(path) for path in kept if path.exists()])
+        part.prune(folder, own)
 
   def restart(state: State, step):
     states = [
@@ -243,7 +248,7 @@ def hosted(
     restart=restart,
     save=save,
     load=load,
-    template=dict,
+    template=template,
     prune=prune,
     close=close,
     rest=rest if parts[0].rest is not None else None,
@@ -311,43 +316,6 @@ def _together(measures: list[Measures]) -> Measures:
 
 def _folder(directory, part: int) -> pathlib.Path:
   return pathlib.Path(directory) / f'part_{part:04d}'
-
-
-def _file(folder: pathlib.Path, step: int) -> pathlib.Path:
-  return folder / f'state_{step:012d}.npz'
-
-
-def _write(path: pathlib.Path, arrays: Any, facts: dict[str, Any]) -> None:
-  content = {
-    jax.tree_util.keystr(name): np.asarray(x)
-    for name, x in jax.tree_util.tree_leaves_with_path(arrays)
-  }
-  content['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-  buffer = io.BytesIO()
-  np.savez(buffer, allow_pickle=False, **content)
-  writing.write_bytes(path, buffer.getvalue())
-
-
-def _facts(path: pathlib.Path) -> dict[str, Any]:
-  with np.load(path) as data:
-    return json.loads(data['facts'].tobytes())
-
-
-def _read(path: pathlib.Path, template: Any) -> tuple[Any, dict[str, Any]]:
-  try:
-    with np.load(path) as data:
-      facts = json.loads(data['facts'].tobytes())
-      leaves, tree = jax.tree_util.tree_flatten_with_path(template)
-      arrays = [data[jax.tree_util.keystr(name)] for name, _ in leaves]
-  except (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    zipfile.BadZipFile,
-  ) as error:
-    raise configs.UserError(f'replay: cannot read {path}: {error}') from error
-  return jax.tree_util.tree_unflatten(tree, arrays), facts
 
 
 def stacked(part: Source, number: int, mesh: Mesh) -> Source:

@@ -7,19 +7,18 @@ and a batch carries every frame to the device once: stacks are built there.
 
 On disk, rows are appended as immutable segments `rows_<start>_<stop>_<token>`
 (numbers of rows, a random token). What changes, priorities and cursors, is in
-a small dict of arrays, the *meta*, which a checkpoint holds. A segment that no
-meta names is as if it were not there, so a kill at any moment between segments
-and checkpoint leaves the last checkpoint whole.
+the small *meta*, which a checkpoint holds, with each segment's size and digest.
+A segment that no meta names is as if it were not there, so a kill at any moment
+between segments and checkpoint leaves the last checkpoint whole.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
-import zipfile
 import zlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,51 @@ import numpy as np
 
 from agents.core import replay as core
 from agents.core.types import Sample, Trajectory
+from experiments.files import arrays, reading
+from experiments.files.arrays import Stored
+from experiments.files.errors import UserError
+from experiments.runtime.integrity import Damaged
 
-VERSION = 1
+VERSION = 2
+
+
+class Segment(NamedTuple):
+  """A file of rows.
+
+  Attributes:
+    start: number of its first row.
+    stop: number behind its last row.
+    token: tells it from another one of the same rows.
+    size: of the file, bytes.
+    digest: of the file, see `arrays.Stored`.
+  """
+
+  start: int
+  stop: int
+  token: int
+  size: int
+  digest: str
+
+  @property
+  def name(self) -> str:
+    return f'rows_{self.start:012d}_{self.stop:012d}_{self.token}.bin'
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a checkpoint holds of a replay beside its priorities.
+
+  Attributes:
+    version: of this layout.
+    count: rows written so far.
+    max_priority: see `HostReplayState`.
+    segments: the files that hold rows, in order.
+  """
+
+  version: int
+  count: int
+  max_priority: float
+  segments: tuple[Segment, ...]
 
 
 class ZlibColumn:
@@ -73,7 +115,7 @@ class HostReplayState:
     alpha: that exponent.
     max_priority: the largest priority so far: what new rows get.
     count: rows written so far.
-    segments: `(start, stop, token)` of the files that hold rows on disk.
+    segments: the files that hold rows on disk.
   """
 
   rows: Any
@@ -82,7 +124,7 @@ class HostReplayState:
   alpha: float
   max_priority: float = 1.0
   count: int = 0
-  segments: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+  segments: list[Segment] = dataclasses.field(default_factory=list)
 
 
 def host_replay(
@@ -221,7 +263,7 @@ def host_replay(
 
 def save(
   state: HostReplayState, directory: str | os.PathLike
-) -> dict[str, Any]:
+) -> tuple[np.ndarray, dict[str, Any]]:
   """Writes the rows since the last save; returns what a checkpoint needs.
 
   When it returns, the new segments are on the disk for good. It never changes
@@ -232,71 +274,84 @@ def save(
     directory: the replay's own; made if missing.
 
   Returns:
-    The meta: ints and numpy arrays, none of them empty, copies all.
+    A copy of the priorities, and the meta, which JSON can hold.
+
+  Raises:
+    UserError: the disk refuses, or a link is in a file's place.
   """
   directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
   size = state.mass.shape[0]
   oldest = max(state.count - size, 0)
-  saved = state.segments[-1][1] if state.segments else 0
+  saved = state.segments[-1].stop if state.segments else 0
   start = max(saved, oldest)
   while start < state.count:
     # Up to the ring's seam, so that what is written are views.
     stop = min(state.count, (start // size + 1) * size)
     token = int.from_bytes(os.urandom(4)) >> 1
-    _write_segment(directory, state, start, stop, token)
-    state.segments.append((start, stop, token))
+    segment = Segment(start, stop, token, 0, '')
+    stored = _write_segment(directory / segment.name, state, start, stop)
+    state.segments.append(
+      segment._replace(size=stored.size, digest=stored.digest)
+    )
     start = stop
-  state.segments = [s for s in state.segments if s[1] > oldest]
-  return {
-    'version': VERSION,
-    'count': state.count,
-    'segments': np.array(state.segments or [(0, 0, 0)], np.int64),
-    'priority': state.priority.copy(),
-    'max_priority': np.array(state.max_priority),
-  }
+  state.segments = [s for s in state.segments if s.stop > oldest]
+  meta = Meta(VERSION, state.count, state.max_priority, tuple(state.segments))
+  return state.priority.copy(), dataclasses.asdict(meta)
+
+
+def files_of(meta: Mapping[str, Any]) -> dict[str, Stored]:
+  """The files that a meta names, and what they must be."""
+  segments = [Segment(*s) for s in meta['segments']]
+  return {s.name: Stored(s.size, s.digest) for s in segments}
 
 
 def load(
   state: HostReplayState,
   directory: str | os.PathLike,
-  meta: dict[str, Any],
+  priority: np.ndarray,
+  meta: Mapping[str, Any],
 ) -> HostReplayState:
-  """The replay as it was when `save` returned `meta`.
+  """The replay as it was when `save` returned these.
 
   Args:
     state: fresh from `init`, of the same capacity; it is filled.
     directory: where `save` wrote.
-    meta: as `save` returned it, or as a checkpoint restored it.
+    priority: as `save` returned it, or as a checkpoint restored it.
+    meta: likewise.
 
   Returns:
     `state`.
 
   Raises:
-    ValueError: another version, another shape, a missing segment.
+    UserError: another version, another shape.
+    Damaged: rows are missing or not as they were written, or the numbers of
+      the meta contradict each other.
   """
+  import msgspec
+
   directory = pathlib.Path(directory)
-  if int(meta['version']) != VERSION:
-    raise ValueError(
-      f'replay: version {int(meta["version"])} cannot be read, must be '
-      f'{VERSION}'
+  try:
+    known = msgspec.convert(meta, Meta)
+  except msgspec.ValidationError as error:
+    raise Damaged(f'replay: {error}') from error
+  if known.version != VERSION:
+    raise UserError(
+      f'replay: version {known.version} cannot be read, must be {VERSION}'
     )
-  priority = np.asarray(meta['priority'])
+  priority = np.asarray(priority)
   if priority.shape != state.priority.shape:
-    raise ValueError(
+    raise UserError(
       f'replay: saved with rows x streams = {priority.shape}, but this one has '
       f'{state.priority.shape}'
     )
   size = state.mass.shape[0]
-  state.count = int(meta['count'])
-  state.max_priority = float(meta['max_priority'])
+  oldest = max(known.count - size, 0)
+  _check(known, priority, oldest)
+  state.count, state.max_priority = known.count, known.max_priority
   state.priority[:] = priority
-  state.segments = [
-    (int(a), int(b), int(t)) for a, b, t in meta['segments'] if b > a
-  ]
-  oldest = max(state.count - size, 0)
-  for start, stop, token in state.segments:
-    _read_segment(directory, state, start, stop, token, oldest)
+  state.segments = list(known.segments)
+  for segment in state.segments:
+    _read_segment(directory, state, segment, oldest)
   # Cuts that came after their row was written to disk.
   later = np.arange(oldest + 1, state.count)
   _cut(state, (later - 1) % size, state.rows.timestep.is_first[later % size])
@@ -304,24 +359,42 @@ def load(
   return state
 
 
+def _check(meta: Meta, priority: np.ndarray, oldest: int) -> None:
+  """Refuses numbers that no replay has."""
+  if not (np.isfinite(priority) & (priority >= 0)).all():
+    raise Damaged('replay: a priority is negative or not finite')
+  if not 0 < meta.max_priority < np.inf:
+    raise Damaged(f'replay: max_priority={meta.max_priority}: must be above 0')
+  starts = [s.start for s in meta.segments]
+  stops = [s.stop for s in meta.segments]
+  if (
+    (stops[-1:] or [0]) != [meta.count]
+    or starts[1:] != stops[:-1]
+    or any(b <= a for a, b in zip(starts, stops))
+    or any(not 0 <= a <= oldest for a in starts[:1])
+  ):
+    raise Damaged(f'replay: its files are not those of {meta.count} rows')
+
+
 def prune(
-  directory: str | os.PathLike, metas: Iterable[dict[str, Any]]
+  directory: str | os.PathLike, needed: Iterable[Mapping[str, Stored]]
 ) -> None:
   """Deletes the segments that no checkpoint needs.
 
-  Files of rows newer than every given meta stay, for a checkpoint that is
+  Files of rows newer than every given one stay, for a checkpoint that is
   still being written may need them.
 
   Args:
     directory: where `save` wrote.
-    metas: of all checkpoints that are still on disk.
+    needed: `files_of` all checkpoints that are still on disk.
   """
-  needed = {tuple(map(int, s)) for meta in metas for s in meta['segments']}
-  newest = max((stop for _, stop, _ in needed), default=0)
-  for path in pathlib.Path(directory).glob('rows_*'):
-    start, stop, token = map(int, path.name.split('.')[0].split('_')[1:])
-    if (start, stop, token) not in needed and start < newest:
+  names = {name for some in needed for name in some}
+  newest = max((int(name.split('_')[2]) for name in names), default=0)
+  for path in pathlib.Path(directory).glob('rows_*.bin'):
+    if path.name not in names and int(path.name.split('_')[1]) < newest:
       path.unlink(missing_ok=True)
+  for path in pathlib.Path(directory).glob('.rows_*.tmp'):
+    path.unlink(missing_ok=True)  # of a run that was killed
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -355,70 +428,53 @@ def _name(path):
   return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
-def _path(directory, start, stop, token):
-  return directory / f'rows_{start:012d}_{stop:012d}_{token}.npz'
-
-
-def _write_segment(directory, state, start, stop, token):
+def _write_segment(path, state, start, stop) -> Stored:
   size = state.mass.shape[0]
   slots = slice(start % size, start % size + stop - start)
-  arrays = {}
-  for path, column in jax.tree_util.tree_leaves_with_path(state.rows):
-    name = _name(path)
-    if isinstance(column, ZlibColumn):
-      blobs = column.blobs[slots]
-      arrays[name] = np.frombuffer(b''.join(blobs.flat), np.uint8)
-      arrays[f'{name}:sizes'] = np.vectorize(len, otypes=[np.int64])(blobs)
-    else:
-      arrays[name] = column[slots]
-  path = _path(directory, start, stop, token)
-  temporary = path.with_name(f'{path.name}.tmp')
-  with open(temporary, 'wb') as f:
-    np.savez(f, **arrays)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
-  # The new name must survive a power cut too.
-  handle = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
-def _read_segment(directory, state, start, stop, token, oldest):
-  path = _path(directory, start, stop, token)
-  try:
-    with np.load(path) as data:
-      _fill(path, data, state, start, stop, oldest)
-  except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-    raise ValueError(f'replay: cannot read segment {path.name}: {e}') from e
-
-
-def _fill(path, data, state, start, stop, oldest):
-  size = state.mass.shape[0]
-  skip = max(oldest - start, 0)
-  slots = np.arange(start + skip, stop) % size
+  columns = {}
   for key, column in jax.tree_util.tree_leaves_with_path(state.rows):
     name = _name(key)
-    packed = isinstance(column, ZlibColumn)
-    if name not in data or packed != (f'{name}:sizes' in data):
-      raise ValueError(
-        f'replay: segment {path.name} was saved without {name}, or with '
-        'another setting of compress'
-      )
-    values = data[name]
-    if packed:
-      sizes = data[f'{name}:sizes']
-      ends = np.cumsum(sizes.reshape(-1))
-      parts = np.empty(sizes.size, object)
-      for i, (end, n) in enumerate(zip(ends, sizes.reshape(-1))):
-        parts[i] = values[end - n : end].tobytes()
-      column.blobs[slots] = parts.reshape(sizes.shape)[skip:]
+    if isinstance(column, ZlibColumn):
+      blobs = column.blobs[slots]
+      columns[name] = np.frombuffer(b''.join(blobs.flat), np.uint8)
+      columns[f'{name}:sizes'] = np.vectorize(len, otypes=[np.int64])(blobs)
+    else:
+      columns[name] = column[slots]
+  return arrays.write(path, columns)
+
+
+def _read_segment(directory, state, segment, oldest):
+  size, streams = state.mass.shape
+  rows = segment.stop - segment.start
+  columns = {
+    _name(key): column
+    for key, column in jax.tree_util.tree_leaves_with_path(state.rows)
+  }
+  expected: dict[str, Any] = {}
+  for name, column in columns.items():
+    if isinstance(column, ZlibColumn):
+      expected[name] = np.uint8, (None,)
+      expected[f'{name}:sizes'] = np.int64, (rows, streams)
+    else:
+      expected[name] = column.dtype, (rows, *column.shape[1:])
+  must_be = Stored(segment.size, segment.digest)
+  try:
+    found = arrays.read(directory / segment.name, expected, must_be)
+  except reading.Missing as error:
+    raise Damaged(f'replay: {segment.name} is missing') from error
+  except UserError as error:
+    raise Damaged(f'replay: {error}') from error
+  skip = max(oldest - segment.start, 0)
+  slots = np.arange(segment.start + skip, segment.stop) % size
+  for name, column in columns.items():
+    if not isinstance(column, ZlibColumn):
+      column[slots] = found[name][skip:]
       continue
-    if values.shape[1:] != column.shape[1:] or values.dtype != column.dtype:
-      raise ValueError(
-        f'replay: {name} was saved as {values.dtype}{values.shape[1:]}, must '
-        f'be {column.dtype}{column.shape[1:]}'
-      )
-    column[slots] = values[skip:]
+    sizes = found[f'{name}:sizes']
+    ends = np.cumsum(sizes.reshape(-1))
+    if (sizes < 0).any() or ends[-1] != len(found[name]):
+      raise Damaged(f'replay: {segment.name}: {name} is cut short')
+    blobs = np.empty(sizes.size, object)
+    for i, (end, n) in enumerate(zip(ends, sizes.reshape(-1))):
+      blobs[i] = found[name][end - n : end].tobytes()
+    column.blobs[slots] = blobs.reshape(sizes.shape)[skip:]

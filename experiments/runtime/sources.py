@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from agents.core.replay import Replay
 from agents.core.types import Agent, Experience, Trajectory
+from experiments.files.arrays import Stored
 from experiments.runtime import replay as host_replay
 from search.model import Environment, TimeStep
 
@@ -39,6 +39,24 @@ class Measures(NamedTuple):
   gauges: dict[str, Any]
 
 
+class Held(NamedTuple):
+  """What this process alone saves, in the place of a source's arrays.
+
+  Attributes:
+    parts: `(arrays, facts)` of each part by the name of its folder.
+  """
+
+  parts: dict[str, tuple[Any, dict[str, Any]]]
+
+  def rows(self) -> dict[str, Stored]:
+    """The files of rows of all parts."""
+    return {
+      f'{name}/{file}': Stored(*must_be)
+      for name, (_, facts) in self.parts.items()
+      for file, must_be in facts.get('rows', {}).items()
+    }
+
+
 class Source(NamedTuple):
   """A stream of batches.
 
@@ -53,11 +71,13 @@ class Source(NamedTuple):
       start afresh from a seed derived from the step; None where all state is
       in the pytree.
     save: `(source_state, directory, step) -> (arrays, facts)`: a pytree of
-      arrays, a dict that JSON can hold, and large data appended to files in
-      the directory; None for a pure source whose state is saved as it is.
-    load: `(arrays, facts, directory, key) -> source_state`, the inverse.
+      arrays, or `Held`; a dict that JSON can hold; and large data appended to
+      files in the directory, which `rows` of the facts names. None for a pure
+      source whose state is saved as it is.
+    load: `(arrays, facts, directory, key) -> source_state`, the inverse; raises
+      `Damaged` where rows are not as they were written.
     template: `() -> arrays`, of the shapes that `save` returns.
-    prune: `(directory, list of facts)`: drops files that none of them needs.
+    prune: `(directory, list of rows)`: drops files that none of them names.
     close: `(source_state) -> None`, stops threads and simulators.
     axes: axes of the state, a prefix of its tree, where many runs train in one
       program: 0, or None for what they share, the rows of a data set.
@@ -394,26 +414,24 @@ def replayed(
   def save(state: Replayed, directory, step):
     assert inner.save is not None
     arrays, facts = inner.save(state.inner, directory, step)
-    meta = host_replay.save(state.replay, directory)
-    arrays = {'inner': arrays, 'priority': meta.pop('priority')}
-    meta = jax.tree.map(lambda x: np.asarray(x).tolist(), meta)
-    return arrays, {'inner': facts, 'replay': meta}
+    priority, meta = host_replay.save(state.replay, directory)
+    rows = host_replay.files_of(meta)
+    facts = {'inner': facts, 'replay': meta, 'rows': rows}
+    return {'inner': arrays, 'priority': priority}, facts
 
   def load(arrays, facts, directory, key):
     assert inner.load is not None
     inner_state = inner.load(arrays['inner'], facts['inner'], directory, key)
-    meta = facts['replay'] | {'priority': arrays['priority']}
     empty = replay.init(inner.example())
-    kept = host_replay.load(empty, directory, meta)
+    kept = host_replay.load(
+      empty, directory, arrays['priority'], facts['replay']
+    )
     return Replayed(inner_state, kept, no_rest())
 
   def template():
     assert inner.template is not None
     priority = replay.init(inner.example()).priority
     return {'inner': inner.template(), 'priority': priority}
-
-  def prune(directory, facts):
-    host_replay.prune(directory, [one['replay'] for one in facts])
 
   def restart(state: Replayed, step):
     if inner.restart is None:
@@ -428,7 +446,7 @@ def replayed(
     save=save,
     load=load,
     template=template,
-    prune=prune,
+    prune=host_replay.prune,
     restart=restart,
     close=close,
   )
