@@ -102,9 +102,8 @@ def alone(workdir: pathlib.Path, is_new: bool = False) -> Iterator[None]:
         trouble = error
     failed = distributed.of_main({'failed': float(trouble is not None)})
     if failed['failed']:
-      raise trouble or UserError(
-        f'workdir={shown(workdir)}: process 0 cannot use it'
-      )
+      words = f'workdir={shown(workdir)}: process 0 cannot use it'
+      raise UserError(trouble or words) from trouble
     yield
 
 
@@ -124,11 +123,11 @@ class Keeper:
   """
 
   def __init__(self, experiment, source, parts: int, workdir, key, phase=0):
-    from experiments.runtime import checkpoint
+    from experiments.runtime import checkpoint, integrity
 
     self.enter(phase, source)
     self._key, self._workdir, self._settings = key, workdir, experiment.run
-    self._replay = workdir / 'replay'
+    self._replay = integrity.place(workdir / 'replay')
     self._pool = futures.ThreadPoolExecutor(1, 'checkpoints')
     options = {'run': configs.read_identity(workdir), 'pool': self._pool}
     self._latest = checkpoint.open(

@@ -366,7 +366,8 @@ def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   Where `final` is damaged the newest whole checkpoint has them, too.
 
   Raises:
-    UserError: one that is not there, or not whole.
+    UserError: one that is not there.
+    Damaged: one that is not whole.
   """
   import jax
 

@@ -143,7 +143,7 @@ def test_damaged_rows_fall_back_to_the_checkpoint_before(key, tmp_path, capsys):
   assert (tmp_path / 'checkpoints' / str(saved[-1])).is_dir()
   for path in (tmp_path / 'replay' / 'part_0000').glob('rows_*'):
     path.unlink()
-  with pytest.raises(UserError, match=r'the only checkpoint in .* is damaged'):
+  with pytest.raises(UserError, match=r'no checkpoint in .* is whole'):
     train(env, key, workdir=tmp_path)
 
 

@@ -118,7 +118,7 @@ def open(
   """
   if keep < 1:
     raise UserError(f'keep is {keep}, must be at least 1')
-  root = _place(directory)
+  root = integrity.place(directory)
   if read_only and not root.is_dir():
     raise UserError(f'no checkpoints in {shown(root)}')
   settled = integrity.settle(root, read_only, run, check_rows)
@@ -266,19 +266,6 @@ def open(
   )
 
 
-def _place(directory: str | os.PathLike) -> pathlib.Path:
-  """The folder's absolute path; what is above it may be links."""
-  path = pathlib.Path(os.path.abspath(directory))
-  if path.is_symlink():
-    raise UserError(
-      f'{shown(path)}: is a link; put the folder itself there, or make the '
-      "run's whole folder a link"
-    )
-  if os.path.lexists(path) and not path.is_dir():
-    raise UserError(f'{shown(path)}: is a file, must be a folder')
-  return path
-
-
 def _processes() -> int:
   import jax
 
@@ -404,6 +391,9 @@ def best(
     directory: see `open`.
     read_only: see `open`.
     options: `run` and `pool` of `open`.
+
+  Raises:
+    Damaged: `read_only`, and it is not whole.
   """
   checkpoints = open(directory, keep=1, read_only=read_only, **options)
 

@@ -603,6 +603,9 @@ def digest(config: Mapping[str, Any]) -> str:
 
   Args:
     config: of `read_run_config`, or what is written there.
+
+  Raises:
+    UserError: something in it cannot be written as JSON.
   """
   leaves = [leaf for leaf in _leaves(_plain(config)) if leaf[0] not in FREE]
   text = json.dumps(sorted(leaves, key=lambda leaf: leaf[0]))

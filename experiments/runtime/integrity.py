@@ -180,7 +180,7 @@ def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
     sealed = reading.read_json(path)
     content = sealed.get('manifest')
     if not isinstance(content, dict):
-      raise UserError(f'{MANIFEST} is garbled')
+      raise Damaged(f'{MANIFEST} is garbled')
     schema = content.get('schema')
     if isinstance(schema, int) and schema > SCHEMA:
       raise Foreign(
@@ -188,7 +188,7 @@ def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
         f'reads up to {SCHEMA}: use the release that wrote it, or a newer one'
       )
     if _digest(content) != sealed.get('digest'):
-      raise UserError(f'{MANIFEST} is garbled')
+      raise Damaged(f'{MANIFEST} is garbled')
     return msgspec.convert(content, Manifest)
   except reading.Missing as error:
     if any((folder / name).exists() for name in _OLD):
@@ -198,7 +198,7 @@ def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
         'begin anew in another folder'
       ) from error
     raise Damaged(f'{MANIFEST} is missing') from error
-  except Foreign:
+  except (Foreign, Damaged):
     raise
   except (UserError, msgspec.ValidationError) as error:
     text = str(error).removeprefix(f'{shown(path)}: ')
@@ -370,19 +370,19 @@ def settle(
   """
   if read_only:
     return _settle(root, True, run, rows, below)
-  trouble: UserError | None = None
   settled = Settled(None, None, [], None)
+  nothing = [-1] * _MOST
   if is_first():
     try:
       settled = _settle(root, False, run, rows, below)
-    except UserError as error:
-      trouble = error
+    except UserError:
+      agreed([-1, 2, *nothing])
+      raise
   newest = -1 if settled.step is None else settled.step
-  state = 2 if trouble else int(settled.hopeless is not None)
-  steps = [*settled.steps[:_MOST], *[-1] * _MOST][:_MOST]
-  newest, state, *steps = agreed([newest, state, *steps])
-  if trouble is not None:
-    raise trouble
+  state = int(settled.hopeless is not None)
+  newest, state, *steps = agreed(
+    [newest, state, *[*settled.steps, *nothing][:_MOST]]
+  )
   if is_first():
     return settled
   if state == 2:
@@ -480,6 +480,23 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
   with writing.writing(aside):
     os.rename(path, aside)
   return aside
+
+
+def place(directory: str | os.PathLike) -> pathlib.Path:
+  """A folder's absolute path; what is above it may be links.
+
+  Raises:
+    UserError: it is a link itself, or a file.
+  """
+  path = pathlib.Path(os.path.abspath(directory))
+  if path.is_symlink():
+    raise UserError(
+      f'{shown(path)}: is a link; put the folder itself there, or make the '
+      "run's whole folder a link"
+    )
+  if os.path.lexists(path) and not path.is_dir():
+    raise UserError(f'{shown(path)}: is a file, must be a folder')
+  return path
 
 
 def set_all_aside(root: pathlib.Path) -> None:

@@ -29,6 +29,7 @@ from agents.core.types import Sample, Trajectory
 from experiments.files import arrays, reading
 from experiments.files.arrays import Stored
 from experiments.files.errors import UserError
+from experiments.runtime import integrity
 from experiments.runtime.integrity import Damaged
 
 VERSION = 2
@@ -53,6 +54,7 @@ class Segment(NamedTuple):
 
   @property
   def name(self) -> str:
+    """Of the file."""
     return f'rows_{self.start:012d}_{self.stop:012d}_{self.token}.bin'
 
 
@@ -274,12 +276,13 @@ def save(
     directory: the replay's own; made if missing.
 
   Returns:
-    A copy of the priorities, and the meta, which JSON can hold.
+    A copy of the priorities, float32 `[T, E]`, and the meta, which JSON can
+    hold.
 
   Raises:
     UserError: the disk refuses, or a link is in a file's place.
   """
-  directory = pathlib.Path(directory)
+  directory = integrity.place(directory)
   size = state.mass.shape[0]
   oldest = max(state.count - size, 0)
   saved = state.segments[-1].stop if state.segments else 0
@@ -316,7 +319,8 @@ def load(
   Args:
     state: fresh from `init`, of the same capacity; it is filled.
     directory: where `save` wrote.
-    priority: as `save` returned it, or as a checkpoint restored it.
+    priority: float32 `[T, E]`, as `save` returned it, or as a checkpoint
+      restored it.
     meta: likewise.
 
   Returns:
