@@ -279,6 +279,9 @@ def test_five_sets_with_references_are_kept(collected):
   sets = {q: npz.load(collected / q) for q in collect.QUALITIES}
   rows = {quality: len(data.reward) for quality, data in sets.items()}
   facts = json.loads((collected / 'agent' / 'facts.json').read_text())
+  for quality in ('medium', 'expert'):
+    size, _ = facts[quality].pop('params')
+    assert size == (collected / 'agent' / f'{quality}.bin').stat().st_size
   # Evaluations after 20, 40, ... 100 decisions: -900, ..., -500. The last is
   # the best; a third of the way to -400 is -800.
   assert facts == {
