@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import os
 import pathlib
 import random
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.files import arrays
 from experiments.files.errors import UserError
-from experiments.runtime import checkpoint, integrity, signals
+from experiments.runtime import checkpoint, integrity, orbax_arrays, signals
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -226,12 +228,57 @@ def test_newer_schema_is_refused(saved, monkeypatch):
     checkpoint.open(root, read_only=True)
 
 
-def test_a_checkpoint_of_an_older_release_is_refused_and_stays(tmp_path):
-  (tmp_path / '1' / 'meta').mkdir(parents=True)
+def write_schema_1(root, step, carry, extra):
+  """A step as releases before the manifest wrote it."""
+  from orbax.checkpoint import v1 as ocp
+
+  contents = {}
+  entries = checkpoint._pack(carry, contents)
+  registry = ocp.handlers.local_registry()
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  leaves = [dataclasses.asdict(leaf) for leaf in entries]
+  for leaf in leaves:
+    if not leaf['dtype'].startswith('python'):
+      del leaf['value']
+  meta = {'schema': 1, 'extra': extra, 'leaves': leaves}
+  with ocp.training.Checkpointer(root, context=context) as old:
+    items = {'meta': json.loads(json.dumps(meta)), 'leaves': contents}
+    old.save_checkpointables(step, items)
+  sums = {}
+  for part in ('meta', 'leaves'):
+    for path in (root / str(step) / part).rglob('*'):
+      if path.is_file():
+        data = path.read_bytes()
+        name = path.relative_to(root / str(step)).as_posix()
+        sums[name] = [len(data), zlib.crc32(data)]
+  (root / str(step) / 'meta' / 'sums.json').write_text(json.dumps(sums))
+
+
+def test_checkpoints_of_older_releases_are_read(tmp_path, capsys):
+  for step in (1, 2):
+    write_schema_1(tmp_path, step, make_carry(step), {'of': step})
+  shutil.copytree(tmp_path, tmp_path / 'copy', ignore=lambda *_: ['copy'])
   for read_only in (True, False):
-    with pytest.raises(UserError, match='/1 was written by an older release'):
-      checkpoint.open(tmp_path, read_only=read_only)
-  assert (tmp_path / '1' / 'meta').is_dir()
+    checkpoints = checkpoint.open(tmp_path, read_only=read_only)
+    assert checkpoints.peek() == (2, {'of': 2})
+    restored, extra = checkpoints.restore(make_carry(0))
+    assert_same(restored, make_carry(2))
+    assert extra == {'of': 2}
+  checkpoints.save(3, make_carry(3), {'of': 3})
+  assert_same(checkpoints.restore(make_carry(0))[0], make_carry(3))
+  checkpoints.close()
+  assert not capsys.readouterr().out
+  largest = max(
+    (p for p in (tmp_path / 'copy' / '2').rglob('*') if p.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  largest.write_bytes(largest.read_bytes()[:-1] + b'x')
+  checkpoints = checkpoint.open(tmp_path / 'copy')
+  assert_same(checkpoints.restore(make_carry(0))[0], make_carry(1))
+  assert '/2 is damaged (' in capsys.readouterr().out
+  checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -461,15 +508,14 @@ def test_a_folder_may_have_any_name(tmp_path, name):
 def test_a_disk_that_gives_back_something_else_is_noticed(
   tmp_path, monkeypatch
 ):
-  write = arrays.write
-
-  def rotten(path, content):
-    stored = write(path, content)
-    with path.open('r+b') as file:
-      file.write(b'x')
-    return stored
-
-  monkeypatch.setattr(arrays, 'write', rotten)
+  save = orbax_arrays.save
+  monkeypatch.setattr(
+    orbax_arrays,
+    'save',
+    lambda folder, content: save(
+      folder, {n: x + 1 for n, x in content.items()}
+    ),
+  )
   checkpoints = checkpoint.open(tmp_path)
   checkpoints.save(1, {'x': np.zeros(3)})
   with pytest.raises(UserError, match='/1: was written but cannot be read ba'):
@@ -524,15 +570,31 @@ def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
   checkpoints.close()
   whole = integrity.read_manifest(tmp_path / '1')
   n, x = whole.leaves
-  huge = x.pieces[0]._replace(shape=(10**12,))
-  for leaves, message in (
-    ((n, dataclasses.replace(x, shape=(10**12,))), r'\[1000000000000\] in the'),
-    ((n, dataclasses.replace(x, dtype='int32')), 'is int32'),
-    ((n, dataclasses.replace(x, pieces=(huge,))), r'must be float64\[1000000'),
-    ((n, dataclasses.replace(x, pieces=())), 'lacks a part'),
-    ((dataclasses.replace(n, value='a'), x), 'must be of type int'),
-  ):
-    integrity.seal(tmp_path / '1', dataclasses.replace(whole, leaves=leaves))
+
+  def refused(message):
     reader = checkpoint.open(tmp_path, read_only=True)
     with pytest.raises(UserError, match=message):
       reader.restore({'x': np.zeros(3), 'n': 1})
+
+  for leaves, message in (
+    ((n, dataclasses.replace(x, shape=(10**12,))), r'\[1000000000000\] in the'),
+    ((n, dataclasses.replace(x, dtype='int32')), 'is int32'),
+    ((dataclasses.replace(n, value='a'), x), 'must be of type int'),
+  ):
+    integrity.seal(tmp_path / '1', dataclasses.replace(whole, leaves=leaves))
+    refused(message)
+  path = tmp_path / '1' / 'leaves' / '1' / '.zarray'
+  zarr = json.loads(path.read_text())
+  for content, message in (
+    (zarr | {'shape': [10**12]}, r'<f8\[1000000000000\], must be <f8\[3\]'),
+    (zarr | {'dtype': '<i8'}, r'is <i8\[3\], must be <f8\[3\]'),
+    (zarr | {'chunks': [10**12]}, 'its chunks, filters or compressor'),
+    (zarr | {'chunks': []}, 'its chunks, filters or compressor'),
+    ('[' * 10**5, 'nests more than'),
+    ([1], 'Expected `object`'),
+  ):
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text)
+    files = whole.files | {'leaves/1/.zarray': arrays.stored(path)}
+    integrity.seal(tmp_path / '1', dataclasses.replace(whole, files=files))
+    refused(message)

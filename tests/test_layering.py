@@ -59,6 +59,7 @@ HEAVY = {
   'mctx',
   'networks',
   'optax',
+  'orbax',
   'pgx',
   'ray',
   'rich',

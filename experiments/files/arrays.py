@@ -12,6 +12,7 @@ import io
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -103,6 +104,19 @@ def stored(path: str | os.PathLike) -> Stored:
         f'{shown(path)}: cannot be read: {error.strerror}'
       ) from error
   return Stored(size, sums.hexdigest())
+
+
+def crc32(path: str | os.PathLike) -> str:
+  """A file's CRC-32, 8 hexadecimal digits, as older releases kept it.
+
+  Raises:
+    UserError: see `reading.open_file`.
+  """
+  checksum = 0
+  with reading.open_file(path) as file:
+    while block := file.read(_BLOCK):
+      checksum = zlib.crc32(block, checksum)
+  return f'{checksum:08x}'
 
 
 def read(

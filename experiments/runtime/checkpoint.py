@@ -3,11 +3,12 @@
 A step is written to a temporary folder and renamed when it is complete: a
 kill at any moment leaves the steps before it as they were. Each step holds
 
-- `arrays_PPPP.bin`: the arrays that process P had, see `files.arrays`;
-- `manifest.json`: one line for each leaf of the carry (path, dtype, shape,
-  where its array is; the value itself of Python numbers and strings), the
-  caller's `extra`, the step's own number, the run's identity, size and digest
-  of every file of the step and of the rows beside it.
+- `leaves`: the carry's arrays, written and read by orbax;
+- `local_PPPP.bin`: what process P alone had, see `files.arrays`;
+- `manifest.json`: an entry for each leaf of the carry (path, dtype, shape; the
+  value itself of Python numbers and strings), the caller's `extra`, the step's
+  own number, the run's identity, size and digest of every file of the step and
+  of the rows beside it.
 
 All that is checked when a folder is opened, see `integrity`: a newest step
 that is damaged is set aside as `N.corrupt` and the one before it taken. The
@@ -16,14 +17,13 @@ first step that is saved is read back at once.
 The tree's structure comes from a template on restoring, leaf by leaf checked
 against what was saved, before any array is read.
 
-With several processes each writes its shards of `jax.Array`s that are split;
-what is whole everywhere, and numpy arrays, the first alone. What one process
-alone has, a part of the experience, is `local`. The first process alone checks
-for damage, and tells the others which step it is.
+With several processes, `jax.Array`s are saved by all of them together, numpy
+arrays by the first alone. What one process alone has, a part of the experience,
+is `local`. The first process alone checks for damage, and tells the others
+which step it is.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -40,8 +40,8 @@ from experiments.files import arrays as files
 from experiments.files import writing
 from experiments.files.arrays import Stored
 from experiments.files.errors import UserError, shown
-from experiments.runtime import integrity
-from experiments.runtime.integrity import Leaf, Local, Manifest, Piece
+from experiments.runtime import integrity, orbax_arrays
+from experiments.runtime.integrity import Leaf, Local, Manifest
 
 
 class Checkpoints(NamedTuple):
@@ -159,7 +159,7 @@ def open(
       integrity.set_all_aside(root)
     hopeless = None
     # What the writer's thread gets is a copy: nothing changes it any more.
-    contents: dict[str, np.ndarray] = {}
+    contents, local_contents = {}, {}
     manifest = Manifest(
       integrity.SCHEMA,
       step,
@@ -167,7 +167,7 @@ def open(
       json.loads(json.dumps(extra or {})),
       _pack(carry, contents),
       {
-        name: Local(_pack(arrays, contents, name), facts)
+        name: Local(_file(), _pack(arrays, local_contents, name), facts)
         for name, (arrays, facts) in (local or {}).items()
       },
       files={},
@@ -175,19 +175,21 @@ def open(
     )
     [token] = integrity.agreed([secrets.randbits(59)])
     if _processes() > 1:
-      write(manifest, contents, token)  # together, hence in the main thread
+      write(
+        manifest, contents, local_contents, token
+      )  # together, hence in the main thread
       return
     if own_pool is None:
       own_pool = pool or futures.ThreadPoolExecutor(1, 'checkpoints')
-    pending = own_pool.submit(write, manifest, contents, token)
+    pending = own_pool.submit(write, manifest, contents, local_contents, token)
 
-  def write(manifest: Manifest, contents: Mapping[str, Any], token: int):
+  def write(manifest: Manifest, contents: Any, local: Any, token: int):
     nonlocal newest, folder, known, tested
     step = manifest.step
     update = manifest.extra.get('step', step)
     whole = newest if update == step else None
     with integrity.saving(update, root, whole):
-      _write_step(root, manifest, contents, token, test=not tested)
+      _write_step(root, manifest, contents, local, token, test=not tested)
     tested = True
     newest, folder, known = step, root / str(step), None
     steps.append(step)
@@ -223,12 +225,23 @@ def open(
     found = opened()
     if found is None:
       return None
-    leaves = [
-      dataclasses.replace(leaf, path=leaf.path.removeprefix(inside))
-      for leaf in found[1].leaves
-      if leaf.path.startswith(inside)
-    ]
-    return _restore(found[0], leaves, template), found[1].extra
+    where, manifest = found
+    numbers, leaves = [], []
+    for i, leaf in enumerate(manifest.leaves):
+      if leaf.path.startswith(inside):
+        numbers.append(str(i))
+        path = leaf.path.removeprefix(inside)
+        leaves.append(dataclasses.replace(leaf, path=path))
+
+    def read(wanted):
+      arrays = orbax_arrays.load(
+        where / integrity.LEAVES,
+        {numbers[int(name)]: x for name, x in wanted.items()},
+        check=manifest.schema > 1,
+      )
+      return {name: arrays[numbers[int(name)]] for name in wanted}
+
+    return _restore(where, leaves, template, read), manifest.extra
 
   def restore_local(
     templates: Mapping[str, Any],
@@ -240,7 +253,12 @@ def open(
       own = found[1].local.get(name)
       if own is None:
         raise integrity.Damaged(f'it has no {shown(name)}')
-      back[name] = _restore(found[0], own.leaves, template), own.facts
+      part = files.mapped(found[0] / own.file)
+      read = lambda wanted, name=name, part=part: {
+        i: np.array(part(f'{name}/{i}', x.dtype, x.shape))
+        for i, x in wanted.items()
+      }
+      back[name] = _restore(found[0], own.leaves, template, read), own.facts
     return back
 
   def reject(why: str) -> None:
@@ -276,6 +294,7 @@ def _write_step(
   root: pathlib.Path,
   manifest: Manifest,
   contents: Mapping[str, Any],
+  local: Mapping[str, Any],
   token: int,
   test: bool,
 ) -> None:
@@ -286,13 +305,12 @@ def _write_step(
   folder = integrity.unfinished(root, manifest.step, token)
 
   def write() -> None:
-    nonlocal manifest
-    name = _file_of(number)
-    if contents:
-      written = {name: files.write(folder / name, contents)}
-      manifest = dataclasses.replace(manifest, files=written)
+    if local:
+      files.write(folder / _file(), local)
     if count > 1:
       integrity.seal(folder, manifest, f'process_{number:04}.json')
+    if contents:
+      orbax_arrays.save(folder / integrity.LEAVES, contents)
 
   def finish() -> None:
     whole = manifest
@@ -301,15 +319,20 @@ def _write_step(
       whole = _merged([integrity.read_manifest(folder, n) for n in names])
       for name in names:
         (folder / name).unlink()
-    integrity.seal(folder, whole)
+    written = {
+      path.relative_to(folder).as_posix(): files.stored(path)
+      for path in sorted(folder.rglob('*'))
+      if not path.is_dir()
+    }
+    integrity.seal(folder, dataclasses.replace(whole, files=written))
     integrity.finish(root, folder, whole.step)
-    if test:
-      _read_back(root / str(whole.step))
 
   try:
     _together(integrity.begin, root, folder, first_only=True)
     _together(write)
     _together(finish, first_only=True)
+    if test:
+      _together(_read_back, root / str(manifest.step), contents)
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     raise
@@ -338,25 +361,29 @@ def _merged(manifests: Sequence[Manifest]) -> Manifest:
   joined = lambda name: {
     k: v for one in manifests for k, v in getattr(one, name).items()
   }
-  leaves = tuple(
-    dataclasses.replace(
-      same[0], pieces=tuple(piece for leaf in same for piece in leaf.pieces)
-    )
-    for same in zip(*(one.leaves for one in manifests), strict=True)
-  )
   return dataclasses.replace(
-    manifests[0],
-    leaves=leaves,
-    local=joined('local'),
-    files=joined('files'),
-    rows=joined('rows'),
+    manifests[0], local=joined('local'), rows=joined('rows')
   )
 
 
-def _read_back(folder: pathlib.Path) -> None:
+def _read_back(folder: pathlib.Path, contents: Mapping[str, Any]) -> None:
   """Refuses a place that does not give back what was written to it."""
+  import jax
+
   try:
     integrity.check(folder, integrity.read_manifest(folder))
+    wanted = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      if isinstance(x, jax.Array)
+      else np.empty(x.shape, x.dtype)
+      for name, x in contents.items()
+    }
+    found = {}
+    if wanted:
+      found = orbax_arrays.load(folder / integrity.LEAVES, wanted)
+    for name, x in found.items():
+      if isinstance(x, np.ndarray) and x.tobytes() != contents[name].tobytes():
+        raise integrity.Damaged(f'array {name} has changed')
   except integrity.Damaged as error:
     raise UserError(
       f'{shown(folder)}: was written but cannot be read back ({error}); take '
@@ -479,53 +506,44 @@ def _describe(path: str, leaf: Any) -> Leaf:
   return Leaf(path, str(dtype), tuple(leaf.shape))
 
 
-def _file_of(process: int) -> str:
-  return f'arrays_{process:04}.bin'
+def _file() -> str:
+  """Where this process's own arrays are, in a step's folder."""
+  import jax
+
+  return f'local_{jax.process_index():04}.bin'
 
 
 def _pack(
-  tree: Any, contents: dict[str, np.ndarray], local: str | None = None
+  tree: Any, contents: dict[str, Any], local: str | None = None
 ) -> tuple[Leaf, ...]:
-  """Describes all leaves and copies the arrays that this process writes.
+  """Describes all leaves; `contents` gets copies of the arrays, by name.
+
+  With several processes the carry's are not copied: they are written at once.
 
   Args:
     tree: of arrays, numbers, strings and bytes.
-    contents: gets the arrays, by name.
+    contents: what is to be written.
     local: the name of what this process alone has; None for the carry.
   """
   import jax
 
-  number, leaves = jax.process_index(), []
+  leaves = []
   for i, (path, leaf) in enumerate(zip(*_flatten(tree)[:2])):
-    entry, pieces = _describe(path, leaf), []
-    name = str(i) if local is None else f'{local}/{i}'
-    if not (_is_value(leaf) or 0 in entry.shape):
-      for k, (start, array) in enumerate(_held(leaf, local is not None)):
-        own = f'{name}.{k}' if k else name
-        contents[own] = array
-        pieces.append(Piece(_file_of(number), own, start, array.shape))
-    leaves.append(dataclasses.replace(entry, pieces=tuple(pieces)))
+    entry = _describe(path, leaf)
+    leaves.append(entry)
+    if _is_value(leaf) or 0 in entry.shape:
+      continue
+    if _is_key(leaf):
+      leaf = jax.random.key_data(leaf)
+    elif isinstance(leaf, bytes):
+      leaf = np.frombuffer(leaf, np.uint8)
+    if local is not None:
+      contents[f'{local}/{i}'] = np.array(leaf)
+    elif isinstance(leaf, jax.Array) and _processes() > 1:
+      contents[str(i)] = leaf
+    else:
+      contents[str(i)] = np.array(leaf)
   return tuple(leaves)
-
-
-def _held(leaf: Any, local: bool) -> list[tuple[tuple[int, ...], np.ndarray]]:
-  """Copies of the rectangles of a leaf that this process writes."""
-  import jax
-
-  if _is_key(leaf):
-    leaf = jax.random.key_data(leaf)
-  elif isinstance(leaf, bytes):
-    leaf = np.frombuffer(leaf, np.uint8)
-  is_split = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-  if is_split and not leaf.is_fully_replicated:
-    shards = [s for s in leaf.addressable_shards if s.replica_id == 0]
-    return [
-      (tuple(i.start or 0 for i in s.index), np.array(s.data)) for s in shards
-    ]
-  if not (local or integrity.is_first()):
-    return []
-  whole = leaf.addressable_data(0) if is_split else leaf
-  return [((0,) * whole.ndim, np.array(whole))]
 
 
 def _differences(saved: Sequence[Leaf], template: Any) -> list[str]:
@@ -554,8 +572,15 @@ def _differences(saved: Sequence[Leaf], template: Any) -> list[str]:
   return found
 
 
-def _restore(folder: pathlib.Path, saved: Sequence[Leaf], template: Any) -> Any:
+def _restore(
+  folder: pathlib.Path,
+  saved: Sequence[Leaf],
+  template: Any,
+  read: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Any:
   """A tree of the template's structure from what is saved of it.
+
+  `read` gives the arrays that are wanted, by their number in `saved`.
 
   Raises:
     UserError: something else is saved.
@@ -570,11 +595,17 @@ def _restore(folder: pathlib.Path, saved: Sequence[Leaf], template: Any) -> Any:
       + '; another agent, network or release has written it'
     )
   # By path: a NamedTuple may have had its fields in another order.
-  by_path = {entry.path: entry for entry in saved}
+  numbers = {entry.path: (str(i), entry) for i, entry in enumerate(saved)}
   paths, leaves, tree = _flatten(template)
-  mapped = functools.cache(lambda name: files.mapped(folder / name))
+  slots = [(*numbers[path], leaf) for path, leaf in zip(paths, leaves)]
+  wanted = {
+    name: _wanted(entry, leaf)
+    for name, entry, leaf in slots
+    if not (_is_value(leaf) or 0 in entry.shape)
+  }
+  found = read(wanted) if wanted else {}
   return tree.unflatten(
-    [_unpack(by_path[path], leaf, mapped) for path, leaf in zip(paths, leaves)]
+    [_unpack(entry, leaf, found.get(name)) for name, entry, leaf in slots]
   )
 
 
@@ -607,7 +638,20 @@ def _sharding(leaf: Any) -> Any:
   return getattr(leaf, 'sharding', None)
 
 
-def _unpack(entry: Leaf, leaf: Any, mapped: Callable) -> Any:
+def _wanted(entry: Leaf, leaf: Any) -> Any:
+  """What is to be read: a numpy array unless a sharding is asked for."""
+  import jax
+
+  if isinstance(leaf, bytes):
+    return np.empty(entry.shape, np.uint8)
+  raw = _raw(leaf)
+  sharding = _sharding(raw)
+  if sharding is None:
+    return np.empty(raw.shape, raw.dtype)
+  return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
+
+
+def _unpack(entry: Leaf, leaf: Any, array: Any) -> Any:
   """One leaf, of the kind that the template has there."""
   import jax
   import jax.numpy as jnp
@@ -620,52 +664,19 @@ def _unpack(entry: Leaf, leaf: Any, mapped: Callable) -> Any:
       )
     return entry.value
   if isinstance(leaf, bytes):
-    return _gathered(entry, entry.shape, np.dtype(np.uint8), mapped).tobytes()
+    return b'' if array is None else array.tobytes()
   raw = _raw(leaf)
-  part = functools.partial(_gathered, entry, raw.shape, raw.dtype, mapped)
+  if array is None:
+    array = np.zeros(raw.shape, raw.dtype)
   if isinstance(leaf, np.generic):
-    return part()[()]
+    return array[()]
   if isinstance(leaf, np.ndarray):
-    return part()
-  # Copies of jax: what may be donated shares no memory with numpy.
-  if _sharding(raw) is None:
-    array = jnp.array(part())
-  else:
-    array = jax.make_array_from_callback(
-      raw.shape, _sharding(raw), lambda index: jnp.array(part(index))
-    )
+    return array
+  if not isinstance(array, jax.Array):
+    # A copy: what may be donated shares no memory with numpy.
+    array = jnp.array(array)
+    if _sharding(raw) is not None:
+      array = jax.device_put(array, _sharding(raw))
   if _is_key(leaf):
     return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
   return array
-
-
-def _gathered(
-  entry: Leaf,
-  shape: tuple[int, ...],
-  dtype: Any,
-  mapped: Callable,
-  index: tuple[slice, ...] | None = None,
-) -> np.ndarray:
-  """A rectangle of a leaf, put together from the pieces that were saved."""
-  index = index or (slice(None),) * len(shape)
-  bounds = [i.indices(n)[:2] for i, n in zip(index, shape)]
-  low, high = np.array(bounds, int).reshape(-1, 2).T
-  whole = np.empty(high - low, dtype)
-  missing = whole.size
-  for piece in entry.pieces:
-    if len(piece.start) != len(shape) or len(piece.shape) != len(shape):
-      break
-    a = np.maximum(low, piece.start)
-    b = np.minimum(high, np.add(piece.start, piece.shape))
-    if (a < b).all():
-      source = mapped(piece.file)(piece.name, dtype, piece.shape)
-      cut = lambda origin, a=a, b=b: tuple(
-        slice(i, j) for i, j in zip(a - origin, b - origin)
-      )
-      whole[cut(low)] = source[cut(np.array(piece.start, int))]
-      missing -= math.prod(b - a)
-  if missing:
-    raise UserError(
-      f'the checkpoint lacks a part of {shown(entry.path)}: put back a copy'
-    )
-  return whole

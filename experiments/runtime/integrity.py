@@ -30,10 +30,10 @@ from experiments.files.errors import UserError, shown
 SCHEMA = 2
 # Steps that other processes are sent.
 _MOST = 8
-MANIFEST = 'manifest.json'
+MANIFEST, LEAVES = 'manifest.json', 'leaves'
 _STEP = re.compile(r'(0|[1-9][0-9]{0,17})(\.corrupt(?:-[0-9]+)?)?', re.ASCII)
-# What the releases before schema 2 left in a step's folder.
-_OLD = ('meta', '_CHECKPOINT_METADATA')
+# Schema 1 had a description and CRC-32 sums instead of a manifest.
+_OLD, _OLD_SUMS = 'meta/data.json', 'meta/sums.json'
 
 
 class Damaged(UserError):
@@ -42,22 +42,6 @@ class Damaged(UserError):
 
 class Foreign(UserError):
   """A checkpoint that another release or program has written."""
-
-
-class Piece(NamedTuple):
-  """A rectangle of a leaf, which one process had.
-
-  Attributes:
-    file: in the step's folder.
-    name: of the array in it.
-    start: of the rectangle along each axis.
-    shape: of the rectangle.
-  """
-
-  file: str
-  name: str
-  start: tuple[int, ...]
-  shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +53,12 @@ class Leaf:
     dtype: of an array, `python int` and the like, or `bytes`.
     shape: of an array.
     value: of a Python number or string.
-    pieces: where the array is; none of an empty one.
   """
 
   path: str
   dtype: str
   shape: tuple[int, ...]
   value: Any = None
-  pieces: tuple[Piece, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +66,12 @@ class Local:
   """What one process alone had: a part of the experience.
 
   Attributes:
+    file: of its arrays, in the step's folder.
     leaves: of its arrays.
     facts: what JSON can hold.
   """
 
+  file: str
   leaves: tuple[Leaf, ...]
   facts: dict[str, Any]
 
@@ -191,11 +175,11 @@ def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
       raise Damaged(f'{MANIFEST} is garbled')
     return msgspec.convert(content, Manifest)
   except reading.Missing as error:
-    if any((folder / name).exists() for name in _OLD):
+    if (folder / 'meta').is_dir() and name == MANIFEST:
+      return _read_old(folder)
+    if (folder / '_CHECKPOINT_METADATA').exists():
       raise Foreign(
-        f'the checkpoint {shown(folder)} was written by an older release or by '
-        'another program: go on with the release that config.json names, or '
-        'begin anew in another folder'
+        f'the checkpoint {shown(folder)} was not written by Outplay'
       ) from error
     raise Damaged(f'{MANIFEST} is missing') from error
   except (Foreign, Damaged):
@@ -203,6 +187,29 @@ def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
   except (UserError, msgspec.ValidationError) as error:
     text = str(error).removeprefix(f'{shown(path)}: ')
     raise Damaged(text.removeprefix(f'{shown(path)} ')) from error
+
+
+def _read_old(folder: pathlib.Path) -> Manifest:
+  """The manifest that a step of schema 1 would have."""
+  import msgspec
+
+  try:
+    content = reading.read_json(folder / _OLD)
+    sums = {}
+    if (folder / _OLD_SUMS).exists():
+      sums = reading.read_json(folder / _OLD_SUMS, dict[str, tuple[int, int]])
+    return Manifest(
+      1,
+      int(folder.name.partition('.')[0]),
+      None,
+      msgspec.convert(content.get('extra'), dict[str, Any]),
+      msgspec.convert(content.get('leaves'), tuple[Leaf, ...]),
+      local={},
+      files={n: Stored(size, f'{crc:08x}') for n, (size, crc) in sums.items()},
+      rows={},
+    )
+  except (UserError, ValueError) as error:
+    raise Damaged(f'{_OLD} or {_OLD_SUMS}: {shown(error)}') from error
 
 
 def check(
@@ -227,8 +234,19 @@ def check(
   _check_run(manifest, run)
   for name, must_be in manifest.files.items():
     _check_file(folder, name, must_be, True)
+  if manifest.schema == 1:
+    with _as_damage():
+      reading.check_folder(folder)
   for name, must_be in manifest.rows.items() if rows else ():
     _check_file(folder.parent.parent, name, must_be, thorough)
+
+
+@contextlib.contextmanager
+def _as_damage() -> Iterator[None]:
+  try:
+    yield
+  except UserError as error:
+    raise Damaged(str(error)) from error
 
 
 def _check_run(manifest: Manifest, run: Mapping[str, Any] | None) -> None:
@@ -264,7 +282,8 @@ def _check_file(
     )
   if content:
     try:
-      digest = arrays.stored(path).digest
+      is_old = len(must_be.digest) == 8
+      digest = arrays.crc32(path) if is_old else arrays.stored(path).digest
     except UserError as error:
       raise Damaged(str(error)) from error
     if digest != must_be.digest:
@@ -508,9 +527,10 @@ def set_all_aside(root: pathlib.Path) -> None:
 
 
 def begin(root: pathlib.Path, folder: pathlib.Path) -> None:
-  """Makes the folder that a step is written to."""
+  """Makes the folder that a step is written to, with one for its arrays."""
   root.mkdir(parents=True, exist_ok=True)
   folder.mkdir()
+  (folder / LEAVES).mkdir()
 
 
 def unfinished(root: pathlib.Path, step: int, token: int) -> pathlib.Path:
