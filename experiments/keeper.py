@@ -246,6 +246,7 @@ class Keeper:
   def _load(self, carry):
     """The newest checkpoint's carry."""
     from experiments.runtime import integrity, loop
+    from experiments.runtime.parts import read_old
     from experiments.runtime.sources import Held
 
     source, template = self._source, carry
@@ -272,7 +273,11 @@ class Keeper:
     if source.load is not None:
       arrays, rows = carry.source, {}
       if parts:
-        arrays = Held(self._latest.restore_local(parts))
+        old = saved.source.get('step')
+        if isinstance(old, int):
+          arrays = read_old(self._replay, old, parts)
+        else:
+          arrays = Held(self._latest.restore_local(parts))
         rows = arrays.rows()
       key = loop.source_key(self._key)
       state = source.load(arrays, saved.source, self._replay, key)

@@ -476,12 +476,12 @@ def a_link_instead(steps, outside):
 
 
 def aside_is_taken(steps, outside):
-  flip(max(newest(steps).glob('*.bin')), outside)
+  flip(max(newest(steps).glob('leaves/*/.zarray')), outside)
   (steps / f'{newest(steps).name}.corrupt').mkdir()
 
 
 def all_damaged(steps, outside):
-  for path in steps.glob('*/*.bin'):
+  for path in steps.glob('*/leaves/*/.zarray'):
     cut(path, outside)
 
 
@@ -492,8 +492,9 @@ def manifest_of_an_older_step(steps, outside):
 
 def arrays_of_an_older_step(steps, outside):
   older = min(p for p in steps.iterdir() if p != newest(steps))
-  for path in older.glob('*.bin'):
-    shutil.copy(path, newest(steps))
+  shutil.copytree(
+    older / 'leaves', newest(steps) / 'leaves', dirs_exist_ok=True
+  )
 
 
 def unfinished(steps, outside):
@@ -564,8 +565,12 @@ def cases(run: Run) -> list[Case]:
     if alike in seen:
       continue
     seen.add(alike)
-    if path.parent.name.isdecimal():
-      place = (newest(path.parents[1]) / path.name).relative_to(run.folder)
+    steps = next((i for i, p in enumerate(place.parts) if p.isdecimal()), 0)
+    if steps:
+      above = newest(run.folder / pathlib.Path(*place.parts[:steps]))
+      place = above.joinpath(*place.parts[steps + 1 :]).relative_to(run.folder)
+      if not (run.folder / place).exists():
+        continue
     damages = [*_ANY]
     damages += _JSON if path.suffix == '.json' else ()
     damages += _CSV if path.suffix == '.csv' else ()

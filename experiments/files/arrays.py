@@ -12,6 +12,7 @@ import io
 import json
 import mmap
 import os
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -161,6 +162,45 @@ def read(
     name: _part(view, entries, name, dtype, shape, str(path))
     for name, (dtype, shape) in expected.items()
   }
+
+
+def read_npz(
+  path: str | os.PathLike, expected: Mapping[str, tuple[Any, Any]]
+) -> dict[str, np.ndarray]:
+  """Arrays of a `.npz` file, as older releases wrote them.
+
+  Args:
+    path: of the file.
+    expected: dtype and shape by name; None is any length, or any shape.
+
+  Returns:
+    Arrays by name, of the shapes `[...]` that are expected.
+
+  Raises:
+    UserError: another file, or other arrays than expected.
+  """
+  found = {}
+  with reading.open_file(path) as file:
+    try:
+      with np.load(file, allow_pickle=False) as saved:
+        found = {name: saved[name] for name in expected}
+    except (
+      OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile,
+      zlib.error,
+    ) as error:  # fmt: skip
+      raise UserError(f'{shown(path)}: {shown(error)}') from error
+  for name, (dtype, shape) in expected.items():
+    x = found[name]
+    fits = shape is None or (
+      x.ndim == len(shape)
+      and all(m is None or n == m for n, m in zip(x.shape, shape))
+    )
+    if x.dtype != dtype or not fits:
+      raise UserError(
+        f'{shown(path)}: {shown(name)} is {x.dtype}{list(x.shape)}, must be '
+        f'{dtype}{shape}'
+      )
+  return found
 
 
 def mapped(path: str | os.PathLike) -> Callable[..., np.ndarray]:

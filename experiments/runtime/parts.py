@@ -34,7 +34,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from agents.core.replay import joined_weights
 from agents.core.types import Info, Sample, Trajectory
+from experiments.files import arrays, reading
+from experiments.files.errors import UserError
 from experiments.runtime import mesh as meshes
+from experiments.runtime import replay
+from experiments.runtime.integrity import Damaged
 from experiments.runtime.sources import Held, Measures, Source
 
 
@@ -316,6 +320,38 @@ def _together(measures: list[Measures]) -> Measures:
 
 def _folder(directory, part: int) -> pathlib.Path:
   return pathlib.Path(directory) / f'part_{part:04d}'
+
+
+def read_old(directory: Any, step: int, templates: dict[str, Any]) -> Held:
+  """What releases before `Held` kept of the parts, in files of their own.
+
+  Args:
+    directory: of the replay.
+    step: of the checkpoint.
+    templates: of the arrays, by the part's name.
+
+  Raises:
+    Damaged: a part is missing or not as it was written.
+  """
+  found = {}
+  for name, template in templates.items():
+    paths, tree = jax.tree_util.tree_flatten_with_path(template)
+    expected: dict[str, Any] = {
+      jax.tree_util.keystr(path): (x.dtype, x.shape) for path, x in paths
+    }
+    path = pathlib.Path(directory) / name / f'state_{step:012d}.npz'
+    facts = {'facts': (np.dtype(np.uint8), None)}
+    try:
+      saved = arrays.read_npz(path, expected | facts)
+      known = reading.decode_json(
+        saved.pop('facts').tobytes(), dict[str, Any], str(path)
+      )
+    except UserError as error:
+      raise Damaged(str(error)) from error
+    known['rows'] = replay.files_of(known['replay'])
+    leaves = [saved[keystr] for keystr in expected]
+    found[name] = jax.tree_util.tree_unflatten(tree, leaves), known
+  return Held(found)
 
 
 def stacked(part: Source, number: int, mesh: Mesh) -> Source:

@@ -42,20 +42,22 @@ class Segment(NamedTuple):
     start: number of its first row.
     stop: number behind its last row.
     token: tells it from another one of the same rows.
-    size: of the file, bytes.
-    digest: of the file, see `arrays.Stored`.
+    size: of the file, bytes; -1 where it is not known.
+    digest: of the file, see `arrays.Stored`; '' where it is not known, of the
+      `.npz` files of version 1.
   """
 
   start: int
   stop: int
   token: int
-  size: int
-  digest: str
+  size: int = -1
+  digest: str = ''
 
   @property
   def name(self) -> str:
     """Of the file."""
-    return f'rows_{self.start:012d}_{self.stop:012d}_{self.token}.bin'
+    kind = 'bin' if self.digest else 'npz'
+    return f'rows_{self.start:012d}_{self.stop:012d}_{self.token}.{kind}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +293,7 @@ def save(
     # Up to the ring's seam, so that what is written are views.
     stop = min(state.count, (start // size + 1) * size)
     token = int.from_bytes(os.urandom(4)) >> 1
-    segment = Segment(start, stop, token, 0, '')
+    segment = Segment(start, stop, token, 0, 'to be known')
     stored = _write_segment(directory / segment.name, state, start, stop)
     state.segments.append(
       segment._replace(size=stored.size, digest=stored.digest)
@@ -305,7 +307,10 @@ def save(
 def files_of(meta: Mapping[str, Any]) -> dict[str, Stored]:
   """The files that a meta names, and what they must be."""
   segments = [Segment(*s) for s in meta['segments']]
-  return {s.name: Stored(s.size, s.digest) for s in segments}
+  # Version 1 had an empty segment in the place of none.
+  return {
+    s.name: Stored(s.size, s.digest) for s in segments if s.stop > s.start
+  }
 
 
 def load(
@@ -338,6 +343,9 @@ def load(
     known = msgspec.convert(meta, Meta)
   except msgspec.ValidationError as error:
     raise Damaged(f'replay: {error}') from error
+  if known.version == 1:
+    kept = tuple(s for s in known.segments if s.stop > s.start)
+    known = dataclasses.replace(known, version=VERSION, segments=kept)
   if known.version != VERSION:
     raise UserError(
       f'replay: version {known.version} cannot be read, must be {VERSION}'
@@ -394,8 +402,9 @@ def prune(
   """
   names = {name for some in needed for name in some}
   newest = max((int(name.split('_')[2]) for name in names), default=0)
-  for path in pathlib.Path(directory).glob('rows_*.bin'):
-    if path.name not in names and int(path.name.split('_')[1]) < newest:
+  for path in pathlib.Path(directory).glob('rows_*.*'):
+    start = path.name.split('_')[1]
+    if path.name not in names and start.isdecimal() and int(start) < newest:
       path.unlink(missing_ok=True)
   for path in pathlib.Path(directory).glob('.rows_*.tmp'):
     path.unlink(missing_ok=True)  # of a run that was killed
@@ -463,7 +472,10 @@ def _read_segment(directory, state, segment, oldest):
       expected[name] = column.dtype, (rows, *column.shape[1:])
   must_be = Stored(segment.size, segment.digest)
   try:
-    found = arrays.read(directory / segment.name, expected, must_be)
+    if segment.digest:
+      found = arrays.read(directory / segment.name, expected, must_be)
+    else:
+      found = arrays.read_npz(directory / segment.name, expected)
   except reading.Missing as error:
     raise Damaged(f'replay: {segment.name} is missing') from error
   except UserError as error:
