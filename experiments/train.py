@@ -232,7 +232,7 @@ def _check(experiment: build.Experiment, workdir: str | None) -> None:
   about = experiment.as_dict()
   if experiment.dataset:
     about |= {'dataset_checksum': offline.checksum_of(experiment)}
-  configs.check_run_config(folder, about, terminal.device(), _FREE)
+  configs.check_run_config(folder, about, terminal.device(), configs.FREE)
   print('nothing is wrong with it')
 
 
