@@ -39,8 +39,16 @@ def save(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
   """
   import orbax.checkpoint as ocp
 
-  with _one_line(folder), _alias(folder) as path:
-    _handler().save(path, args=ocp.args.PyTreeSave(dict(arrays)))
+  try:
+    with _alias(folder) as path:
+      _handler().save(path, args=ocp.args.PyTreeSave(dict(arrays)))
+  except Exception as error:
+    # tensorstore has the operating system's errors in its text.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(found[1]) if found else getattr(error, 'errno', None)
+    if code is not None:
+      raise OSError(code, os.strerror(code)) from error
+    raise UserError(f'{shown(folder)}: {_said(error)}') from error
 
 
 def load(
@@ -73,18 +81,15 @@ def load(
     for name, x in wanted.items()
   }
   try:
-    with _one_line(folder), _alias(folder) as path:
-      found = _handler().restore(
+    with _alias(folder) as path:
+      return _handler().restore(
         path,
         args=ocp.args.PyTreeRestore(
           item=dict(wanted), restore_args=arguments, partial_restore=True
         ),
       )
-  except OSError as error:
-    raise Damaged(f'{shown(folder)}: {error.strerror}') from error
-  except UserError as error:
-    raise Damaged(str(error)) from error
-  return found
+  except Exception as error:
+    raise Damaged(f'{shown(folder)}: {_said(error)}') from error
 
 
 @functools.cache
@@ -113,20 +118,9 @@ def _alias(folder: pathlib.Path) -> Iterator[Any]:
     yield epath.Path(path)
 
 
-@contextlib.contextmanager
-def _one_line(folder: pathlib.Path) -> Iterator[None]:
-  """Errors of orbax, tensorstore and numpy as one of ours."""
-  try:
-    yield
-  except Exception as error:
-    code = getattr(error, 'errno', None)
-    if code is None:  # tensorstore's
-      found = re.search(r"os_error_code='(\d+)'", str(error))
-      code = int(found[1]) if found else None
-    if code is not None:
-      raise OSError(code, os.strerror(code)) from error
-    said = shown(' '.join(str(error).split()) or type(error).__name__)
-    raise UserError(f'{shown(folder)}: {said}') from error
+def _said(error: Exception) -> str:
+  """What orbax, tensorstore or numpy say, as one line."""
+  return shown(' '.join(str(error).split()) or type(error).__name__)
 
 
 def _check(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
