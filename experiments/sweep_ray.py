@@ -9,6 +9,7 @@ machine is tried on another.
 import hashlib
 import importlib
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -414,7 +415,11 @@ def connect(
   check_address(address)
   before = signals.handlers()
   try:
-    ray.init(address=address or None, log_to_driver=False)
+    ray.init(
+      address=address or None,
+      log_to_driver=False,
+      logging_level=logging.WARNING,
+    )
   except (ConnectionError, ValueError, RuntimeError) as error:
     raise UserError(f'ray_address={address}: {error}') from error
   finally:
