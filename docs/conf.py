@@ -58,7 +58,8 @@ _REFERENCE = {
   'launchers': ('Launchers', 'experiments/*.py'),
   'experiments': ('Behind the launchers', 'experiments/*.py'),
   'environments': ('Environments', 'experiments/envs/*.py'),
-  'runtime': ('Files, devices, threads, clocks', 'experiments/runtime/*.py'),
+  'runtime': ('Loop, devices, threads, clocks', 'experiments/runtime/*.py'),
+  'files': ('Reading and writing', 'experiments/files/*.py'),
   'data': ('Data sets and texts', 'experiments/data/*.py'),
 }
 _MAIN = "\nif __name__ == '__main__':"

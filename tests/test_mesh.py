@@ -136,6 +136,10 @@ def test_pmap_equals_one_device(key):
   got, got_info = update(state, batch, key)
   want, want_info = single(make(), batch, key)
   assert want_info.metrics['gradient_norm'] > 0.1
+  for info in (got_info, want_info):
+    # Under pmap the mean over devices of what is the largest on each.
+    for name in ('value_largest', 'reward_largest'):
+      info.metrics.pop(name)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     (got, got_info),
