@@ -23,6 +23,8 @@ ENVIRONMENT = dict(
 )
 
 
+# Real processes and moments: what a loaded machine makes of them varies.
+@pytest.mark.slow
 @pytest.mark.parametrize('signum', SIGNALS)
 def test_a_signal_where_nothing_is_saved_ends_a_launcher(signum, capsys):
   before, cleaned = signals.handlers(), []
