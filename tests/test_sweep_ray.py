@@ -261,6 +261,11 @@ def without_suite(tmp_path_factory):
   folder = tmp_path_factory.mktemp('other')
   (folder / 'experiments').mkdir()
   (folder / 'experiments' / '__init__.py').write_text('')
+  # An editable install would still find the parts of the real one.
+  (folder / 'sitecustomize.py').write_text(
+    'import sys\n'
+    "sys.meta_path[:] = [x for x in sys.meta_path if 'ditable' not in str(x)]\n"
+  )
   return folder
 
 
