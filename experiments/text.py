@@ -84,16 +84,17 @@ def _opened(path, stamp, config) -> Corpus:
   return corpus
 
 
-def told(experiment: Any, corpus: Corpus) -> str:
-  """Lines about a text and about the network that reads it."""
+def told(experiment: Any, corpus: Corpus) -> tuple[str, str]:
+  """A line about a text, and one about the network that reads it."""
   from networks import language
 
   size = language.size_of(experiment.config.network)
   return (
     f'text {corpus.name}: {len(corpus.train):,} tokens to train on, '
     f'{len(corpus.held_out):,} held out, {corpus.vocabulary.size:,} different '
-    f'ones\n{size.operations / 1e6:.3g}M operations a token, '
-    f'{size.parameters / 1e6:.3g}M parameters without embedding and softmax'
+    'ones',
+    f'{size.operations / 1e6:.3g}M operations a token, '
+    f'{size.parameters / 1e6:.3g}M parameters without embedding and softmax',
   )
 
 

@@ -276,9 +276,9 @@ def _announce(experiment, trainer, workdir) -> None:
   first = f'{experiment.run.warmup_decisions:,} time steps before the first'
   first = f'compiling, then {first} update: the first numbers take a while'
   where = experiment.env_name or 'no environment: nothing is played'
-  seen = f'{where}: {seen}, {spec.action}'
+  seen, network = f'{where}: {seen}, {spec.action}', ()
   if experiment.is_text:
-    seen = text.told(experiment, text.opened(experiment))
+    seen, *network = text.told(experiment, text.opened(experiment))
   elif experiment.dataset:
     terminal.say(offline.told(offline.opened(experiment.dataset)))
     for note in offline.notes(experiment):
@@ -289,6 +289,7 @@ def _announce(experiment, trainer, workdir) -> None:
     shares, first = '', 'compiling: the first numbers take a while'
   terminal.say(
     f'{experiment.agent_name} on {seen}',
+    *network,
     f'{terminal.parameters(state.params)}, {length} of '
     f'{experiment.run.batch_size} rows, seed {experiment.seed}',
     f'{terminal.device()}, '

@@ -306,3 +306,14 @@ def test_a_study_stops_with_its_runs(tmp_path):
   assert code == 143, said
   assert logs() == ['ready\nsaved\n'] * 2
   assert '10 runs are left; the same command goes on from here' in said
+
+
+def test_a_stopped_run_does_not_stop_the_next_one():
+  """Two runs in one process that is no launcher, as in a notebook."""
+  with signals.graceful_exit() as should_stop:
+    signal.raise_signal(signal.SIGTERM)
+    assert should_stop()
+    assert signals.received() == signal.SIGTERM
+  with signals.graceful_exit() as should_stop:
+    assert not should_stop()
+    assert not signals.received()

@@ -164,7 +164,10 @@ def graceful_exit() -> Iterator[Callable[[], bool]]:
   that was interrupted before, and went on regardless, it is True at once.
   """
   flag = threading.Event()
-  if _state.is_launcher and received():
+  if not _state.is_launcher:
+    # In a notebook a run that was stopped must not stop the next one.
+    _state.received = _state.code = 0
+  elif received():
     flag.set()
 
   def handle(signum: int, frame: Any) -> None:
