@@ -57,7 +57,7 @@ def peek(workdir: pathlib.Path) -> Saved:
   """Of the run in a folder; all 0 if nothing is saved.
 
   Raises:
-    UserError: what is saved cannot be gone on with.
+    UserError: the run cannot continue from what is saved.
   """
   from experiments.runtime import checkpoint
 

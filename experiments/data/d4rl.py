@@ -16,7 +16,7 @@ where it cannot be:
 - A row with both flags has terminated.
 - Some files (antmaze) go on after the goal and say `terminals` of each further
   row until the time limit: the episode ends with the first one, and the others
-  are dropped. They are told from episodes of one step by their observation,
+  are dropped. They differ from episodes of one step by their observation,
   where `next_observations` has it.
 """
 
