@@ -233,11 +233,8 @@ def swept(root: pathlib.Path) -> Iterator[Run]:
 
   plan = sweep_plan.make_plan('muzero_catch', **SHARED)
   rows = [Row(0, 0), Row(0, 1)]
-  functions = functools.cache(
-    lambda: sweep_program.row_functions(
-      sweep_program_of(plan, rows).experiment, ()
-    )
-  )
+  # Before it is replaced, by what it gives for these rows.
+  functions = sweep_program.row_functions(plan.describe(rows[0]), ())
   compiled, ready = sweep_program.compiled, {}
 
   def compiled_once(one, over):
@@ -263,19 +260,16 @@ def swept(root: pathlib.Path) -> Iterator[Run]:
     ]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sweep_program, 'row_functions', lambda *_: functions())
+    patch.setattr(sweep_program, 'row_functions', lambda *_: functions)
     patch.setattr(sweep_program, 'compiled', compiled_once)
     patch.setattr(mesh, 'make_mesh', functools.cache(mesh.make_mesh))
     want = resume(root / 'whole')
-    halts = iter([False, False, False, True, True, True])
-    resume(root / 'stopped', lambda: next(halts, True))
+    # It asks before the program, after 5 updates and after 10 of 12.
+    halts = iter([False, False, True])
+    resume(root / 'stopped', lambda: next(halts))
+    steps = root / 'stopped' / 'programs' / '000' / 'checkpoints'
+    assert sorted(p.name for p in steps.iterdir()) == ['10', '5']
     yield Run(root / 'stopped', resume, want, None)
-
-
-def sweep_program_of(plan, rows):
-  """The program of a sweep's rows."""
-  part = sweep_engines.Part(pathlib.Path('none'), tuple(rows), ())
-  return sweep_engines.program_of(plan, part)
 
 
 @contextlib.contextmanager
@@ -283,16 +277,22 @@ def collected(root: pathlib.Path) -> Iterator[Run]:
   """A collection that was stopped before its expert data."""
   from test_collect import QUICK, TINY
 
+  def played(name, collection, act, params, episodes, seed):
+    # Each policy is better than the one before; none plays.
+    return -1000.0 if params is None else float(seed)
+
   def resume(folder):
-    collect.run(
-      'Pendulum-v1',
-      folder,
-      steps=80,
-      transitions=30,
-      seed=3,
-      sac=TINY,
-      collection=QUICK,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(collect, '_play', played)
+      collect.run(
+        'Pendulum-v1',
+        folder,
+        steps=80,
+        transitions=30,
+        seed=3,
+        sac=TINY,
+        collection=QUICK,
+      )
     sets = [npz.load(folder / quality) for quality in collect.QUALITIES]
     return [np.array(x) for one in sets for x in one[:-1]]
 

@@ -224,7 +224,7 @@ def test_another_template_is_refused_in_one_line(saved, change, message):
 def test_newer_schema_is_refused(saved, monkeypatch):
   root = saved[0]
   monkeypatch.setattr(integrity, 'SCHEMA', 1)
-  with pytest.raises(UserError, match=f'{root}/4 has schema 2, this release'):
+  with pytest.raises(UserError, match=f'{root}/4 has schema 3, this release'):
     checkpoint.open(root, read_only=True)
 
 
@@ -566,16 +566,20 @@ def test_what_was_set_aside_comes_back_once_it_is_whole(tmp_path, capsys):
     checkpoints.close()
 
 
+@pytest.mark.parametrize('is_packed', [True, False])
 def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
-  tmp_path,
+  tmp_path, monkeypatch, is_packed
 ):
+  if not is_packed:
+    monkeypatch.setattr(orbax_arrays, '_SMALL', 0)
   checkpoints = checkpoint.open(tmp_path)
   checkpoints.save(1, {'x': np.zeros(3), 'n': 1})
   checkpoints.close()
   whole = integrity.read_manifest(tmp_path / '1')
   n, x = whole.leaves
 
-  def refused(message):
+  def refused(message, **changes):
+    integrity.seal(tmp_path / '1', dataclasses.replace(whole, **changes))
     reader = checkpoint.open(tmp_path, read_only=True)
     with pytest.raises(UserError, match=message):
       reader.restore({'x': np.zeros(3), 'n': 1})
@@ -585,13 +589,25 @@ def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
     ((n, dataclasses.replace(x, dtype='int32')), 'is int32'),
     ((dataclasses.replace(n, value='a'), x), 'must be of type int'),
   ):
-    integrity.seal(tmp_path / '1', dataclasses.replace(whole, leaves=leaves))
-    refused(message)
-  path = tmp_path / '1' / 'leaves' / '1' / '.zarray'
+    refused(message, leaves=leaves)
+  assert whole.packs == ({'1': ('pack0', 0)} if is_packed else {})
+  for pack, offset, message in (
+    ('pack0', -8, r'pack0: has no float64\[3\] at byte -8'),
+    ('pack0', 8, 'at byte 8'),
+    ('pack0', 10**12, 'at byte 1000000000000'),
+    ('pack1', 0, 'no such file'),
+    ('../../1/leaves/pack0', 0, 'is no name of a pack'),
+  ):
+    if is_packed:
+      refused(message, packs={'1': integrity.Place(pack, offset)})
+  name, dtype, size = ('pack0', r'\|u1', 24) if is_packed else ('1', '<f8', 3)
+  other = '<i8' if size == 3 else '<f8'
+  far = 'no pack' if is_packed else r'<f8\[1000000000000\], must be <f8\[3\]'
+  path = tmp_path / '1' / 'leaves' / name / '.zarray'
   zarr = json.loads(path.read_text())
   for content, message in (
-    (zarr | {'shape': [10**12]}, r'<f8\[1000000000000\], must be <f8\[3\]'),
-    (zarr | {'dtype': '<i8'}, r'is <i8\[3\], must be <f8\[3\]'),
+    (zarr | {'shape': [10**12]}, far),
+    (zarr | {'dtype': other}, rf'is {other}\[64|3\], must be {dtype}\[64|3\]'),
     (zarr | {'chunks': [10**12]}, 'its chunks, filters or compressor'),
     (zarr | {'chunks': []}, 'its chunks, filters or compressor'),
     ('[' * 10**5, 'nests more than'),
@@ -599,6 +615,44 @@ def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
   ):
     text = content if isinstance(content, str) else json.dumps(content)
     path.write_text(text)
-    files = whole.files | {'leaves/1/.zarray': arrays.stored(path)}
-    integrity.seal(tmp_path / '1', dataclasses.replace(whole, files=files))
-    refused(message)
+    stored = {f'leaves/{name}/.zarray': arrays.stored(path)}
+    refused(message, files=whole.files | stored)
+
+
+def test_small_arrays_are_packed_and_come_back(tmp_path, monkeypatch):
+  """Many of all sizes, several packs, one that is too large for any."""
+  monkeypatch.setattr(orbax_arrays, '_PACK', 2_048)
+  monkeypatch.setattr(orbax_arrays, '_SMALL', 2_000)
+  rng = np.random.default_rng(0)
+  carry = {
+    f'{i}': rng.integers(0, 99, (size,)).astype(dtype)
+    for i, size in enumerate((1, 250, 3, 77, 249, 300, 31, 8, 200))
+    for dtype in [(np.uint8, np.float64, jnp.bfloat16, bool)[i % 4]]
+  }
+  checkpoints = checkpoint.open(tmp_path)
+  checkpoints.save(1, carry)
+  assert_same(checkpoints.restore(jax.tree.map(np.zeros_like, carry))[0], carry)
+  checkpoints.close()
+  names = {p.name for p in (tmp_path / '1' / 'leaves').iterdir() if p.is_dir()}
+  sizes = {n: x.nbytes for n, x in carry.items()}
+  assert max(sizes, key=lambda n: sizes[n]) == '5' and sizes['5'] > 2_000
+  # 64 bytes and 2,000 do not go into one.
+  assert names == {'5', 'pack0', 'pack1', 'pack2'}
+
+
+def test_steps_of_schema_2_are_read(tmp_path, monkeypatch):
+  """Every array has its own files there."""
+  monkeypatch.setattr(orbax_arrays, '_SMALL', -1)
+  monkeypatch.setattr(integrity, 'SCHEMA', 2)
+  checkpoints = checkpoint.open(tmp_path)
+  checkpoints.save(1, make_carry(1))
+  checkpoints.close()
+  path = tmp_path / '1' / 'manifest.json'
+  content = json.loads(path.read_text())['manifest']
+  assert content.pop('packs') == {}
+  sealed = {'digest': integrity._digest(content), 'manifest': content}
+  path.write_text(json.dumps(sealed))
+  monkeypatch.undo()
+  checkpoints = checkpoint.open(tmp_path)
+  assert_same(checkpoints.restore(make_carry(0))[0], make_carry(1))
+  checkpoints.close()

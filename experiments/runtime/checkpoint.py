@@ -3,7 +3,7 @@
 A step is written to a temporary folder and renamed when it is complete: a
 kill at any moment leaves the steps before it as they were. Each step holds
 
-- `leaves`: the carry's arrays, written and read by orbax;
+- `leaves`: the carry's arrays, written and read by orbax, small ones in packs;
 - `local_PPPP.bin`: what process P alone had, see `files.arrays`;
 - `manifest.json`: an entry for each leaf of the carry (path, dtype, shape; the
   value itself of Python numbers and strings), the caller's `extra`, the step's
@@ -159,19 +159,22 @@ def open(
       integrity.set_all_aside(root)
     hopeless = None
     # What the writer's thread gets is a copy: nothing changes it any more.
-    contents, local_contents = {}, {}
+    numbered, local_contents = {}, {}
+    leaves = _pack(carry, numbered)
+    contents, packs = orbax_arrays.packed(numbered)
     manifest = Manifest(
       integrity.SCHEMA,
       step,
       None if run is None else dict(run),
       json.loads(json.dumps(extra or {})),
-      _pack(carry, contents),
+      leaves,
       {
         name: Local(_file(), _pack(arrays, local_contents, name), facts)
         for name, (arrays, facts) in (local or {}).items()
       },
       files={},
       rows=dict(rows or {}),
+      packs=packs,
     )
     [token] = integrity.agreed([secrets.randbits(59)])
     if _processes() > 1:
@@ -237,6 +240,7 @@ def open(
       arrays = orbax_arrays.load(
         where / integrity.LEAVES,
         {numbers[int(name)]: x for name, x in wanted.items()},
+        manifest.packs,
         check=manifest.schema > 1,
       )
       return {name: arrays[numbers[int(name)]] for name in wanted}
@@ -380,7 +384,7 @@ def _read_back(folder: pathlib.Path, contents: Mapping[str, Any]) -> None:
     }
     found = {}
     if wanted:
-      found = orbax_arrays.load(folder / integrity.LEAVES, wanted)
+      found = orbax_arrays.load(folder / integrity.LEAVES, wanted, {})
     for name, x in found.items():
       if isinstance(x, np.ndarray) and x.tobytes() != contents[name].tobytes():
         raise integrity.Damaged(f'array {name} has changed')

@@ -27,12 +27,13 @@ from experiments.files import arrays, reading, writing
 from experiments.files.arrays import Stored
 from experiments.files.errors import UserError, shown
 
-SCHEMA = 2
+SCHEMA = 3
 # Steps that other processes are sent.
 _MOST = 8
 MANIFEST, LEAVES = 'manifest.json', 'leaves'
 _STEP = re.compile(r'(0|[1-9][0-9]{0,17})(\.corrupt(?:-[0-9]+)?)?', re.ASCII)
-# Schema 1 had a description and CRC-32 sums instead of a manifest.
+# Schema 1 had a description and CRC-32 sums instead of a manifest, schema 2 no
+# packs.
 _OLD, _OLD_SUMS = 'meta/data.json', 'meta/sums.json'
 
 
@@ -59,6 +60,18 @@ class Leaf:
   dtype: str
   shape: tuple[int, ...]
   value: Any = None
+
+
+class Place(NamedTuple):
+  """Where a small array is.
+
+  Attributes:
+    pack: the array of bytes that it is a part of.
+    offset: of its first byte in there.
+  """
+
+  pack: str
+  offset: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +102,7 @@ class Manifest:
     local: by name.
     files: of the step's folder.
     rows: files beside the checkpoints, relative to the folder above them.
+    packs: where small arrays are, by the number of their leaf.
   """
 
   schema: int
@@ -99,6 +113,7 @@ class Manifest:
   local: dict[str, Local]
   files: dict[str, Stored]
   rows: dict[str, Stored]
+  packs: dict[str, Place] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,16 @@ to orbax under an alias, for in a path it takes `*`, `?`, `[` and a backslash
 for something else. zarr's metadata is compared with what
 is expected before tensorstore sees it: it allocates what these files say, and
 some of them end the process.
+
+Each array is two files, which are created, flushed and deleted one by one. Of
+a carry's hundreds of leaves those that are small and numpy's are therefore
+written as a few arrays of bytes, packs.
 """
 
 import contextlib
 import functools
 import logging
+import math
 import os
 import pathlib
 import re
@@ -22,7 +27,43 @@ import numpy as np
 
 from experiments.files import reading
 from experiments.files.errors import UserError, shown
-from experiments.runtime.integrity import Damaged
+from experiments.runtime.integrity import Damaged, Place
+
+# Bytes of a pack at most, a multiple of `_ALIGNED`, and of an array that goes
+# into one. Packs are compressed and written at the same time.
+_PACK = 8 << 20
+_SMALL = 1 << 20
+# So that an array of any dtype lies well in a pack.
+_ALIGNED = 64
+
+
+def packed(
+  arrays: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Place]]:
+  """Puts small numpy arrays together.
+
+  Args:
+    arrays: by name, numpy's or jax's; no name begins with `pack`.
+
+  Returns:
+    What to `save`, and where in it those are that are no arrays of their own.
+  """
+  alone, places, packs = {}, {}, []
+  size = 0  # of the last pack
+  for name, x in arrays.items():
+    if not isinstance(x, np.ndarray) or x.nbytes > _SMALL:
+      alone[name] = x
+      continue
+    if not packs or size + x.nbytes > _PACK:
+      packs.append([])
+      size = 0
+    places[name] = Place(f'pack{len(packs) - 1}', size)
+    padding = -x.nbytes % _ALIGNED
+    flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    packs[-1] += [flat, np.zeros(padding, np.uint8)]
+    size += x.nbytes + padding
+  joined = {f'pack{i}': np.concatenate(parts) for i, parts in enumerate(packs)}
+  return alone | joined, places
 
 
 def save(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
@@ -52,7 +93,10 @@ def save(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def load(
-  folder: pathlib.Path, wanted: Mapping[str, Any], check: bool = True
+  folder: pathlib.Path,
+  wanted: Mapping[str, Any],
+  places: Mapping[str, Place],
+  check: bool = True,
 ) -> dict[str, Any]:
   """Reads some arrays.
 
@@ -60,6 +104,7 @@ def load(
     folder: of `save`.
     wanted: by name, a numpy array or a `jax.ShapeDtypeStruct` with a sharding:
       shape, dtype and where it goes.
+    places: of those that are in packs.
     check: whether zarr's metadata are files of their own; the releases before
       wrote a database, in which they are not.
 
@@ -69,11 +114,29 @@ def load(
   Raises:
     Damaged: they are not there, or others are.
   """
+  sizes: dict[str, int] = {}
+  for name in wanted:
+    if name in places:
+      pack = places[name].pack
+      sizes[pack] = sizes.get(pack) or _size_of_pack(folder, pack)
+  alone = {name: x for name, x in wanted.items() if name not in places}
+  alone |= {pack: np.empty(size, np.uint8) for pack, size in sizes.items()}
+  for name, x in alone.items() if check else ():
+    _check(folder / name / '.zarray', np.dtype(x.dtype), tuple(x.shape))
+  found = _load(folder, alone)
+  return {
+    name: _part(folder, found[places[name].pack], places[name], x)
+    if name in places
+    else found[name]
+    for name, x in wanted.items()
+  }
+
+
+def _load(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads arrays that are there, as orbax does."""
   import jax
   import orbax.checkpoint as ocp
 
-  for name, x in wanted.items() if check else ():
-    _check(folder / name / '.zarray', np.dtype(x.dtype), tuple(x.shape))
   arguments = {
     name: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding)
     if isinstance(x, jax.ShapeDtypeStruct)
@@ -90,6 +153,42 @@ def load(
       )
   except Exception as error:
     raise Damaged(f'{shown(folder)}: {_said(error)}') from error
+
+
+def _size_of_pack(folder: pathlib.Path, pack: str) -> int:
+  """Bytes of a pack, as its metadata says."""
+  path = folder / pack / '.zarray'
+  if not re.fullmatch(r'pack[0-9]{1,9}', pack, re.ASCII):
+    raise Damaged(f'{shown(path)}: is no name of a pack')
+  shape = _metadata(path).get('shape')
+  if not (
+    isinstance(shape, list)
+    and len(shape) == 1
+    and type(shape[0]) is int
+    and 0 < shape[0] <= _PACK
+  ):
+    raise Damaged(f'{shown(path)}: is no pack of arrays')
+  return shape[0]
+
+
+def _part(folder: pathlib.Path, pack: Any, place: Place, wanted: Any) -> Any:
+  """An array out of a pack, a copy."""
+  import jax
+
+  dtype, shape = np.dtype(wanted.dtype), tuple(wanted.shape)
+  end = place.offset + dtype.itemsize * math.prod(shape)
+  is_there = 0 <= place.offset <= end <= len(pack)
+  if not is_there or place.offset % _ALIGNED:
+    raise Damaged(
+      f'{shown(folder / place.pack)}: has no {dtype}{list(shape)} at byte '
+      f'{place.offset}'
+    )
+  x = pack[place.offset : end].copy().view(dtype).reshape(shape)
+  if isinstance(wanted, jax.ShapeDtypeStruct):
+    return jax.make_array_from_callback(
+      shape, wanted.sharding, lambda index: x[index]
+    )
+  return x
 
 
 @functools.cache
@@ -125,11 +224,7 @@ def _said(error: Exception) -> str:
 
 def _check(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
   """Compares an array's metadata with what is expected."""
-  where = shown(path)
-  try:
-    found = reading.read_json(path, limit=1 << 20)
-  except UserError as error:
-    raise Damaged(str(error)) from error
+  where, found = shown(path), _metadata(path)
   name = dtype.str if dtype.kind in 'biufc' else dtype.name
   if (found.get('dtype'), found.get('shape')) != (name, list(shape)):
     raise Damaged(
@@ -150,3 +245,10 @@ def _check(path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
   )
   if not fine:
     raise Damaged(f'{where}: its chunks, filters or compressor are not ours')
+
+
+def _metadata(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return reading.read_json(path, limit=1 << 20)
+  except UserError as error:
+    raise Damaged(str(error)) from error
