@@ -174,6 +174,17 @@ def test_actions_are_within_bounds_and_explore(built, key):
   assert (np.ptp(drawn, 0).max() > 0) != is_deterministic
 
 
+def test_td3_explores_as_far_as_its_config_says(key):
+  config = td3_bc.Config(exploration_noise=0.02, target_noise=0.4, **SMALL)
+  agent = make_agent(td3_bc, config)
+  params = agent.init(key).params
+  timestep = make_timestep(make_batch().o_tm1)
+  best, _ = agent.exploit(params, key, timestep)
+  unit = lambda key: to_unit(agent.act(params, key, timestep)[0])
+  step = jax.vmap(unit)(jax.random.split(key, 500)) - to_unit(best)[None]
+  np.testing.assert_allclose(jnp.std(step), 0.02, rtol=0.1)
+
+
 def test_evaluation_tells_of_the_losses(built, key):
   metrics = jax.jit(built.agent.evaluate)(built.state.params, built.batch, key)
   _, info = built.update(built.state, built.batch, key)

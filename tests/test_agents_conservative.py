@@ -165,6 +165,25 @@ def test_actions_are_within_bounds_and_explore(built, key):
   np.testing.assert_allclose(best, want, rtol=1e-5)
 
 
+def test_iql_acts_as_widely_as_its_policy(key):
+  networks = iql.make_networks(iql.Config(), SPEC)
+  narrow = networks._replace(
+    policy=Network(
+      networks.policy.init,
+      lambda p, o: networks.policy.apply(p, o)._replace(
+        std=jnp.full((B, D), 0.03)
+      ),
+    )
+  )
+  agent = make_agent(iql, iql.Config(), networks=narrow)
+  params = agent.init(key).params
+  timestep = make_timestep(make_batch().o_tm1)
+  best, _ = agent.exploit(params, key, timestep)
+  unit = lambda key: to_unit(agent.act(params, key, timestep)[0])
+  step = jax.vmap(unit)(jax.random.split(key, 500)) - to_unit(best)[None]
+  np.testing.assert_allclose(jnp.std(step), 0.03, rtol=0.05)
+
+
 def test_evaluation_tells_of_the_losses(built, key):
   metrics = jax.jit(built.agent.evaluate)(built.state.params, built.batch, key)
   _, info = built.update(built.state, built.batch, key)

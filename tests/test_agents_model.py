@@ -502,13 +502,6 @@ def test_planners_plan_in_the_ensemble(key):
   )
   params = ModelParams(jnp.arange(2), jnp.arange(2))
   root = model.root(params, make_timestep(jnp.zeros((2, 2))), key)
-  out, after = model.step(
-    params, key, jnp.array([[0.5], [-0.5]]), root.embedding
-  )
-  np.testing.assert_allclose(after[:, 0], [1.0, -1.0], rtol=1e-6)
-  np.testing.assert_allclose(out.reward, [0.0, 0.0], atol=1e-7)
-  goes_on = 1 - 1 / (1 + math.e)
-  np.testing.assert_allclose(out.discount, [0.9 * goes_on] * 2, rtol=1e-6)
   found = sampled.search(
     params,
     key,
@@ -522,6 +515,24 @@ def test_planners_plan_in_the_ensemble(key):
   # Of 8 candidates at most one that was hardly told apart is higher.
   is_higher = found.sampled_actions[..., 0] > found.action
   assert (is_higher.sum(-1) <= 1).all()
+
+
+def test_a_planned_step_is_the_ensembles(key):
+  model = rollout.planning_model(
+    fixed_ensemble(logit=-1.0),
+    lambda params: params,
+    actions.tanh_gaussian(UNIT.low, UNIT.high),
+    gamma=0.9,
+  )
+  params = ModelParams(jnp.arange(2), jnp.arange(2))
+  root = model.root(params, make_timestep(jnp.zeros((2, 2))), key)
+  out, after = model.step(
+    params, key, jnp.array([[0.5], [-0.5]]), root.embedding
+  )
+  np.testing.assert_allclose(after[:, 0], [1.0, -1.0], rtol=1e-6)
+  np.testing.assert_allclose(out.reward, [0.0, 0.0], atol=1e-7)
+  goes_on = 1 - 1 / (1 + math.e)
+  np.testing.assert_allclose(out.discount, [0.9 * goes_on] * 2, rtol=1e-6)
 
 
 def test_combos_model_has_its_policy_and_value(key):
@@ -573,7 +584,7 @@ def test_combo_with_real_rows_alone_is_cql(key):
 
 
 @pytest.mark.parametrize('states', ['mixed', 'model'])
-def test_combos_critics_are_their_equations(states):
+def test_combos_critics_and_policy_are_their_equations(states):
   f, n, size = 0.3, 2, B + 4
   config = combo.Config(
     gamma=0.8,
@@ -632,6 +643,16 @@ def test_combos_critics_are_their_equations(states):
     assert_close(info.metrics['loss_critic'], want, tolerance=1e-10)
     stepped = PlainAdam(0.02).step(critic, gradient)
     assert_close(new.params.critic, stepped, tolerance=1e-10)
+
+    def policy_loss(p):
+      action, log_prob = plain_draw(p, rows.o_tm1, noise.tm1)
+      q = [plain_q(new.params.critic, rows.o_tm1, action, j) for j in range(2)]
+      return by_kind(log_prob - jnp.minimum(*q), f)
+
+    want, gradient = jax.value_and_grad(policy_loss)(policy)
+    assert_close(info.metrics['loss_policy'], want, tolerance=1e-10)
+    stepped = PlainAdam(config.policy_rate).step(policy, gradient)
+    assert_close(new.params.policy, stepped, tolerance=1e-10)
 
 
 def test_the_model_learns_first_and_is_handed_on(key):

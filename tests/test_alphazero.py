@@ -295,6 +295,26 @@ def test_acts_legally_and_says_what_it_searched(built, key):
     assert not np.take_along_axis(invalid, among, 1)[weighs].any()
 
 
+def test_the_temperature_is_that_of_the_moves_drawn(key):
+  timestep = to_timestep(some_boards()[0])
+
+  def most_searched(temperature):
+    """How often the move that was searched most is taken."""
+    search = dataclasses.replace(SEARCH, rule='puct')
+    agent = make_agent(
+      dataclasses.replace(CONFIG, search=search, temperature=temperature)
+    )
+    params = agent.init(jax.random.key(0)).params
+    act = jax.jit(jax.vmap(lambda key: agent.act(params, key, timestep)))
+    action, extras = act(jax.random.split(key, 64))
+    weight = extras['search_policy']
+    taken = jnp.take_along_axis(weight, action[..., None], -1)[..., 0]
+    return jnp.mean(taken == weight.max(-1))
+
+  assert most_searched(0.0) == 1.0
+  assert most_searched(1.0) < 0.9
+
+
 @pytest.fixture(scope='module')
 def plans():
   """What searches without noise find on `some_boards`, by their kind."""
