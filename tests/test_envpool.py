@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from agents.core.types import ArraySpec, Continuous, Discrete
+from experiments.envs import contract
 from experiments.envs import envpool as ours
 
 
@@ -198,6 +199,27 @@ def test_stacks_are_envpools_but_start_anew_after_a_life(breakout):
       np.testing.assert_array_equal(got[e], np.tile(want[e, ..., -3:], 4))
   assert carried > 0
   pool.close()
+
+
+@pytest.mark.parametrize('part', ['observation', 'reward'])
+def test_numbers_that_are_not_finite_are_named_where_they_enter(
+  part, monkeypatch
+):
+  plain = ours._step_pool
+
+  def broken(*args):
+    result = plain(*args)
+    array = result[0] if part == 'observation' else result[1]
+    array[1] = np.inf
+    return result
+
+  monkeypatch.setattr(ours, '_step_pool', broken)
+  simulator = ours.make_envpool('CartPole-v1', 2).start(0)
+  simulator.reset()
+  message = rf'env=CartPole-v1: step\(action\) of copy 1 .* {part} with inf'
+  with pytest.raises(contract.SimulatorError, match=message):
+    simulator.step(np.zeros(2, np.int32))
+  simulator.close()
 
 
 def test_seeds_repeat_and_neighbours_do_not_overlap():

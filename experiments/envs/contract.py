@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.envs import host
@@ -230,6 +231,31 @@ def checked_observation(
         'in float32'
       )
   return array
+
+
+def check_finite(env: str, call: str, **rows: Any) -> None:
+  """Refuses numbers that are not finite, of many copies stepped at once.
+
+  Args:
+    env: name of the environment, for the message.
+    call: of the simulator.
+    **rows: by what they are, pytrees of arrays `[E, ...]`.
+
+  Raises:
+    SimulatorError: one of a copy is not finite in float32.
+  """
+  for what, tree in rows.items():
+    for leaf in jax.tree.leaves(tree):
+      array = np.asarray(leaf)
+      if array.dtype.kind != 'f':
+        continue
+      finite = np.isfinite(_as_float32(array))
+      if not finite.all():
+        copy = int(np.argwhere(~finite)[0][0])
+        raise SimulatorError(
+          f'env={env}: {call} of copy {copy} returned {what} with '
+          f'{array[~finite][0]}; must be finite in float32'
+        )
 
 
 def _has(value, key) -> bool:

@@ -54,7 +54,7 @@ import jax
 import numpy as np
 
 from agents.core.types import Spec
-from experiments.envs import host
+from experiments.envs import contract, host
 from search.model import TimeStep
 
 ATARI_100K = {
@@ -340,6 +340,7 @@ def make_envpool(
     def reset():
       nonlocal stack, last, tally
       observation, info = pool.reset()
+      contract.check_finite(task, 'reset()', observation=observation)
       stack, tally = None, host.Tally(num_envs)
       last = np.ones(num_envs, bool)
       no = np.zeros(num_envs, bool)
@@ -349,6 +350,9 @@ def make_envpool(
       action = host.check_action(action, our_spec, num_envs)
       observation, reward, ended, cut, info = _step_pool(
         pool, action.astype(action_dtype), action_repeat, last
+      )
+      contract.check_finite(
+        task, 'step(action)', observation=observation, reward=reward
       )
       over = info['terminated'].astype(bool) if is_atari else ended
       ended = ended | over
