@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import collector, terminal
+from experiments import capacity, collector, terminal
 from experiments.files import arrays, locking, reading, writing
 from experiments.files.errors import shown
 from experiments.runtime import config as configs
@@ -240,6 +240,12 @@ def run(
   if not hasattr(env.spec.observation, 'shape'):
     raise ValueError(f'env={env_name}: its observations are no single array')
   agent = collector.make_agent(sac, env.spec)
+  # Medium and expert lie in memory together with what they are joined to.
+  floats = math.prod(env.spec.observation.shape) + math.prod(
+    getattr(env.spec.action, 'shape', ())
+  )
+  size = 4 * 4.0 * floats * transitions
+  capacity.check([capacity.Need('transitions', transitions, size, True)])
   wanted = {'env': env_name, 'steps': steps, 'transitions': transitions}
   own = dataclasses.asdict(collection)
   if not own['options']:  # Folders from before they were known go on.

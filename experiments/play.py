@@ -476,6 +476,11 @@ def main() -> None:
 
       arena.launch(experiment, values)
       return
+    if values.num_envs > values.episodes:
+      raise configs.UserError(
+        f'num_envs={values.num_envs}: is more than there are episodes; take '
+        f'at most {values.episodes}'
+      )
     names = values.checkpoint or ['final']
     env = build.make_env(
       experiment, training=False, num_envs=values.num_envs or None

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` reads it.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from experiments.files.errors import shown
@@ -209,3 +210,51 @@ class Preset(NamedTuple):
   settings: tuple[str, ...]
   source: str
   time_steps: int = 0
+
+
+# Fields of `RunConfig` that one kind of run alone looks at.
+_OF_ACTING = (
+  'replay_capacity',
+  'replay_alpha',
+  'replay_beta',
+  'compress_replay',
+  'warmup_decisions',
+  'decisions_per_update',
+  'extra_updates',
+  'acting',
+  'queue_size',
+  'publish_every',
+  'acting_devices',
+)
+_OF_DATA = ('reward_factor', 'data_on')
+_OF_REPLAY = (
+  'replay_capacity',
+  'replay_alpha',
+  'replay_beta',
+  'compress_replay',
+)
+
+
+def refuse_unused(
+  assignments: Sequence[str], *, on_data: bool, is_fresh: bool = False
+) -> None:
+  """Refuses a user's settings that this kind of run does not look at.
+
+  Args:
+    assignments: `field=value`, as `--set` takes them.
+    on_data: whether the run learns from a data set or a text.
+    is_fresh: whether its agent learns from each step once, without a replay.
+
+  Raises:
+    ValueError: one of them would change nothing.
+  """
+  unused, reason = _OF_DATA, 'needs a data set (--dataset)'
+  if on_data:
+    unused, reason = _OF_ACTING, 'a run on data does not act and has no replay'
+  elif is_fresh:
+    unused += _OF_REPLAY
+    reason = 'this agent learns from fresh steps, without data or a replay'
+  for assignment in assignments:
+    section, _, field = assignment.partition('=')[0].strip().rpartition('.')
+    if section in ('', 'run') and field in unused:
+      raise ValueError(f'{assignment}: {reason}; leave it out')

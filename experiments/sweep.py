@@ -37,6 +37,7 @@ from experiments.files import locking
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 from experiments.runtime import signals
+from experiments.settings import refuse_unused
 
 
 def define_flags() -> None:
@@ -175,6 +176,11 @@ def _sweep(held: contextlib.ExitStack) -> None:
     )
     configs.check_place('workdir', workdir, folder=True)
     first = plan.describe(sweep_plan.Row(0, 0))
+    refuse_unused(
+      [*plan.fixed, *plan.assignments(0)],
+      on_data=bool(first.dataset),
+      is_fresh=build.is_fresh(first.config),
+    )
     if first.is_text and not values.metric:
       metric = 'held_log_likelihood'
     asked = values.engine

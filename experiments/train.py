@@ -29,6 +29,7 @@ from experiments import (
 from experiments.keeper import Keeper, alone, peek
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
+from experiments.settings import refuse_unused
 
 
 def define_flags() -> None:
@@ -125,6 +126,11 @@ def main() -> None:
       seed=values.seed,
       settings=values.set,
       dataset=text_or_dataset(values),
+    )
+    refuse_unused(
+      values.set,
+      on_data=bool(experiment.dataset),
+      is_fresh=build.is_fresh(experiment.config),
     )
     if values.show:
       flag_checks.refuse(

@@ -239,6 +239,26 @@ ROWS = {
   ),
   'control --study --planners=actor': 'flag --planners=actor: has no effect wi',
   'control --workdir=pendulum --seeds=3': 'flag --seeds=3: has no effect witho',
+  # Settings of another kind of run.
+  'train --preset=bc --dataset=data.npz --set=replay_alpha=0.5': (
+    'replay_alpha=0.5: a run on data does not act and has no replay; leave it '
+  ),
+  'train --set=run.reward_factor=2 --env=jax:catch --preset=muzero_catch': (
+    'run.reward_factor=2: needs a data set (--dataset); leave it out'
+  ),
+  'train --preset=td_gammon --set=replay_capacity=5000': (
+    'replay_capacity=5000: this agent learns from fresh steps'
+  ),
+  'sweep --workdir=new --preset=bc --dataset=data.npz --metric=loss_policy '
+  '--grid=queue_size=1,2': (
+    'queue_size=1: a run on data does not act and has no replay; leave it out'
+  ),
+  'play --workdir=catch --num_envs=1000000': (
+    'num_envs=1000000: is more than there are episodes; take at most 100'
+  ),
+  'collect --env=Humanoid-v4 --out=new --transitions=99999999': (
+    'transitions=99999999: takes ... of memory at least'
+  ),
   'benchmark --seeds=3': 'flag --seeds=3: has no effect without --suite=scale',
   'benchmark --suite=experts --preset=bc': 'flag --preset=bc: has no effect on',
   'game --datasets=0 --sizes=30': 'flag --sizes=30: has no effect with --datas',
