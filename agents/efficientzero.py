@@ -405,14 +405,13 @@ def make(
       'reward': reward * by_step.reward_mask[1:],
     }
     if config.consistency:
-      successors = jnp.swapaxes(observation[:, 1:], 0, 1)
       similarity, statistics = consistency(
         networks,
         losses.consistency,
         network,
         statistics,
         out.states,
-        successors,
+        observation[:, 1:],
         train,
       )
       terms_['consistency'] = similarity * by_step.observation_mask[1:]

@@ -508,7 +508,7 @@ def make(
         network,
         statistics,
         out.states,
-        jnp.swapaxes(observation[:, 1:], 0, 1),
+        observation[:, 1:],
         train,
       )
       terms_['consistency'] = similarity * by_step.observation_mask[1:]

@@ -165,7 +165,7 @@ def consistency(
     params: their parameters.
     statistics: their batch statistics.
     states: `[K, B, ...]`, imagined.
-    successors: `[K, B, ...]`, observations.
+    successors: `[B, K, ...]`, observations.
     train: whether batch statistics are used and updated.
 
   Returns:
@@ -173,17 +173,21 @@ def consistency(
 
   Source: EfficientZero (Ye 2021), equation 2.
   """
+  # A row's steps stay together: a batch that lies on several devices is then
+  # compared where it lies.
+  swap = lambda x: jnp.swapaxes(x, 0, 1)
   true_states, statistics = networks.represent(
     params, statistics, flatten_steps(successors), train
   )
   targets, statistics = networks.project(params, statistics, true_states, train)
   ours, statistics = networks.project(
-    params, statistics, flatten_steps(states), train
+    params, statistics, flatten_steps(swap(states)), train
   )
   ours, statistics = networks.predict_projection(
     params, statistics, ours, train
   )
-  return unflatten_steps(similarity(ours, targets), states.shape[0]), statistics
+  loss = unflatten_steps(similarity(ours, targets), states.shape[1])
+  return swap(loss), statistics
 
 
 def learned_model(
