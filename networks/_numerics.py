@@ -117,12 +117,13 @@ def first_above(probs, total, target):
   return jnp.minimum(first, jnp.max(jnp.where(is_possible, index, 0), -2))
 
 
-def dirichlet(key, logits, alpha):
+def dirichlet(keys, logits, alpha):
   """Dirichlet(alpha) weights for logits `[B, F, n]`, `[B, F, n]`.
 
-  Masked logits get none.
+  `keys` is `[B]`, one a row. Masked logits get none.
   """
-  log_gamma = jax.random.loggamma(key, alpha, logits.shape)
+  draw = lambda key: jax.random.loggamma(key, alpha, logits.shape[1:])
+  log_gamma = jax.vmap(draw)(keys)
   return jax.nn.softmax(jnp.where(is_masked(logits), MASKED, log_gamma))
 
 

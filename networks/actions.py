@@ -67,9 +67,9 @@ class ActionDistribution(NamedTuple):
     identity: `(actions [B, K, ...]) -> int32 [B, K]`, equal for equal actions.
     encode: `(actions [..., *action_shape]) -> float32 [..., E]`, how actions
       enter a dynamics network.
-    noise: `(key, parameters, alpha) -> noise`, a random distribution for each
-      row, Dirichlet(alpha); an array with leading `B`.
-    noise_sample: `(key, noise, K) -> actions [B, K, ...]`.
+    noise: `(keys [B], parameters, alpha) -> noise`, a random distribution for
+      each row, Dirichlet(alpha); an array with leading `B`.
+    noise_sample: `(keys [B], noise, K) -> actions [B, K, ...]`.
     noise_log_prob: `(noise, actions [B, K, ...]) -> float32 [B, K]`, finite.
     mask: `(parameters, invalid bool [B, A]) -> parameters`, under which
       invalid actions have probability zero; None where the set is not
@@ -77,7 +77,7 @@ class ActionDistribution(NamedTuple):
     mixture: `(parameters, noise, fraction) -> parameters` of
       `(1 - fraction) pi + fraction noise`; None where the family does not
       contain it.
-    distinct: `(key, parameters, K) -> (actions int32 [B, K], log_inclusion
+    distinct: `(keys [B], parameters, K) -> (actions int32 [B, K], log_inclusion
       float32 [B, K])`, K different actions in ascending order, see `flat`;
       None where the set is not enumerated by the head.
   """
@@ -188,13 +188,14 @@ def tanh_gaussian(
   def identity(actions):
     return hash_bits(box.flatten(actions))
 
-  def noise(key, parameters, alpha):
+  def noise(keys, parameters, alpha):
     logits = jnp.zeros((parameters.shape[0], box.size, noise_bins))
-    return dirichlet(key, logits, alpha)
+    return dirichlet(keys, logits, alpha)
 
-  def noise_sample(key, noise, num_samples):
-    shape = (2, noise.shape[0], num_samples, box.size)
-    which, where = jax.random.uniform(key, shape)
+  def noise_sample(keys, noise, num_samples):
+    shape = (2, num_samples, box.size)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)
+    which, where = uniform(keys)
     index = invert_cdf(noise, which)
     return box.to_units(2 * (index + where) / noise_bins - 1)
 
@@ -333,7 +334,7 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
     mixed = safe_log((1 - fraction) * probs + fraction * noise[:, 0])
     return jnp.where(is_masked(parameters), MASKED, mixed)
 
-  def distinct(key, parameters, num_samples):
+  def distinct(keys, parameters, num_samples):
     if not 1 <= num_samples <= num_actions:
       raise ValueError(
         f'K={num_samples}: must be in [1, {num_actions}], for there are'
@@ -347,7 +348,8 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
       return actions, jnp.zeros(shape)
     masked = is_masked(parameters)
     log_probs = jnp.where(masked, MASKED, jax.nn.log_softmax(parameters))
-    perturbed = log_probs + jax.random.gumbel(key, log_probs.shape)
+    gumbel = lambda key: jax.random.gumbel(key, log_probs.shape[1:])
+    perturbed = log_probs + jax.vmap(gumbel)(keys)
     # Without the barrier XLA merges the slices below into this one, no longer
     # sees a top-k and sorts everything: 30 times slower on a CPU.
     largest, actions = jax.lax.optimization_barrier(
@@ -406,11 +408,11 @@ def _categoricals(sizes, to_digits, from_digits) -> ActionDistribution:
     digits = to_digits(actions)
     return ravel(sizes, digits) if num_actions <= MAX_INT else hash_bits(digits)
 
-  def noise(key, parameters, alpha):
-    return dirichlet(key, split(parameters), alpha)
+  def noise(keys, parameters, alpha):
+    return dirichlet(keys, split(parameters), alpha)
 
-  def noise_sample(key, noise, num_samples):
-    draws = draw(key, (noise.shape[0], num_samples))
+  def noise_sample(keys, noise, num_samples):
+    draws = jax.vmap(lambda key: draw(key, (num_samples,)))(keys)
     return from_digits(invert_cdf(noise, draws))
 
   def noise_log_prob(noise, actions):

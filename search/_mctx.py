@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import mctx
 from mctx._src import search as mctx_search
 
+from search import rows
+
 
 class Selector(NamedTuple):
   """How a batch of descents chooses its actions.
@@ -56,7 +58,7 @@ def from_mctx(
 
   def begin(key, tree):
     batch_size = tree.node_values.shape[0]
-    return jax.random.split(key, batch_size) if needs_key else None
+    return rows.split(key, batch_size) if needs_key else None
 
   def next_keys(keys):
     if keys is None:

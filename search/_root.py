@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from search import rows
+
 
 def most_visited(summary: Any, prior: chex.Array) -> chex.Array:
   """The most visited action, ties by Q, then prior, then index, int32 `[B]`.
@@ -46,7 +48,9 @@ def sample(
   logits -= jnp.max(logits, axis=-1, keepdims=True)
   tiny = jnp.finfo(logits.dtype).tiny
   logits /= jnp.maximum(tiny, temperature)
-  action = jax.random.categorical(key, logits)
+  # As `jax.random.categorical` chooses, for the rows of this device.
+  noise = rows.draw(jax.random.gumbel, key, logits.shape)
+  action = jnp.argmax(noise + logits, axis=-1)
   return jnp.where(temperature == 0, best, action).astype(jnp.int32)
 
 
@@ -59,14 +63,15 @@ def dirichlet(
   """Symmetric Dirichlet noise over the valid actions, `[B, A]`.
 
   Args:
-    key: consumed; without invalid actions the noise is `mctx.muzero_policy`'s.
+    key: consumed; one key a row is split off.
     prior: `[B, A]`, what a row without a valid action gets.
     alpha: concentration, above 0.
     invalid_actions: bool `[B, A]`, or None.
   """
   batch_size, num_actions = prior.shape
   alpha = jnp.full([num_actions], alpha, prior.dtype)
-  noise = jax.random.dirichlet(key, alpha, (batch_size,), prior.dtype)
+  keys = rows.split(key, batch_size)
+  noise = jax.vmap(lambda key: jax.random.dirichlet(key, alpha))(keys)
   if invalid_actions is None:
     return noise
   # What is left of a Dirichlet, rescaled, is one over what is left.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 
+from search import rows
 from search._mctx import batched_search, from_mctx
 from search._root import as_bool, check_range, checked_qvalues, mask_logits
 from search.model import PolicyOutput
@@ -82,9 +83,8 @@ def gumbel(
   if evaluate:
     noise = jnp.zeros_like(logits)
   else:
-    noise = gumbel_scale * jax.random.gumbel(
-      gumbel_key, logits.shape, logits.dtype
-    )
+    noise = rows.draw(jax.random.gumbel, gumbel_key, logits.shape)
+    noise *= gumbel_scale
 
   tree = batched_search(
     params,

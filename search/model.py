@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import mctx
 
+from search import rows
+
 
 class TimeStep(NamedTuple):
   """What an agent sees after one step of an environment.
@@ -201,7 +203,7 @@ def exact(
     )
 
   def step(params, key, action, embedding):
-    keys = jax.random.split(key, action.shape[0])
+    keys = rows.split(key, action.shape[0])
     move = jax.vmap(game.step)(embedding, action, keys)
     logits, value = opinion(params, move.state)
     return recurrent(move, logits, value), move.state

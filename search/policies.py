@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 
+from search import rows
 from search._mctx import Selector, batched_search
 from search._root import (
   as_bool,
@@ -445,7 +446,7 @@ def _search_by_visits(
       extra_data = jnp.broadcast_to(jnp.asarray(order)[None], shape)
     else:
       tie_key = jax.random.fold_in(noise_key, 1)
-      extra_data = jax.random.uniform(tie_key, shape, jnp.float32)
+      extra_data = rows.draw(jax.random.uniform, tie_key, shape)
 
   tree = batched_search(
     params,

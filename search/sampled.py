@@ -43,15 +43,16 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 
-from search import policies
+from search import policies, rows
 from search._root import as_bool, check_range, sample
 from search.model import PolicyOutput
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 # What distributions give for the logarithm of zero.
 _LOG_TINY = float(np.log(np.finfo(np.float32).tiny))
-# The fewest numbers that nodes below the root draw from, in multiples of K.
-_POOL = 64
+# The numbers that nodes below the root draw from, in multiples of K: so many
+# that rows share little of their luck, and as many whatever the batch.
+_POOL = 256
 
 
 class SampledEmbedding(NamedTuple):
@@ -196,30 +197,39 @@ def propose(
   proposal = parameters
   if not is_plain:
     proposal = distribution.temper(parameters, temperature)
-  keys = jax.random.split(key, 4)
+  keys, batch = jax.random.split(key, 4), parameters.shape[0]
   noise = None
   if not _is(dirichlet_fraction, 0):
-    noise = distribution.noise(keys[0], parameters, dirichlet_alpha)
+    noise = distribution.noise(
+      rows.split(keys[0], batch), parameters, dirichlet_alpha
+    )
 
   if not replacement:
     if noise is not None:
       parameters = distribution.mixture(parameters, noise, dirichlet_fraction)
       proposal = distribution.mixture(proposal, noise, dirichlet_fraction)
-    actions, log_beta = distribution.distinct(keys[1], proposal, num_samples)
+    actions, log_beta = distribution.distinct(
+      rows.split(keys[1], batch), proposal, num_samples
+    )
     log_pi = distribution.log_prob(parameters, actions)
     # What has no probability is there only for want of others.
     counts = (log_pi > _LOG_TINY).astype(log_pi.dtype)
   else:
     if draws is None:
-      draws = distribution.draw(keys[1], (parameters.shape[0], num_samples))
+      draws = rows.draw(distribution.draw, keys[1], (batch, num_samples))
     actions = distribution.sample(draws, proposal)
     if with_mode:
       actions = actions.at[:, 0].set(distribution.mode(parameters))
     if noise is not None:
-      others = distribution.noise_sample(keys[2], noise, num_samples)
-      shape = actions.shape[:2]
-      pick = jax.random.bernoulli(keys[3], dirichlet_fraction, shape)
-      pick = pick.reshape(shape + (1,) * (actions.ndim - 2))
+      others = distribution.noise_sample(
+        rows.split(keys[2], batch), noise, num_samples
+      )
+      pick = rows.draw(
+        lambda key, shape: jax.random.bernoulli(key, dirichlet_fraction, shape),
+        keys[3],
+        (batch, num_samples),
+      )
+      pick = pick.reshape(pick.shape + (1,) * (actions.ndim - 2))
       actions = jnp.where(pick, others, actions)
     counts = merge(distribution.identity(actions))
     # Where pi is beta, nothing is left of their ratio.
@@ -374,9 +384,7 @@ def search(
     )
   pool = None
   if replacement:
-    # It grows with the batch, so that rows share little of their luck.
-    size = num_samples * max(_POOL, root.value.shape[0])
-    pool = distribution.draw(pool_key, (size,))
+    pool = distribution.draw(pool_key, (num_samples * _POOL,))
   step = slot_recurrent_fn(
     recurrent_fn, distribution, num_samples, pool=pool, **shared
   )
@@ -503,9 +511,14 @@ def take(actions: chex.Array, slot: chex.Array) -> chex.Array:
 def _from_pool(key, pool, batch_size, num_samples):
   """K numbers in a row for each of `B` nodes, from places of their own."""
   last = pool.shape[0] - num_samples
-  start = jax.random.randint(key, (batch_size,), 0, last + 1)
-  rows = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(pool, i, num_samples))
-  return rows(start)
+  start = rows.draw(
+    lambda key, shape: jax.random.randint(key, shape, 0, last + 1),
+    key,
+    (batch_size,),
+  )
+  return jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(pool, i, num_samples))(
+    start
+  )
 
 
 def _is(value, number) -> bool:

@@ -30,6 +30,7 @@ from search.model import TimeStep
 
 A, B, D, E, F, K = (SIZES[x] for x in 'ABDEFK')
 P = 2 * D
+keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
 low, high = -np.ones(D, np.float32), np.ones(D, np.float32)
 box = actor_critic.squash(low, high)
 gaussian = actions.tanh_gaussian(low, high)
@@ -192,7 +193,7 @@ CASES = {
   'agents.core.unroll.unroll': learned,
   'agents.core.unroll.unflatten_steps': {'batch': B},
   'networks._numerics.split_logits': {'sizes': (5, 3), 'P': 8, 'F': 2, 'n': 5},
-  'networks._numerics.dirichlet': {'alpha': 0.3},
+  'networks._numerics.dirichlet': {'keys': keys, 'alpha': 0.3},
   'networks._numerics.ravel': {'sizes': (5, 3), 'F': 2},
   'networks._numerics.unravel': {'sizes': (5, 3), 'F': 2},
   'networks._numerics.one_hots': {'sizes': (5, 3), 'P': 8},
@@ -297,6 +298,12 @@ CASES = {
   'search.riccati.lookahead_cost': {'depth': 2},
   'search.riccati.newton_error': {'system': scalar},
   'search.riccati.stability_boundary': {'system': scalar},
+  'search.rows.draw': {
+    'function': jax.random.uniform,
+    'shape': (B, D),
+    'batch': B,
+    'rest': (D,),
+  },
   'search.sampled.evaluate_actions': {'params': (), 'recurrent_fn': step},
   'search.sampled.propose': of_sampled,
   'search.sampled.raw': searched | of_enumerated,
@@ -328,9 +335,10 @@ def family(distribution, rest, **sizes):
     'fraction': 0.25,
     'K': K,
     'shape': (3, 5),
+    'keys': keys,
     'noise': jax.eval_shape(
       distribution.noise,
-      key(),
+      keys,
       jax.ShapeDtypeStruct((B, distribution.num_parameters), np.float32),
       0.3,
     ),

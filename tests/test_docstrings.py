@@ -56,6 +56,8 @@ PLUMBING = {
   'search._root.sample',
   'search.model.TimeStep.is_last',
   'search.policies.raw',
+  'search.rows.draw',
+  'search.rows.split',
 }
 
 # Why a function is not called as documented.
@@ -79,6 +81,7 @@ NOT_CALLED = {
   'search.bellman.model': 'see the objects',
   'search.examples.random_games': 'its games have an axis in front',
   'search.lookahead.num_evaluations': 'looks at numbers',
+  'search.rows.split': 'makes keys',
   'search.sampled.slot_recurrent_fn': 'returns a function',
 }
 

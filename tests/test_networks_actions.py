@@ -38,6 +38,11 @@ def _assert_frequencies(counts, probs):
   assert (np.abs(counts - total * probs) <= 5 * error + 1e-3).all()
 
 
+def _keys(key, rows):
+  """A key for each row."""
+  return jax.random.split(key, len(rows))
+
+
 def _compiled(family):
   """The family, its functions compiled: one by one they are slow to trace."""
   static = {'draw': 1, 'noise_sample': 2, 'distinct': 2}
@@ -202,7 +207,7 @@ def test_gaussian_samples_are_differentiable(gaussian):
 
 
 def test_gaussian_noise_is_an_exact_density(gaussian):
-  noise = gaussian.noise(jax.random.key(3), GAUSS, 0.5)
+  noise = gaussian.noise(_keys(jax.random.key(3), GAUSS), GAUSS, 0.5)
   assert noise.shape == (2, 2, 7)
   points = np.tile(_grid(LOW, HIGH, 70), (2, 1, 1))
   log_density = gaussian.noise_log_prob(noise, points)
@@ -214,7 +219,9 @@ def test_gaussian_noise_is_an_exact_density(gaussian):
     noise[:, 0, 0] * noise[:, 1, 6] * 3.5**2,
     rtol=1e-5,
   )
-  samples = np.asarray(gaussian.noise_sample(jax.random.key(4), noise, 20_000))
+  samples = np.asarray(
+    gaussian.noise_sample(_keys(jax.random.key(4), noise), noise, 20_000)
+  )
   assert (samples >= LOW).all() and (samples <= HIGH).all()
   for row in range(2):
     counts, *_ = np.histogram2d(
@@ -228,7 +235,9 @@ def test_dirichlet_noise_has_its_moments(product):
   # Of 3 components: mean 1 / 3, variance 2 / 9 / (3 alpha + 1).
   parameters = np.zeros((20_000, sum(FACTORS)), np.float32)
   for alpha in (0.3, 2.0):
-    noise = np.asarray(product.noise(jax.random.key(0), parameters, alpha))
+    noise = np.asarray(
+      product.noise(_keys(jax.random.key(0), parameters), parameters, alpha)
+    )
     first = noise[:, 0, :3]
     np.testing.assert_allclose(noise.sum(-1), np.ones((20_000, 3)), rtol=1e-5)
     np.testing.assert_allclose(first.mean(0), np.full(3, 1 / 3), atol=0.01)
@@ -306,11 +315,11 @@ def test_samples_have_their_probabilities(name, request):
   parameters = _logits(2, family.num_parameters, 2)
   everything = np.tile(np.arange(JOINT, dtype=np.int32), (2, 1))
   draws = family.draw(jax.random.key(0), (2, 20_000))
-  noise = family.noise(jax.random.key(1), parameters, 0.5)
+  noise = family.noise(_keys(jax.random.key(1), parameters), parameters, 0.5)
   cases = [
     (family.sample(draws, parameters), family.log_prob(parameters, everything)),
     (
-      family.noise_sample(jax.random.key(2), noise, 20_000),
+      family.noise_sample(_keys(jax.random.key(2), noise), noise, 20_000),
       family.noise_log_prob(noise, everything),
     ),
   ]
@@ -376,7 +385,7 @@ def test_bins_by_hand(bins):
   mode = np.asarray(bins.mode(parameters))
   want = [np.linspace(-2, 2, 5)[log_p[0].argmax()], 2.5 * log_p[1].argmax()]
   np.testing.assert_array_equal(mode, np.float32([want]))
-  noise = bins.noise(jax.random.key(0), parameters, 1.0)
+  noise = bins.noise(_keys(jax.random.key(0), parameters), parameters, 1.0)
   np.testing.assert_allclose(
     bins.noise_log_prob(noise, corners)[0, 1],
     np.log(noise[0, 0, 4] * noise[0, 1, 4]),
@@ -423,8 +432,8 @@ def test_action_shapes_are_kept(make):
   )
   np.testing.assert_array_equal(matrix.encode(samples), vector.encode(plain))
   assert matrix.mode(parameters).shape == (2, 2, 2)
-  noise = matrix.noise(jax.random.key(0), parameters, 1.0)
-  noisy = matrix.noise_sample(jax.random.key(1), noise, 3)
+  noise = matrix.noise(_keys(jax.random.key(0), parameters), parameters, 1.0)
+  noisy = matrix.noise_sample(_keys(jax.random.key(1), noise), noise, 3)
   assert noisy.shape == (2, 3, 2, 2)
   scalar = build(np.float32(-1), np.float32(1))
   parameters = parameters[:, : scalar.num_parameters]
@@ -478,7 +487,7 @@ def test_masked_actions_are_impossible(joint):
   everything = np.tile(np.arange(JOINT, dtype=np.int32), (2, 1))
   keep = np.where(invalid, 0, np.exp(parameters, dtype=np.float64))
   want = keep / keep.sum(1, keepdims=True)
-  mixed_noise = joint.noise(jax.random.key(1), masked, 0.3)[:, 0]
+  mixed_noise = joint.noise(_keys(jax.random.key(1), masked), masked, 0.3)[:, 0]
   assert not np.asarray(mixed_noise)[invalid].any()
   for logits, probs in [
     (masked, want),
@@ -489,7 +498,7 @@ def test_masked_actions_are_impossible(joint):
     assert np.isfinite(log_probs).all()
     probs = probs / probs.sum(1, keepdims=True)
     np.testing.assert_allclose(np.exp(log_probs), probs, rtol=1e-4, atol=1e-37)
-  noise = joint.noise(jax.random.key(1), masked, 0.3)
+  noise = joint.noise(_keys(jax.random.key(1), masked), masked, 0.3)
   mixed = joint.log_prob(joint.mixture(masked, noise, 0.25), everything)
   np.testing.assert_allclose(
     np.exp(mixed), 0.75 * want + 0.25 * noise[:, 0], rtol=1e-4, atol=1e-37
@@ -524,7 +533,9 @@ def test_distinct_actions_weigh_without_bias():
 
   @jax.jit
   def estimates(keys):
-    draw = lambda key: family.distinct(key, jnp.asarray(logits), 3)
+    draw = lambda key: family.distinct(
+      _keys(key, jnp.asarray(logits)), jnp.asarray(logits), 3
+    )
     chosen, log_inclusion = jax.vmap(draw)(keys)
     log_p = jax.vmap(lambda a: family.log_prob(logits, a))(chosen)
     weights = jnp.exp(log_p - log_inclusion)
@@ -545,20 +556,26 @@ def test_distinct_actions_weigh_without_bias():
 def test_distinct_actions_at_the_ends():
   family = _compiled(actions.flat(5))
   logits = _logits(2, 5)
-  everything, log_inclusion = family.distinct(jax.random.key(0), logits, 5)
+  everything, log_inclusion = family.distinct(
+    _keys(jax.random.key(0), logits), logits, 5
+  )
   np.testing.assert_array_equal(everything, [range(5)] * 2)
   np.testing.assert_array_equal(log_inclusion, np.zeros((2, 5)))
   # Fewer valid actions than asked for: all of them are there for certain.
   masked = family.mask(logits, np.array([[1, 0, 1, 0, 1]] * 2, bool))
   for seed in range(5):
-    chosen, log_inclusion = family.distinct(jax.random.key(seed), masked, 3)
+    chosen, log_inclusion = family.distinct(
+      _keys(jax.random.key(seed), masked), masked, 3
+    )
     assert all({1, 3} < set(row) for row in np.asarray(chosen))
     np.testing.assert_array_equal(log_inclusion, np.zeros((2, 3)))
     log_probs = np.asarray(family.log_prob(masked, chosen))
     assert ((log_probs < -80).sum(1) == 1).all()
   # A sure action beside almost impossible ones: finite, and sure.
   logits = np.float32([[0, -60, -60, -60, -70]])
-  chosen, log_inclusion = family.distinct(jax.random.key(0), logits, 2)
+  chosen, log_inclusion = family.distinct(
+    _keys(jax.random.key(0), logits), logits, 2
+  )
   assert chosen[0, 0] == 0 and log_inclusion[0, 0] == 0
   assert -30 < log_inclusion[0, 1] < 0
 
@@ -576,11 +593,13 @@ def test_vmap_equals_a_loop(gaussian, bins, product, joint):
     def everything(key, parameters, family=family):
       draws = family.draw(key, (2, 3))
       samples = family.sample(draws, parameters)
-      noise = family.noise(key, parameters, 0.4)
+      noise = family.noise(_keys(key, parameters), parameters, 0.4)
       return (
         samples,
         family.log_prob(family.temper(parameters, 2.0), samples),
-        family.noise_log_prob(noise, family.noise_sample(key, noise, 3)),
+        family.noise_log_prob(
+          noise, family.noise_sample(_keys(key, noise), noise, 3)
+        ),
         family.identity(samples),
         family.encode(samples),
         family.entropy(draws, parameters),
@@ -670,11 +689,11 @@ def test_bad_bounds_are_refused(build, message):
       r'factors=\(2, 2\): their product must be num_actions=6',
     ),
     (
-      lambda: actions.flat(3).distinct(jax.random.key(0), np.zeros((1, 3)), 4),
+      lambda: actions.flat(3).distinct(None, np.zeros((1, 3)), 4),
       r'K=4: must be in \[1, 3\]',
     ),
     (
-      lambda: actions.flat(3).distinct(jax.random.key(0), np.zeros((1, 3)), 0),
+      lambda: actions.flat(3).distinct(None, np.zeros((1, 3)), 0),
       r'K=0: must be in \[1, 3\]',
     ),
   ],

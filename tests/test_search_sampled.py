@@ -79,7 +79,7 @@ def test_all_actions_give_the_tree_of_the_enumerated_model(rule, key):
     mixed = np.maximum(np.log(np.float32(mixed)), np.finfo(np.float32).min)
   no_noise = {} if rule is policies.gumbel else {'dirichlet_fraction': 0.0}
   distribution = actions.flat(num_actions)._replace(
-    noise=lambda *_: jnp.asarray(noise)[:, None]
+    noise=lambda *_, **__: jnp.asarray(noise)[:, None]
   )
 
   @jax.jit
@@ -370,7 +370,7 @@ def zero_search():
       make_root(tables, roots(noise.shape[0])),
       recurrent_fn,
       200,
-      distribution=distribution._replace(noise=lambda *_: noise[:, None]),
+      distribution=distribution._replace(noise=lambda *_, **__: noise[:, None]),
       num_samples=6,
       replacement=replacement,
       dirichlet_fraction=fraction,
@@ -445,9 +445,9 @@ def test_noise_enters_policy_and_proposal_alike(key):
   noise_rows = jnp.tile(jnp.float32(noise), (2, 1))[:, None]
   # All slots are the noise's or the policy's, and the same in both.
   distribution = actions.flat(4)._replace(
-    noise=lambda *_: noise_rows,
+    noise=lambda *_, **__: noise_rows,
     sample=lambda *_: drawn,
-    noise_sample=lambda *_: drawn,
+    noise_sample=lambda *_, **__: drawn,
   )
   propose = functools.partial(
     sampled.propose,
@@ -468,7 +468,7 @@ def test_noise_proposes_its_share(key):
   """Slots come from the mixture of proposal and noise."""
   pi = jnp.tile(jnp.log(jnp.float32([0.9, 0.1, 1e-9])), (2000, 1))
   noise = jnp.tile(jnp.float32([0, 0, 1]), (2000, 1))[:, None]
-  distribution = actions.flat(3)._replace(noise=lambda *_: noise)
+  distribution = actions.flat(3)._replace(noise=lambda *_, **__: noise)
   proposal = jax.jit(
     lambda key: sampled.propose(
       key, distribution, pi, 5, temperature=2.0, dirichlet_fraction=0.25
@@ -881,7 +881,7 @@ def test_gaussian_noise_brings_in_its_actions(key):
     root=root,
     recurrent_fn=step,
     num_simulations=2,
-    distribution=distribution._replace(noise=lambda *_: noise),
+    distribution=distribution._replace(noise=lambda *_, **__: noise),
     num_samples=5,
     dirichlet_fraction=1.0,
   )
