@@ -36,6 +36,8 @@ On which side we came down where paper, official code and good sense differ:
   network; the official code acts at random. The target parameters lag by up to
   `target_period` updates, the official ones by one to two periods.
 * New rows get the largest priority seen so far, from 1 upwards.
+* The share that is searched again is counted in eighths of a batch, so that
+  devices that share the batch search alike: 99% are all of it.
 * Acting uses the newest parameters that the source hands over; the official
   self-play workers fetch them every 100 updates.
 """
@@ -82,7 +84,7 @@ class Config:
     off_policy_correction: horizon by age of data, bootstrap from a fresh
       search; without it a fixed horizon and the target network's value.
     off_policy_fraction: tau, the share of all decisions that costs one step.
-    reanalyze_fraction: share of policy targets searched again.
+    reanalyze_fraction: share of policy targets searched again, in eighths.
     reanalyze_chunk: roots searched at once, to bound memory; 0 for all.
     augmentation: random shift and intensity of image observations with sides
       of 32 pixels or more; a board is not shifted.
@@ -310,23 +312,24 @@ def make(
     del step
     timestep, extras = batch.experience.timestep, batch.experience.extras
     params, size = state.target_params, timestep.reward.shape[0]
-    fresh = round(config.reanalyze_fraction * size)
+    fresh = planning.share(config.reanalyze_fraction, size)
     policy = extras['search_policy']
     if config.off_policy_correction:
       output = planning.research(
         search, model, params, key, timestep, config.reanalyze_chunk
       )
       value = output.value
-      policy = policy.at[:fresh].set(output.action_weights[:fresh])
+      policy = fresh.put(policy, fresh.take(output.action_weights))
     else:
       flat = flatten_steps(timestep)
       value = model.root(params, flat, key).value.reshape(size, -1)
-      if fresh:
-        roots = jax.tree.map(lambda x: x[:fresh, head], timestep)
+      if fresh.count:
+        roots = fresh.take(jax.tree.map(lambda x: x[:, head], timestep))
         output = planning.research(
           search, model, params, key, roots, config.reanalyze_chunk
         )
-        policy = policy.at[:fresh, head].set(output.action_weights)
+        weights = fresh.put(policy[:, head], output.action_weights)
+        policy = policy.at[:, head].set(weights)
     extras = extras | {'search_policy': policy, 'search_value': value}
     return batch._replace(experience=batch.experience._replace(extras=extras))
 

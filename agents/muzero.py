@@ -65,7 +65,7 @@ class Config:
     gamma: discount a decision.
     unroll_steps: K, steps that the model is unrolled in training.
     td_steps: n, the bootstrap horizon.
-    reanalyze_fraction: share of policy targets searched again.
+    reanalyze_fraction: share of policy targets searched again, in eighths.
     reanalyze_values: bootstrap from the target network instead of from the
       search values stored when acting.
     reanalyze_chunk: roots searched at once, to bound memory; 0 for all.
@@ -257,17 +257,18 @@ def make(
     del step
     timestep, extras = batch.experience.timestep, batch.experience.extras
     params, size = state.target_params, timestep.reward.shape[0]
-    fresh = round(config.reanalyze_fraction * size)
+    fresh = planning.share(config.reanalyze_fraction, size)
     if config.reanalyze_values:
       flat = flatten_steps(timestep)
       value = model.root(params, flat, key).value.reshape(size, -1)
       extras = extras | {'search_value': value}
-    if fresh:
-      roots = jax.tree.map(lambda x: x[:fresh, head], timestep)
+    if fresh.count:
+      roots = fresh.take(jax.tree.map(lambda x: x[:, head], timestep))
       weights = planning.research(
         search, model, params, key, roots, config.reanalyze_chunk
       ).action_weights
-      policy = extras['search_policy'].at[:fresh, head].set(weights)
+      policy = extras['search_policy']
+      policy = policy.at[:, head].set(fresh.put(policy[:, head], weights))
       extras = extras | {'search_policy': policy}
     return batch._replace(experience=batch.experience._replace(extras=extras))
 

@@ -91,7 +91,7 @@ class Config:
     off_policy_correction: horizon by age of data, bootstrap from a fresh
       search; without it a fixed horizon and the target network's value.
     off_policy_fraction: share of all decisions that costs one step.
-    reanalyze_fraction: share of policy targets searched again.
+    reanalyze_fraction: share of policy targets searched again, in eighths.
     reanalyze_chunk: roots searched at once, to bound memory; 0 for all. Each
       has `num_samples` states when its actions are evaluated.
     augmentation: random shift and intensity of image observations with sides
@@ -381,27 +381,27 @@ def make(
     del step
     timestep, extras = batch.experience.timestep, batch.experience.extras
     params, size = state.target_params, timestep.reward.shape[0]
-    fresh = round(config.reanalyze_fraction * size)
+    fresh = planning.share(config.reanalyze_fraction, size)
     policy, chosen = extras['search_policy'], extras['sampled_actions']
     if config.off_policy_correction:
       output = planning.research(
         search, model, params, key, timestep, config.reanalyze_chunk
       )
-      value = output.value
-      rows = slice(0, fresh), slice(None)
-      output = jax.tree.map(lambda x: x[:fresh], output)
+      value, steps = output.value, slice(None)
+      output = fresh.take(output)
     else:
       flat = flatten_steps(timestep)
       value = model.root(params, flat, key).value.reshape(size, -1)
-      rows = slice(0, fresh), head
-      if fresh:
-        roots = jax.tree.map(lambda x: x[rows], timestep)
+      steps = head
+      if fresh.count:
+        roots = fresh.take(jax.tree.map(lambda x: x[:, head], timestep))
         output = planning.research(
           search, model, params, key, roots, config.reanalyze_chunk
         )
-    if fresh:
-      policy = policy.at[rows].set(output.action_weights)
-      chosen = chosen.at[rows].set(output.sampled_actions)
+    if fresh.count:
+      put = lambda x, new: x.at[:, steps].set(fresh.put(x[:, steps], new))
+      policy = put(policy, output.action_weights)
+      chosen = put(chosen, output.sampled_actions)
     extras = extras | {
       'search_policy': policy,
       'sampled_actions': chosen,

@@ -502,7 +502,10 @@ def make_source(
     source = _make_part(experiment, env, agent, number)
     if number > 1 or mesh.size > 1:
       source = parts.stacked(source, number, mesh)
-    return sources.reanalyzed(source, agent)
+    refresh, sharding = None, state_sharding(experiment, agent, mesh)
+    if agent.refresh is not None and mesh.size > 1 and sharding is None:
+      refresh = meshes.refresh_by_rows(agent, mesh)
+    return sources.reanalyzed(source, agent, refresh)
   acting = layout.acting or (None,)
   if mesh.size > 1 and experiment.run.acting == 'asynchronous':
     acting = layout.acting or tuple(meshes.local_devices(mesh))

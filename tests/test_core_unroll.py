@@ -9,7 +9,7 @@ from agents.core import planning, unroll
 from agents.core.types import ArraySpec
 from networks import heads, muzero
 from networks.muzero import MuZeroNetworks, NetworkConfig
-from search.model import TimeStep
+from search.model import Model, PolicyOutput, TimeStep
 
 B, A = 3, 2
 
@@ -214,7 +214,7 @@ def test_research_in_chunks(key):
   timestep = make_timestep(B, 4)
   whole = planning.research(search, model, params, key, timestep)
   parts = planning.research(search, model, params, key, timestep, chunk=6)
-  # 12 roots by 5: the last chunk is filled up and the filling thrown away.
+  # 12 roots, 5 at most: three chunks of 4.
   uneven = planning.research(search, model, params, key, timestep, chunk=5)
   assert whole.action_weights.shape == (B, 4, A)
   assert whole.value.shape == (B, 4)
@@ -226,6 +226,45 @@ def test_research_in_chunks(key):
   flat = unroll.flatten_steps(timestep)
   root = model.root(params, flat, key)
   np.testing.assert_allclose(whole.value.reshape(-1), root.value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'fraction', 'chosen'),
+  [
+    (16, 0.25, [0, 1, 8, 9]),
+    (16, 0.99, range(16)),
+    (16, 0.01, [0, 8]),
+    (16, 0.0, []),
+    (6, 0.5, range(3)),
+  ],
+)
+def test_a_share_is_spread_over_the_batch(batch, fraction, chosen):
+  share = planning.share(fraction, batch)
+  assert share.count == len(chosen)
+  x = jnp.arange(2.0 * batch).reshape(batch, 2)
+  taken = share.take({'x': x})['x']
+  np.testing.assert_array_equal(taken, x[jnp.asarray(chosen, int)])
+  put = np.array(x)
+  put[list(chosen)] = -1
+  np.testing.assert_array_equal(share.put(x, jnp.full_like(taken, -1)), put)
+
+
+@pytest.mark.parametrize(
+  ('chunk', 'most'), [(1000, 64), (20, 16), (7, 4), (1, 1), (31, 16)]
+)
+def test_chunks_are_equal_and_within_the_bound(chunk, most, key):
+  # 16 rows of 4 steps; the search notes how many roots it was given.
+  sizes = []
+
+  def search(params, key, root, step, invalid_actions):
+    sizes.append(root.shape[0])
+    return PolicyOutput(jnp.zeros_like(root), root[:, None], root, None)
+
+  model = Model(lambda params, timestep, key: timestep.reward, None)
+  timestep = make_timestep(16, 4)
+  output = planning.research(search, model, None, key, timestep, chunk)
+  np.testing.assert_array_equal(output.value, timestep.reward)
+  assert set(sizes) == {most}
 
 
 @pytest.mark.parametrize('rule', ['efficientzero', 'puct', 'gumbel'])

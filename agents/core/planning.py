@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from agents.core import ranges, unroll
-from search import policies, sampled
+from search import policies, rows, sampled
 from search.model import Model, PolicyOutput, TimeStep
 
 
@@ -180,8 +180,10 @@ def research(
     params: usually the target parameters.
     key: consumed.
     timestep: leaves `[B, S, ...]`.
-    chunk: roots searched at once, to bound memory; 0 for all of them. The
-      last chunk is filled up with roots that are thrown away.
+    chunk: the most roots searched at once, on all devices together, to bound
+      memory; 0 for all of them. Chunks are of equal size, each with a root of
+      every so many, so that roots on several devices need not move. A device
+      searches one root at a time at least.
 
   Returns:
     `PolicyOutput` without a tree, leaves `[B, S, ...]`.
@@ -204,14 +206,72 @@ def research(
     )
     return output._replace(search_tree=None)
 
-  if not chunk or num_roots <= chunk:
+  if not chunk or num_roots * rows.devices() <= chunk:
     result = one((key, roots))
   else:
-    count = -(-num_roots // chunk)
-    spare = count * chunk - num_roots
-    roots = jax.tree.map(lambda x: jnp.concatenate([x, x[:spare]]), roots)
-    split = unroll.unflatten_steps(roots, count)
+    count = _num_chunks(batch, num_roots // batch, chunk)
+    swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+    parts = swap(unroll.unflatten_steps(roots, num_roots // count))
     keys = jax.random.split(key, count)
-    result = unroll.flatten_steps(jax.lax.map(one, (keys, split)))
-    result = jax.tree.map(lambda x: x[:num_roots], result)
+    result = unroll.flatten_steps(swap(jax.lax.map(one, (keys, parts))))
   return unroll.unflatten_steps(result, batch)
+
+
+def _num_chunks(batch, steps, chunk):
+  """The fewest equal chunks, alike on one device or on many if they can be."""
+  least = -(-batch * steps * rows.devices() // chunk)
+  for whole in (_group(batch) * steps, batch * steps):
+    for count in range(least, whole + 1):
+      if whole % count == 0:
+        return count
+  return batch * steps
+
+
+def _group(batch):
+  """Rows that are treated alike wherever they lie.
+
+  A device that holds 8 of them or a multiple does what one device does.
+  """
+  return 8 if batch % 8 == 0 else batch
+
+
+class Share(NamedTuple):
+  """Some rows of a batch, in order.
+
+  Attributes:
+    take: `(pytree [B, ...]) -> pytree [C, ...]`, the chosen rows.
+    put: `(array [B, ...], array [C, ...]) -> array [B, ...]`, with the chosen
+      rows replaced.
+    count: C.
+  """
+
+  take: Callable[[Any], Any]
+  put: Callable[[chex.Array, chex.Array], chex.Array]
+  count: int
+
+
+def share(fraction: float, batch: int) -> Share:
+  """A share of the rows, the same on one device or on many.
+
+  The first of every 8 rows are chosen where 8 divides the batch, else the
+  first of all.
+
+  Args:
+    fraction: of rows to choose, in [0, 1]; rounded to whole rows of 8, a
+      positive one to one row at least.
+    batch: B.
+  """
+  group = _group(batch)
+  chosen = max(round(fraction * group), 1 if fraction else 0)
+  apart = lambda x: x.reshape(batch // group, group, *x.shape[1:])
+
+  def take(tree):
+    return unroll.flatten_steps(
+      jax.tree.map(lambda x: apart(x)[:, :chosen], tree)
+    )
+
+  def put(x, new):
+    new = new.reshape(batch // group, chosen, *x.shape[1:])
+    return apart(x).at[:, :chosen].set(new).reshape(x.shape)
+
+  return Share(take, put, batch // group * chosen)

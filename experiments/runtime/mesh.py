@@ -33,6 +33,7 @@ from jax.sharding import (
 from agents.core.types import Agent, Info
 from experiments.runtime import loop
 from experiments.runtime.sources import Source
+from search import rows as search_rows
 
 AXIS = 'data'
 How = Literal['jit', 'pmap']
@@ -216,18 +217,45 @@ def _pmapped(agent, mesh):
   return update
 
 
+def refresh_by_rows(agent: Agent, mesh: Mesh) -> Callable:
+  """`agent.refresh` for a batch split over a mesh, without any collective.
+
+  Each device searches for its own rows, with the random numbers that they
+  would have on one device (`search.rows`): a tree's loops end when its own
+  rows are done, and ask no other device. The state is whole on each device.
+  """
+  assert agent.refresh is not None
+  kinds = (AxisType.Auto,)
+  devices = Mesh(mesh.devices, (search_rows.AXIS,), axis_types=kinds)
+  whole, rows = PartitionSpec(), PartitionSpec(search_rows.AXIS)
+  return jax.shard_map(
+    agent.refresh,
+    mesh=devices,
+    in_specs=(whole, rows, whole, whole),
+    out_specs=rows,
+    # Nothing is differentiated here.
+    check_vma=False,
+  )
+
+
 def compile_refresh(
   agent: Agent, mesh: Mesh, state_sharding: Any = None
 ) -> Callable:
-  """`agent.refresh` compiled over a mesh: the batch split, the state whole.
+  """`agent.refresh` compiled over a mesh, the batch split.
 
-  `state_sharding` is that of `compile_update`.
+  `state_sharding` is that of `compile_update`. A state that is whole on each
+  device is searched with by rows, see `refresh_by_rows`; one whose experts are
+  divided is left to the partitioner.
   """
   assert agent.refresh is not None
   whole, rows = replicated(mesh), split(mesh)
   state = whole if state_sharding is None else state_sharding
+  if state_sharding is None:
+    refresh = refresh_by_rows(agent, mesh)
+  else:
+    refresh = _under(mesh, state_sharding, agent.refresh)
   return jax.jit(
-    _under(mesh, state_sharding, agent.refresh),
+    refresh,
     in_shardings=(state, rows, whole, whole),
     out_shardings=rows,
   )

@@ -15,9 +15,7 @@ Pure parts are stacked along a leading axis that is split over the devices.
 One replay of everything is expected to give what the parts give: a row's
 importance weight carries its part's total priority (`agents.core.replay`'s
 `scale`), and ages count the decisions of all parts. New rows get the largest
-priority seen in their own part. A batch's rows come part by part, so that what
-an agent does with its first rows only (a share that is searched again) falls
-to the first parts; parts are alike in distribution.
+priority seen in their own part. A batch's rows come part by part.
 
 Axes: `N` parts, `B` windows of a batch.
 """

@@ -460,16 +460,17 @@ def reanalyzed(
   Args:
     inner: a source of batches.
     agent: whose `refresh(state, batch, step, key)` makes new targets.
-    compiled: that function compiled over a mesh, for a source on the host.
+    compiled: that function over a mesh, from `runtime.mesh`; compiled for a
+      source on the host.
 
   Returns:
     A source of the same batches with fresh targets.
   """
   if agent.refresh is None:
     return inner
-  refresh = agent.refresh
-  if not inner.is_pure:
-    refresh = compiled or jax.jit(refresh)
+  refresh = compiled or agent.refresh
+  if compiled is None and not inner.is_pure:
+    refresh = jax.jit(refresh)
 
   def next_(state, agent_state, step, key):
     inner_key, refresh_key = jax.random.split(key)
