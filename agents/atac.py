@@ -66,6 +66,7 @@ from networks import actor_critic, mixture
 from networks.actor_critic import Squash
 from networks.mlp import Network
 from networks.moe import Config as MixtureConfig
+from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,7 +436,7 @@ def _make(
 
   def act(params, key, timestep):
     gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = jax.random.normal(key, gaussian.mean.shape)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
     return box.sample(noise, gaussian)[0], {}
 
   def exploit(params, key, timestep):

@@ -34,6 +34,7 @@ from agents.core.types import (
 from networks import actor_critic
 from networks.actor_critic import Squash
 from networks.mlp import Network
+from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ def make(
 
   def act(params, key, timestep):
     gaussian = network.apply(params.policy, timestep.observation)
-    noise = jax.random.normal(key, gaussian.mean.shape)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
     action, _ = box.sample(noise, gaussian)
     return action, {}
 

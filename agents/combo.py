@@ -49,6 +49,7 @@ from networks import actions, actor_critic
 from networks.actor_critic import Squash
 from networks.ensemble import Ensemble
 from networks.mlp import Network
+from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +321,7 @@ def make(
 
   def act(params, key, timestep):
     gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = jax.random.normal(key, gaussian.mean.shape)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
     action, _ = box.sample(noise, gaussian)
     return action, {}
 

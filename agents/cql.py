@@ -52,6 +52,7 @@ from agents.core.types import (
 from networks import actor_critic
 from networks.actor_critic import Squash
 from networks.mlp import Network
+from search.rows import draw
 
 # Beyond it the official code holds the multiplier.
 _MAX_LOG_MULTIPLIER = math.log(1e6)
@@ -275,7 +276,7 @@ def make(
 
   def act(params, key, timestep):
     gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = jax.random.normal(key, gaussian.mean.shape)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
     action, _ = box.sample(noise, gaussian)
     return action, {}
 

@@ -42,6 +42,7 @@ from agents.core.types import (
 from networks import actor_critic
 from networks.actor_critic import Gaussian, Squash
 from networks.mlp import Network
+from search.rows import draw
 
 _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
@@ -271,7 +272,7 @@ def make(
 
   def act(params, key, timestep):
     gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = jax.random.normal(key, gaussian.mean.shape)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
     unit = jnp.tanh(gaussian.mean) + gaussian.std * noise
     return box.from_unit(jnp.clip(unit, -1.0, 1.0)), {}
 

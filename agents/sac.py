@@ -46,6 +46,7 @@ from agents.core.types import (
 from networks import actor_critic
 from networks.actor_critic import Squash
 from networks.mlp import Network
+from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +259,7 @@ def make(
 
   def act(params, key, timestep):
     gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = jax.random.normal(key, gaussian.mean.shape)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
     action, _ = box.sample(noise, gaussian)
     return action, {}
 

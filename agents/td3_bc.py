@@ -45,6 +45,7 @@ from agents.core.types import (
 from networks import actor_critic
 from networks.actor_critic import Squash
 from networks.mlp import Network
+from search.rows import draw
 
 # The least mean |q| that is divided by: critics may be exactly zero.
 _EPSILON = 1e-8
@@ -260,7 +261,7 @@ def make(
 
   def act(params, key, timestep):
     action = choose(params.policy, timestep.observation)
-    noise = jax.random.normal(key, action.shape)
+    noise = draw(jax.random.normal, key, action.shape)
     return perturb(action, config.exploration_noise * noise), {}
 
   def critic_loss(critic, target_params, batch, noise):

@@ -131,7 +131,8 @@ def evaluator(experiment: build.Experiment, agent) -> Callable | None:
     found = {}
     for prefix, act in acting.items():
       if isinstance(env, Environment):
-        played = playing.on_device(env, act, params, **shared)
+        own = jax.local_devices()[: experiment.run.devices or None]
+        played = playing.on_device(env, act, params, devices=own, **shared)
       else:
         played = playing.on_host(env, act, params, seed=step, **shared)
       summary = played.summary()

@@ -502,9 +502,9 @@ def make_source(
     source = _make_part(experiment, env, agent, number)
     if number > 1 or mesh.size > 1:
       source = parts.stacked(source, number, mesh)
-    refresh, sharding = None, state_sharding(experiment, agent, mesh)
-    if agent.refresh is not None and mesh.size > 1 and sharding is None:
-      refresh = meshes.refresh_by_rows(agent, mesh)
+    refresh, sharding = agent.refresh, state_sharding(experiment, agent, mesh)
+    if refresh is not None and mesh.size > 1 and sharding is None:
+      refresh = meshes.by_rows(refresh, mesh, (1,))
     return sources.reanalyzed(source, agent, refresh)
   acting = layout.acting or (None,)
   if mesh.size > 1 and experiment.run.acting == 'asynchronous':

@@ -13,6 +13,7 @@ from experiments.envs.host import EpisodeStats, HostEnvironment, Simulator
 from experiments.runtime import evaluate
 from networks import muzero
 from networks.muzero import NetworkConfig
+from search import rows
 from search.model import Environment, TimeStep
 
 
@@ -148,6 +149,26 @@ def test_envpools_catch_is_played_like_ours():
     np.testing.assert_array_equal(got.returns, np.where(caught, 1.0, -1.0))
     returns.append(got.returns.mean())
   assert returns[0] == 1.0 > returns[1]
+
+
+def test_devices_share_the_episodes(key):
+  # It draws its actions, and so does the environment its balls.
+  env, devices = make_catch(), jax.devices()
+  assert len(devices) == 2
+
+  @jax.jit
+  def chance(params, key, timestep):
+    draw = lambda key, shape: jax.random.randint(key, shape, 0, params)
+    return rows.draw(draw, key, timestep.reward.shape)
+
+  played = lambda **kw: evaluate.on_device(env, chance, 3, key=key, **kw)
+  one = played(num_episodes=12)
+  two = played(num_episodes=12, devices=devices)
+  assert set(one.returns) == {1.0, -1.0}
+  jax.tree.map(np.testing.assert_array_equal, two, one)
+  # What cannot be shared equally is not.
+  odd = played(num_episodes=7, devices=devices)
+  assert odd.returns.shape == (7,)
 
 
 def test_episodes_on_the_device_are_cut(key):

@@ -1,5 +1,6 @@
 """Two devices give the numbers of one."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents import efficientzero, muzero
+from agents import efficientzero, muzero, sampled_muzero
 from agents.core import planning
 from agents.core.types import (
   Agent,
   ArraySpec,
+  Continuous,
   Discrete,
   Experience,
   Info,
@@ -37,6 +39,9 @@ NETWORK = NetworkConfig(
   predictor=(4,),
   head_hidden=(6,),
 )
+BOUND = np.ones(2, np.float32)
+CONTINUOUS = SPEC._replace(action=Continuous((2,), -BOUND, BOUND))
+SLOW = pytest.mark.slow
 SHARED = {
   'network': NETWORK,
   'search': planning.SearchConfig(num_simulations=2),
@@ -122,6 +127,58 @@ def test_two_devices_equal_one(module, key):
     (want, want_info),
   )
   assert len(got.params.step.sharding.device_set) == 2
+
+
+# With noise at the root and ties, half of the rows, and in chunks.
+SEARCHED = {
+  'muzero': (muzero, SPEC, {'rule': 'puct'}, {'reanalyze_chunk': 12}),
+  'sampled_muzero': (sampled_muzero, CONTINUOUS, {'num_samples': 3}, {}),
+  'efficientzero': (efficientzero, SPEC, {'rule': 'gumbel'}, {}),
+}
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['muzero', 'sampled_muzero', pytest.param('efficientzero', marks=SLOW)],
+)
+def test_searches_over_two_devices_equal_one(name, key):
+  module, spec, search, own = SEARCHED[name]
+  search = planning.SearchConfig(num_simulations=3, **search)
+  changes = {'search': search, 'reanalyze_fraction': 0.5, **own}
+  config = module.Config(**{**SHARED, **changes})
+  networks = module.make_networks(config, spec)
+  agent = module.make(config, networks, module.make_losses(), spec)
+  assert agent.act is not None and agent.refresh is not None
+  two = mesh.make_mesh()
+  state = shaken(jax.jit(agent.init)(key))
+  batch = make_batch(16)
+  # What it chose when the batch was recorded.
+  first = jax.tree.map(lambda x: x[:, 0], batch.experience.timestep)
+  act = jax.jit(agent.act)
+  action, extras = act(state.params, key, first)
+  over = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 5, 1), tree)
+  batch = batch._replace(
+    experience=batch.experience._replace(
+      action=over(action), extras=over(extras)
+    )
+  )
+  acted = jax.jit(mesh.by_rows(agent.act, two, (2,)))
+  refresh = mesh.compile_refresh(agent, two)
+  for function, args, single in (
+    (acted, (state.params, key, first), act),
+    (refresh, (state, batch, 0, key), jax.jit(agent.refresh)),
+  ):
+    got, want = function(*args), single(*args)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      got,
+      want,
+    )
+    text = function.lower(*args).compile().as_text()
+    assert not re.search(r'all-(?:reduce|gather|to-all)|permute', text)
+  policy = refresh(state, batch, 0, key).experience.extras['search_policy']
+  changed = (policy != batch.experience.extras['search_policy']).any((1, 2))
+  np.testing.assert_array_equal(changed, np.arange(16) % 8 < 4)
 
 
 def test_pmap_equals_one_device(key):

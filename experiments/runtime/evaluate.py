@@ -6,7 +6,7 @@ are not counted more often than long ones.
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.envs.host import HostEnvironment
+from experiments.runtime import mesh as meshes
 from experiments.runtime.sources import select
+from search import rows
 from search.model import Environment, Model
 
 
@@ -122,8 +124,11 @@ def on_device(
   key: chex.PRNGKey,
   num_episodes: int,
   max_steps: int = 10_000,
+  devices: Sequence[Any] = (),
 ) -> Episodes:
   """Plays episodes of a pure-JAX environment, one per parallel copy.
+
+  What is played does not depend on the devices.
 
   Args:
     env: an unbatched environment.
@@ -132,16 +137,31 @@ def on_device(
     key: for environment and planner.
     num_episodes: exactly so many.
     max_steps: episodes are cut there.
+    devices: that share the episodes, as many of them as can equally; () for
+      the one where the parameters are.
 
   Returns:
     `Episodes`.
   """
-  returns, lengths = device_episodes(
-    env.reset, env.step, play, num_episodes, max_steps, params, key
-  )
+  size = max(len(devices), 1)
+  size = next(n for n in range(size, 0, -1) if num_episodes % n == 0)
+  own = (env.reset, env.step, play, num_episodes // size, max_steps)
+  if size == 1:
+    returns, lengths = device_episodes(*own, params, key)
+  else:
+    mesh = meshes.make_mesh(devices[:size])
+    params = jax.device_put(params, meshes.replicated(mesh))
+    returns, lengths = _shared_episodes(mesh, *own)(params, key)
   return Episodes(
     np.asarray(returns, np.float64), np.asarray(lengths, np.int64)
   )
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_episodes(mesh, *own):
+  """`device_episodes` compiled over devices, each with an equal share."""
+  some = lambda params, key: device_episodes(*own, params, key)
+  return jax.jit(meshes.by_rows(some, mesh, ()))
 
 
 # Not the whole environment: a spec may hold arrays, which have no hash.
@@ -157,11 +177,13 @@ def device_episodes(
 ) -> tuple[chex.Array, chex.Array]:
   """What `on_device` compiles; it may be traced and vmapped.
 
+  Traced by `runtime.mesh.by_rows`, `num` are those of a device.
+
   Returns:
     Returns float32 `[num]` and lengths int32 `[num]`.
   """
   reset_key, key = jax.random.split(key)
-  env_state, timestep = jax.vmap(reset)(jax.random.split(reset_key, num))
+  env_state, timestep = jax.vmap(reset)(rows.split(reset_key, num))
 
   def going(carry):
     _, timestep, _, _, over, step = carry
@@ -172,7 +194,7 @@ def device_episodes(
     env_state, timestep, returns, lengths, over, step = carry
     act_key, step_key = jax.random.split(jax.random.fold_in(key, step))
     action = play(params, act_key, timestep)
-    keys = jax.random.split(step_key, num)
+    keys = rows.split(step_key, num)
     stepped = jax.vmap(step_env)(env_state, action, keys)
     env_state, timestep = select(over, (env_state, timestep), stepped)
     returns += jnp.where(over, 0.0, timestep.reward)

@@ -12,6 +12,10 @@ normalises by the statistics of all devices only where its network was made
 with the same `reduce`. Keys are folded with the device's index there, so that
 it equals one device for updates that draw nothing.
 
+What is done row by row (searching, acting, whole episodes of an evaluation) is
+not left to the partitioner but mapped over the devices (`by_rows`), for loops
+that end with the last row would ask all devices at every turn.
+
 Every process calls the same functions in the same order.
 """
 
@@ -217,25 +221,42 @@ def _pmapped(agent, mesh):
   return update
 
 
-def refresh_by_rows(agent: Agent, mesh: Mesh) -> Callable:
-  """`agent.refresh` for a batch split over a mesh, without any collective.
+def by_rows(function: Callable, mesh: Mesh, which: Sequence[int]) -> Callable:
+  """A function of rows, over rows that are split over a mesh.
 
-  Each device searches for its own rows, with the random numbers that they
-  would have on one device (`search.rows`): a tree's loops end when its own
-  rows are done, and ask no other device. The state is whole on each device.
+  Each device calls it for its own rows, with the random numbers that they
+  would have on one device (`search.rows`), and asks no other: a tree's loop
+  ends when its own rows are done. Not for what takes means over a batch.
+
+  Args:
+    function: of arrays; each row that it returns follows from the same row of
+      its arguments, from the whole ones, and from what `search.rows` draws.
+    mesh: from `make_mesh`.
+    which: positions of the arguments that have rows along their first axis;
+      the others are whole on each device.
+
+  Returns:
+    The function, to be traced, or compiled by `jax.jit`; its results are split
+    along their first axis.
   """
-  assert agent.refresh is not None
   kinds = (AxisType.Auto,)
   devices = Mesh(mesh.devices, (search_rows.AXIS,), axis_types=kinds)
   whole, rows = PartitionSpec(), PartitionSpec(search_rows.AXIS)
-  return jax.shard_map(
-    agent.refresh,
-    mesh=devices,
-    in_specs=(whole, rows, whole, whole),
-    out_specs=rows,
-    # Nothing is differentiated here.
-    check_vma=False,
-  )
+
+  @functools.wraps(function)
+  def everywhere(*args):
+    specs = tuple(rows if i in which else whole for i in range(len(args)))
+    mapped = jax.shard_map(
+      function,
+      mesh=devices,
+      in_specs=specs,
+      out_specs=rows,
+      # Nothing is differentiated here.
+      check_vma=False,
+    )
+    return mapped(*args)
+
+  return everywhere
 
 
 def compile_refresh(
@@ -243,16 +264,16 @@ def compile_refresh(
 ) -> Callable:
   """`agent.refresh` compiled over a mesh, the batch split.
 
-  `state_sharding` is that of `compile_update`. A state that is whole on each
-  device is searched with by rows, see `refresh_by_rows`; one whose experts are
-  divided is left to the partitioner.
+  `state_sharding` is that of `compile_update`. With a state that is whole on
+  each device rows are searched where they lie (`by_rows`); a state whose
+  experts are divided is left to the partitioner.
   """
   assert agent.refresh is not None
   whole, rows = replicated(mesh), split(mesh)
-  state = whole if state_sharding is None else state_sharding
   if state_sharding is None:
-    refresh = refresh_by_rows(agent, mesh)
+    state, refresh = whole, by_rows(agent.refresh, mesh, (1,))
   else:
+    state = state_sharding
     refresh = _under(mesh, state_sharding, agent.refresh)
   return jax.jit(
     refresh,

@@ -453,24 +453,23 @@ def replayed(
 
 
 def reanalyzed(
-  inner: Source, agent: Agent, compiled: Callable | None = None
+  inner: Source, agent: Agent, refresh: Callable | None = None
 ) -> Source:
   """Hands each batch through the agent's `refresh`, if it has one.
 
   Args:
     inner: a source of batches.
     agent: whose `refresh(state, batch, step, key)` makes new targets.
-    compiled: that function over a mesh, from `runtime.mesh`; compiled for a
-      source on the host.
+    refresh: that function over a mesh, from `runtime.mesh`, compiled for a
+      source on the host; None compiles it here where that is needed.
 
   Returns:
     A source of the same batches with fresh targets.
   """
   if agent.refresh is None:
     return inner
-  refresh = compiled or agent.refresh
-  if compiled is None and not inner.is_pure:
-    refresh = jax.jit(refresh)
+  if refresh is None:
+    refresh = agent.refresh if inner.is_pure else jax.jit(agent.refresh)
 
   def next_(state, agent_state, step, key):
     inner_key, refresh_key = jax.random.split(key)
