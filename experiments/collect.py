@@ -18,9 +18,10 @@ learning may leap from far below to far above between two evaluations.
 
 The folder holds `config.json`, a data set in each folder of these names, and
 `agent/`: parameters, the evaluations on the way, the references. What is there
-is not made again by the same command.
+is not made again by the same command, which compares it with `stored.json`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -34,7 +35,7 @@ import numpy as np
 
 from experiments import capacity, collector, terminal
 from experiments.files import arrays, locking, reading, writing
-from experiments.files.errors import shown
+from experiments.files.errors import Missing, shown
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -272,9 +273,10 @@ def _make(env, agent, out, steps, transitions, seed, collection, minari):
     f'transitions of each quality, folder {out}'
   )
   play = collector.players(agent)
+  trained, made = None, set()
   if not ((out / 'agent').exists() and (out / 'medium-replay').exists()):
     _train(env, agent, play, out, steps, seed, collection)
-  trained = None
+    made.add('medium-replay')
   for quality in QUALITIES:
     if not (out / quality).exists():
       trained = trained or _load(out / 'agent', agent)
@@ -282,10 +284,32 @@ def _make(env, agent, out, steps, transitions, seed, collection, minari):
         quality, env.spec, collection, play, trained, out, transitions, seed
       )
       npz.save(_with_returns(dataset), out / quality)
+      made.add(quality)
+    _check_stored(out, quality, quality in made)
     dataset = npz.load(out / quality)
     terminal.say(_line(quality, dataset))
     if minari:
       _to_minari(quality, dataset, out / 'minari')
+
+
+def _check_stored(out, quality, is_new):
+  """Notes what a data set's files are, or compares them with the note."""
+  from experiments.data import npz
+
+  path, known = out / 'stored.json', {}
+  with contextlib.suppress(Missing):
+    known = reading.read_json(path, dict[str, dict[str, arrays.Stored]])
+  if quality in known and not is_new:
+    try:
+      npz.check_stored(out / quality, known[quality])
+    except configs.UserError as error:
+      raise configs.UserError(
+        f'{error}; put back a copy, or delete {shown(out / quality)}, then the '
+        'same command makes it again'
+      ) from error
+    return
+  known[quality] = npz.stored(out / quality)
+  writing.write_text(path, json.dumps(known, indent=1))
 
 
 def stream_seed(seed: int, what: str, number: int = 0) -> int:

@@ -126,7 +126,7 @@ def settings_of(kind: str, root: pathlib.Path) -> dict[str, Any]:
     flags = ('name', 'muzero_cartpole'), ('env', 'CartPole-v1')
     return dict(flags, steps=72, settings=(*_LOOP, *own))
   if kind == 'td_gammon':
-    own = ('env.num_envs=2', 'hidden_sizes=4', 'evaluate_every=0')
+    own = ('env.num_envs=2', 'hidden=4', 'evaluate_every=0')
     return {'name': 'td_gammon', 'steps': 22, 'settings': (*_LOOP, *own)}
   if kind == 'offline':
     from test_offline_launch import make_dataset
@@ -597,6 +597,7 @@ def cases(run: Run) -> list[Case]:
 _OURS = (
   'config.json', 'metrics.csv', 'statistics.json', 'checkpoints', 'final',
   'best', 'replay', 'programs', 'agent', 'vocabulary.json', 'random',
+  'stored.json',
 )  # fmt: skip
 
 

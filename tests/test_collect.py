@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -381,6 +382,27 @@ def test_what_is_there_is_not_made_again(collected, monkeypatch, capsys):
     np.testing.assert_array_equal(getattr(expert, key), before[key])
   with pytest.raises(UserError, match='steps'):
     launch(collected, steps=200)
+
+
+def test_what_has_changed_is_noticed_and_made_again(collected, tmp_path):
+  out = shutil.copytree(collected, tmp_path / 'copy')
+  path = out / 'expert' / 'observation.npy'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+  with pytest.raises(UserError, match=r'expert: observation\.npy is garbled'):
+    launch(out)
+  path.unlink()
+  with pytest.raises(UserError, match='observation'):
+    launch(out)
+  shutil.rmtree(path.parent)
+  launch(out)
+  assert path.read_bytes() == whole
+  # Of an older release, which kept no note.
+  (out / 'stored.json').unlink()
+  launch(out)
+  assert set(json.loads((out / 'stored.json').read_text())) == {
+    *collect.QUALITIES
+  }
 
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path, monkeypatch):

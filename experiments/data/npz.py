@@ -13,12 +13,14 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.data import layout, npy
-from experiments.files import reading
+from experiments.files import arrays, reading
+from experiments.files.arrays import Stored
 from experiments.files.errors import Missing, UserError, shown
 
 _VERSION = 1
@@ -68,6 +70,32 @@ def load(path: str | os.PathLike) -> layout.Dataset:
   read = _read_npz if path.suffix == '.npz' else _read_folder
   about, columns = read(path)
   return layout.check(layout.Dataset(**columns, about=about), shown(path))
+
+
+def stored(path: str | os.PathLike) -> dict[str, Stored]:
+  """Size and digest of each file of a folder that `save` wrote, by name.
+
+  Raises:
+    UserError: a link or the like is in the folder, or it cannot be read.
+  """
+  path = pathlib.Path(path)
+  reading.check_folder(path)
+  return {p.name: arrays.stored(p) for p in sorted(path.iterdir())}
+
+
+def check_stored(
+  path: str | os.PathLike, must_be: Mapping[str, Stored]
+) -> None:
+  """Compares the files of a folder with what `stored` said of them.
+
+  Raises:
+    UserError: one is missing or has changed.
+  """
+  found = stored(path)
+  for name, file in must_be.items():
+    if found.get(name) != file:
+      what = 'is garbled' if name in found else 'is missing'
+      raise UserError(f'{shown(path)}: {shown(name)} {what}')
 
 
 def _read_folder(path):
