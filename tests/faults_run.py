@@ -21,7 +21,14 @@ import numpy as np
 
 from agents.core.types import Agent, ArraySpec, Discrete, Info, Spec
 from experiments.envs.host import EpisodeStats, HostEnvironment, Simulator
-from experiments.runtime import checkpoint, host, integrity, loop, sources
+from experiments.runtime import (
+  checkpoint,
+  host,
+  integrity,
+  loop,
+  orbax_arrays,
+  sources,
+)
 from experiments.runtime import config as configs
 from experiments.runtime.loop import Carry, Hooks, Intervals
 from experiments.runtime.replay import host_replay
@@ -160,6 +167,9 @@ def _arm(fault: str) -> None:
   if fault == 'before the renaming':
     integrity.seal = _die  # all is written but the sums
   if fault == 'no room for arrays':
+    # Each has its own files, as of several processes; when the first fails,
+    # tensorstore is still writing others.
+    orbax_arrays._SMALL = -1
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14,) * 2)
   if fault == 'no room for rows':
     resource.setrlimit(resource.RLIMIT_FSIZE, (100,) * 2)

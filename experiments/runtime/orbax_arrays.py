@@ -12,6 +12,7 @@ a carry's hundreds of leaves those that are small and numpy's are therefore
 written as a few arrays of bytes, packs.
 """
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -20,7 +21,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -194,10 +195,34 @@ def _part(folder: pathlib.Path, pack: Any, place: Place, wanted: Any) -> Any:
 @functools.cache
 def _handler() -> Any:
   import orbax.checkpoint as ocp
+  from orbax.checkpoint._src import asyncio_utils
 
+  asyncio_utils._run_sync_via_new_loop = _run_to_the_end
   logging.getLogger('absl').addFilter(_is_news)
   # Plain files: their metadata can be looked at.
   return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
+
+
+def _run_to_the_end(work: Coroutine[Any, Any, Any]) -> Any:
+  """Runs what orbax runs in a loop of its own, and all that it has begun.
+
+  Orbax closes the loop as soon as one array fails, on a full disk. tensorstore
+  goes on with the others, in a folder that is deleted meanwhile, and its
+  threads print that the loop is closed.
+  """
+
+  async def all_of_it() -> Any:
+    try:
+      return await work
+    finally:
+      others = asyncio.all_tasks() - {asyncio.current_task()}
+      await asyncio.gather(*others, return_exceptions=True)
+
+  loop = asyncio.new_event_loop()
+  try:
+    return loop.run_until_complete(all_of_it())
+  finally:
+    loop.close()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
