@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import control, control_runs, plan_models, terminal
-from experiments.files import tables
-from experiments.files.errors import UserError
+from experiments.files import tables, writing
+from experiments.files.errors import UserError, shown
+from experiments.runtime import children, signals
 from experiments.runtime import config as configs
 from experiments.sweep_results import write_csv
 
@@ -72,6 +73,7 @@ def train(
 
   Raises:
     UserError: it did not finish.
+    KeyboardInterrupt: a signal has stopped it; it has saved.
   """
   workdir = folder / f'{name}_{quality}_s{seed}'
   mark = workdir.with_suffix('.done')
@@ -86,11 +88,16 @@ def train(
     f'--workdir={workdir}',
   ]
   log = workdir.with_suffix('.log')
-  with log.open('a') as output:
-    done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
-  if done.returncode:
-    raise UserError(f'{workdir}: training did not finish, see {log}')
-  mark.touch()
+  with writing.open_append(log) as output, signals.graceful_exit() as stopping:
+    code, _ = children.run(
+      command, stopping, stdout=output, stderr=subprocess.STDOUT
+    )
+    if stopping():
+      raise KeyboardInterrupt
+  if code:
+    what = signals.explain(code)
+    raise UserError(f'{shown(workdir)}: training failed: {what}, see {log}')
+  writing.write_text(mark, '')
   return workdir
 
 

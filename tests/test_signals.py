@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
+from experiments import control_study
+from experiments.files.errors import UserError
 from experiments.runtime import children, distributed, signals
 from experiments.runtime.signals import SIGNALS
 
@@ -307,6 +310,35 @@ def test_a_study_stops_with_its_runs(tmp_path):
   assert code == 143, said
   assert logs() == ['ready\nsaved\n'] * 2
   assert '10 runs are left; the same command goes on from here' in said
+
+
+def test_a_study_of_planners_lets_its_run_save(tmp_path, monkeypatch):
+  run, log = children.run, tmp_path / 'iql_medium_s0.log'
+
+  def train(command, stopping, **options):
+    assert command[1:4] == ['-m', 'experiments.train', '--preset=iql_small']
+    return run([sys.executable, '-c', CHILD], stopping, **options)
+
+  def stop():
+    while not log.exists() or log.read_text() != 'ready\n':
+      time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(children, 'run', train)
+  stopper = threading.Thread(target=stop)
+  with pytest.raises(SystemExit) as ended, signals.launcher():
+    stopper.start()
+    control_study.train('iql', 'medium', 0, tmp_path, tmp_path)
+  stopper.join()
+  assert ended.value.code == 143
+  assert log.read_text() == 'ready\nsaved\n'
+  assert {p.name for p in tmp_path.iterdir()} == {log.name}
+  monkeypatch.setattr(children, 'run', lambda *_, **__: (-9, None))
+  with pytest.raises(UserError, match='training failed: SIGKILL: somebody'):
+    control_study.train('iql', 'medium', 0, tmp_path, tmp_path)
+  monkeypatch.setattr(children, 'run', lambda *_, **__: (0, None))
+  workdir = control_study.train('iql', 'medium', 0, tmp_path, tmp_path)
+  assert workdir.with_suffix('.done').exists()
 
 
 def test_a_stopped_run_does_not_stop_the_next_one():
