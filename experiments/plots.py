@@ -6,7 +6,6 @@ Runs that differ in their seed alone are one group. Intervals are 95%.
 """
 
 import collections
-import csv
 import math
 import os
 import pathlib
@@ -16,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import atari_scores, terminal
+from experiments.files import writing
 from experiments.files.errors import UserError
 from experiments.runs import Path, Run, find_runs, read_column, read_csv
 from experiments.runtime import config as configs
+from experiments.runtime import metrics
 from experiments.statistics import bootstrap_interval, mean_interval
 
 _BLUE, _ORANGE = '#1b4f8f', '#e08a1e'
@@ -166,10 +167,7 @@ def write_curves(
 
 
 def _write_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, 'w', encoding='utf-8', newline='') as file:
-    csv.writer(file, lineterminator='\n').writerows(lines)
+  metrics.write_lines(path, lines)
 
 
 class Pooled(NamedTuple):
@@ -414,11 +412,13 @@ def _save(figure: Any, path: Path) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#dddddd', lw=0.7)
     axes.set_axisbelow(True)
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  kind = pathlib.Path(path).suffix.removeprefix('.') or 'png'
   try:
-    figure.savefig(path, dpi=160)
+    with writing.replacing(path) as file:
+      figure.savefig(file, format=kind, dpi=160)
   except ValueError as error:
+    if isinstance(error, UserError):
+      raise
     raise UserError(f'{path}: {error}') from error
 
 

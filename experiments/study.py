@@ -352,7 +352,10 @@ def run_one(
   command += [*run.arguments, f'--seed={run.seed}', f'--workdir={workdir}']
   workdir.parent.mkdir(parents=True, exist_ok=True)
   log = workdir.parent / f'{workdir.name}.log'
-  with tempfile.TemporaryDirectory() as empty, log.open('a') as output:
+  with (
+    tempfile.TemporaryDirectory() as empty,
+    writing.open_append(log) as output,
+  ):
     if study.cold:
       environment['JAX_COMPILATION_CACHE_DIR'] = empty
     start = time.perf_counter()

@@ -131,7 +131,7 @@ def run_one(
   ]
   log = workdir.parent / f'{workdir.name}.log'
   start = time.perf_counter()
-  with log.open('a') as output:
+  with writing.open_append(log) as output:
     code, usage = children.run(
       command, stopping, stdout=output, stderr=subprocess.STDOUT
     )

@@ -245,7 +245,8 @@ def figure(
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(color='#dddddd', lw=0.7)
   axes.set_axisbelow(True)
-  drawing.savefig(path, dpi=160)
+  with writing.replacing(path) as file:
+    drawing.savefig(file, format='png', dpi=160)
 
 
 def _bars(shown: Sequence[Summary]) -> list[list[float]]:

@@ -372,6 +372,17 @@ def test_launcher(tmp_path):
   assert scores[1] == 'Pong,2,15.1,1.014,0.397,1.156'
 
 
+def test_a_link_is_not_followed(tmp_path):
+  (tmp_path / 'target').write_text('as it was')
+  for name in ('a.png', 'a.csv'):
+    (tmp_path / name).symlink_to(tmp_path / 'target')
+  with pytest.raises(UserError, match=r'a\.png: is a link'):
+    plots._save(plots._figure(2, 2), tmp_path / 'a.png')
+  with pytest.raises(UserError, match=r'a\.csv: is a link'):
+    plots._write_csv(tmp_path / 'a.csv', [('a', 1)])
+  assert (tmp_path / 'target').read_text() == 'as it was'
+
+
 def test_launcher_errors_are_one_line(tmp_path):
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.plots', f'--workdirs={tmp_path}/no_*'],
