@@ -127,7 +127,7 @@ def settings_of(kind: str, root: pathlib.Path) -> dict[str, Any]:
     return dict(flags, steps=72, settings=(*_LOOP, *own))
   if kind == 'td_gammon':
     own = ('env.num_envs=2', 'hidden=4', 'evaluate_every=0')
-    return {'name': 'td_gammon', 'steps': 22, 'settings': (*_LOOP, *own)}
+    return {'name': 'td_gammon', 'steps': 20, 'settings': (*_LOOP, *own)}
   if kind == 'offline':
     from test_offline_launch import make_dataset
 
