@@ -38,7 +38,7 @@ def split(key: chex.PRNGKey, batch: int) -> chex.Array:
     batch: rows on this device.
 
   Returns:
-    Keys `[batch]`: this device's part of what `jax.random.split` gives all rows.
+    Keys `[batch]`: this device's part of those that `jax.random.split` makes.
   """
   if devices() == 1 or not _counts(key):
     return _part(jax.random.split, key, (batch,))
