@@ -465,9 +465,10 @@ def _make(
           "a source that draws them, or pessimism='relative'"
         )
       pairs.append((batch.o_0, sample(policy, batch.o_0, noise.first)[0]))
-    # One product of three times the rows is faster than three.
-    stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *pairs)
-    return stacked, target_q_t
+    # One product of three times the rows is faster than three. What belongs to
+    # a row of the batch stays together, wherever the row lies.
+    together = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
+    return jax.tree.map(together, *pairs), target_q_t
 
   def critic_loss(critic, inputs, target_q_t, batch, key=None):
     rows, aux = batch.r_t.shape[0], None
@@ -475,7 +476,8 @@ def _make(
       q = critic_net.apply(critic, *inputs)
     else:
       q, aux = learn(critic, *inputs, key)
-    q_tm1, q_t, q_new = q[:, :rows], q[:, rows : 2 * rows], q[:, 2 * rows :]
+    q = q.reshape(q.shape[0], rows, -1)
+    q_tm1, q_t = q[..., 0], q[..., 1]
     discount_t = config.gamma * batch.discount_t
 
     def bellman(weight):
@@ -493,7 +495,7 @@ def _make(
       'value_target': jnp.mean(batch.r_t + discount_t * target_q_t),
     }
     if is_game:
-      pessimism = q_new
+      pessimism = q_new = q[..., 2]
       if config.pessimism == 'relative':
         pessimism = jax.vmap(losses.pessimism)(q_new, q_tm1)
       by_row = normalised_sum(pessimism, error, config.beta)
