@@ -290,8 +290,9 @@ def make(
   Returns:
     An `Agent` whose batches are `Mixed`, with either kind possibly empty. The
     random numbers of an update are `conservative.draw_noise(key, actions,
-    config.num_samples)`, real rows first. Its `model` expects `Params`: the
-    ensemble, with the policy for a prior and the critics' least value.
+    config.num_samples)`, rows as `join` orders them. Its `model` expects
+    `Params`: the ensemble, with the policy for a prior and the critics' least
+    value.
   """
   assert isinstance(spec.action, Continuous)
   policy_net, critic_net, box, ensemble = networks
@@ -450,23 +451,29 @@ class Weights(NamedTuple):
 
 
 def join(config: Config, batch: Mixed) -> tuple[Transition, Weights]:
-  """Both kinds of a batch as one, the real rows first, and their weights.
+  """Both kinds of a batch as one, and their weights.
 
+  Of each of G equal groups, as many as both kinds can be divided into, the
+  real rows come first: rows of either kind that lie on one device stay there.
   A kind without rows leaves all the weight to the other.
   """
   sizes = [x.r_t.shape[0] for x in batch]
+  groups = math.gcd(*sizes)
   fields = ('o_tm1', 'a_tm1', 'r_t', 'discount_t', 'o_t')
+  apart = lambda x: x.reshape(groups, -1, *x.shape[1:])
+  both = lambda a, b: jnp.concatenate([apart(a), apart(b.astype(a.dtype))], 1)
   rows = Transition(
     *(
       jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]),
+        lambda a, b: both(a, b).reshape(-1, *a.shape[1:]),
         *(getattr(x, name) for x in batch),
       )
       for name in fields
     )
   )
   share = config.real_fraction if all(sizes) else float(sizes[0] > 0)
-  is_real = jnp.arange(sum(sizes)) < sizes[0]
+  of_group = jnp.arange(sum(sizes)) % (sum(sizes) // groups)
+  is_real = of_group < sizes[0] // groups
   real = is_real / max(sizes[0], 1)
   model = ~is_real / max(sizes[1], 1)
   mixed = share * real + (1.0 - share) * model

@@ -567,19 +567,23 @@ def test_combo_with_real_rows_alone_is_cql(key):
   ours = make_agent(combo, config)
   batch = make_mixed()
   nothing = jax.tree.map(lambda x: x[:0], batch.model)
-  want, want_info = jax.jit(theirs.update)(theirs.init(key), batch.real, key)
-  for mixed in (batch, batch._replace(model=nothing)):
-    state, info = jax.jit(ours.update)(ours.init(key), mixed, key)
+  update = jax.jit(ours.update)
+  want = jax.jit(theirs.update)(theirs.init(key), batch.real, key)
+  got = update(ours.init(key), batch._replace(model=nothing), key)
+  # Imagined rows without weight change the real rows' noise, and no more.
+  other = batch._replace(model=make_batch(2, size=4))
+  beside = [update(ours.init(key), mixed, key) for mixed in (batch, other)]
+  for (state, info), (right, right_info) in ((got, want), beside):
     for name in ('policy', 'critic', 'log_temperature'):
       assert_close(
         getattr(state.params, name),
-        getattr(want.params, name),
+        getattr(right.params, name),
         tolerance=1e-6,
       )
-    assert_close(state.target_critic, want.target_critic, tolerance=1e-6)
+    assert_close(state.target_critic, right.target_critic, tolerance=1e-6)
     for name in ('loss_critic', 'gap', 'value', 'loss_policy', 'entropy'):
       np.testing.assert_allclose(
-        info.metrics[name], want_info.metrics[name], rtol=1e-5
+        info.metrics[name], right_info.metrics[name], rtol=1e-5
       )
 
 
@@ -609,12 +613,17 @@ def test_combos_critics_and_policy_are_their_equations(states):
     state = agent.init(jax.random.key(0))._replace(target_critic=bar)
     batch = Mixed(plain_batch(rng), plain_batch(rng, 4))
     key = jax.random.key(1)
-    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *batch)
+    # Four groups, each of two real rows and an imagined one.
+    order = np.array([0, 1, 8, 2, 3, 9, 4, 5, 10, 6, 7, 11])
+    is_real = order < B
+    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[order], *batch)
     noise = conservative.draw_noise(key, rows.a_tm1, n)
     next_a, _ = plain_draw(policy, rows.o_t, noise.t)
     v = jnp.minimum(*(plain_q(bar, rows.o_t, next_a, j) for j in range(2)))
     y = rows.r_t + 0.8 * rows.discount_t * v
-    by_kind = lambda x, f: f * jnp.mean(x[:B]) + (1 - f) * jnp.mean(x[B:])
+    by_kind = lambda x, f: (
+      f * jnp.mean(x[is_real]) + (1 - f) * jnp.mean(x[~is_real])
+    )
 
     def loss(p):
       total = 0.0
@@ -634,7 +643,7 @@ def test_combos_critics_and_policy_are_their_equations(states):
           ]
         high = jnp.log(sum(terms) / (3 * n))
         down = by_kind(high, f if states == 'mixed' else 0.0)
-        total += by_kind((q - y) ** 2, f) + 1.7 * (down - jnp.mean(q[:B]))
+        total += by_kind((q - y) ** 2, f) + 1.7 * (down - jnp.mean(q[is_real]))
       return total
 
     assert rows.r_t.shape == (size,)

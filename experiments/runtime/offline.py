@@ -8,6 +8,7 @@ Axes: `N` transitions of the data set, `B` of a batch, `M` imagined ones.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -175,6 +176,17 @@ class Imagined(NamedTuple):
 _BATCHED: Any = (0, 0)
 
 
+def _some(tree, count):
+  """So many rows of those that were drawn, as many of each device's."""
+
+  def one(x):
+    groups = math.gcd(x.shape[0], count)
+    apart = x.reshape(groups, -1, *x.shape[1:])
+    return apart[:, : count // groups].reshape(count, *x.shape[1:])
+
+  return jax.tree.map(one, tree)
+
+
 def mixed(
   inner: Source,
   imagine: Callable[[Any, Any, chex.PRNGKey], Transition],
@@ -187,8 +199,8 @@ def mixed(
 ) -> Source:
   """Transitions of a pure inner source beside those that a model imagines.
 
-  At every step rollouts begin in the first `starts` observations of a batch of
-  their own and are written to a ring. That is as much as a large batch of
+  At every step rollouts begin in `starts` observations of a batch of their own
+  and are written to a ring. That is as much as a large batch of
   rollouts now and then, but even in time, and needs no branch that `vmap` over
   seeds would take at every step.
 
@@ -215,7 +227,7 @@ def mixed(
 
     def rolled(state, source, key):
       _, batch, _ = inner.next(source, state, 0, key)
-      begin = jax.tree.map(lambda x: x[:starts], batch.o_tm1)
+      begin = _some(batch.o_tm1, starts)
       return imagine(state, begin, key)
 
     return jax.eval_shape(rolled, state, source, jax.random.key(0))
@@ -245,7 +257,7 @@ def mixed(
     kept, batch, measures = inner.next(state.real, agent_state, step, keys[0])
     # Rollouts begin apart from what is learned from in the same step.
     kept, begin, _ = inner.next(kept, agent_state, step, keys[1])
-    begin = jax.tree.map(lambda x: x[:starts], begin.o_tm1)
+    begin = _some(begin.o_tm1, starts)
     rows = imagine(agent_state, begin, keys[2])
     number = rows.r_t.shape[0]
     slot = state.count % capacity
@@ -258,7 +270,7 @@ def mixed(
     filled = jnp.minimum(count, capacity)
     index = jax.random.randint(keys[3], (model,), 0, filled)
     batch = Mixed(
-      real=jax.tree.map(lambda x: x[:real], batch),
+      real=_some(batch, real),
       model=jax.tree.map(lambda x: x[index], ring),
     )
     gauges = measures.gauges | {
