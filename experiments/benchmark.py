@@ -3,10 +3,12 @@
 python -m experiments.benchmark --suite=search,learner,acting --out=results.csv
 python -m experiments.benchmark --suite=sampled --out=sampled.csv
 python -m experiments.benchmark --suite=scale --out=scale.csv
+python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
 
 `sampled` is the search over sampled actions beside that over enumerated ones;
 `scale` is many seeds in one program and updates over devices, beside what the
-machine can do at most, with a figure beside the CSV.
+machine can do at most, with a figure beside the CSV; `compile` is what programs
+take on accelerators that need not be there, see `benchmark_compile`.
 
 What is compared is measured in turns, A B C A B C ..., in one process, and
 summarised by medians. Compiling is never in. Speeds are given by wall second
@@ -17,6 +19,7 @@ others use, the latter is the one to trust. On an accelerator it says little.
 import pathlib
 
 from experiments import build, presets, terminal
+from experiments.benchmark_compile_programs import PARTS
 from experiments.files.errors import UserError
 from experiments.measure import (
   QUICK,
@@ -37,6 +40,7 @@ _SUITES = (
   'scale',
   'offline',
   'experts',
+  'compile',
 )
 _PONG = (
   # Sizes that two cores can carry; the network and the search are full-size.
@@ -62,8 +66,31 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'preset',
     None,
-    f'whose learner and environment; none for {presets.DEFAULT}, and for those '
-    'that scale usually measures',
+    f'whose learner and environment; none for {presets.DEFAULT}, for those '
+    'that scale usually measures, and for all that compile can; compile takes '
+    'several, and search and experts besides',
+  )
+  flags.DEFINE_list(
+    'target',
+    [],
+    'of compile: machines to compile for, such as h100, h100:8, v5e:4x4, '
+    'v6e:2x2, v5p:2x2x1, cpu',
+  )
+  flags.DEFINE_integer(
+    'rows',
+    0,
+    'of compile, of batch and environments on each device; 0 for the '
+    "preset's own on one device and 8 on more",
+    0,
+    1_000_000,
+  )
+  flags.DEFINE_list(
+    'programs', [], f'of compile: some of {", ".join(PARTS)} only'
+  )
+  flags.DEFINE_string(
+    'compilers',
+    '.compilers',
+    'of compile: the folder that compilers are installed into',
   )
   flags.DEFINE_list('seeds', [], 'of scale, in one program: 1,64,1024')
   flags.DEFINE_multi_string(
@@ -92,6 +119,12 @@ def main() -> None:
   for suite in values.suite:
     if suite not in _SUITES:
       raise UserError(f'suite={suite}: must be of {", ".join(_SUITES)}')
+  if 'compile' in values.suite:
+    _compile(values)
+    return
+  flag_checks.refuse(
+    ['target', 'rows', 'programs', 'compilers'], 'without --suite=compile'
+  )
   if 'scale' not in values.suite:
     flag_checks.refuse(['seeds'], 'without --suite=scale')
     if not {'learner', 'acting'} & set(values.suite):
@@ -157,6 +190,37 @@ def main() -> None:
   terminal.end(
     values.out, 'python -m experiments.benchmark --suite=scale,offline,experts'
   )
+
+
+def _compile(values) -> None:
+  from experiments import benchmark_compile
+
+  if len(values.suite) > 1:
+    raise UserError('suite=compile: writes a CSV of its own; take it alone')
+  flag_checks.refuse(['seeds', 'set', 'repeats', 'quick'], 'on this suite')
+  targets = benchmark_compile.read_targets(values.target)
+  with configs.user_errors():
+    names = values.preset.split(',') if values.preset else ()
+    names = benchmark_compile.read_names(names)
+  for part in values.programs:
+    if part not in PARTS:
+      raise UserError(f'programs={part}: must be of {", ".join(PARTS)}')
+  configs.check_place('out', values.out)
+  configs.check_place('compilers', values.compilers, folder=True)
+  terminal.begin(
+    f'compiling {", ".join(names) if len(names) < 4 else len(names)} for '
+    f'{", ".join(values.target)}; a few seconds to two minutes a program',
+    compiles=False,
+  )
+  benchmark_compile.run(
+    targets,
+    names,
+    values.rows,
+    values.programs,
+    pathlib.Path(values.compilers),
+    pathlib.Path(values.out),
+  )
+  terminal.end(values.out)
 
 
 def _integers(name: str, texts: list[str]) -> list[int]:

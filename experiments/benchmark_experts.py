@@ -86,12 +86,12 @@ def rows_here(sizes: ExpertSizes) -> Iterator[list[Row]]:
 
 
 def _backend_rows(number: int, sizes: ExpertSizes) -> list[Row]:
-  case = _case(number, sizes.tokens, sizes)
+  one = case(number, sizes)
   tasks = {'dense layer, as many operations': _dense(sizes)}
   backends = ['loop', 'capacity']
   backends += ['ragged'] if number <= sizes.ragged else []
   for backend in backends:
-    tasks[backend] = _ready(_step(backend), case)
+    tasks[backend] = _ready(gradient(backend), one)
   times = interleaved(tasks, sizes.repeats, sizes.least_seconds)
   first, *_ = times.values()
   setting = (
@@ -108,9 +108,10 @@ def _seed_rows(number: int, sizes: ExpertSizes) -> list[Row]:
   """Seeds vmapped, beside the same one after the other in one program."""
   import jax
 
-  step = _step('loop')
+  step = gradient('loop')
   cases = [
-    _case(number, sizes.seed_tokens, sizes, seed) for seed in range(sizes.seeds)
+    case(number, sizes._replace(tokens=sizes.seed_tokens), seed)
+    for seed in range(sizes.seeds)
   ]
   stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *cases)
   together = _ready(jax.vmap(step), stacked)
@@ -126,14 +127,23 @@ def _seed_rows(number: int, sizes: ExpertSizes) -> list[Row]:
   ]
 
 
-def _case(number: int, tokens: int, sizes: ExpertSizes, seed: int = 0) -> Any:
-  """Parameters, tokens, gates and experts."""
+def case(number: int, sizes: ExpertSizes, seed: int = 0) -> Any:
+  """A mixture's inputs.
+
+  Args:
+    number: E.
+    sizes: T, D, the hidden width and k.
+    seed: of all numbers.
+
+  Returns:
+    `(params, tokens [T, D], gates [T, k], experts [T, k])`.
+  """
   import jax
 
   key = jax.random.key(seed)
   params = _weights(key, (number,), sizes.features, sizes.hidden)
-  x = jax.random.normal(key, (tokens, sizes.features))
-  scores = jax.random.normal(jax.random.fold_in(key, 1), (tokens, number))
+  x = jax.random.normal(key, (sizes.tokens, sizes.features))
+  scores = jax.random.normal(jax.random.fold_in(key, 1), (sizes.tokens, number))
   values, chosen = jax.lax.top_k(scores, sizes.k)
   return params, x, jax.nn.softmax(values), chosen
 
@@ -149,8 +159,15 @@ def _weights(key, leading, features, hidden):
   }
 
 
-def _step(backend: Any) -> Callable:
-  """The gradient of a sum of outputs in parameters, tokens and gates."""
+def gradient(backend: Any) -> Callable:
+  """The gradient of a sum of outputs in parameters, tokens and gates.
+
+  Args:
+    backend: of `networks.dispatch.BACKENDS`.
+
+  Returns:
+    A function of what `case` returns.
+  """
   import jax
   import jax.numpy as jnp
 

@@ -137,7 +137,7 @@ def of_run(
   needs = [network(experiment, state, rows)]
   if experiment.dataset:
     # Where it starts and where it leads, at least.
-    each = 2 * _bytes(_timestep(spec).observation)
+    each = 2 * _bytes(timestep(spec).observation)
     window = 1
     if experiment.is_text:
       window = experiment.config.text.length
@@ -171,7 +171,7 @@ def _row_bytes(agent: Any, spec: Any) -> tuple[float, float]:
   """A row of experience, as a replay keeps it and with its frames stacked."""
   from experiments.runtime import sources
 
-  example = sources.experience_example(agent, _timestep(spec))
+  example = sources.experience_example(agent, timestep(spec))
   row, seen = _bytes(example), _bytes(example.timestep.observation)
   return row - seen + seen / spec.frame_stack, row
 
@@ -214,27 +214,27 @@ def of_search(
     return []
   key = jax.random.key(0)
   params = jax.eval_shape(agent.init, key).params
-  root = jax.eval_shape(agent.model.root, params, _timestep(spec), key)
+  root = jax.eval_shape(agent.model.root, params, timestep(spec), key)
   # One row: visits, values and priors of each action, and the embedding.
   each = 4 * _bytes(root.prior_logits) + _bytes(root.embedding)
   return [Need(field, budget, float(num) * (budget + 1) * each)]
 
 
-def _timestep(spec):
-  """Shapes of one time step."""
+def timestep(spec: Any, rows: int = 1) -> Any:
+  """Shapes of a time step of an environment, leaves `[rows, ...]`."""
   import jax
   import jax.numpy as jnp
 
   from search.model import TimeStep
 
-  shape = lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
-  row = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
+  shape = lambda s: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype)
+  row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
   observation = jax.tree.map(
     shape, spec.observation, is_leaf=lambda s: hasattr(s, 'dtype')
   )
   invalid = None
   if spec.masks_actions:
-    invalid = jax.ShapeDtypeStruct((1, spec.action.num_actions), jnp.bool_)
+    invalid = jax.ShapeDtypeStruct((rows, spec.action.num_actions), jnp.bool_)
   return TimeStep(
     observation=observation,
     reward=row(jnp.float32),

@@ -260,6 +260,21 @@ ROWS = {
     'transitions=99999999: takes ... of memory at least'
   ),
   'benchmark --seeds=3': 'flag --seeds=3: has no effect without --suite=scale',
+  'benchmark --suite=compile': 'target=: name one at least, such as h100 or v',
+  'benchmark --suite=compile --target=h200': 'target=h200: must be h100, h100:',
+  'benchmark --suite=compile,search --target=cpu': (
+    'suite=compile: writes a CSV of its own; take it alone'
+  ),
+  'benchmark --suite=compile --target=cpu --programs=acts': (
+    'programs=acts: must be of init, act, update, refresh, interval'
+  ),
+  'benchmark --suite=compile --target=cpu --preset=bd': (
+    "preset='bd': did you mean bc?"
+  ),
+  'benchmark --suite=compile --target=cpu --quick': (
+    'flag --quick=true: has no effect on this suite; leave it out'
+  ),
+  'benchmark --target=h100': 'flag --target=h100: has no effect without --suit',
   'benchmark --suite=experts --preset=bc': 'flag --preset=bc: has no effect on',
   'game --datasets=0 --sizes=30': 'flag --sizes=30: has no effect with --datas',
   'notebook compose --check --tiny': 'flag --tiny=true: has no effect with --c',

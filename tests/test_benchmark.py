@@ -313,5 +313,5 @@ def test_launcher_errors_are_one_line():
   assert done.returncode == 2
   assert done.stderr == (
     'error: suite=serch: must be of search, sampled, learner, acting, scale, '
-    'offline, experts\n'
+    'offline, experts, compile\n'
   )

@@ -1,0 +1,333 @@
+"""The programs that are compiled: of presets, of searches, of mixtures.
+
+Everything is made of shapes; nothing is computed. Shardings are those of a run:
+the agent's state whole on every device, its batch split, and what works row by
+row (acting, searching again) mapped over the devices.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import (
+  benchmark_experts,
+  benchmark_search,
+  build,
+  capacity,
+  presets,
+)
+
+# Rows of batch and environments on each of several devices.
+ROWS = 8
+RULES = ('puct', 'efficientzero', 'gumbel', 'sampled')
+BACKENDS = ('auto', 'loop', 'capacity', 'ragged')
+EXPERTS = (8, 32, 128)
+PARTS = ('init', 'act', 'update', 'refresh', 'interval')
+
+
+class Program(NamedTuple):
+  """A function that can be compiled.
+
+  Attributes:
+    what: `agent`, `search` or `experts`.
+    name: the preset, rule or backend.
+    part: of an agent, of `PARTS`; else what it is of.
+    setting: its sizes, for people.
+    lower: `() -> ` what `jax.jit(...).trace(...)` returns.
+  """
+
+  what: str
+  name: str
+  part: str
+  setting: str
+  trace: Callable[[], Any]
+
+
+def of_preset(
+  name: str, mesh: Any, rows: int, folder: pathlib.Path
+) -> Iterator[Program]:
+  """The programs of a preset's run.
+
+  Args:
+    name: a row of `experiments.presets`.
+    mesh: `jax.sharding.Mesh` with the axis `data`.
+    rows: of batch and environments on each device; 0 for the preset's own
+      batch and environments on one device, `ROWS` on more.
+    folder: for the data set or text that the preset learns from.
+
+  Raises:
+    ValueError: the preset cannot be made; see `build.describe`.
+  """
+  dataset = _material(name, folder)
+  experiment = build.describe(name, dataset=dataset)
+  if rows or mesh.size > 1:
+    if build.is_fresh(experiment.config) and mesh.size > 1:
+      return  # Its streams stay on one device.
+    settings = _sizes(experiment, mesh.size, rows or ROWS)
+    experiment = build.describe(name, dataset=dataset, settings=settings)
+  phases = list(_phases(experiment, mesh))
+  for label, agent, source, spec in phases:
+    suffix = f' ({label})' if len(phases) > 1 else ''
+    yield from _of_agent(experiment, agent, source, spec, mesh, suffix)
+
+
+def _sizes(plain: build.Experiment, number: int, each: int) -> list[str]:
+  """Settings by which so many devices have so many rows each."""
+  rows = each * number
+  settings = [f'batch_size={rows}', f'env.num_envs={rows}']
+  if plain.dataset:
+    if hasattr(plain.config, 'rollout_batch'):
+      imagined = plain.config.rollout_length * rows
+      kept = -(-plain.config.model_capacity // imagined) * imagined
+      settings += [f'rollout_batch={rows}', f'model_capacity={kept}']
+    return settings
+  window = build.window_of(plain.config)
+  kept = max(plain.run.replay_capacity // number, 1000) * number
+  return [
+    *settings,
+    f'warmup_decisions={(window + 1) * rows}',
+    f'replay_capacity={kept}',
+  ]
+
+
+def _dataset_of(name: str) -> str:
+  """`text`, `data` or nothing: what a preset learns from besides play."""
+  preset = presets.find(name)
+  if preset.env:
+    return ''
+  return 'text' if build.reads_text(preset.agent) else 'data'
+
+
+def _material(name: str, folder: pathlib.Path) -> str | None:
+  """A small data set or text, written once; shapes alone matter."""
+  from experiments.data import layout, npz
+
+  kind = _dataset_of(name)
+  if not kind:
+    return None
+  path = folder / f'{kind}.{"txt" if kind == "text" else "npz"}'
+  if path.exists():
+    return str(path)
+  rng = np.random.default_rng(0)
+  if kind == 'text':
+    letters = rng.choice(list('abcdefghijklmnopqrstuvwxyz \n'), 500_000)
+    path.write_text(''.join(letters))
+    return str(path)
+  # HalfCheetah's sizes.
+  steps, observation, action = 2000, 17, 6
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  ends = np.arange(1, steps + 1) % 1000 == 0
+  bound = np.ones(action, np.float32)
+  npz.save(
+    layout.make(
+      normal(steps, observation),
+      rng.uniform(-1, 1, (steps, action)).astype(np.float32),
+      normal(steps),
+      normal(steps, observation),
+      np.zeros(steps, bool),
+      ends,
+      layout.About('made up', '', -bound, bound),
+    ),
+    path,
+  )
+  return str(path)
+
+
+def _phases(experiment: build.Experiment, mesh: Any) -> Iterator[tuple]:
+  """`(name, agent, source, spec)` of each phase; a host's source is None."""
+  from experiments import offline
+  from search.model import Environment
+
+  if experiment.dataset:
+    data = offline.material(experiment)
+    spec = offline.spec_of(data, None)
+    for phase in build.make_phases(experiment, spec):
+      source = offline.make_source(experiment, data, phase, mesh)
+      yield phase.name, phase.agent, source, spec
+    return
+  env = build.make_env(
+    experiment, training=True, num_envs=experiment.env.num_envs // mesh.size
+  )
+  agent = build.make_agent(experiment, env.spec)
+  source = None
+  if isinstance(env, Environment):
+    layout = build.Layout(mesh, (), mesh.size)
+    source = build.make_source(experiment, env, agent, layout)
+  yield 'train', agent, source, env.spec
+
+
+def _of_agent(experiment, agent, source, spec, mesh, suffix):
+  import jax
+
+  from experiments.runtime import loop
+  from experiments.runtime import mesh as meshes
+
+  whole, split = meshes.replicated(mesh), meshes.split(mesh)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(agent.init, key)
+  batch = _batch(experiment, agent, source, spec, state, key)
+  envs = experiment.env.num_envs
+  setting = f'batch={jax.tree.leaves(batch)[0].shape[0]}'
+  program = lambda part, trace, setting: Program(
+    'agent', experiment.name, part + suffix, setting, trace
+  )
+  yield program(
+    'init',
+    lambda: jax.jit(agent.init, in_shardings=whole, out_shardings=whole).trace(
+      key
+    ),
+    '',
+  )
+  if agent.act is not None:
+    act = agent.act
+    if mesh.size > 1:
+      act = meshes.by_rows(act, mesh, (2,))
+    acting = (state.params, key, capacity.timestep(spec, envs))
+    yield program(
+      'act',
+      lambda: jax.jit(
+        act, in_shardings=(whole, whole, split), out_shardings=split
+      ).trace(*acting),
+      f'envs={envs}',
+    )
+  yield program(
+    'update',
+    lambda: jax.jit(
+      agent.update,
+      donate_argnums=0,
+      in_shardings=(whole, split, whole),
+      out_shardings=(whole, whole),
+    ).trace(state, batch, key),
+    setting,
+  )
+  if agent.refresh is not None:
+    step = jax.ShapeDtypeStruct((), np.int32)
+    yield program(
+      'refresh',
+      lambda: meshes.compile_refresh(agent, mesh).trace(
+        state, batch, step, key
+      ),
+      setting,
+    )
+  if source is not None and source.is_pure:
+    updates = jax.ShapeDtypeStruct((), np.int32)
+    carry = jax.eval_shape(lambda key: loop.init(agent, source, key), key)
+    yield program(
+      'interval',
+      lambda: meshes.compile_interval(agent, source, mesh).trace(
+        carry, key, updates
+      ),
+      f'{setting} envs={envs}',
+    )
+
+
+def _batch(experiment, agent, source, spec, state, key):
+  """Shapes of what an update takes."""
+  import jax
+
+  from agents.core import replay
+  from experiments.runtime import offline, sources
+
+  if source is not None:
+    step = jax.ShapeDtypeStruct((), np.int32)
+    held = jax.eval_shape(source.init, key)
+    return jax.eval_shape(source.next, held, state, step, key)[1]
+  run = experiment.run
+  memory = replay.device_replay(
+    capacity=run.replay_capacity,
+    batch_size=run.batch_size,
+    window=build.window_of(experiment.config),
+    alpha=run.replay_alpha,
+  )
+  timestep = capacity.timestep(spec, experiment.env.num_envs)
+  row = sources.experience_example(agent, timestep)
+  kept = jax.eval_shape(memory.init, row)
+  batch = jax.eval_shape(memory.sample, kept, key, 1.0)
+  if hasattr(experiment.config, 'window'):
+    return batch
+  return jax.eval_shape(offline.to_transition, batch)
+
+
+def of_search(
+  rule: str, mesh: Any, rows: int, simulations: int = 50
+) -> Program:
+  """A search over a table model, its trees split over the devices.
+
+  Args:
+    rule: of `RULES`.
+    mesh: with the axis `data`.
+    rows: trees on each device; 0 for 64 on one, `ROWS` on more.
+    simulations: a search.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+  from networks import actions
+  from search import policies, sampled
+
+  rows = (rows or (64 if mesh.size == 1 else ROWS)) * mesh.size
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params, root, step = benchmark_search.table_model(0, rows, 6, 64)
+  if rule == 'sampled':
+    distribution = actions.flat(6)
+
+    def search(params, key, root):
+      return sampled.search(
+        params,
+        key,
+        root,
+        step,
+        simulations,
+        distribution=distribution,
+        num_samples=4,
+      )
+
+  else:
+    search = lambda params, key, root: getattr(policies, rule)(
+      params, key, root, step, simulations
+    )
+  whole, split = meshes.replicated(mesh), meshes.split(mesh)
+  if mesh.size > 1:
+    search = meshes.by_rows(search, mesh, (2,))
+  return Program(
+    'search',
+    rule,
+    f'{simulations} simulations',
+    f'roots={rows} actions=6',
+    lambda: jax.jit(
+      search, in_shardings=(whole, whole, split), out_shardings=split
+    ).trace(params, key, root),
+  )
+
+
+def of_experts(backend: str, number: int, mesh: Any) -> Program:
+  """Forward and backward of a mixture's experts on the first device.
+
+  Args:
+    backend: of `BACKENDS`.
+    number: experts.
+    mesh: whose first device it is compiled for.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+
+  sizes = benchmark_experts.ExpertSizes(
+    tokens=16_384, features=512, hidden=2048
+  )
+  one = meshes.make_mesh(mesh.devices.flatten()[:1])
+  case = jax.eval_shape(lambda: benchmark_experts.case(number, sizes))
+  whole = meshes.replicated(one)
+  return Program(
+    'experts',
+    backend,
+    f'{number} experts',
+    f'tokens={sizes.tokens} {sizes.features}x{sizes.hidden} k={sizes.k}',
+    lambda: jax.jit(
+      benchmark_experts.gradient(backend),
+      in_shardings=whole,
+      out_shardings=whole,
+    ).trace(*case),
+  )
