@@ -7,6 +7,7 @@ parameters and metrics of the run that nobody has touched.
 
 import contextlib
 import csv
+import ctypes
 import functools
 import io
 import json
@@ -376,6 +377,14 @@ def folder(path, outside):
   path.mkdir()
 
 
+def unreadable(path, outside):
+  path.chmod(0)
+
+
+def read_only(path, outside):
+  path.chmod(0o500)
+
+
 def nested(path, outside):
   path.write_text('[' * 100_000)
 
@@ -416,7 +425,7 @@ def twice(path, outside):
 
 _ANY = (
   flip, cut, empty, lengthen, overwrite, noise, remove, link, dangle, endless,
-  fifo, folder,
+  fifo, folder, unreadable,
 )  # fmt: skip
 _JSON = (nested, many_keys, another_type, escapes)
 _CSV = (wide, many_columns, escaped_cells, half_a_line, twice)
@@ -480,6 +489,18 @@ def aside_is_taken(steps, outside):
   (steps / f'{newest(steps).name}.corrupt').mkdir()
 
 
+def newest_unreadable(steps, outside):
+  unreadable(newest(steps), outside)
+
+
+def newest_arrays_unreadable(steps, outside):
+  unreadable(newest(steps) / 'leaves', outside)
+
+
+def newest_read_only(steps, outside):
+  read_only(newest(steps), outside)
+
+
 def all_damaged(steps, outside):
   for path in steps.glob('*/leaves/*/.zarray'):
     cut(path, outside)
@@ -519,6 +540,11 @@ _STEPS = {
   'a link instead': a_link_instead,
   'newest damaged, its place aside taken': aside_is_taken,
   'all damaged': all_damaged,
+  'unreadable': unreadable,
+  'read-only': read_only,
+  'newest unreadable': newest_unreadable,
+  'arrays of the newest unreadable': newest_arrays_unreadable,
+  'newest read-only': newest_read_only,
 }
 _TWO_STEPS = {
   'manifest of an older step': manifest_of_an_older_step,
@@ -585,10 +611,13 @@ def cases(run: Run) -> list[Case]:
     if run.other is not None:
       one = swap(place, run.other)
       found.append(Case(f'{place} of another seed', one, 'another run'))
+  found.append(Case('. read-only', at(pathlib.PurePath(), read_only)))
   for name in ('metrics.csv.tmp', 'config.json.tmp', '.lock', 'play.csv.tmp'):
     found.append(Case(f'{name} is a link', trap(name)))
   if (run.folder / 'replay').exists():
-    for name in ('lost', 'a file instead', 'a link instead'):
+    for name in (
+      'lost', 'a file instead', 'a link instead', 'unreadable', 'read-only',
+    ):  # fmt: skip
       place = pathlib.PurePath('replay')
       found.append(Case(f'replay {name}', at(place, _STEPS[name])))
   return found
@@ -633,7 +662,11 @@ def tried(run: Run, case: Case, root: pathlib.Path) -> Ending:
   signal.signal(signal.SIGALRM, _alarm)
   signal.alarm(_SECONDS)
   try:
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(out),
+      without_privileges(),
+    ):
       got = run.resume(copy)
     ending = Ending('equal', out.getvalue())
     # A table has no sums of its own: what is said of it is not silent.
@@ -656,9 +689,31 @@ def tried(run: Run, case: Case, root: pathlib.Path) -> Ending:
     ending = Ending('written outside', ending.told)
   if '\x1b' in ending.told:
     ending = Ending('escape sequence', ascii(ending.told))
+  for path in [copy, *copy.rglob('*')]:
+    if path.is_dir() and not path.is_symlink():
+      path.chmod(0o700)
   shutil.rmtree(copy)
   shutil.rmtree(outside)
   return ending
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+  """Permissions count for root, too, in this thread and those it starts."""
+  libc = ctypes.CDLL(None)
+  # Version 3 of Linux's capabilities, of this thread; two words of three sets.
+  header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+  sets = (ctypes.c_uint32 * 6)()
+  if os.geteuid() or libc.capget(header, sets):
+    yield
+    return
+  fewer = (ctypes.c_uint32 * 6)(*sets)
+  fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+  assert not libc.capset(header, fewer)
+  try:
+    yield
+  finally:
+    libc.capset(header, sets)
 
 
 def _listing(folder: pathlib.Path) -> list[Any]:

@@ -484,7 +484,10 @@ def test_two_hundred_saves_leave_no_descriptors_or_threads(
       checkpoints.restore(carry)
   checkpoints.wait()
   gc.collect()
-  assert descriptors_and_threads() <= before
+  descriptors, threads = descriptors_and_threads()
+  # tensorstore's pool has as many threads as there is work; a thread a save
+  # would be two hundred.
+  assert descriptors <= before[0] and threads < before[1] + 20
   checkpoints.close()
 
 

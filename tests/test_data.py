@@ -8,6 +8,7 @@ import pytest
 
 from experiments.data import layout, npz
 from experiments.data.open import open_dataset
+from experiments.files.errors import UserError
 
 
 def about(**fields):
@@ -201,11 +202,11 @@ def test_saving_that_fails_leaves_nothing(name, tmp_path, monkeypatch):
     npz.save(changed('reward', 2, np.nan), tmp_path / name)
 
   def full(*args, **kwargs):
-    raise OSError('no space left')
+    raise OSError(28, 'no space left')
 
   monkeypatch.setattr(np, 'save', full)
   monkeypatch.setattr(np, 'savez_compressed', full)
-  with pytest.raises(OSError, match='no space'):
+  with pytest.raises(UserError, match='no space left; make room'):
     npz.save(toy(), tmp_path / name)
   assert list(tmp_path.iterdir()) == []
 

@@ -198,17 +198,25 @@ def test_a_damaged_best_is_replaced(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  ('error', 'reason'),
+  ('error', 'reason', 'remedy'),
   [
-    (OSError(28, 'x'), 'No space left on device'),
-    (PermissionError(13, 'x'), 'Permission denied'),
-    (OSError(24, 'x'), 'Too many open files'),
+    (OSError(28, 'x'), 'No space left on device', 'make room'),
+    (
+      PermissionError(13, 'x'),
+      'Permission denied',
+      'let this user write there',
+    ),
+    (
+      OSError(24, 'x'),
+      'Too many open files',
+      'allow more open files (ulimit -n)',
+    ),
   ],
 )
-def test_a_refusal_is_one_line(error, reason):
+def test_a_refusal_is_one_line(error, reason, remedy):
   for newest, words in (
-    (6, 'the one of update 6 is whole: make room, then the same command goes'),
-    (None, 'there is none before it: make room, then the same command begins'),
+    (6, f'the one of update 6 is whole: {remedy}, then the same command goes'),
+    (None, f'there is none before it: {remedy}, then the same command begins'),
   ):
     saving = integrity.saving(7, '/a/run', newest)
     with pytest.raises(UserError) as caught, saving:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.data import layout, npy
-from experiments.files import arrays, reading
+from experiments.files import arrays, reading, writing
 from experiments.files.arrays import Stored
 from experiments.files.errors import Missing, UserError, shown
 
@@ -31,31 +32,29 @@ def save(dataset: layout.Dataset, path: str | os.PathLike) -> None:
 
   Raises:
     ValueError: something is there already, or the data set is not in order.
+    UserError: the disk refuses.
   """
   path = pathlib.Path(path)
-  if path.exists():
+  if os.path.lexists(path):
     raise ValueError(f'{path}: is there already; remove it or name another')
   layout.check(dataset, str(path))
-  path.parent.mkdir(parents=True, exist_ok=True)
   about = json.dumps(_to_json(dataset.about), indent=1)
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   columns = {key: getattr(dataset, key) for key in layout.KEYS}
+  if path.suffix == '.npz':
+    with writing.replacing(path) as file:
+      np.savez_compressed(file, about=np.array(about), **columns)
+    return
+  partial = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial')
   try:
-    if path.suffix == '.npz':
-      # A file object: numpy would add its own suffix to a name.
-      with partial.open('wb') as file:
-        np.savez_compressed(file, about=np.array(about), **columns)
-    else:
-      partial.mkdir()
-      for key, value in columns.items():
-        np.save(partial / f'{key}.npy', value)
-      (partial / 'about.json').write_text(about, encoding='utf-8')
-    partial.rename(path)
+    for key, value in columns.items():
+      with writing.replacing(partial / f'{key}.npy') as file:
+        np.save(file, value)
+    writing.write_text(partial / 'about.json', about)
+    with writing.writing(path):
+      partial.rename(path)
+      writing.flush_folder(path.parent)
   except BaseException:
-    if partial.is_dir():
-      shutil.rmtree(partial)
-    else:
-      partial.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
     raise
 
 

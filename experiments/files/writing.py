@@ -1,6 +1,7 @@
 """The one way to write a file: whole or not at all, and where it was meant."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -10,6 +11,19 @@ from typing import BinaryIO
 
 from experiments.files.errors import UserError, shown
 from experiments.files.reading import check_regular
+
+
+def remedy(code: int | None) -> str:
+  """What helps where the operating system refuses to write.
+
+  >>> remedy(errno.EACCES)
+  'let this user write there'
+  """
+  if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+    return 'let this user write there'
+  if code in (errno.EMFILE, errno.ENFILE):
+    return 'allow more open files (ulimit -n)'
+  return 'make room'
 
 
 @contextlib.contextmanager
@@ -23,8 +37,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     yield
   except OSError as error:
     raise UserError(
-      f'cannot write {shown(path)}: {error.strerror}; make room, then the same '
-      'command goes on from the last checkpoint'
+      f'cannot write {shown(path)}: {error.strerror or shown(error)}; '
+      f'{remedy(error.errno)}, '
+      'then the same command goes on from the last checkpoint'
     ) from error
 
 

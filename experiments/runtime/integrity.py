@@ -137,13 +137,13 @@ def saving(
     cause = error.__cause__ if isinstance(error, UserError) else error
     if not isinstance(cause, OSError) or cause.errno is None:
       raise
-    words = 'there is none before it: make room, then the same command begins'
+    words, end = 'there is none before it', 'begins'
     if newest is not None:
-      words = f'the one of update {newest} is whole: make room, then the same '
-      words += 'command goes on from there'
+      words, end = f'the one of update {newest} is whole', 'goes on from there'
     raise UserError(
       f'cannot save the checkpoint at update {update} into {shown(folder)}: '
-      f'{os.strerror(cause.errno)}; {words}'
+      f'{os.strerror(cause.errno)}; {words}: {writing.remedy(cause.errno)}, '
+      f'then the same command {end}'
     ) from error
 
 
