@@ -16,8 +16,8 @@ from experiments.files.reading import check_regular
 def remedy(code: int | None) -> str:
   """What helps where the operating system refuses to write.
 
-  >>> remedy(errno.EACCES)
-  'let this user write there'
+  Args:
+    code: of `errno`; None where it is not known.
   """
   if code in (errno.EACCES, errno.EPERM, errno.EROFS):
     return 'let this user write there'
