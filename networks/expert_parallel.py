@@ -17,10 +17,13 @@ there may ever be: as much as if all tokens went everywhere. `capacity` has
 room for `capacity_factor` times the even share instead, and drops what does
 not fit.
 
+Experts that are whole on every device work there on the tokens that lie there
+(over an axis called `rows`), and nothing travels but their gradients.
+
 The mesh is the one that is set where the program is traced, as
-`runtime.mesh.compile_update` does for a divided state; without one there is
-one device. Not built: `ragged_all_to_all`, which would send no empty rows; XLA
-has it on accelerators only.
+`runtime.mesh.compile_update` does; without one there is one device. Not built:
+`ragged_all_to_all`, which would send no empty rows; XLA has it on accelerators
+only.
 
 Axes: see `networks.routing`; `n` devices, `R` rows that a device sends, `C`
 of them at most to each device.
@@ -35,6 +38,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from networks import dispatch
 from networks.routing import ByToken, Plan
+
+# Of a mesh whose devices share the tokens and each have all experts.
+ROWS = 'rows'
 
 
 def devices(axis: str | None) -> int:
@@ -65,12 +71,14 @@ def apply(
   """`dispatch.apply` with experts and tokens divided over a mesh's axis.
 
   On one device, and for plans by expert and soft ones, it is just that; the
-  latter are products of arrays, which the compiler divides by itself.
+  latter are products of arrays, which the compiler divides by itself. So is
+  `capacity` of whole experts, whose places are those of all tokens together.
 
   Args:
     plan: from a router, of all tokens. The experts of a token differ.
     x: float `[T, D]`, tokens of all devices; any T.
-    params: of all experts, leaves `[E, ...]`, expert i on device `i * n // E`.
+    params: of all experts, leaves `[E, ...]`, expert i on device `i * n // E`;
+      all of them on each device where the mesh has an axis `rows` instead.
     expert: what they compute; it closes over no traced array.
     axis: its name; None for one device.
     bundle: places side by side in `plan.expert [T, K]` whose experts share a
@@ -91,6 +99,8 @@ def apply(
   """
   number, n = dispatch.num_experts(params), devices(axis)
   options = {'backend': backend, 'capacity_factor': capacity_factor}
+  if isinstance(plan, ByToken) and devices(ROWS) > 1 and backend != 'capacity':
+    return _where_they_lie(plan, x, params, expert, block, backend)
   if n == 1 or not isinstance(plan, ByToken):
     return dispatch.apply(plan, x, params, expert, block=block, **options)
   (tokens, places), own = plan.expert.shape, number // n
@@ -103,10 +113,6 @@ def apply(
       f'bundle={bundle}: must be at most the {own} experts of a device'
     )
   block = block or dispatch.block_size(tokens * places, number)
-  # What is too few for the devices is filled up with tokens without experts.
-  pad = lambda a, value: jnp.pad(
-    a, ((0, -tokens % n), (0, 0)), constant_values=value
-  )
   rows = PartitionSpec(axis)
   y, worked = jax.shard_map(
     functools.partial(_on_device, expert, axis, n, bundle, options, block),
@@ -115,9 +121,39 @@ def apply(
     axis_names={axis},
     # Everything is divided, so that nothing is summed over devices by itself.
     check_vma=False,
-  )(pad(plan.expert, number), pad(plan.gate, 0), pad(x, 0), params)
+  )(*_spread(plan, x, number, n), params)
   real = jnp.sum(plan.expert < number)
   return y[:tokens], (real - jnp.sum(worked)) / jnp.maximum(real, 1)
+
+
+def _where_they_lie(plan, x, params, expert, block, backend):
+  """Each device's tokens through experts that it has all of."""
+  rows, whole = PartitionSpec(ROWS), PartitionSpec()
+
+  def here(chosen, gate, x, params):
+    plan = ByToken(chosen, gate)
+    return dispatch.apply(plan, x, params, expert, backend=backend, block=block)
+
+  y, dropped = jax.shard_map(
+    here,
+    in_specs=(rows, rows, rows, whole),
+    out_specs=(rows, whole),
+    axis_names={ROWS},
+    # Nothing is dropped anywhere, and gradients of what is whole are summed.
+    check_vma=False,
+  )(*_spread(plan, x, dispatch.num_experts(params), devices(ROWS)), params)
+  return y[: x.shape[0]], dropped
+
+
+def _spread(plan, x, number, n):
+  """Choices, gates and tokens, filled up to a multiple of n devices.
+
+  What is too few is filled up with tokens without experts.
+  """
+  pad = lambda a, value: jnp.pad(
+    a, ((0, -a.shape[0] % n), (0, 0)), constant_values=value
+  )
+  return pad(plan.expert, number), pad(plan.gate, 0), pad(x, 0)
 
 
 def _on_device(

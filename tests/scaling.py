@@ -16,6 +16,7 @@ from typing import Any
 import conftest  # noqa: F401 (how tests compile)
 import jax
 import jax.numpy as jnp
+import numpy as np
 import offline_cases
 import test_mesh
 
@@ -26,16 +27,19 @@ from agents import (
   cql,
   efficientzero,
   iql,
+  language,
   muzero,
   sac,
   sampled_muzero,
   td3_bc,
 )
 from agents.core import planning, unroll
-from agents.core.types import Mixed
+from agents.core.types import ArraySpec, Discrete, Mixed, Spec, Text
 from experiments import build
 from experiments.runtime import loop
 from experiments.runtime import mesh as meshes
+from networks import language as networks_language
+from networks import moe
 
 ROWS = 8
 _EXCHANGE = re.compile(
@@ -94,16 +98,33 @@ def _on_data(module, **changes):
   return agent, batch
 
 
+def _of_text():
+  """A small language model with experts, whole on every device."""
+  length, vocabulary = 4, 256
+  mixture = moe.Config(num_experts=4, k=2, hidden=8)
+  config = language.Config(
+    network=networks_language.Config(size=8, moe=mixture),
+    text=language.TextConfig(vocabulary, length),
+  )
+  spec = Spec(ArraySpec((length,), np.int32), Discrete(vocabulary))
+  agent = language.make(
+    config,
+    language.make_networks(config, spec),
+    language.make_losses(),
+    spec,
+  )
+
+  def batch(mesh):
+    return Text(jnp.zeros((ROWS * mesh.size, length + 1), jnp.int32))
+
+  return agent, batch
+
+
 def _update(agent, batch) -> Callable:
   def compiled(mesh):
-    whole, rows = meshes.replicated(mesh), meshes.split(mesh)
     key = jax.random.key(0)
-    update = jax.jit(
-      agent.update,
-      in_shardings=(whole, rows, whole),
-      out_shardings=(whole, whole),
-    )
     state = jax.eval_shape(agent.init, key)
+    update = meshes.jit_update(agent, mesh)
     return update.lower(state, batch(mesh), key).compile()
 
   return compiled
@@ -202,6 +223,7 @@ def programs() -> dict[str, Callable]:
     name = module.__name__.split('.')[-1]
     found[f'{name}_update'] = _later(_update, lambda m=module: _on_data(m))
   found['combo_update'] = _later(_update, lambda: (_on_data(combo)[0], _mixed))
+  found['language_update'] = _later(_update, _of_text)
   found['muzero_interval'] = _interval('muzero_catch', 'num_simulations=2')
   return found
 

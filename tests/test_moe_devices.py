@@ -1,6 +1,7 @@
 """Experts divided over two devices give the numbers of one."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from agents.core.types import Agent, Info
 from experiments.runtime import checkpoint, loop, mesh
@@ -27,11 +29,11 @@ EXPERT = dispatch.Expert(work)
 apart = functools.partial(expert_parallel.apply, axis=mesh.AXIS)
 
 
-def over(function, shardings=WHOLE):
+def over(function, shardings=WHOLE, around=TWO):
   """`function` compiled with the mesh set, as `mesh.compile_update` does."""
 
   def traced(*args):
-    with jax.sharding.use_abstract_mesh(TWO.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(around.abstract_mesh):
       return function(*args)
 
   return jax.jit(traced, in_shardings=shardings)
@@ -146,6 +148,40 @@ def test_an_expert_works_on_the_tokens_of_all_devices_at_once():
   y, dropped = over(count)(np.ones((7, 2), np.float32))
   np.testing.assert_array_equal(y[:, 0], [1, 4, 4, 2, 4, 4, 2])
   assert dropped == 0
+
+
+@pytest.mark.parametrize('size', [TOKENS, TOKENS - 1])
+def test_whole_experts_work_where_the_tokens_lie(problem, size):
+  # An odd number of tokens is filled up.
+  cut = lambda tree: jax.tree.map(lambda a: a[:size], tree)
+  (gate, x, params), fixed = problem.args, cut(problem.fixed)
+  args = (*cut((gate, x)), params, *fixed)
+  want = problem.want
+  if size < TOKENS:
+    dense = functools.partial(dispatch.apply, backend='dense')
+    want = jax.jit(gradients(dense))(*args)
+  kinds = (AxisType.Auto,)
+  around = Mesh(TWO.devices, (expert_parallel.ROWS,), axis_types=kinds)
+  where = (ROWS, ROWS, WHOLE, ROWS, ROWS) if size == TOKENS else WHOLE
+  for layer in (apart, functools.partial(apart, backend='loop')):
+    compiled = over(gradients(layer), where, around).lower(*args).compile()
+    got = compiled(*jax.device_put(args, where))
+    all_close(got, want)
+    text = compiled.as_text() or ''
+    assert size < TOKENS or not re.search('all-gather|all-to-all|permute', text)
+
+
+def test_capacity_of_whole_experts_is_of_all_tokens():
+  plan = routing.ByToken(jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1)))
+  expert = dispatch.Expert(lambda params, x: x * params[None])
+  kinds = (AxisType.Auto,)
+  around = Mesh(TWO.devices, (expert_parallel.ROWS,), axis_types=kinds)
+  x = np.arange(1, 5, dtype=np.float32)[:, None]
+  options = {'backend': 'capacity', 'capacity_factor': 1.0}
+  run = lambda x: apart(plan, x, jnp.ones((2, 1)), expert, **options)
+  y, dropped = over(run, WHOLE, around)(x)
+  np.testing.assert_array_equal(y[:, 0], [1, 2, 0, 0])
+  assert dropped == 0.5
 
 
 def test_capacity_drops_what_finds_no_room():

@@ -123,16 +123,24 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
 
 def _under(mesh, state_sharding, function):
-  """`function` traced with the mesh set where a state is divided over it."""
-  if state_sharding is None:
-    return function
+  """`function` traced with a mesh set, for `networks.expert_parallel`.
+
+  A divided state's experts find the mesh itself, whole ones one of `rows`.
+  """
+  around = mesh if state_sharding is not None else _of_rows(mesh)
 
   @functools.wraps(function)
   def traced(*args):
-    with use_abstract_mesh(mesh.abstract_mesh):
+    with use_abstract_mesh(around.abstract_mesh):
       return function(*args)
 
-  return traced
+  return function if mesh.size == 1 else traced
+
+
+def _of_rows(mesh):
+  """The same devices along an axis with the name of `search.rows`."""
+  kinds = (AxisType.Auto,)
+  return Mesh(mesh.devices, (search_rows.AXIS,), axis_types=kinds)
 
 
 def compile_update(
@@ -178,15 +186,24 @@ def compile_update(
   return update
 
 
-def _jitted(agent, mesh, state_sharding):
+def jit_update(agent: Agent, mesh: Mesh, state_sharding: Any = None) -> Any:
+  """What `compile_update` compiles by `jit`: it may be lowered, too.
+
+  `state_sharding` is that of `compile_update`; the batch must lie split over
+  the mesh, or on the host.
+  """
   whole, rows = replicated(mesh), split(mesh)
   state = whole if state_sharding is None else state_sharding
-  compiled = jax.jit(
+  return jax.jit(
     _under(mesh, state_sharding, agent.update),
     donate_argnums=0,
     in_shardings=(state, rows, whole),
     out_shardings=(state, whole),
   )
+
+
+def _jitted(agent, mesh, state_sharding):
+  rows, compiled = split(mesh), jit_update(agent, mesh, state_sharding)
 
   def update(state, batch, key):
     # What a program over the mesh has made (reanalysis) lies elsewhere, and
@@ -239,8 +256,6 @@ def by_rows(function: Callable, mesh: Mesh, which: Sequence[int]) -> Callable:
     The function, to be traced, or compiled by `jax.jit`; its results are split
     along their first axis.
   """
-  kinds = (AxisType.Auto,)
-  devices = Mesh(mesh.devices, (search_rows.AXIS,), axis_types=kinds)
   whole, rows = PartitionSpec(), PartitionSpec(search_rows.AXIS)
 
   @functools.wraps(function)
@@ -248,7 +263,7 @@ def by_rows(function: Callable, mesh: Mesh, which: Sequence[int]) -> Callable:
     specs = tuple(rows if i in which else whole for i in range(len(args)))
     mapped = jax.shard_map(
       function,
-      mesh=devices,
+      mesh=_of_rows(mesh),
       in_specs=specs,
       out_specs=rows,
       # Nothing is differentiated here.
@@ -313,8 +328,14 @@ def compile_interval(
   """
   whole = replicated(mesh)
   carry = _carry_sharding(mesh, source, state_sharding)
+  if state_sharding is None:  # a source maps over devices of its own accord
+    agent = agent._replace(update=_under(mesh, None, agent.update))
+    interval = loop.watched_interval(agent, source)
+  else:
+    interval = loop.watched_interval(agent, source)
+    interval = _under(mesh, state_sharding, interval)
   return jax.jit(
-    _under(mesh, state_sharding, loop.watched_interval(agent, source)),
+    interval,
     donate_argnums=0,
     in_shardings=(carry, whole, whole),
     out_shardings=(carry, whole, whole, whole),
