@@ -283,6 +283,26 @@ def test_the_launcher_sweeps_goes_on_and_refuses(tmp_path):
   assert 'fields' in done.stderr and 'holds another run' in done.stderr
 
 
+@pytest.mark.slow
+def test_engines_report_the_same_returns(tmp_path):
+  """As many episodes, of the same seeds, by the same parameters."""
+  tables = {}
+  for engine in ('vmap', 'processes'):
+    run_sweep(
+      *('--preset=muzero_catch', '--env=jax:catch', f'--steps={STEPS}'),
+      *(f'--set={s}' for s in TINY),
+      # What a row of a program is.
+      *('--set=parts=1', '--set=devices=1', '--set=final_episodes=4'),
+      *('--seeds=3', f'--engine={engine}', f'--workdir={tmp_path / engine}'),
+    )
+    tables[engine] = [
+      {n: row[n] for n in ('seed', 'status', 'eval_return', 'network_return')}
+      for row in read(tmp_path / engine / 'sweep.csv')
+    ]
+  assert len({row['eval_return'] for row in tables['vmap']}) > 1
+  assert tables['processes'] == tables['vmap']
+
+
 def test_vmap_needs_a_pure_environment(tmp_path):
   done = run_sweep(
     '--engine=vmap',
@@ -575,6 +595,40 @@ def test_poor_rows_are_ended_early_and_stay_so(monkeypatch, tmp_path):
   # Another start leaves them alone.
   assert run_jobs(todo, halving=rule) == {}
   assert all(len(states(job)) == 1 for job in todo)
+
+
+@pytest.mark.slow
+def test_halving_ends_processes_that_train(tmp_path):
+  """Of four rows at least one ends early, saved; the others as without."""
+  flags = (
+    *('--preset=muzero_catch', '--env=jax:catch', '--steps=8000'),
+    *(f'--set={s}' for s in TINY),
+    *('--set=evaluate_every=50', '--set=final_episodes=4'),
+    *('--set=checkpoint_every=50', '--grid=learning_rate=3e-3,1e-7'),
+    *('--engine=processes', '--seeds=2', '--halving=2', '--halving_first=50'),
+    f'--workdir={tmp_path}',
+  )
+  done = run_sweep(*flags)
+  table = read(tmp_path / 'sweep.csv')
+  statuses = [row['status'] for row in table]
+  assert set(statuses) == {'halved', 'done'}, done.stdout
+  whole = max(int(read(p)[-1]['step']) for p in tmp_path.glob('rows/*/m*s.csv'))
+  names = [f's{i:03}_seed{seed}' for i in (0, 1) for seed in (0, 1)]
+  for name, row in zip(names, table, strict=True):
+    folder = tmp_path / 'rows' / name
+    step = int(read(folder / 'metrics.csv')[-1]['step'])
+    tries = read(folder.with_suffix('.tries.csv'))
+    assert [t['state'] for t in tries] == [row['status']]
+    if row['status'] == 'halved':
+      assert step < whole and 'below the best' in tries[0]['reason']
+      assert any(p.name.isdecimal() for p in folder.glob('checkpoints/*'))
+    else:
+      assert step == whole
+  # They stay as they are.
+  before = [p.read_text() for p in sorted(tmp_path.glob('rows/*.tries.csv'))]
+  run_sweep(*flags)
+  after = [p.read_text() for p in sorted(tmp_path.glob('rows/*.tries.csv'))]
+  assert before == after and read(tmp_path / 'sweep.csv') == table
 
 
 def test_rows_that_ended_early_are_in_no_mean():
