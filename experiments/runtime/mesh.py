@@ -5,12 +5,12 @@ mesh's `data` axis, the state is replicated, and the compiler inserts the sums;
 one device and several give the same numbers up to rounding, batch statistics
 included, because the program's mean is the whole batch's. A mixture's experts
 may be divided (`state_sharding`). A mesh is set where the program is traced,
-for `networks.expert_parallel` to find. `pmap`: each device runs
-`update` on its own rows; the means that a `reduce` of `agent.make` takes
-(gradients, statistics, metrics) make the parameters agree, while a BatchNorm
-normalises by the statistics of all devices only where its network was made
-with the same `reduce`. Keys are folded with the device's index there, so that
-it equals one device for updates that draw nothing.
+for `networks.expert_parallel` to find. `pmap`: each device runs `update` on its
+own rows; the means that a `reduce` of `agent.make` takes (gradients,
+statistics, metrics) make the parameters agree, while a BatchNorm normalises by
+the statistics of all devices only where its network was made with the same
+`reduce`. Keys are folded with the device's index there, so that it equals one
+device for updates that draw nothing.
 
 What is done row by row (searching, acting, whole episodes of an evaluation) is
 not left to the partitioner but mapped over the devices (`by_rows`), for loops
