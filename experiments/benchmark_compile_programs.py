@@ -313,20 +313,26 @@ def of_experts(backend: str, number: int, mesh: Any) -> Program:
   import jax
 
   from experiments.runtime import mesh as meshes
+  from networks import dispatch
 
   sizes = benchmark_experts.ExpertSizes(
     tokens=16_384, features=512, hidden=2048
   )
-  one = meshes.make_mesh(mesh.devices.flatten()[:1])
+  devices = mesh.devices.flatten()[:1]
+  one, taken, note = meshes.make_mesh(devices), backend, ''
+  if backend == 'auto':
+    grouped = dispatch.Expert(lambda p, x: x, lambda p, x, sizes: x)
+    taken = dispatch.exact_backend(grouped, devices[0])
+    note = f' takes={taken}'
   case = jax.eval_shape(lambda: benchmark_experts.case(number, sizes))
   whole = meshes.replicated(one)
   return Program(
     'experts',
     backend,
     f'{number} experts',
-    f'tokens={sizes.tokens} {sizes.features}x{sizes.hidden} k={sizes.k}',
+    f'tokens={sizes.tokens} {sizes.features}x{sizes.hidden} k={sizes.k}{note}',
     lambda: jax.jit(
-      benchmark_experts.gradient(backend),
+      benchmark_experts.gradient(taken),
       in_shardings=whole,
       out_shardings=whole,
     ).trace(*case),

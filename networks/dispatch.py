@@ -10,16 +10,17 @@ rows, each of which it treats on its own. All backends give the same numbers
             activations again instead of keeping them (Shazeer 2017, Appendix
             D). Under vmap (seeds of a sweep) the batch joins the experts:
             S * E experts on S * T tokens.
-  ragged    exact: `jax.lax.ragged_dot` on sorted pairs, for experts that say
-            how they are grouped. On CPU it computes every expert on every row,
-            and some GPU versions fall back to the same.
+  ragged    exact: `networks.ragged` on sorted pairs, for experts that say how
+            they are grouped. A kernel on TPU; on CPU and H100 (jax 0.10.2) it
+            computes every expert on every row.
   capacity  static shapes: every expert has places for `capacity_factor` times
             its even share, in the order of the tokens; pairs beyond that are
             dropped, and counted.
   dense     every expert on every token: a reference, and the fastest for few
             small experts.
 
-`auto` is `loop` on CPU and for experts without a grouped form, else `ragged`.
+`auto` is `ragged` for experts with a grouped form where the device's compiler
+groups it, which is asked and not assumed, and `loop` elsewhere.
 Plans by expert and soft ones need no sorting and have one way only, dense over
 an expert's own places.
 
@@ -35,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from networks import ragged
 from networks.routing import ByExpert, Mixture, Plan
 
 Backend = Literal['auto', 'loop', 'ragged', 'capacity', 'dense']
@@ -103,16 +105,28 @@ def apply(
   if backend == 'capacity':
     return _capacity(plan, x, params, expert, capacity_factor)
   if backend == 'auto':
-    on_cpu = jax.default_backend() == 'cpu'
-    backend = 'loop' if on_cpu or expert.grouped is None else 'ragged'
+    backend = exact_backend(expert)
   number = num_experts(params)
   if backend == 'loop':
-    block = block or block_size(plan.expert.size, number)
+    block = block or ragged.block_size(plan.expert.size, number)
     work = functools.partial(grouped_loop, expert.apply, block)
   else:
     assert expert.grouped is not None
     work = expert.grouped
   return _sorted(plan, x, params, work), nothing
+
+
+def exact_backend(expert: Expert, device: Any = None) -> Backend:
+  """What `auto` takes on a device: `ragged` where that is grouped, or `loop`.
+
+  Args:
+    expert: what is to be computed.
+    device: None for the default one; its compiler is asked, once.
+  """
+  platform = jax.default_backend() if device is None else device.platform
+  if platform == 'cpu' or expert.grouped is None:
+    return 'loop'
+  return 'ragged' if ragged.is_grouped(device) else 'loop'
 
 
 def places(even: float) -> int:
@@ -123,17 +137,6 @@ def places(even: float) -> int:
 def num_experts(params: Any) -> int:
   """E, from the experts' parameters."""
   return jax.tree.leaves(params)[0].shape[0]
-
-
-def block_size(pairs: int, experts: int) -> int:
-  """Rows of a block: a quarter of an expert's even share, from 32 to 256.
-
-  Larger ones waste more work on rows that are not the expert's, smaller ones
-  make products of matrices slow; measured for 8 to 128 experts on CPU.
-  """
-  share = max(pairs // experts, 1)
-  even = 1 << (share - 1).bit_length()
-  return max(min(even // 4, 256), min(even, 32))
 
 
 def _dense(plan, x, params, expert):

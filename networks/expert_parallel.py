@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from networks import dispatch
+from networks import dispatch, ragged
 from networks.routing import ByToken, Plan
 
 # Of a mesh whose devices share the tokens and each have all experts.
@@ -112,7 +112,7 @@ def apply(
     raise ValueError(
       f'bundle={bundle}: must be at most the {own} experts of a device'
     )
-  block = block or dispatch.block_size(tokens * places, number)
+  block = block or ragged.block_size(tokens * places, number)
   rows = PartitionSpec(axis)
   y, worked = jax.shard_map(
     functools.partial(_on_device, expert, axis, n, bundle, options, block),

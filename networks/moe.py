@@ -35,7 +35,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from networks import balance, dispatch, expert_parallel, mlp, routing
+from networks import balance, dispatch, expert_parallel, mlp, ragged, routing
 
 Router = Literal[
   'noisy_top_k', 'balanced', 'expert_choice', 'soft', 'biased_top_k'
@@ -271,8 +271,8 @@ class FeedForward(nn.Module):
       params[name]['kernel'].astype(self.dtype) for name in ('in', 'out')
     )
     first, second = kernels
-    x = jax.nn.relu(jax.lax.ragged_dot(x.astype(self.dtype), first, sizes))
-    return jax.lax.ragged_dot(x, second, sizes)
+    x = jax.nn.relu(ragged.ragged_dot(x.astype(self.dtype), first, sizes))
+    return ragged.ragged_dot(x, second, sizes)
 
 
 class MoE(nn.Module):

@@ -45,6 +45,7 @@ PLUMBING = {
   'networks.ensemble.row_uniforms',
   'networks.ensemble.unflatten',
   'networks.mlp.spread',
+  'networks.ragged.ragged_dot',
   'networks.resnet.convolve',
   'search._mctx.batched_search',
   'search._mctx.search',
