@@ -194,12 +194,7 @@ def _of_agent(experiment, agent, source, spec, mesh, suffix):
     )
   yield program(
     'update',
-    lambda: jax.jit(
-      agent.update,
-      donate_argnums=0,
-      in_shardings=(whole, split, whole),
-      out_shardings=(whole, whole),
-    ).trace(state, batch, key),
+    lambda: meshes.jit_update(agent, mesh).trace(state, batch, key),
     setting,
   )
   if agent.refresh is not None:
