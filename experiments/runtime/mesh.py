@@ -328,11 +328,9 @@ def compile_interval(
   """
   whole = replicated(mesh)
   carry = _carry_sharding(mesh, source, state_sharding)
-  if state_sharding is None:  # a source maps over devices of its own accord
-    agent = agent._replace(update=_under(mesh, None, agent.update))
-    interval = loop.watched_interval(agent, source)
-  else:
-    interval = loop.watched_interval(agent, source)
+  interval = loop.watched_interval(agent, source)
+  # What a source has split knows its mesh, and no other may be set around it.
+  if state_sharding is not None:
     interval = _under(mesh, state_sharding, interval)
   return jax.jit(
     interval,
