@@ -14,7 +14,6 @@ time of running is known.
 import json
 import math
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -106,53 +105,21 @@ def run(
   """
   found: list[dict[str, Any]] = list(tables.read_rows(out, (*KEY, *COUNTED)))
   for target in targets:
-    place = compile_targets.prepare(target.platform, compilers)
-    for row in _child(target, place, names, rows, parts, found):
-      found.append(row)
-      print(line(row), flush=True)
-      _write(out, found)
+    with tempfile.TemporaryDirectory() as folder:
+      asked = {
+        'target': target.name,
+        'names': list(names),
+        'rows': rows,
+        'parts': list(parts),
+        'folder': folder,
+        'done': [[row[key] for key in KEY] for row in found],
+      }
+      module = 'experiments.benchmark_compile'
+      for row in compile_targets.ask(module, target, compilers, asked):
+        found.append(row)
+        print(line(row), flush=True)
+        _write(out, found)
   return found
-
-
-def _child(target, place, names, rows, parts, found) -> Iterator[dict]:
-  """The rows of a target, as its process compiles one after the other."""
-  with tempfile.TemporaryDirectory() as folder:
-    asked = {
-      'target': target.name,
-      'names': list(names),
-      'rows': rows,
-      'parts': list(parts),
-      'folder': folder,
-      'done': [[row[key] for key in KEY] for row in found],
-    }
-    errors = pathlib.Path(folder) / 'stderr'
-    with (
-      errors.open('w') as stderr,
-      subprocess.Popen(
-        [sys.executable, '-m', 'experiments.benchmark_compile'],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        env=compile_targets.environment(target, place),
-        text=True,
-      ) as process,
-    ):
-      assert process.stdin is not None and process.stdout is not None
-      try:
-        json.dump(asked, process.stdin)
-        process.stdin.close()
-        for text in process.stdout:
-          if text.startswith('{'):
-            yield json.loads(text)
-      except BaseException:
-        process.kill()
-        raise
-    if process.returncode:
-      last = errors.read_text().strip().splitlines()[-1:] or ['no message']
-      raise UserError(
-        f'target={target.name}: its compiler ended with '
-        f'{process.returncode}: {last[0]}'
-      )
 
 
 def line(row: dict[str, Any]) -> str:

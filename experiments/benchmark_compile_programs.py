@@ -67,10 +67,11 @@ def of_preset(
       return  # Its streams stay on one device.
     settings = _sizes(experiment, mesh.size, rows or ROWS)
     experiment = build.describe(name, dataset=dataset, settings=settings)
-  phases = list(_phases(experiment, mesh))
-  for label, agent, source, spec in phases:
-    suffix = f' ({label})' if len(phases) > 1 else ''
-    yield from _of_agent(experiment, agent, source, spec, mesh, suffix)
+  parts = 1 if experiment.dataset else mesh.size
+  found = list(phases(experiment, build.Layout(mesh, (), parts)))
+  for label, agent, source, spec in found:
+    suffix = f' ({label})' if len(found) > 1 else ''
+    yield from of_agent(experiment, agent, source, spec, mesh, suffix)
 
 
 def _sizes(plain: build.Experiment, number: int, each: int) -> list[str]:
@@ -135,8 +136,17 @@ def _material(name: str, folder: pathlib.Path) -> str | None:
   return str(path)
 
 
-def _phases(experiment: build.Experiment, mesh: Any) -> Iterator[tuple]:
-  """`(name, agent, source, spec)` of each phase; a host's source is None."""
+def phases(
+  experiment: build.Experiment, layout: build.Layout
+) -> Iterator[tuple[str, Any, Any, Any]]:
+  """Name, agent, source and spec of each phase of a run; nothing is begun.
+
+  The source of simulators on the host is None.
+
+  Args:
+    experiment: from `build.describe`.
+    layout: devices, which need not be there, and parts.
+  """
   from experiments import offline
   from search.model import Environment
 
@@ -144,21 +154,38 @@ def _phases(experiment: build.Experiment, mesh: Any) -> Iterator[tuple]:
     data = offline.material(experiment)
     spec = offline.spec_of(data, None)
     for phase in build.make_phases(experiment, spec):
-      source = offline.make_source(experiment, data, phase, mesh)
+      source = offline.make_source(experiment, data, phase, layout.mesh)
       yield phase.name, phase.agent, source, spec
     return
-  env = build.make_env(
-    experiment, training=True, num_envs=experiment.env.num_envs // mesh.size
-  )
+  number = experiment.env.num_envs // layout.parts
+  env = build.make_env(experiment, training=True, num_envs=number)
   agent = build.make_agent(experiment, env.spec)
   source = None
   if isinstance(env, Environment):
-    layout = build.Layout(mesh, (), mesh.size)
     source = build.make_source(experiment, env, agent, layout)
   yield 'train', agent, source, env.spec
 
 
-def _of_agent(experiment, agent, source, spec, mesh, suffix):
+def of_agent(
+  experiment: build.Experiment,
+  agent: Any,
+  source: Any,
+  spec: Any,
+  mesh: Any,
+  suffix: str = '',
+  sharding: Any = None,
+) -> Iterator[Program]:
+  """The programs of an agent's training.
+
+  Args:
+    experiment: whose sizes they have.
+    agent: from `phases`, like the next two.
+    source: None for simulators on the host.
+    spec: of the environment or data set.
+    mesh: `jax.sharding.Mesh` with the axis `data`.
+    suffix: of the programs' names.
+    sharding: of the agent's state; None for whole on each device.
+  """
   import jax
 
   from experiments.runtime import loop
@@ -167,7 +194,7 @@ def _of_agent(experiment, agent, source, spec, mesh, suffix):
   whole, split = meshes.replicated(mesh), meshes.split(mesh)
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(agent.init, key)
-  batch = _batch(experiment, agent, source, spec, state, key)
+  batch = batch_of(experiment, agent, source, spec)
   envs = experiment.env.num_envs
   setting = f'batch={jax.tree.leaves(batch)[0].shape[0]}'
   program = lambda part, trace, setting: Program(
@@ -194,38 +221,43 @@ def _of_agent(experiment, agent, source, spec, mesh, suffix):
     )
   yield program(
     'update',
-    lambda: meshes.jit_update(agent, mesh).trace(state, batch, key),
+    lambda: meshes.jit_update(agent, mesh, sharding).trace(state, batch, key),
     setting,
   )
   if agent.refresh is not None:
     step = jax.ShapeDtypeStruct((), np.int32)
     yield program(
       'refresh',
-      lambda: meshes.compile_refresh(agent, mesh).trace(
+      lambda: meshes.compile_refresh(agent, mesh, sharding).trace(
         state, batch, step, key
       ),
       setting,
     )
   if source is not None and source.is_pure:
-    updates = jax.ShapeDtypeStruct((), np.int32)
     carry = jax.eval_shape(lambda key: loop.init(agent, source, key), key)
     yield program(
       'interval',
-      lambda: meshes.compile_interval(agent, source, mesh).trace(
-        carry, key, updates
+      lambda: meshes.compile_interval(agent, source, mesh, sharding).trace(
+        carry, key, 1
       ),
       f'{setting} envs={envs}',
     )
 
 
-def _batch(experiment, agent, source, spec, state, key):
-  """Shapes of what an update takes."""
+def batch_of(
+  experiment: build.Experiment, agent: Any, source: Any, spec: Any
+) -> Any:
+  """Shapes of what an update takes; the arguments are those of `of_agent`."""
   import jax
 
   from agents.core import replay
   from experiments.runtime import offline, sources
 
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  if source is not None and not source.is_pure:
+    return source.example()
   if source is not None:
+    state = jax.eval_shape(agent.init, key)
     step = jax.ShapeDtypeStruct((), np.int32)
     held = jax.eval_shape(source.init, key)
     return jax.eval_shape(source.next, held, state, step, key)[1]

@@ -437,7 +437,31 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
       f'devices={run.devices}: processes have {sorted(each)} devices; all must '
       'have as many'
     )
-  mesh = meshes.make_mesh(learning)
+  layout = lay_out(experiment, meshes.make_mesh(learning), saved_parts)
+  number = layout.parts
+  if len(acting) > len(parts.held(number)):
+    raise ValueError(
+      f'acting_devices={run.acting_devices}: a process holds '
+      f'{len(parts.held(number))} parts only; take more, parts='
+      f'{len(acting) * jax.process_count()} say'
+    )
+  return layout._replace(acting=acting)
+
+
+def lay_out(experiment: Experiment, mesh: Any, saved_parts: int = 0) -> Layout:
+  """The parts of an experiment on devices that learn.
+
+  Args:
+    experiment: from `describe`.
+    mesh: of the devices, which need not be there.
+    saved_parts: see `make_layout`.
+
+  Raises:
+    ValueError: the devices cannot share the work.
+  """
+  from experiments.runtime import parts
+
+  run = experiment.run
   size = max(mesh.size, run.parts)
   if is_fresh(experiment.config) and size > 1:
     raise ValueError(
@@ -450,18 +474,12 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
     'replay_capacity': run.replay_capacity,
   }
   number = parts.choose(run.parts, saved_parts, sizes, mesh)
-  if len(acting) > len(parts.held(number)):
-    raise ValueError(
-      f'acting_devices={run.acting_devices}: a process holds '
-      f'{len(parts.held(number))} parts only; take more, parts='
-      f'{len(acting) * jax.process_count()} say'
-    )
   if run.batch_size % mesh.size:
     raise ValueError(
       f'batch_size={run.batch_size}: must be a multiple of the {mesh.size} '
       'devices'
     )
-  return Layout(mesh, acting, number)
+  return Layout(mesh, (), number)
 
 
 def make_source(

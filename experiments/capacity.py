@@ -36,9 +36,9 @@ def check(needs: Sequence[Need], devices: int = 1) -> None:
   Raises:
     UserError: they are more than there is.
   """
-  own = _device_memory()
+  own = device_memory()
   for place, have, some in (
-    ('this machine', _machine_memory(), [n for n in needs if n.on_host]),
+    ('this machine', machine_memory(), [n for n in needs if n.on_host]),
     ('its device', own, [n for n in needs if not n.on_host]),
   ):
     if own is None:  # It is the machine's.
@@ -176,6 +176,16 @@ def _row_bytes(agent: Any, spec: Any) -> tuple[float, float]:
   return row - seen + seen / spec.frame_stack, row
 
 
+def host_replay(experiment: build.Experiment, agent: Any, spec: Any) -> float:
+  """Bytes of a replay on the host, of all parts; at least, if compressed."""
+  run, envs = experiment.run, experiment.env.num_envs
+  frame, _ = _row_bytes(agent, spec)
+  if run.compress_replay:
+    frame /= _COMPRESSED
+  # Each with its priority and its mass, see `runtime.replay`.
+  return run.replay_capacity // envs * envs * (frame + 4 + 8)
+
+
 def network(experiment: build.Experiment, state: Any, rows: int = 1) -> Need:
   """What an agent's state takes: parameters, their copies, the optimiser's.
 
@@ -257,7 +267,7 @@ def _bytes(tree: Any) -> float:
   )
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
   """Bytes of the machine, or of the container that we run in."""
   have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   for name in ('memory.max', 'memory/memory.limit_in_bytes'):
@@ -271,7 +281,7 @@ def _machine_memory() -> int:
   return have
 
 
-def _device_memory() -> int | None:
+def device_memory() -> int | None:
   """Bytes of a device; None of a CPU, which has the machine's."""
   import jax
 

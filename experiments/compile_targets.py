@@ -10,13 +10,17 @@ the environment, a folder each, for one process cannot have both:
     'cpu'           this machine
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from experiments.files.errors import UserError
@@ -92,6 +96,17 @@ def parse(name: str) -> Target:
     f'target={name}: must be h100, h100:8, v5e:4x4, v6e:2x2, v5p:2x2x1 or '
     'other sizes of these, or cpu'
   )
+
+
+def usable(target: Target) -> int:
+  """Bytes of a device that jax takes; 0 where that is not known."""
+  if target.platform != 'cuda':
+    return target.memory
+  # What jax reserves of a card unless it is asked for another share.
+  share = os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '')
+  with contextlib.suppress(ValueError):
+    return int(float(share) * target.memory)
+  return int(0.75 * target.memory)
 
 
 def requirements(platform: str) -> list[str]:
@@ -172,6 +187,52 @@ def environment(target: Target, place: pathlib.Path | None) -> dict[str, str]:
     # It holds no chip; several may compile at once.
     own.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   return own
+
+
+def ask(
+  module: str, target: Target, folder: pathlib.Path, asked: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+  """What a module answers in a process that can compile for a target.
+
+  Args:
+    module: run by `python -m`; reads one object of JSON, prints one a line.
+    target: what it compiles for; its compiler is installed first.
+    folder: see `prepare`.
+    asked: the object that the module reads.
+
+  Raises:
+    UserError: the compiler cannot be had, or the process fails.
+  """
+  place = prepare(target.platform, folder)
+  with (
+    tempfile.TemporaryFile('w+') as stderr,
+    subprocess.Popen(
+      [sys.executable, '-m', module],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=stderr,
+      env=environment(target, place),
+      text=True,
+    ) as process,
+  ):
+    assert process.stdin is not None and process.stdout is not None
+    try:
+      json.dump(asked, process.stdin)
+      process.stdin.close()
+      for text in process.stdout:
+        if text.startswith('{'):
+          yield json.loads(text)
+    except BaseException:
+      process.kill()
+      raise
+    process.wait()
+    stderr.seek(0)
+    last = stderr.read().strip().splitlines()[-1:] or ['no message']
+  if process.returncode:
+    raise UserError(
+      f'target={target.name}: its compiler ended with '
+      f'{process.returncode}: {last[0]}'
+    )
 
 
 def devices(target: Target) -> list[Any]:

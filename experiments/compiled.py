@@ -40,6 +40,30 @@ _FREE = {
 _BYTES = {'pred': 1, 'token': 0}
 
 
+class Memory(NamedTuple):
+  """Bytes that a program takes on a device; see `Counts`."""
+
+  temporaries: int
+  arguments: int
+  results: int
+  code: int
+
+
+def memory(compiled: Any) -> Memory:
+  """The compiler's own analysis of a program's memory.
+
+  Args:
+    compiled: from `jax.jit(...).lower(...).compile()`.
+  """
+  found = compiled.memory_analysis()
+  return Memory(
+    found.temp_size_in_bytes,
+    found.argument_size_in_bytes,
+    found.output_size_in_bytes - found.alias_size_in_bytes,
+    found.generated_code_size_in_bytes,
+  )
+
+
 class Counts(NamedTuple):
   """A compiled program in numbers, each of one device.
 
@@ -89,7 +113,7 @@ def count(compiled: Any) -> Counts:
   Args:
     compiled: from `jax.jit(...).lower(...).compile()`.
   """
-  text, memory = compiled.as_text(), compiled.memory_analysis()
+  text = compiled.as_text()
   cost = compiled.cost_analysis() or {}
   code = read(text)
   found = Counter(i.opcode for i in code if i.opcode in COLLECTIVES)
@@ -97,10 +121,7 @@ def count(compiled: Any) -> Counts:
   launched = [i for i in code if not i.is_fused and i.opcode not in _FREE]
   in_loops = [i for i in code if i.in_loop]
   return Counts(
-    temporaries=memory.temp_size_in_bytes,
-    arguments=memory.argument_size_in_bytes,
-    results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    code=memory.generated_code_size_in_bytes,
+    **memory(compiled)._asdict(),
     flops=cost.get('flops', math.nan),
     bytes=cost.get('bytes accessed', math.nan),
     loops=len(loops),

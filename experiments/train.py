@@ -71,6 +71,19 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     'check', False, 'refuse what is wrong, make and train nothing, and stop'
   )
+  flags.DEFINE_bool(
+    'plan',
+    False,
+    'compile the programs of the run, print how much memory it needs on each '
+    'device and on the host, and stop; the exit code is 2 if it does not fit',
+  )
+  flags.DEFINE_string(
+    'target',
+    None,
+    'with --plan: a machine to plan for instead of this one, such as h100, '
+    'h100:8, v5e:4x4, v6e:2x2 or v5p:2x2x1; its compiler is installed into '
+    '.compilers',
+  )
   flags.DEFINE_integer(
     'profile',
     0,
@@ -134,9 +147,13 @@ def main() -> None:
     )
     if values.show:
       flag_checks.refuse(
-        ['profile', 'tensorboard', 'wandb', 'workdir'], 'with --show'
+        ['profile', 'tensorboard', 'wandb', 'workdir', 'plan', 'target'],
+        'with --show',
       )
       return _show(experiment)
+    if values.plan:
+      return _plan(experiment, values)
+    flag_checks.refuse(['target'], 'without --plan')
     metrics.check_installed(values.tensorboard, values.wandb or '')
     if values.check:
       return _check(experiment, values.workdir)
@@ -242,6 +259,40 @@ def _check(experiment: build.Experiment, workdir: str | None) -> None:
   print('nothing is wrong with it')
 
 
+def _plan(experiment: build.Experiment, values) -> None:
+  """Prints how much memory a run needs, and refuses one that does not fit."""
+  from experiments import plan
+  from experiments.runtime import distributed
+
+  flag_checks.refuse(
+    ['check', 'profile', 'measure', 'tensorboard', 'wandb'], 'with --plan'
+  )
+  if values.target is None:
+    distributed.initialize(
+      values.distributed, values.num_processes, values.process_id
+    )
+    use_compilation_cache()
+    folder = pathlib.Path(values.workdir or default_workdir(experiment))
+    plans = plan.here(experiment, peek(folder).parts)
+  else:
+    flag_checks.refuse(
+      ['workdir', 'distributed', 'num_processes', 'process_id'],
+      'with --target',
+    )
+    flags = ('agent', 'env', 'steps', 'seed')
+    about = {name: getattr(values, name) for name in flags} | {
+      'preset_name': values.preset,
+      'settings': values.set,
+      'dataset': text_or_dataset(values),
+    }
+    plans = plan.elsewhere(experiment, values.target, about)
+  if distributed.is_main():
+    plan.show(plans)
+  plan.check(plans)
+  if distributed.is_main():
+    print('it fits')
+
+
 def _show(experiment: build.Experiment) -> None:
   rows = []
 
@@ -343,10 +394,15 @@ def run(
   Raises:
     UserError: the folder cannot be gone on with.
   """
+  from experiments import plan
   from experiments.runtime import distributed, signals
 
   started = time.perf_counter()
-  with signals.graceful_exit() as asked, contextlib.ExitStack() as held:
+  with (
+    plan.out_of_memory(experiment),
+    signals.graceful_exit() as asked,
+    contextlib.ExitStack() as held,
+  ):
     trained = _train(
       experiment, workdir, held, profile, tensorboard, wandb, measure, asked
     )
@@ -429,6 +485,7 @@ def _train(
     saved = peek(workdir)
     trainer = stages.make(experiment, saved, asked)
     capacity.check_run(experiment, trainer, saved.phase)
+    _plan_here(experiment, trainer, saved.phase)
     stage, devices = trainer.stages[saved.phase], trainer.layout.mesh
     if is_main:
       _announce(experiment, trainer, workdir)
@@ -526,6 +583,28 @@ def _train(
     share = watcher.waited / distributed.process()[1] / max(seconds, 1e-9)
     print(f'waited for experience: {share:.1%} of the time; memory: {used}')
   return _Trained(trainer, begin, end, ended)
+
+
+def _plan_here(experiment, trainer, phase: int) -> None:
+  """Plans a run on accelerators, which finds the programs in the cache.
+
+  On a CPU it would be seconds of compiling for memory that is the machine's.
+  """
+  from experiments import plan, plan_memory
+  from experiments.runtime import distributed
+
+  if trainer.layout.mesh.devices.flat[0].platform == 'cpu':
+    return
+  plans = []
+  for stage in trainer.stages[phase:]:
+    # Simulators are not asked for what a program takes.
+    on_host = not stage.source.is_pure and not experiment.dataset
+    source = None if on_host else stage.source
+    about = (stage.name, stage.agent, source, trainer.spec)
+    plans.append(plan_memory.of_phase(experiment, trainer.layout, about))
+  if distributed.is_main():
+    plan.show(plans)
+  plan.check(plans)
 
 
 def _writer(

@@ -274,11 +274,15 @@ ROWS = {
   'benchmark --suite=compile --target=cpu --quick': (
     'flag --quick=true: has no effect on this suite; leave it out'
   ),
-  'benchmark --target=h100': 'flag --target=h100: has no effect without --suit',
   'benchmark --suite=experts --preset=bc': 'flag --preset=bc: has no effect on',
   'game --datasets=0 --sizes=30': 'flag --sizes=30: has no effect with --datas',
   'notebook compose --check --tiny': 'flag --tiny=true: has no effect with --c',
   'train --show --workdir=x': 'flag --workdir=x: has no effect with --show',
+  'train --show --plan': 'flag --plan=true: has no effect with --show',
+  'train --plan --profile=3': 'flag --profile=3: has no effect with --plan',
+  'train --plan --target=cpu --workdir=x': (
+    'flag --workdir=x: has no effect with --target'
+  ),
   # absl's own flags.
   'train --flagfile=none': 'flag --flagfile=none: no such file or directory',
   'train --flagfile=/dev/zero': '/dev/zero: is a device, must be a file',

@@ -41,6 +41,12 @@ WRONG = 'zzz'
 # A command, and the pieces of its message in their order.
 TABLE = {
   f'train --workdir={300 * "x"}': 'workdir=xxx ... name too long; take another',
+  # Machines to compile for.
+  'benchmark --target=h100': '--target=h100: has no effect without --suite=com',
+  'benchmark --programs=act': '--programs=act: has no effect without --suite=c',
+  'benchmark --compilers=x': '--compilers=x: has no effect without --suite=com',
+  'train --target=h100': '--target=h100: has no effect without --plan; leave',
+  'train --plan --target=h9': 'target=h9: must be h100, h100:8, v5e:4x4',
   # Names.
   'train --preset=muzero_catsh': "preset='muzero_catsh': did you mean muzero",
   'train --env=Cach-v0': "env='Cach-v0': envpool has none; nearest: Catch-v0",

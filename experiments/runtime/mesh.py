@@ -306,11 +306,15 @@ def init(
   its state have the parts in front. `state_sharding` is that of
   `compile_update`; parameters are drawn as on one device.
   """
-  carry = _carry_sharding(mesh, source, state_sharding)
+  carry = carry_sharding(mesh, source, state_sharding)
   return loop.init(agent, source, key, carry)
 
 
-def _carry_sharding(mesh: Mesh, source: Source, state: Any) -> loop.Carry:
+def carry_sharding(mesh: Mesh, source: Source, state: Any = None) -> loop.Carry:
+  """Where the parts of a pure source's carry lie, a prefix of its tree.
+
+  `state` is the `state_sharding` of `compile_update`.
+  """
   whole = replicated(mesh)
   # On one device a source need not be stacked; a data set is whole everywhere.
   parted = mesh.size > 1 and source.axes == 0
@@ -327,7 +331,7 @@ def compile_interval(
   `state_sharding` is that of `compile_update`.
   """
   whole = replicated(mesh)
-  carry = _carry_sharding(mesh, source, state_sharding)
+  carry = carry_sharding(mesh, source, state_sharding)
   interval = loop.watched_interval(agent, source)
   # What a source has split knows its mesh, and no other may be set around it.
   if state_sharding is not None:
