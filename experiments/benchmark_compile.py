@@ -1,8 +1,8 @@
 """What programs take on machines that are not there, by their real compilers.
 
-python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
-python -m experiments.benchmark --suite=compile --target=v5e:4x4 \\
-  --preset=efficientzero_catch --rows=8
+    python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
+    python -m experiments.benchmark --suite=compile --target=v5e:4x4 \\
+      --preset=efficientzero_catch --rows=8
 
 Compiles init, act, update, refresh and the scanned interval of presets, every
 search and every backend of the mixture, for each target in a process of its
