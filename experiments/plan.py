@@ -107,8 +107,10 @@ def _refusal(plan: Plan, place: str, need: float, have: float) -> str:
   size = lambda row: row.device
   if place == 'host':
     size = lambda row: row.host + row.device * plan.on_host
-  # What takes less than a tenth does not help.
-  most = [row for row in plan.counted if size(row) >= need / 10]
+  # What takes less than a tenth does not help. A program that its compiler
+  # refuses may be so large for what it is called with, such as a replay.
+  least = (have if need == math.inf else need) / 10
+  most = [row for row in plan.counted if size(row) >= least]
   most.sort(key=size, reverse=True)
   fields = list(dict.fromkeys(field for row in most for field in row.fields))
   there = (
