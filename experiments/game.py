@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import game_selection, terminal
+from experiments.files import writing
 from experiments.files.errors import UserError
 from experiments.game_selection import BETAS, COVERAGE
 from experiments.runtime import config as configs
@@ -213,7 +214,7 @@ def figure(
       loc='upper center',
       bbox_to_anchor=(0.5, -0.14),
     )
-  picture.savefig(path, dpi=160)
+  writing.write_figure(picture, path)
 
 
 def _draw(axes: Any, rows: Sequence[Row], field: str, statistic: Any) -> None:

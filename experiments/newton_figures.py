@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments import newton_cases as cases
+from experiments.files import writing
 
 _COLOURS = ('#1b4f8f', '#e08a1e', '#3a8f4d', '#b5353a')
 _GREY = '#888888'
@@ -44,7 +45,7 @@ def _page(path, panels):
     axes.grid(color='#dddddd', lw=0.7)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8.5)
-  figure.savefig(path, dpi=110)
+  writing.write_figure(figure, path, dpi=110)
 
 
 def _label(axes: Any, title: str, x: str, y: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import terminal
+from experiments.files import writing
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
@@ -331,7 +332,7 @@ def figure(
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#dddddd', lw=0.7)
     axes.set_axisbelow(True)
-  picture.savefig(path, dpi=160)
+  writing.write_figure(picture, path)
 
 
 def _draw_rmse(axes: Any, rows: Sequence[Row]) -> None:

@@ -412,14 +412,7 @@ def _save(figure: Any, path: Path) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#dddddd', lw=0.7)
     axes.set_axisbelow(True)
-  kind = pathlib.Path(path).suffix.removeprefix('.') or 'png'
-  try:
-    with writing.replacing(path) as file:
-      figure.savefig(file, format=kind, dpi=160)
-  except ValueError as error:
-    if isinstance(error, UserError):
-      raise
-    raise UserError(f'{path}: {error}') from error
+  writing.write_figure(figure, path)
 
 
 def check_picture(path: Path) -> None:

@@ -20,6 +20,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from experiments.files import writing
+
 STAGES = 3
 MIXED = (0.0, 0.1, 0.2, 0.4, 0.8)
 KEPT = (1, 2, 3, 5)
@@ -271,7 +273,7 @@ def main() -> None:
         'train them with python -m experiments.study --study=connect_four'
       )
   write(out, rows)
-  draw(rows).savefig(out.with_suffix('.png'), dpi=140)
+  writing.write_figure(draw(rows), out.with_suffix('.png'), dpi=140)
   terminal.end(f'{out} and .png')
 
 

@@ -380,13 +380,12 @@ def write(path: pathlib.Path, frames: Sequence[Frame], count: int = 0) -> None:
     places = np.linspace(0, len(some) - 1, count).round().astype(int)
     some = [some[place] for place in places]
   images = [captioned(frame) for frame in some]
-  with writing.writing(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
+  with writing.replacing(path) as file:
     if path.suffix == '.png':
       gap = np.full_like(images[0][:, :_GAP], 255)
       parts = [part for image in images for part in (image, gap)]
       strip = np.concatenate(parts[:-1], axis=1)
-      Image.fromarray(strip).quantize(64).save(path, optimize=True)
+      Image.fromarray(strip).quantize(64).save(file, 'PNG', optimize=True)
       return
     # One palette for all, so that a file holds only what changes.
     sample = images[:: max(1, len(images) // 8)]
@@ -396,7 +395,8 @@ def write(path: pathlib.Path, frames: Sequence[Frame], count: int = 0) -> None:
       for x in images
     ]
     shown[0].save(
-      path,
+      file,
+      'GIF',
       save_all=True,
       append_images=shown[1:],
       duration=[120] * (len(shown) - 1) + [1500],

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import plots, terminal
+from experiments.files import writing
 from experiments.files.errors import UserError
 from experiments.runs import read_csv
 from experiments.runtime import config as configs
@@ -152,8 +153,7 @@ def draw(path: pathlib.Path, shares: Shares, history: Any, number: int) -> None:
     axes[1].set_xlabel('updates')
     axes[1].set_ylabel("experts' shares of the work")
     axes[1].set_title('utilisation over time (dashed: even)', fontsize=10)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
+  writing.write_figure(figure, path, dpi=110)
 
 
 def define_flags() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import arena, equity, match, players, terminal
-from experiments.files import tables
+from experiments.files import tables, writing
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -408,7 +408,7 @@ def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
     axes.axhline(0, color='black', lw=0.7)
     axes.spines[['top', 'right']].set_visible(False)
   figure.axes[0].legend(fontsize=7)
-  figure.savefig(out, dpi=140)
+  writing.write_figure(figure, out, dpi=140)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import arena, judge, match, players, terminal
-from experiments.files import tables
+from experiments.files import tables, writing
 from experiments.runtime import config as configs
 from experiments.runtime import metrics
 
@@ -318,7 +318,7 @@ def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#dddddd', lw=0.7)
   figure.axes[0].legend(fontsize=7)
-  figure.savefig(out, dpi=160)
+  writing.write_figure(figure, out)
 
 
 def draw_search(rows: Sequence[Row], out: pathlib.Path) -> None:
@@ -350,7 +350,7 @@ def draw_search(rows: Sequence[Row], out: pathlib.Path) -> None:
     axes.bar_label(bars, fmt='%.2f', fontsize=9, padding=2)
     axes.set(ylim=(0, 1), title=title, xlabel='simulations a move')
     axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(out, dpi=130)
+  writing.write_figure(figure, out, dpi=130)
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -245,8 +245,7 @@ def figure(
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(color='#dddddd', lw=0.7)
   axes.set_axisbelow(True)
-  with writing.replacing(path) as file:
-    drawing.savefig(file, format='png', dpi=160)
+  writing.write_figure(drawing, path)
 
 
 def _bars(shown: Sequence[Summary]) -> list[list[float]]:

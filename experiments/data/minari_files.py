@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from typing import Any
 
@@ -265,9 +266,10 @@ def save(
   layout.check(dataset, str(path))
   _check_chained(dataset, path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+  partial = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial')
+  partial.mkdir()  # Fails if something is there.
   try:
-    (partial / 'data').mkdir(parents=True)
+    (partial / 'data').mkdir()
     file = partial / 'data' / 'main_data.hdf5'
     starts = layout.first_rows(dataset)
     with hdf5.open_file(file, 'w') as groups:

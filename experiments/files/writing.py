@@ -7,7 +7,7 @@ import pathlib
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from experiments.files.errors import UserError, shown
 from experiments.files.reading import check_regular
@@ -107,6 +107,27 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
   """Writes a file, its folder too, at once or not at all; see `replacing`."""
   with replacing(path) as file:
     file.write(content)
+
+
+def write_figure(figure: Any, path: str | os.PathLike, dpi: int = 160) -> None:
+  """Writes a figure of matplotlib at once or not at all; see `replacing`.
+
+  Args:
+    figure: `matplotlib.figure.Figure`.
+    path: whose suffix is the format; PNG without one.
+    dpi: dots an inch.
+
+  Raises:
+    UserError: a format that matplotlib does not know, or see `writing`.
+  """
+  kind = pathlib.Path(path).suffix.removeprefix('.') or 'png'
+  if kind not in figure.canvas.get_supported_filetypes():
+    raise UserError(
+      f'{shown(path)}: figures are written as png, pdf or svg, not as '
+      f'{shown(kind)}'
+    )
+  with replacing(path) as file:
+    figure.savefig(file, format=kind, dpi=dpi)
 
 
 def open_append(path: str | os.PathLike) -> BinaryIO:
