@@ -300,7 +300,7 @@ def test_a_checkpoint_names_no_code(trained, planted, tmp_path, launch):
     r'("value_type"): "[^"]*"', rf'\1: "{name}"', file.read_text()
   )
   file.write_text(text)
-  assert changed > 3
+  assert changed
   launch('play', RUN, '--episodes=1', '--num_envs=1')
   assert not planted.mark.exists()
 
