@@ -143,7 +143,8 @@ def prepare(platform: str, folder: pathlib.Path) -> pathlib.Path | None:
   """
   if platform == 'cpu' or not (wanted := requirements(platform)):
     return None
-  place = folder / platform
+  # Another version of jax has another compiler.
+  place = folder / f'{platform}-jax-{importlib.metadata.version("jax")}'
   done = place / 'installed.txt'
   if done.is_file() and done.read_text() == '\n'.join(wanted):
     return place
