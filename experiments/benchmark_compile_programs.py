@@ -297,6 +297,8 @@ def of_search(
   rows = (rows or (64 if mesh.size == 1 else ROWS)) * mesh.size
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, root, step = benchmark_search.table_model(0, rows, 6, 64)
+  # Arrays lie on this machine, and not on the one that is compiled for.
+  params, root = jax.eval_shape(lambda: (params, root))
   if rule == 'sampled':
     distribution = actions.flat(6)
 
