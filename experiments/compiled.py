@@ -197,7 +197,9 @@ def read(text: str) -> list[Instruction]:
     for branches in _BRANCHES.findall(line):
       for callee in branches.split(','):
         calls[name].append((opcode, 'branch', callee.strip().lstrip('%')))
-  fused = _reached(calls, lambda opcode, how: opcode != 'while' and how == _IN)
+  fused = _reached(
+    calls, lambda opcode, how: opcode != 'while' and how == 'calls'
+  )
   for_one_number = _reached(calls, lambda opcode, how: how == 'to_apply')
   looped = _reached(calls, lambda opcode, how: how in ('body', 'condition'))
   bounded = {name for name, some in lines.items() if _counts_up(some)}
@@ -233,9 +235,6 @@ def _counts_up(lines: list[tuple[str, str, int]]) -> bool:
     set(opcodes) == plain
     and opcodes['compare'] == opcodes['get-tuple-element'] == 1
   )
-
-
-_IN = 'calls'
 
 
 def _reached(calls, begins) -> set[str]:

@@ -490,10 +490,8 @@ def test_imagined_rollouts_are_those_of_a_loop(rollouts, key):
   assert 0 < ended < 18
 
 
-@pytest.mark.slow
-def test_planners_plan_in_the_ensemble(key):
-  # Reward o_0 where one arrives is what o_0 was; so the value of a first
-  # action is seen a step later, and the highest is best.
+def planned(key):
+  """A model of the fixed ensemble, its parameters and its root."""
   model = rollout.planning_model(
     fixed_ensemble(logit=-1.0),
     lambda params: params,
@@ -502,6 +500,14 @@ def test_planners_plan_in_the_ensemble(key):
   )
   params = ModelParams(jnp.arange(2), jnp.arange(2))
   root = model.root(params, make_timestep(jnp.zeros((2, 2))), key)
+  return model, params, root
+
+
+@pytest.mark.slow
+def test_planners_plan_in_the_ensemble(key):
+  # Reward o_0 where one arrives is what o_0 was; so the value of a first
+  # action is seen a step later, and the highest is best.
+  model, params, root = planned(key)
   found = sampled.search(
     params,
     key,
@@ -518,14 +524,7 @@ def test_planners_plan_in_the_ensemble(key):
 
 
 def test_a_planned_step_is_the_ensembles(key):
-  model = rollout.planning_model(
-    fixed_ensemble(logit=-1.0),
-    lambda params: params,
-    actions.tanh_gaussian(UNIT.low, UNIT.high),
-    gamma=0.9,
-  )
-  params = ModelParams(jnp.arange(2), jnp.arange(2))
-  root = model.root(params, make_timestep(jnp.zeros((2, 2))), key)
+  model, params, root = planned(key)
   out, after = model.step(
     params, key, jnp.array([[0.5], [-0.5]]), root.embedding
   )
