@@ -2,7 +2,7 @@
 
 python -m experiments.game --out=experiments/results/atac_game.csv
 
-`search.game` has the theory. Written are, beside the CSV named by --out (a
+`search.exact.offline_game` has the theory. Writes the CSV named by --out (a
 line for each MDP, coverage, pessimism, oracle and beta), the same name with
 _selection.csv (what rules that choose beta from data are worth; see
 `experiments.game_selection`) and a figure, .png.
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     coverage: of the behaviour policy mu: `full`, or `partial`, where it never
       takes one action of each state.
     pessimism: `relative`, or `initial` (ATAC_0).
-    oracle: the actor's, see `search.game`.
+    oracle: the actor's, see `search.exact.offline_game`.
     beta: weight of the Bellman error.
     mixture: J of the result.
     last: J of the last policy.
@@ -93,7 +93,7 @@ def measure(
   import jax
   import jax.numpy as jnp
 
-  from search import game
+  from search.exact import offline_game
 
   rows = []
   with jax.enable_x64(True):
@@ -101,7 +101,7 @@ def measure(
       jax.random.key(seed), mdps, states, actions, VALUE_MAX
     )
     for name in ORACLES:
-      oracle = getattr(game, name)(actions, VALUE_MAX, iterations)
+      oracle = getattr(offline_game, name)(actions, VALUE_MAX, iterations)
       for pessimism in PESSIMISM:
         play = _compiled(oracle, pessimism, iterations)
         found = play(drawn, behaviours, jnp.asarray(BETAS))
@@ -115,13 +115,13 @@ def _compiled(oracle: Any, pessimism: str, iterations: int) -> Any:
   """`(MDPs, mu, betas) -> (Outcome, J*)`, fields `[M, coverages, betas]`."""
   import jax
 
-  from search import bellman, game
+  from search.exact import bellman, offline_game
 
   def one(mdp, mu, beta):
-    of_mu = game.population(mdp, mu, VALUE_MAX)
-    played = game.play(of_mu, oracle, beta, iterations, pessimism)
+    of_mu = offline_game.population(mdp, mu, VALUE_MAX)
+    played = offline_game.play(of_mu, oracle, beta, iterations, pessimism)
     optimum = bellman.optimal(mdp)[1] @ mdp.initial
-    return game.assess(of_mu, played), optimum
+    return offline_game.assess(of_mu, played), optimum
 
   over_betas = jax.vmap(one, (None, None, 0))
   both = jax.vmap(over_betas, (None, 0, None))

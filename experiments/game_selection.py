@@ -95,7 +95,7 @@ def draw_mdps(key, mdps: int, states: int, actions: int, value_max: float):
   import jax
   import jax.numpy as jnp
 
-  from search import bellman
+  from search.exact import bellman
 
   def one(key):
     keys = jax.random.split(key, 3)
@@ -142,9 +142,9 @@ def collect(
   import jax
   import jax.numpy as jnp
 
-  from search import bellman, game
+  from search.exact import bellman, offline_game
 
-  oracle = game.exponentiated_weights(actions, value_max, iterations)
+  oracle = offline_game.exponentiated_weights(actions, value_max, iterations)
   betas, most = jnp.asarray(BETAS), max(sizes)
 
   def draw(key, probability):
@@ -160,11 +160,11 @@ def collect(
 
   def data_of(counts, mdp):
     rewards = jnp.sum(counts[..., 1], axis=-1)
-    return game.empirical(jnp.sum(counts, -1), rewards, mdp, value_max)
+    return offline_game.empirical(jnp.sum(counts, -1), rewards, mdp, value_max)
 
   def results(data):
     """The policies of each beta, `[betas, K, S, A]`."""
-    play = lambda beta: game.play(data, oracle, beta, iterations).policy
+    play = lambda beta: offline_game.play(data, oracle, beta, iterations).policy
     return jax.vmap(play)(betas)
 
   def evaluate(mdp, policies):
@@ -174,7 +174,7 @@ def collect(
 
   def one(mdp, mu, key, size):
     keys = jax.random.split(key, 1 + _RESAMPLES)
-    weight = game.population(mdp, mu, value_max).weight
+    weight = offline_game.population(mdp, mu, value_max).weight
     rewards = jnp.stack([1 - mdp.reward, mdp.reward], axis=-1)
     probability = weight[..., None, None] * mdp.transition[..., None]
     cells = draw(keys[0], probability * rewards[:, :, None])
@@ -185,7 +185,7 @@ def collect(
     data, half, other = (data_of(x, mdp) for x in (counts, *halves))
     stack = lambda *x: jnp.stack(x)
     policies, by_half = jax.vmap(results)(jax.tree.map(stack, data, half))
-    cloned = game.behaviour(data)
+    cloned = offline_game.behaviour(data)
 
     def resample(key):
       again = count(draw(key, counts / size), used)

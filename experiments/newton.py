@@ -4,10 +4,10 @@ python -m experiments.newton --out=experiments/results
 
 Bertsekas 2022, "Lessons from AlphaZero for optimal, model predictive, and
 adaptive control": one-step look-ahead is a step of Newton's method for
-Bellman's equation (`search.bellman` says how, `search.riccati` has the linear
-systems and `search.examples` the others). Prints what the book prints beside
-what comes out here, and writes it as newton_examples.csv; draws
-newton_step.png and newton_uses.png (`experiments.newton_figures`).
+Bellman's equation (`search.exact.bellman` says how, `search.exact.riccati` has
+the linear systems and `search.exact.examples` the others). Prints the book's
+numbers next to those computed here, and writes them as newton_examples.csv;
+draws newton_step.png and newton_uses.png (`experiments.newton_figures`).
 """
 
 import functools
@@ -87,7 +87,7 @@ def examine() -> list[Row]:
 def _small_processes() -> Iterator[Row]:
   import jax.numpy as jnp
 
-  from search import bellman, examples
+  from search.exact import bellman, examples
 
   policy, value = bellman.optimal(examples.two_states())
   yield _printed('Ex 3.1.1', 'J*(1), J*(2)', '50.59 47.41', -value)
@@ -107,7 +107,7 @@ def _small_processes() -> Iterator[Row]:
 def _scalar() -> Iterator[Row]:
   import jax
 
-  from search import riccati
+  from search.exact import riccati
 
   of = cases.system(cases.MILD)
   upper, lower = map(float, riccati.fixed_points(of))
@@ -156,7 +156,7 @@ def _scalar() -> Iterator[Row]:
 
 
 def _rollout() -> Iterator[Row]:
-  from search import riccati
+  from search.exact import riccati
 
   base = (
     float(
@@ -211,7 +211,7 @@ def _modified() -> Iterator[Row]:
 
 
 def _exceptional() -> Iterator[Row]:
-  from search import riccati
+  from search.exact import riccati
 
   of = cases.system((2.0, 2.0, 0.0, 5.0))
   hat, best = map(float, riccati.fixed_points(of))
@@ -266,7 +266,7 @@ def _certain_and_joint() -> Iterator[Row]:
 def _newton() -> Iterator[Row]:
   import jax
 
-  from search import riccati
+  from search.exact import riccati
 
   tabular, quadratic = cases.identities(0, 100)
   item, claim = 'Eq 4.13', 'the same'

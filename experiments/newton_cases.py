@@ -17,8 +17,8 @@ STARTS = {'I': 0.5, 'II': 2.0, 'III': 6.0, 'IV': 20.0}
 
 
 def system(which: tuple[float, float, Any, Any]) -> Any:
-  """A `search.riccati.System` of a, b, q and r."""
-  from search import riccati
+  """A `search.exact.riccati.System` of a, b, q and r."""
+  from search.exact import riccati
 
   return riccati.System(*which)
 
@@ -32,7 +32,7 @@ def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     `K_L - K*` and `K_L~ - K*`, float64 `[n]` each.
   """
-  from search import riccati
+  from search.exact import riccati
 
   of = system(MILD)
   cost = np.asarray(riccati.policy_cost(of, policies))
@@ -43,7 +43,7 @@ def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def rollout_errors(start: float, depth: int = 1) -> np.ndarray:
   """`K_L~ - K*` in `STEEP` after rollouts of `STEPS` steps from K~, `[m]`."""
-  from search import riccati
+  from search.exact import riccati
 
   of = system(STEEP)
   cost = lambda m: riccati.lookahead_cost(of, np.asarray(start), depth, BASE, m)
@@ -60,7 +60,7 @@ def replanned(b: Any, r: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Optimal, of the old policy, and of one step of Newton's method from it,
     each of the shape of `b` and `r`.
   """
-  from search import riccati
+  from search.exact import riccati
 
   of, nominal = system((MILD[0], b, MILD[2], r)), system(MILD)
   old = riccati.gain(nominal, riccati.optimal(nominal))
@@ -79,7 +79,7 @@ def sensitivity(start: np.ndarray, width: float) -> np.ndarray:
   Returns:
     `[n]`, by quadrature; inf where some K2 is unstable.
   """
-  from search import riccati
+  from search.exact import riccati
 
   of = system(MILD)
   first = start[:, None] + float(riccati.optimal(of))
@@ -99,7 +99,7 @@ def approximate(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Limits of `K_mu - K*`, what the policies lose, and of `|K - K*|`, how far
     their evaluations are, `[n]` each.
   """
-  from search import riccati
+  from search.exact import riccati
 
   of = system(STEEP)
   best = float(riccati.optimal(of))
@@ -112,7 +112,7 @@ def approximate(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def newton_errors(which: tuple, start: float, number: int) -> np.ndarray:
   """`|K_k - K*|` of a scalar system's policy iteration, `[number + 1]`."""
-  from search import riccati
+  from search.exact import riccati
 
   of = system(which)
   costs = [np.asarray(start)]
@@ -146,7 +146,7 @@ def stability(seed: int, number: int) -> Stability:
   """
   import jax
 
-  from search import riccati
+  from search.exact import riccati
 
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal((number, *shape))
@@ -186,11 +186,11 @@ class Certainty(NamedTuple):
 
 @functools.cache
 def certainty_equivalence(depth: int) -> Certainty:
-  """Look-ahead in `search.examples.inventory` up to `depth` steps, J~ = 0."""
+  """Look-ahead in `examples.inventory` up to `depth` steps, J~ = 0."""
   import jax
   import jax.numpy as jnp
 
-  from search import bellman, examples
+  from search.exact import bellman, examples
 
   true, certain = examples.inventory()
   best = bellman.optimal(true)[1]
@@ -223,11 +223,11 @@ class InTurn(NamedTuple):
 
 
 def in_turn(seed: int) -> InTurn:
-  """Both kinds of rollout in `search.examples.agents`."""
+  """Both kinds of rollout in `search.exact.examples.agents`."""
   import jax
   import jax.numpy as jnp
 
-  from search import bellman, examples
+  from search.exact import bellman, examples
 
   problem = examples.agents(seed)
 
@@ -254,7 +254,7 @@ def games(seed: int, number: int, steps: int) -> np.ndarray:
   import jax
   import jax.numpy as jnp
 
-  from search import examples
+  from search.exact import examples
 
   def iterates(game):
     operator = functools.partial(examples.markov_bellman, game)
@@ -270,7 +270,7 @@ def cycle(steps: int) -> tuple[np.ndarray, float]:
   import jax
   import jax.numpy as jnp
 
-  from search import examples
+  from search.exact import examples
 
   operator = functools.partial(examples.markov_bellman, examples.cycling_game())
   zero = jnp.zeros(())
@@ -292,7 +292,7 @@ def identities(seed: int, number: int) -> tuple[float, float]:
   """
   import jax
 
-  from search import bellman, riccati
+  from search.exact import bellman, riccati
 
   def tabular(mdp, value):
     played = bellman.policy_value(mdp, bellman.greedy(mdp, value))

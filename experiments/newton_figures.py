@@ -56,7 +56,7 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
 
 def _tangent(axes):
   """F, its tangent at K~, and where that meets the diagonal."""
-  from search import riccati
+  from search.exact import riccati
 
   of = cases.system(cases.STEEP)
   start = np.asarray(2.0)
@@ -95,7 +95,7 @@ def _policies(axes):
 
 def _regions(axes):
   """K~ to K_L~ for l steps, and where each becomes stable."""
-  from search import riccati
+  from search.exact import riccati
 
   of = cases.system(cases.STEEP)
   best = float(riccati.optimal(of))
@@ -115,7 +115,7 @@ def _regions(axes):
 
 def _steps(axes):
   """S_l against l."""
-  from search import riccati
+  from search.exact import riccati
 
   of = cases.system(cases.STEEP)
   depths = np.arange(1, 8)
@@ -215,7 +215,7 @@ def _cycle(axes):
   """Newton's method in a Markov game."""
   import jax
 
-  from search import examples
+  from search.exact import examples
 
   iterates, best = cases.cycle(20)
   operator = functools.partial(examples.markov_bellman, examples.cycling_game())

@@ -2,10 +2,10 @@
 
 python -m experiments.operators --out=experiments/results
 
-`search.improvement` says why the estimate from K actions drawn from beta is
-off by a normal number of variance sigma^2 / K. Here it is drawn many times,
-for one state with a fine grid of actions, next to what that predicts, and to
-what becomes of it without beta_hat / beta. Three files are written:
+`search.exact.improvement` says why the estimate from K actions drawn from beta
+is off by a normal number of variance sigma^2 / K. Here it is drawn many times,
+for one state with a fine grid of actions, and compared with that prediction and
+with the estimate without beta_hat / beta. Three files are written:
 operators_convergence.csv (a line for each operator, beta, correction and K),
 operators_slopes.csv (of log rmse against log K) and
 operators_convergence.png.
@@ -126,7 +126,7 @@ class Prediction(NamedTuple):
 
 @functools.cache
 def _operators() -> dict[str, Any]:
-  from search import improvement
+  from search.exact import improvement
 
   return {'mpo': improvement.mpo(ETA), 'puct': improvement.puct(LAM)}
 
@@ -144,7 +144,7 @@ def _predict(problem: Problem, operator: Any) -> dict[str, Prediction]:
   import jax
   import jax.numpy as jnp
 
-  from search import improvement
+  from search.exact import improvement
 
   log = lambda p: jnp.asarray(np.log(p / np.sum(p)), jnp.float32)
   qvalues = jnp.asarray(problem.qvalues, jnp.float32)
@@ -178,7 +178,7 @@ def _compiled() -> Any:
   import jax
   import jax.numpy as jnp
 
-  from search import improvement
+  from search.exact import improvement
 
   def one(k, beta, log_prior, qvalues, key):
     action = jax.random.choice(key, beta.shape[0], (k,), p=beta)

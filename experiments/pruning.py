@@ -72,7 +72,7 @@ def models(
   import jax.numpy as jnp
   import numpy as np
 
-  from search import bellman
+  from search.exact import bellman
 
   def losses(key):
     true_key, wrong_key, noise_key = jax.random.split(key, 3)

@@ -25,7 +25,7 @@ from networks import (
   policy_value,
 )
 from networks.routing import ByToken
-from search import bellman, examples, game, improvement, riccati
+from search.exact import bellman, examples, improvement, offline_game, riccati
 from search.model import TimeStep
 
 A, B, D, E, F, K = (SIZES[x] for x in 'ABDEFK')
@@ -252,33 +252,37 @@ CASES = {
     'root_qvalues': '[B, A]',
     'root': root(),
   },
-  'search.bellman.newton': {'operator': lambda x: 0.5 * x + 1},
-  'search.bellman.modified_policy_iteration': {
+  'search.exact.bellman.newton': {'operator': lambda x: 0.5 * x + 1},
+  'search.exact.bellman.modified_policy_iteration': {
     'num_steps': 3,
     'num_evaluations': 2,
   },
-  'search.bellman.policy_iteration': {'num_steps': 3},
-  'search.bellman.value_iteration': {'num_steps': 3},
-  'search.bellman.random_mdp': {},
-  'search.examples.agent_by_agent': {'problem': several, 'S': 40},
-  'search.examples.inventory': {'S': 31, 'A': 8},
-  'search.examples.matrix_game': {},
-  'search.examples.newton_iterates': {
+  'search.exact.bellman.policy_iteration': {'num_steps': 3},
+  'search.exact.bellman.value_iteration': {'num_steps': 3},
+  'search.exact.bellman.random_mdp': {},
+  'search.exact.examples.agent_by_agent': {'problem': several, 'S': 40},
+  'search.exact.examples.inventory': {'S': 31, 'A': 8},
+  'search.exact.examples.matrix_game': {},
+  'search.exact.examples.newton_iterates': {
     'operator': lambda x: 0.5 * x + 1,
     'number': 3,
   },
-  'search.examples.two_states': {'S': 2, 'A': 2},
-  'search.game.answer': {'pessimism': 'relative'},
-  'search.game.assess': {
-    'played': game.Play(
-      '[K, S, A]', game.Critic('[K, S, A]', '[K]', 'bool [K]')
+  'search.exact.examples.two_states': {'S': 2, 'A': 2},
+  'search.exact.offline_game.answer': {'pessimism': 'relative'},
+  'search.exact.offline_game.assess': {
+    'played': offline_game.Play(
+      '[K, S, A]', offline_game.Critic('[K, S, A]', '[K]', 'bool [K]')
     )
   },
-  'search.game.play': {'oracle': game.exponentiated_weights(A, 1.0, K)},
+  'search.exact.offline_game.play': {
+    'oracle': offline_game.exponentiated_weights(A, 1.0, K)
+  },
   'search.gumbel.gumbel': searched,
-  'search.improvement.asymptotic_variance': {'operator': improvement.mpo(0.5)},
-  'search.improvement.estimate': {'operator': improvement.puct(0.5)},
-  'search.improvement.improve': {'operator': improvement.mpo(0.5)},
+  'search.exact.improvement.asymptotic_variance': {
+    'operator': improvement.mpo(0.5)
+  },
+  'search.exact.improvement.estimate': {'operator': improvement.puct(0.5)},
+  'search.exact.improvement.improve': {'operator': improvement.mpo(0.5)},
   'search.lookahead.backup': {
     'output': mctx.RecurrentFnOutput(
       reward='[N, C]',
@@ -293,11 +297,11 @@ CASES = {
   'search.policies.efficientzero': searched,
   'search.policies.puct': searched,
   'search.policies.raw': searched,
-  'search.riccati.fixed_points': {'system': scalar},
-  'search.riccati.gain': {},
-  'search.riccati.lookahead_cost': {'depth': 2},
-  'search.riccati.newton_error': {'system': scalar},
-  'search.riccati.stability_boundary': {'system': scalar},
+  'search.exact.riccati.fixed_points': {'system': scalar},
+  'search.exact.riccati.gain': {},
+  'search.exact.riccati.lookahead_cost': {'depth': 2},
+  'search.exact.riccati.newton_error': {'system': scalar},
+  'search.exact.riccati.stability_boundary': {'system': scalar},
   'search.rows.draw': {
     'function': jax.random.uniform,
     'shape': (B, D),
@@ -432,8 +436,8 @@ OBJECTS = {
     'networks.policy_value.make',
   ),
   'oracle': Object(
-    'search.game.Oracle',
-    game.exponentiated_weights(A, 1.0, K),
+    'search.exact.offline_game.Oracle',
+    offline_game.exponentiated_weights(A, 1.0, K),
     {
       'state': '[S, A]',
       'num_states': 9,
@@ -442,7 +446,7 @@ OBJECTS = {
     },
   ),
   'operator': Object(
-    'search.improvement.Operator', improvement.puct(0.5), {'u': '[A]'}
+    'search.exact.improvement.Operator', improvement.puct(0.5), {'u': '[A]'}
   ),
   'planned': Object(
     'search.model.Model',

@@ -69,7 +69,7 @@ class Documented(NamedTuple):
   """A public module, class or function, as it stands in a file.
 
   Attributes:
-    name: with its module's, `search.bellman.newton`.
+    name: with its module's, `search.exact.bellman.newton`.
     node: of the syntax tree.
     doc: its docstring; '' without.
     around: docstrings of its class and its module.

@@ -21,7 +21,7 @@ from experiments.runtime import checkpoint
 from experiments.runtime import config as configs
 from networks.ensemble import Prediction
 from networks.mlp import Network
-from search import riccati
+from search.exact import riccati
 from search.model import TimeStep
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

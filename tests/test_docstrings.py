@@ -77,10 +77,10 @@ NOT_CALLED = {
   'networks.mixture.next_key': 'makes a key',
   'search._mctx.batched_search': "returns mctx's tree",
   'search._mctx.search': "returns mctx's tree",
-  'search.bellman.check': 'looks at numbers',
-  'search.bellman.check_policy': 'looks at numbers',
-  'search.bellman.model': 'see the objects',
-  'search.examples.random_games': 'its games have an axis in front',
+  'search.exact.bellman.check': 'looks at numbers',
+  'search.exact.bellman.check_policy': 'looks at numbers',
+  'search.exact.bellman.model': 'see the objects',
+  'search.exact.examples.random_games': 'its games have an axis in front',
   'search.lookahead.num_evaluations': 'looks at numbers',
   'search.rows.split': 'makes keys',
   'search.sampled.slot_recurrent_fn': 'returns a function',
@@ -88,7 +88,7 @@ NOT_CALLED = {
 
 # What the rule sees and cannot happen.
 NEVER_RAISED = {
-  'search.game.pessimism_term': 'gives its helper a mode that there is',
+  'search.exact.offline_game.pessimism_term': 'its mode exists',
 }
 
 # Modules with examples.
@@ -117,10 +117,10 @@ EXAMPLES = (
   'networks.balance',
   'networks.heads',
   'networks.routing',
-  'search.bellman',
-  'search.improvement',
+  'search.exact.bellman',
+  'search.exact.improvement',
   'search.lookahead',
-  'search.riccati',
+  'search.exact.riccati',
   'search.sampled',
   'search.value_prefix',
 )

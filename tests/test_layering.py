@@ -18,6 +18,7 @@ OURS = ('agents', 'networks', 'search', 'experiments', 'tests')
 BELOW = {
   'networks': set(),
   'search': set(),
+  'search.exact': {'search'},
   'agents.core': {'networks', 'search'},
   'agents': {'agents.core', 'networks', 'search'},
   'experiments.files': set(),
@@ -198,6 +199,7 @@ def test_our_imports_point_downwards():
 
 FINE = {
   'search/_mctx.py': 'from mctx._src import tree',
+  'search/exact/bellman.py': 'from search import model',
   'search/policies.py': 'import mctx\nfrom search import _mctx',
   'networks/mlp.py': 'from flax import linen',
   'agents/core/losses.py': 'import rlax\nfrom . import types',
@@ -235,6 +237,8 @@ def test_what_is_fine_passes():
     ('networks/mlp.py', 'from agents.core import types', 'agents.core'),
     ('search/policies.py', 'from networks import mlp', 'may not import netw'),
     ('search/policies.py', 'from agents.core.types import Spec', 'agents.core'),
+    ('search/policies.py', 'from search.exact import linear', 'search.exact'),
+    ('agents/sac.py', 'from search.exact import bellman', 'search.exact'),
     ('search/policies.py', 'import flax.linen as nn', 'only networks imports'),
     ('search/policies.py', 'from mctx._src import base', 'private mctx'),
     ('search/policies.py', 'from mctx import _src', 'private mctx'),

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from table_games import arrive, random_game, rules, table_model, tree_qvalues
 
-from search import bellman, rollout
 from search import lookahead as la
+from search import rollout
+from search.exact import bellman
 from search.lookahead import lookahead, num_evaluations
 from search.model import Game, Model, Move, exact
 

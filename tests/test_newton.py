@@ -13,7 +13,7 @@ import scipy.optimize
 from absl import flags
 
 from experiments import newton, newton_cases
-from search import bellman, examples, riccati
+from search.exact import bellman, examples, riccati
 from search.model import TimeStep
 
 MDPS, STATES, ACTIONS, DISCOUNT = 20, 7, 3, 0.9

@@ -16,7 +16,8 @@ from table_games import (
 )
 
 from networks import actions
-from search import bellman, candidates, policies, rollout
+from search import candidates, policies, rollout
+from search.exact import bellman
 from search.lookahead import lookahead
 from search.model import Model
 

@@ -15,7 +15,8 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from search import improvement, policies
+from search import policies
+from search.exact import improvement
 
 OPERATORS = {'mpo': improvement.mpo(0.3), 'puct': improvement.puct(0.4)}
 PRIOR = np.asarray([0.5, 0.05, 0.25, 0.12, 0.08])

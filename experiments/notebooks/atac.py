@@ -26,7 +26,7 @@ from experiments import build, collector, game_selection
 from experiments.data import layout
 from experiments.offline import rows_of, spec_of, told
 from experiments.runtime import evaluate, loop, offline, sources
-from search import bellman, game
+from search.exact import bellman, offline_game
 
 # %% tags=["parameters"]
 TINY = False
@@ -46,12 +46,13 @@ BATCH_SIZE = 8 if TINY else 64
 # %% [markdown]
 # ## In tables
 #
-# `search.game` plays Algorithm 1 in a finite MDP: an actor without regret
-# against critics that are solved for. Here in random MDPs, for each beta. The
-# behaviour never takes one of the actions of each state, so critics must say
-# something about what nobody has seen.
+# `search.exact.offline_game` plays Algorithm 1 in a finite MDP: an actor
+# without regret against critics that are solved for. Here in random MDPs, for
+# each beta. The behaviour never takes one of the actions of each state, so
+# critics must say something about what nobody has seen.
 #
-# `game.assess` measures every term of the guarantee for a play of K rounds,
+# `offline_game.assess` measures every term of the guarantee for a play of K
+# rounds,
 #
 # $$J(\text{mixture}) \ge J(\mu) - \frac{\mathrm{Reg}}{K (1 - \gamma)},$$
 #
@@ -63,13 +64,13 @@ BATCH_SIZE = 8 if TINY else 64
 VALUE_MAX = 10.0  # 1 / (1 - gamma); rewards are within [0, 1]
 ACTIONS = 3
 BETAS = jnp.asarray(game_selection.BETAS)
-oracle = game.exponentiated_weights(ACTIONS, VALUE_MAX, ITERATIONS)
+oracle = offline_game.exponentiated_weights(ACTIONS, VALUE_MAX, ITERATIONS)
 
 
 def one(mdp, mu, beta, pessimism):
-  of_mu = game.population(mdp, mu, VALUE_MAX)
-  played = game.play(of_mu, oracle, beta, ITERATIONS, pessimism)
-  outcome = game.assess(of_mu, played)
+  of_mu = offline_game.population(mdp, mu, VALUE_MAX)
+  played = offline_game.play(of_mu, oracle, beta, ITERATIONS, pessimism)
+  outcome = offline_game.assess(of_mu, played)
   best = bellman.optimal(mdp)[1] @ mdp.initial
   gain = (outcome.mixture - outcome.behaviour) / (best - outcome.behaviour)
   # How far the mean policy is from the behaviour, in the states of the data.
@@ -86,7 +87,7 @@ with jax.enable_x64(True):
   partial = behaviours[:, 1]
   tables = {
     kind: [np.asarray(x) for x in over_mdps(mdps, partial, BETAS, kind)]
-    for kind in game.PESSIMISM
+    for kind in offline_game.PESSIMISM
   }
 for kind, (_, slack, _) in tables.items():
   print(f'{kind} pessimism: least slack {slack.min():.2g}')

@@ -25,7 +25,8 @@ import numpy as np
 
 from experiments import build, match, players
 from experiments.runtime import loop
-from search import bellman, lookahead, policies, riccati, rollout
+from search import lookahead, policies, rollout
+from search.exact import bellman, riccati
 from search.model import TimeStep
 
 BLUE, ORANGE, GREEN, RED, GREY = (

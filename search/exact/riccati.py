@@ -7,16 +7,16 @@ state costs is `x'K x`, a control is `u = L x`, and Bellman's operator on K is
 
 whose root K* is the cost of the optimal policy. Costs are minimised here, so
 that F is concave and each F_L a tangent above it: Newton's step from K for
-`K = F(K)` is K_L, the cost of `L = gain(K)`, never below K* (`search.bellman`
-says why it is Newton's). What contraction is there is stability here: a policy
-has a cost only where `a + b L` is stable, and is unstable where Newton's step
-has no meaning (Bertsekas 2022, "Lessons from AlphaZero", chapter 4; Kleinman
-1968).
+`K = F(K)` is K_L, the cost of `L = gain(K)`, never below K*
+(`search.exact.bellman` says why it is Newton's). Stability takes the place that
+contraction has there: a policy has a cost only where `a + b L` is stable, and
+is unstable where Newton's step has no meaning (Bertsekas 2022, "Lessons from
+AlphaZero", chapter 4; Kleinman 1968).
 
 Matrices are those of `N` state variables and `M` controls: K `[N, N]`
 symmetric, L `[M, N]`. Scalar systems, the book's, have numbers for fields; K
 and L, and what is told of them below, are then arrays of any one shape. For
-float64, as `search.bellman`.
+float64, as `search.exact.bellman`.
 """
 
 import functools
@@ -27,8 +27,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from search import bellman, linear
 from search._root import check_range
+from search.exact import bellman, linear
 
 # Powers of a matrix are taken up to this power of 2.
 _SQUARINGS = 40

@@ -15,13 +15,13 @@ import pytest
 import scipy.optimize
 
 from experiments import game_selection
-from search import bellman, box, game, linear
+from search.exact import bellman, box, linear, offline_game
 
 STATES, ACTIONS, ITERATIONS, VALUE_MAX = 4, 3, 60, 10.0
 BETAS = (0.0, 1 / 256, 1.0, 16.0, 4096.0)
 ORACLES = {
-  'exponentiated_weights': game.exponentiated_weights,
-  'projected_gradient': game.projected_gradient,
+  'exponentiated_weights': offline_game.exponentiated_weights,
+  'projected_gradient': offline_game.projected_gradient,
 }
 
 
@@ -58,7 +58,7 @@ def make_games(num=4):
       q = bellman.action_value(mdp, bellman.optimal(mdp)[0])
       mu[np.arange(STATES), np.argmin(q, -1)] = 0
       mu /= mu.sum(-1, keepdims=True)
-    pairs.append(game.population(mdp, mu, VALUE_MAX))
+    pairs.append(offline_game.population(mdp, mu, VALUE_MAX))
   return jax.tree.map(lambda *x: jnp.stack(x), *pairs)
 
 
@@ -72,8 +72,8 @@ def played(oracle, pessimism='relative'):
   learner = ORACLES[oracle](ACTIONS, VALUE_MAX, ITERATIONS)
 
   def one(of, beta):
-    play = game.play(of, learner, beta, ITERATIONS, pessimism)
-    return play, game.assess(of, play)
+    play = offline_game.play(of, learner, beta, ITERATIONS, pessimism)
+    return play, offline_game.assess(of, play)
 
   run = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
   return tables(run(make_games(), jnp.asarray(BETAS)))
@@ -225,11 +225,14 @@ def test_box_finds_a_known_minimum():
 
 
 @pytest.mark.parametrize('beta', [1 / 256, 1.0, 256.0])
-@pytest.mark.parametrize('pessimism', game.PESSIMISM)
+@pytest.mark.parametrize('pessimism', offline_game.PESSIMISM)
 def test_answer_is_the_most_pessimistic_critic(beta, pessimism):
   mdp, mu = make_mdp(3), policies(5, STATES, ACTIONS)
   mu[0] = [0, 0.5, 0.5]
-  of, pi = game.population(mdp, mu, VALUE_MAX), policies(6, STATES, ACTIONS)
+  of, pi = (
+    offline_game.population(mdp, mu, VALUE_MAX),
+    policies(6, STATES, ACTIONS),
+  )
   weight = np.asarray(of.weight)
   # Both terms written out in full, over (s, a) and (s', a').
   rows = np.sqrt(weight).reshape(-1, 1) * (
@@ -263,7 +266,7 @@ def test_answer_is_the_most_pessimistic_critic(beta, pessimism):
 
 @functools.cache
 def compiled_answer(pessimism):
-  return jax.jit(functools.partial(game.answer, pessimism=pessimism))
+  return jax.jit(functools.partial(offline_game.answer, pessimism=pessimism))
 
 
 def test_beta_zero_is_imitation():
@@ -345,7 +348,7 @@ def test_an_oracle_has_no_regret_against_an_adversary(oracle):
 
 
 def test_projection_is_onto_the_simplex():
-  learner = game.projected_gradient(2, 1.0, 2)
+  learner = offline_game.projected_gradient(2, 1.0, 2)
   # Step 1 / sqrt(2) / (sqrt(2) / 2 * sqrt(2)) = 1 / sqrt(2).
   f = np.asarray([[0.5, 0.0], [1.0, 1.0], [4.0, 0.0]])
   moved = learner.update(np.full((3, 2), 0.5), f)
@@ -371,11 +374,11 @@ def test_the_empirical_game_is_that_of_the_counts():
   counts[1, 1] = [0, 4]
   rewards = np.asarray([[2.0, 0], [0, 4]])
   truth = make_mdp(0, 2, 2)
-  of = game.empirical(counts, rewards, truth, VALUE_MAX)
+  of = offline_game.empirical(counts, rewards, truth, VALUE_MAX)
   np.testing.assert_allclose(of.mdp.transition[0], [[0.75, 0.25], [0, 0]])
   np.testing.assert_allclose(of.mdp.reward, [[0.5, 0], [0, 1]])
   np.testing.assert_allclose(of.weight, [[0.5, 0], [0, 0.5]])
-  np.testing.assert_allclose(game.behaviour(of), np.eye(2))
+  np.testing.assert_allclose(offline_game.behaviour(of), np.eye(2))
   # The corrected error of the samples themselves.
   pi, f = policies(1, 2, 2), 10 * numbers(2, 2, 2)
   v = np.sum(pi * f, -1)
@@ -385,7 +388,9 @@ def test_the_empirical_game_is_that_of_the_counts():
   at = np.asarray([f[s, a] for s, a, _, _ in samples])
   mean = np.repeat([y[:4].mean(), y[4:].mean()], 4)
   corrected = np.mean((at - y) ** 2) - np.mean((mean - y) ** 2)
-  assert game.bellman_error(of, pi, f) == pytest.approx(corrected, rel=1e-12)
+  assert offline_game.bellman_error(of, pi, f) == pytest.approx(
+    corrected, rel=1e-12
+  )
 
 
 def test_rules_choose_what_they_say():
@@ -433,20 +438,26 @@ def test_an_mdp_that_is_none_is_refused(what):
   change, message = MISTAKES[what]
   mdp, mu = make_mdp(0)._replace(**change), policies(5, STATES, ACTIONS)
   with pytest.raises(ValueError, match=message):
-    game.population(mdp, mu, VALUE_MAX)
+    offline_game.population(mdp, mu, VALUE_MAX)
 
 
 def test_other_mistakes_are_refused(key):
   mdp, mu = make_mdp(0), policies(5, STATES, ACTIONS)
-  of = game.population(mdp, mu, VALUE_MAX)
-  learner = game.projected_gradient(ACTIONS, VALUE_MAX, 1)
+  of = offline_game.population(mdp, mu, VALUE_MAX)
+  learner = offline_game.projected_gradient(ACTIONS, VALUE_MAX, 1)
   calls = {
-    'behaviour has shape': lambda: game.population(mdp, mu[:2], VALUE_MAX),
-    'behaviour.*sums to 2': lambda: game.population(mdp, 2 * mu, VALUE_MAX),
-    'beta must be at least 0': lambda: game.play(of, learner, -1.0, 1),
-    'num_iterations must': lambda: game.play(of, learner, 1.0, 0),
-    "pessimism='none'": lambda: game.play(of, learner, 1.0, 1, 'none'),
-    'value_max must be above': lambda: game.exponentiated_weights(3, 0.0, 1),
+    'behaviour has shape': lambda: offline_game.population(
+      mdp, mu[:2], VALUE_MAX
+    ),
+    'behaviour.*sums to 2': lambda: offline_game.population(
+      mdp, 2 * mu, VALUE_MAX
+    ),
+    'beta must be at least 0': lambda: offline_game.play(of, learner, -1.0, 1),
+    'num_iterations must': lambda: offline_game.play(of, learner, 1.0, 0),
+    "pessimism='none'": lambda: offline_game.play(of, learner, 1.0, 1, 'none'),
+    'value_max must be above': lambda: offline_game.exponentiated_weights(
+      3, 0.0, 1
+    ),
     'num_states must be at least 1': lambda: bellman.random_mdp(key, 0, 2),
     'discount=1': lambda: bellman.random_mdp(key, 2, 2, discount=1),
     'spread must be': lambda: bellman.random_mdp(key, 2, 2, spread=-1.0),

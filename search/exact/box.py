@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from search import linear as equations
+from search.exact import linear as equations
 
 # A third of them suffices as a rule.
 _MAX_STEPS = 60

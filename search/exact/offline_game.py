@@ -23,7 +23,7 @@ beta >= 0:
 beta = 0 the critic's value is `-Vmax E_d TV(pi, mu)`: imitation.
 
 Axes: `S` states, `A` actions, `K` iterations. Functions take one game: `vmap`
-them over games and betas. For float64, as `search.bellman`.
+them over games and betas. For float64, as `search.exact.bellman`.
 """
 
 import math
@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from search import bellman, box
 from search._root import check_range
+from search.exact import bellman, box
 
 PESSIMISM = ('relative', 'initial')
 

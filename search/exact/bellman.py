@@ -35,8 +35,8 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 
-from search import linear
 from search._root import check_range
+from search.exact import linear
 from search.model import Model
 
 # Rows that sum to 1 only as far as float32 can.
@@ -244,7 +244,7 @@ def newton_step(mdp: MDP, value: chex.Array) -> chex.Array:
 
   It is `policy_value(mdp, greedy(mdp, value))`, found another way.
 
-  >>> from search import examples
+  >>> from search.exact import examples
   >>> mdp = jax.tree.map(jnp.asarray, examples.two_states())
   >>> j = jnp.array([0.0, 9.0])
   >>> [round(x, 2) for x in newton_step(mdp, j).tolist()]

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from search import bellman
-from search.bellman import MDP
+from search.exact import bellman
+from search.exact.bellman import MDP
 
 Operator = Callable[[chex.Array], chex.Array]
 
