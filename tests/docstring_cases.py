@@ -208,7 +208,7 @@ CASES = {
     'expert': expert,
     'backend': 'dense',
   },
-  'networks.dispatch.grouped_loop': {
+  'networks.expert_loop.grouped': {
     'function': expert.apply,
     'block': 8,
     'params': 'float32 [E, D, O]',
