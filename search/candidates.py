@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from search import lookahead, rollout
-from search._root import check_range
 from search.model import Model
+from search.roots import check_range
 
 
 class SampledNode(NamedTuple):

@@ -13,8 +13,8 @@ import mctx
 
 from search import rows
 from search._mctx import batched_search, from_mctx
-from search._root import as_bool, check_range, checked_qvalues, mask_logits
 from search.model import PolicyOutput
+from search.roots import as_bool, check_range, checked_qvalues, mask_logits
 
 
 def gumbel(

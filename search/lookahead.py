@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 import mctx
 
-from search._root import as_bool, check_range
 from search.model import Model, PolicyOutput, TimeStep
+from search.roots import as_bool, check_range
 
 RANKS = ('prior', 'value')
 

@@ -31,7 +31,9 @@ import numpy as np
 
 from search import rows
 from search._mctx import Selector, batched_search
-from search._root import (
+from search.gumbel import gumbel as gumbel
+from search.model import Model, PolicyOutput, TimeStep
+from search.roots import (
   as_bool,
   check_range,
   checked_qvalues,
@@ -41,8 +43,6 @@ from search._root import (
   most_visited,
   sample,
 )
-from search.gumbel import gumbel as gumbel
-from search.model import Model, PolicyOutput, TimeStep
 
 # Scores so near to the best are ties for EfficientZero.
 _TIE = 1e-6

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from search import lookahead
-from search._root import as_bool, check_range, mask_logits
 from search.model import Model, PolicyOutput, TimeStep
+from search.roots import as_bool, check_range, mask_logits
 
 # `(params, key, prior_logits [N, A], embedding) -> action [N, ...]`.
 Policy = Callable[[Any, chex.PRNGKey, chex.Array, Any], Any]

@@ -44,8 +44,8 @@ import mctx
 import numpy as np
 
 from search import policies, rows
-from search._root import as_bool, check_range, sample
 from search.model import PolicyOutput
+from search.roots import as_bool, check_range, sample
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 # What distributions give for the logarithm of zero.

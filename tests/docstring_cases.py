@@ -247,8 +247,8 @@ CASES = {
   'networks.routing.expert_choice': {'capacity_factor': 3.0, 'T': 16, 'C': 2},
   'networks.routing.thresholded': {'limit': K},
   'networks.value_prefix.initial_carry': {'batch_size': B, 'lstm_size': 5},
-  'search._root.most_visited': {'summary': Summary('int32 [B, A]', '[B, A]')},
-  'search._root.checked_qvalues': {
+  'search.roots.most_visited': {'summary': Summary('int32 [B, A]', '[B, A]')},
+  'search.roots.checked_qvalues': {
     'root_qvalues': '[B, A]',
     'root': root(),
   },

@@ -15,7 +15,7 @@ from search_tables import (
   recurrent_fn,
 )
 
-from search import _root, policies
+from search import policies, roots
 from search.model import Model, TimeStep
 
 _ROOTS = 32
@@ -194,7 +194,7 @@ def test_visit_ties_go_to_q_then_prior():
     qvalues=jnp.array([[0.1, 0.2, 9], [0.5, 0.5, 0.1], [9, 1, 1]]),
   )
   prior = jnp.array([[0.8, 0.1, 0.1], [0.2, 0.3, 0.5], [0.4, 0.3, 0.3]])
-  best = _root.most_visited(summary, prior)
+  best = roots.most_visited(summary, prior)
   np.testing.assert_array_equal(best, [1, 1, 1])
 
 

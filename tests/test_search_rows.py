@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from search import _root, rows
+from search import roots, rows
 
 _DRAWS = {
   'uniform': (jax.random.uniform, (3,)),
@@ -45,7 +45,7 @@ def test_keys_and_dirichlet_noise_are_those_of_one_device(key):
   want = jax.random.key_data(jax.random.split(key, 6))
   np.testing.assert_array_equal(keys, want)
   prior = jnp.full((6, 4), 0.25)
-  noise = lambda prior: lambda key: _root.dirichlet(key, prior, 0.3, None)
+  noise = lambda prior: lambda key: roots.dirichlet(key, prior, 0.3, None)
   got = over_two(noise(prior[:3]))(key)
   np.testing.assert_allclose(got, noise(prior)(key), rtol=1e-6)
   assert rows.devices() == 1

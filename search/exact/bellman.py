@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 
-from search._root import check_range
 from search.exact import linear
 from search.model import Model
+from search.roots import check_range
 
 # Rows that sum to 1 only as far as float32 can.
 _ROUNDING = 1e-5

@@ -38,7 +38,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from search._root import check_range
+from search.roots import check_range
 
 # Each halves the logarithm of a bracket that spans at most all of float32.
 _HALVINGS = 34

@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from search._root import check_range
 from search.exact import bellman, box
+from search.roots import check_range
 
 PESSIMISM = ('relative', 'initial')
 

@@ -27,8 +27,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from search._root import check_range
 from search.exact import bellman, linear
+from search.roots import check_range
 
 # Powers of a matrix are taken up to this power of 2.
 _SQUARINGS = 40
