@@ -48,6 +48,41 @@ from search.roots import (
 _TIE = 1e-6
 
 
+class Noise(NamedTuple):
+  """Dirichlet noise in a root's prior, mixed as `(1 - f) * prior + f * noise`.
+
+  Attributes:
+    fraction: f, in [0, 1]; may be traced. The number 0 draws no noise.
+    alpha: its concentration, above 0; may be traced. MuZero's is 0.3 on Atari.
+  """
+
+  fraction: chex.Numeric = 0.25
+  alpha: chex.Numeric = 0.3
+
+  @property
+  def is_none(self) -> bool:
+    """Whether it is known, before tracing, to have no share."""
+    return isinstance(self.fraction, int | float) and self.fraction == 0
+
+
+class Puct(NamedTuple):
+  """Constants of the PUCT formula; N visits of a node, n of an action.
+
+  `q + prior * sqrt(N) / (1 + n) * (init + log((N + base + 1) / base))`
+  (Schrittwieser et al. 2020, equation 2).
+
+  Attributes:
+    init: c1; may be traced.
+    base: c2; may be traced.
+  """
+
+  init: chex.Numeric = 1.25
+  base: chex.Numeric = 19652.0
+
+
+NOISE, PUCT, NO_NOISE = Noise(), Puct(), Noise(fraction=0)
+
+
 def puct(
   params: Any,
   key: chex.PRNGKey,
@@ -58,10 +93,8 @@ def puct(
   invalid_actions: chex.Array | None = None,
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
-  dirichlet_fraction: chex.Numeric = 0.25,
-  dirichlet_alpha: chex.Numeric = 0.3,
-  pb_c_init: chex.Numeric = 1.25,
-  pb_c_base: chex.Numeric = 19652.0,
+  noise: Noise = NOISE,
+  constants: Puct = PUCT,
   temperature: chex.Numeric = 1.0,
   evaluate: bool = False,
 ) -> PolicyOutput:
@@ -85,10 +118,8 @@ def puct(
       visit, if they were evaluated beforehand (see `search.sampled`); None
       for the rule's own idea of an unvisited action.
     max_depth: the most edges from the root to a leaf; static.
-    dirichlet_fraction: the noise's share of the root's prior, in [0, 1].
-    dirichlet_alpha: the noise's concentration, above 0.
-    pb_c_init: c1 of the PUCT formula.
-    pb_c_base: c2 of the PUCT formula.
+    noise: in the root's prior.
+    constants: of the PUCT formula.
     temperature: the action is drawn with probabilities proportional to
       `visits ** (1 / temperature)`; 0 chooses as `evaluate` does. May be
       traced.
@@ -100,45 +131,18 @@ def puct(
   Raises:
     ValueError: if an argument is out of range.
   """
-
-  root_qvalues = checked_qvalues(root_qvalues, root)
-
-  def select(tree, carry, node_index, is_root):
-    children = _children(tree, node_index)
-    value = _rows(tree.node_values, node_index)[:, None]
-    is_visited = children.visits > 0
-    known = root_qvalues if is_root else None
-    unvisited = value if known is None else known
-    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
-    if is_root:
-      # The value is in the range anyway, so it may stand for what is invalid.
-      is_invalid = as_bool(tree.root_invalid_actions)
-      qvalues = jnp.where(is_invalid, value, qvalues)
-    low = jnp.min(qvalues, axis=-1, keepdims=True)
-    high = jnp.max(qvalues, axis=-1, keepdims=True)
-    low, high = jnp.minimum(low, value), jnp.maximum(high, value)
-    if known is None:
-      qvalues = jnp.where(is_visited, qvalues, low)
-    scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
-    count = _rows(tree.node_visits, node_index)[:, None]
-    scores += _exploration(children, count, pb_c_init, pb_c_base)
-    scores = _mask(scores, tree, children, is_root)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32), carry
-
   return _search_by_visits(
+    _puct_selector(checked_qvalues(root_qvalues, root), constants),
     params,
     key,
     root,
     recurrent_fn,
     num_simulations,
-    selector=_selector(lambda key, tree: None, select),
-    tie_table=False,
-    invalid_actions=invalid_actions,
-    max_depth=max_depth,
-    dirichlet_fraction=dirichlet_fraction,
-    dirichlet_alpha=dirichlet_alpha,
-    temperature=temperature,
-    evaluate=evaluate,
+    invalid_actions,
+    max_depth,
+    noise,
+    temperature,
+    evaluate,
   )
 
 
@@ -152,12 +156,10 @@ def efficientzero(
   invalid_actions: chex.Array | None = None,
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
-  dirichlet_fraction: chex.Numeric = 0.25,
-  dirichlet_alpha: chex.Numeric = 0.3,
-  pb_c_init: chex.Numeric = 1.25,
-  pb_c_base: chex.Numeric = 19652.0,
-  temperature: chex.Numeric = 1.0,
+  noise: Noise = NOISE,
+  constants: Puct = PUCT,
   minmax_delta: chex.Numeric = 0.01,
+  temperature: chex.Numeric = 1.0,
   evaluate: bool = False,
 ) -> PolicyOutput:
   """EfficientZero's search (Ye et al. 2021; the rule is in its code alone).
@@ -178,26 +180,24 @@ def efficientzero(
     a fixed order for each node number, the same for all rows and keys.
 
   Departures: EfficientZero leaves the network's value out of the root's value
-  (yet counts it); ours is mctx's, which has it in. It takes the tie that comes
-  first for a new best where scores rise by less than 1e-6; ours compares with
-  the best of all. For one player only: discounts must not be negative.
+  (yet counts it); ours is mctx's, which includes it. It takes the tie that
+  comes first for a new best where scores rise by less than 1e-6; ours compares
+  with the best of all. For one player only: discounts must not be negative.
 
   Args:
-    params: see `puct`, as for what is not told here.
-    key: see there.
-    root: see there.
+    params: as in `puct`.
+    key: as in `puct`.
+    root: as in `puct`.
     recurrent_fn: with value prefixes, one of `search.value_prefix`.
-    num_simulations: see there.
-    invalid_actions: bool `[B, A]`, see there.
-    root_qvalues: float `[B, A]`, see there.
-    max_depth: see there.
-    dirichlet_fraction: see there.
-    dirichlet_alpha: see there.
-    pb_c_init: see there.
-    pb_c_base: see there.
-    temperature: see there.
+    num_simulations: as in `puct`.
+    invalid_actions: bool `[B, A]`, as in `puct`.
+    root_qvalues: float `[B, A]`, as in `puct`.
+    max_depth: as in `puct`.
+    noise: as in `puct`.
+    constants: as in `puct`.
     minmax_delta: the least range of Qs that is stretched to [0, 1], above 0.
-    evaluate: see there.
+    temperature: as in `puct`.
+    evaluate: as in `puct`.
 
   Returns:
     `action_weights` are the root's visit counts over their sum.
@@ -207,65 +207,19 @@ def efficientzero(
   """
   check_range('minmax_delta', minmax_delta, above=0)
   root_qvalues = checked_qvalues(root_qvalues, root)
-
-  def begin(key, tree):
-    del key
-    qvalues = tree.children_rewards + (
-      tree.children_discounts * tree.children_values
-    )
-    is_visited = tree.children_visits > 0
-    low = jnp.min(jnp.where(is_visited, qvalues, jnp.inf), axis=(1, 2))
-    high = jnp.max(jnp.where(is_visited, qvalues, -jnp.inf), axis=(1, 2))
-    if root_qvalues is not None:
-      # What was evaluated counts until the tree knows better.
-      known = jnp.where(is_visited[:, 0], qvalues[:, 0], root_qvalues)
-      is_valid = ~as_bool(tree.root_invalid_actions)
-      least = jnp.min(known, axis=-1, where=is_valid, initial=jnp.inf)
-      most = jnp.max(known, axis=-1, where=is_valid, initial=-jnp.inf)
-      low, high = jnp.minimum(low, least), jnp.maximum(high, most)
-    # Before the first visit all scores are equal, whatever the range.
-    is_empty = low > high
-    low, high = jnp.where(is_empty, 0, low), jnp.where(is_empty, 0, high)
-    return low[:, None], high[:, None], jnp.zeros_like(tree.node_values[:, 0])
-
-  def select(tree, carry, node_index, is_root):
-    low, high, parent_mean = carry
-    children = _children(tree, node_index)
-    is_visited = children.visits > 0
-    total = jnp.sum(jnp.where(is_visited, children.qvalues, 0), axis=-1)
-    num_visited = jnp.sum(is_visited, axis=-1)
-    if is_root:
-      mean = total / jnp.maximum(num_visited, 1)
-    else:
-      mean = (parent_mean + total) / (num_visited + 1)
-    unvisited = mean[:, None]
-    if is_root and root_qvalues is not None:
-      unvisited = root_qvalues
-    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
-    scores = (qvalues - low) / jnp.maximum(high - low, minmax_delta)
-    count = _rows(tree.node_visits, node_index)[:, None] - 1
-    scores = jnp.clip(scores, 0, 1)
-    scores += _exploration(children, count, pb_c_init, pb_c_base)
-    scores = _mask(scores, tree, children, is_root)
-    is_best = scores >= jnp.max(scores, axis=-1, keepdims=True) - _TIE
-    order = _rows(tree.extra_data, node_index)
-    action = jnp.argmax(jnp.where(is_best, order, -1), axis=-1)
-    return action.astype(jnp.int32), (low, high, mean)
-
   return _search_by_visits(
+    _efficientzero_selector(root_qvalues, constants, minmax_delta),
     params,
     key,
     root,
     recurrent_fn,
     num_simulations,
-    selector=_selector(begin, select),
+    invalid_actions,
+    max_depth,
+    noise,
+    temperature,
+    evaluate,
     tie_table=True,
-    invalid_actions=invalid_actions,
-    max_depth=max_depth,
-    dirichlet_fraction=dirichlet_fraction,
-    dirichlet_alpha=dirichlet_alpha,
-    temperature=temperature,
-    evaluate=evaluate,
   )
 
 
@@ -353,6 +307,94 @@ def make_planner(
   return planner
 
 
+def check_noise(noise: Noise) -> None:
+  """Checks numbers that are known before tracing.
+
+  Raises:
+    ValueError: a fraction outside [0, 1], an alpha of 0 or less.
+  """
+  check_range('noise.fraction', noise.fraction, low=0, high=1)
+  check_range('noise.alpha', noise.alpha, above=0)
+
+
+def _puct_selector(root_qvalues, constants):
+  """The rule of `puct`."""
+
+  def select(tree, carry, node_index, is_root):
+    children = _children(tree, node_index)
+    value = _rows(tree.node_values, node_index)[:, None]
+    is_visited = children.visits > 0
+    known = root_qvalues if is_root else None
+    unvisited = value if known is None else known
+    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
+    if is_root:
+      # The value is in the range anyway, so it may stand for what is invalid.
+      is_invalid = as_bool(tree.root_invalid_actions)
+      qvalues = jnp.where(is_invalid, value, qvalues)
+    low = jnp.min(qvalues, axis=-1, keepdims=True)
+    high = jnp.max(qvalues, axis=-1, keepdims=True)
+    low, high = jnp.minimum(low, value), jnp.maximum(high, value)
+    if known is None:
+      qvalues = jnp.where(is_visited, qvalues, low)
+    scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
+    count = _rows(tree.node_visits, node_index)[:, None]
+    scores += _exploration(children, count, constants)
+    scores = _mask(scores, tree, children, is_root)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32), carry
+
+  return _selector(lambda key, tree: None, select)
+
+
+def _efficientzero_selector(root_qvalues, constants, minmax_delta):
+  """The rule of `efficientzero`."""
+
+  def begin(key, tree):
+    del key
+    qvalues = tree.children_rewards + (
+      tree.children_discounts * tree.children_values
+    )
+    is_visited = tree.children_visits > 0
+    low = jnp.min(jnp.where(is_visited, qvalues, jnp.inf), axis=(1, 2))
+    high = jnp.max(jnp.where(is_visited, qvalues, -jnp.inf), axis=(1, 2))
+    if root_qvalues is not None:
+      # What was evaluated counts until the tree knows better.
+      known = jnp.where(is_visited[:, 0], qvalues[:, 0], root_qvalues)
+      is_valid = ~as_bool(tree.root_invalid_actions)
+      least = jnp.min(known, axis=-1, where=is_valid, initial=jnp.inf)
+      most = jnp.max(known, axis=-1, where=is_valid, initial=-jnp.inf)
+      low, high = jnp.minimum(low, least), jnp.maximum(high, most)
+    # Before the first visit all scores are equal, whatever the range.
+    is_empty = low > high
+    low, high = jnp.where(is_empty, 0, low), jnp.where(is_empty, 0, high)
+    return low[:, None], high[:, None], jnp.zeros_like(tree.node_values[:, 0])
+
+  def select(tree, carry, node_index, is_root):
+    low, high, parent_mean = carry
+    children = _children(tree, node_index)
+    is_visited = children.visits > 0
+    total = jnp.sum(jnp.where(is_visited, children.qvalues, 0), axis=-1)
+    num_visited = jnp.sum(is_visited, axis=-1)
+    if is_root:
+      mean = total / jnp.maximum(num_visited, 1)
+    else:
+      mean = (parent_mean + total) / (num_visited + 1)
+    unvisited = mean[:, None]
+    if is_root and root_qvalues is not None:
+      unvisited = root_qvalues
+    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
+    scores = (qvalues - low) / jnp.maximum(high - low, minmax_delta)
+    count = _rows(tree.node_visits, node_index)[:, None] - 1
+    scores = jnp.clip(scores, 0, 1)
+    scores += _exploration(children, count, constants)
+    scores = _mask(scores, tree, children, is_root)
+    is_best = scores >= jnp.max(scores, axis=-1, keepdims=True) - _TIE
+    order = _rows(tree.extra_data, node_index)
+    action = jnp.argmax(jnp.where(is_best, order, -1), axis=-1)
+    return action.astype(jnp.int32), (low, high, mean)
+
+  return _selector(begin, select)
+
+
 class _Children(NamedTuple):
   """Statistics of one node's actions, `[B, A]` each; Q is 0 if unvisited."""
 
@@ -379,10 +421,12 @@ def _children(tree, node_index):
   )
 
 
-def _exploration(children, count, pb_c_init, pb_c_base):
+def _exploration(children, count, constants):
   """The prior's term of the PUCT formula, for `count` visits `[B, 1]`."""
-  pb_c = pb_c_init + jnp.log((count + pb_c_base + 1.0) / pb_c_base)
-  return jnp.sqrt(count) * pb_c * children.prior / (children.visits + 1)
+  weight = constants.init + jnp.log(
+    (count + constants.base + 1.0) / constants.base
+  )
+  return jnp.sqrt(count) * weight * children.prior / (children.visits + 1)
 
 
 def _mask(scores, tree, children, is_root):
@@ -408,46 +452,33 @@ def _selector(begin, select):
 
 
 def _search_by_visits(
+  selector,
   params,
   key,
   root,
   recurrent_fn,
   num_simulations,
-  *,
-  selector,
-  tie_table,
   invalid_actions,
   max_depth,
-  dirichlet_fraction,
-  dirichlet_alpha,
+  noise,
   temperature,
   evaluate,
+  tie_table=False,
 ):
   """Root noise, search, and an action drawn by visit counts."""
-  check_range('dirichlet_fraction', dirichlet_fraction, low=0, high=1)
-  check_range('dirichlet_alpha', dirichlet_alpha, above=0)
+  check_noise(noise)
   check_range('temperature', temperature, low=0)
   check_range('num_simulations', num_simulations, low=1)
   action_key, noise_key, search_key = jax.random.split(key, 3)
   prior = jax.nn.softmax(mask_logits(root.prior_logits, invalid_actions))
-  # Gamma variates are dear: none are drawn for a share known to be zero.
-  is_quiet = isinstance(dirichlet_fraction, int | float) and (
-    dirichlet_fraction == 0
-  )
-  if not evaluate and not is_quiet:
-    noise = dirichlet(noise_key, prior, dirichlet_alpha, invalid_actions)
-    prior = (1 - dirichlet_fraction) * prior + dirichlet_fraction * noise
-
-  extra_data = None
+  # Gamma variates are expensive to draw.
+  if not evaluate and not noise.is_none:
+    drawn = dirichlet(noise_key, prior, noise.alpha, invalid_actions)
+    prior = (1 - noise.fraction) * prior + noise.fraction * drawn
+  order = None
   if tie_table:
     shape = (*prior.shape[:1], num_simulations + 1, *prior.shape[1:])
-    if evaluate:
-      order = np.random.default_rng(0).random(shape[1:], np.float32)
-      extra_data = jnp.broadcast_to(jnp.asarray(order)[None], shape)
-    else:
-      tie_key = jax.random.fold_in(noise_key, 1)
-      extra_data = rows.draw(jax.random.uniform, tie_key, shape)
-
+    order = _tie_order(None if evaluate else noise_key, shape)
   tree = batched_search(
     params,
     search_key,
@@ -459,7 +490,7 @@ def _search_by_visits(
     num_simulations=num_simulations,
     max_depth=max_depth,
     invalid_actions=invalid_actions,
-    extra_data=extra_data,
+    extra_data=order,
   )
   summary = tree.summary()
   best = most_visited(summary, prior)
@@ -467,3 +498,11 @@ def _search_by_visits(
   if not evaluate:
     action = sample(action_key, summary.visit_probs, best, temperature)
   return PolicyOutput(action, summary.visit_probs, summary.value, tree)
+
+
+def _tie_order(key, shape):
+  """Random numbers `[B, N, A]`; without a key the same for all rows."""
+  if key is None:
+    order = np.random.default_rng(0).random(shape[1:], np.float32)
+    return jnp.broadcast_to(jnp.asarray(order)[None], shape)
+  return rows.draw(jax.random.uniform, jax.random.fold_in(key, 1), shape)

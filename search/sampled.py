@@ -154,8 +154,7 @@ def propose(
   *,
   temperature: chex.Numeric = 1.0,
   replacement: bool = True,
-  dirichlet_fraction: chex.Numeric = 0.0,
-  dirichlet_alpha: chex.Numeric = 0.3,
+  noise: policies.Noise = policies.NO_NOISE,
   invalid_actions: chex.Array | None = None,
   draws: chex.Array | None = None,
   with_mode: bool = False,
@@ -169,9 +168,7 @@ def propose(
     num_samples: K; static.
     temperature: tau of the proposal `pi ** (1 / tau)`, above 0.
     replacement: draw independently; else K distinct actions.
-    dirichlet_fraction: the noise's share of both pi and beta; the number 0
-      for none.
-    dirichlet_alpha: the noise's concentration, above 0.
+    noise: in both pi and beta.
     invalid_actions: bool `[B, A]`; None for none.
     draws: float32 `[B, K, R]`, random numbers of `distribution.draw`; None to
       draw them here.
@@ -194,67 +191,86 @@ def propose(
       )
     parameters = distribution.mask(parameters, invalid_actions)
   is_plain = _is(temperature, 1)
-  proposal = parameters
+  beta = parameters
   if not is_plain:
-    proposal = distribution.temper(parameters, temperature)
-  keys, batch = jax.random.split(key, 4), parameters.shape[0]
-  noise = None
-  if not _is(dirichlet_fraction, 0):
-    noise = distribution.noise(
-      rows.split(keys[0], batch), parameters, dirichlet_alpha
+    beta = distribution.temper(parameters, temperature)
+  noise_key, *keys = jax.random.split(key, 4)
+  mixed, batch = None, parameters.shape[0]
+  if not noise.is_none:
+    drawn = distribution.noise(
+      rows.split(noise_key, batch), parameters, noise.alpha
     )
-
-  if not replacement:
-    if noise is not None:
-      parameters = distribution.mixture(parameters, noise, dirichlet_fraction)
-      proposal = distribution.mixture(proposal, noise, dirichlet_fraction)
-    actions, log_beta = distribution.distinct(
-      rows.split(keys[1], batch), proposal, num_samples
+    mixed = _Mixed(drawn, noise.fraction)
+  if replacement:
+    actions = _independent(
+      keys, distribution, parameters, beta, num_samples, mixed, draws, with_mode
     )
-    log_pi = distribution.log_prob(parameters, actions)
-    # What has no probability is there only for want of others.
-    counts = (log_pi > _LOG_TINY).astype(log_pi.dtype)
-  else:
-    if draws is None:
-      draws = rows.draw(distribution.draw, keys[1], (batch, num_samples))
-    actions = distribution.sample(draws, proposal)
-    if with_mode:
-      actions = actions.at[:, 0].set(distribution.mode(parameters))
-    if noise is not None:
-      others = distribution.noise_sample(
-        rows.split(keys[2], batch), noise, num_samples
-      )
-      pick = rows.draw(
-        lambda key, shape: jax.random.bernoulli(key, dirichlet_fraction, shape),
-        keys[3],
-        (batch, num_samples),
-      )
-      pick = pick.reshape(pick.shape + (1,) * (actions.ndim - 2))
-      actions = jnp.where(pick, others, actions)
     counts = merge(distribution.identity(actions))
     # Where pi is beta, nothing is left of their ratio.
     log_pi = log_beta = jnp.zeros_like(counts)
     if not is_plain:
       log_pi, log_beta = (
-        _log_mixture(distribution, x, noise, dirichlet_fraction, actions)
-        for x in (parameters, proposal)
+        _log_mixture(distribution, x, mixed, actions)
+        for x in (parameters, beta)
       )
+  else:
+    if mixed is not None:
+      parameters, beta = (
+        distribution.mixture(x, *mixed) for x in (parameters, beta)
+      )
+    actions, log_beta = distribution.distinct(
+      rows.split(keys[0], batch), beta, num_samples
+    )
+    log_pi = distribution.log_prob(parameters, actions)
+    # An action without probability only fills a slot that was left over.
+    counts = (log_pi > _LOG_TINY).astype(log_pi.dtype)
 
   if invalid_actions is not None:
-    # One is there only for want of valid ones.
+    # An invalid one too.
     is_invalid = jnp.take_along_axis(as_bool(invalid_actions), actions, axis=1)
     counts = jnp.where(is_invalid, 0, counts)
   return Proposal(actions, prior_logits(counts, log_pi, log_beta), counts == 0)
 
 
-def _log_mixture(distribution, parameters, noise, fraction, actions):
-  """Log-probabilities `[B, K]` of `(1 - fraction) * pi + fraction * noise`."""
+class _Mixed(NamedTuple):
+  """What is mixed into a policy: noise drawn for each row, and its share."""
+
+  noise: Any
+  fraction: chex.Numeric
+
+
+def _independent(
+  keys, distribution, parameters, beta, num_samples, mixed, draws, with_mode
+):
+  """K independent draws `[B, K, ...]` of beta, some of them of the noise."""
+  shape = (parameters.shape[0], num_samples)
+  if draws is None:
+    draws = rows.draw(distribution.draw, keys[0], shape)
+  actions = distribution.sample(draws, beta)
+  if with_mode:
+    actions = actions.at[:, 0].set(distribution.mode(parameters))
+  if mixed is None:
+    return actions
+  others = distribution.noise_sample(
+    rows.split(keys[1], shape[0]), mixed.noise, num_samples
+  )
+  pick = rows.draw(
+    lambda key, shape: jax.random.bernoulli(key, mixed.fraction, shape),
+    keys[2],
+    shape,
+  )
+  pick = pick.reshape(pick.shape + (1,) * (actions.ndim - 2))
+  return jnp.where(pick, others, actions)
+
+
+def _log_mixture(distribution, parameters, mixed, actions):
+  """Log-probabilities `[B, K]` of a policy with the noise mixed in."""
   log_prob = distribution.log_prob(parameters, actions)
-  if noise is None:
+  if mixed is None:
     return log_prob
   return jnp.logaddexp(
-    jnp.log1p(-fraction) + log_prob,
-    jnp.log(fraction) + distribution.noise_log_prob(noise, actions),
+    jnp.log1p(-mixed.fraction) + log_prob,
+    jnp.log(mixed.fraction) + distribution.noise_log_prob(mixed.noise, actions),
   )
 
 
@@ -324,8 +340,7 @@ def search(
   replacement: bool = True,
   evaluate_root: bool = True,
   with_mode: bool = False,
-  dirichlet_fraction: chex.Numeric = 0.25,
-  dirichlet_alpha: chex.Numeric = 0.3,
+  noise: policies.Noise = policies.NOISE,
   invalid_actions: chex.Array | None = None,
   evaluate: bool = False,
   **kwargs: Any,
@@ -347,8 +362,7 @@ def search(
     replacement: draw independently; False for K distinct actions.
     evaluate_root: evaluate the root's actions before the search.
     with_mode: the root's first draw is the policy's mode.
-    dirichlet_fraction: the noise's share of the root's pi and beta, in [0, 1].
-    dirichlet_alpha: the noise's concentration, above 0.
+    noise: in the root's pi and beta.
     invalid_actions: bool `[B, A]`, for enumerated sets only.
     evaluate: no noise, the rule's best action. What is drawn still depends on
       the key.
@@ -362,8 +376,7 @@ def search(
     ValueError: if an argument is out of range or does not fit the
       distribution.
   """
-  check_range('dirichlet_fraction', dirichlet_fraction, low=0, high=1)
-  check_range('dirichlet_alpha', dirichlet_alpha, above=0)
+  policies.check_noise(noise)
   propose_key, value_key, pool_key, search_key = jax.random.split(key, 4)
   shared = {'temperature': sample_temperature, 'replacement': replacement}
   proposal = propose(
@@ -371,8 +384,7 @@ def search(
     distribution,
     root.prior_logits,
     num_samples,
-    dirichlet_fraction=0 if evaluate else dirichlet_fraction,
-    dirichlet_alpha=dirichlet_alpha,
+    noise=policies.NO_NOISE if evaluate else noise,
     invalid_actions=invalid_actions,
     with_mode=with_mode,
     **shared,
@@ -389,8 +401,8 @@ def search(
     recurrent_fn, distribution, num_samples, pool=pool, **shared
   )
   # Its noise is in the proposal already.
-  if 'dirichlet_fraction' in inspect.signature(rule).parameters:
-    kwargs['dirichlet_fraction'] = 0.0
+  if 'noise' in inspect.signature(rule).parameters:
+    kwargs['noise'] = policies.NO_NOISE
   output = rule(
     params,
     search_key,

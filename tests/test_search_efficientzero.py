@@ -134,7 +134,7 @@ def test_equals_plain_tree(scale, max_depth, invalid_share):
         num_simulations,
         invalid_actions=jnp.asarray(invalid),
         max_depth=max_depth,
-        dirichlet_fraction=0.0,
+        noise=policies.Noise(0.0),
         minmax_delta=_DELTA,
       )
     )(jax.random.key(2))

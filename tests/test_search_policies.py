@@ -99,13 +99,10 @@ def test_puct_is_muzero_with_masks(key, tables, invalid):
   invalid = invalid[:-1]
   root = make_root(tables, jnp.arange(_ROOTS - 1))
   args = (tables, key, root, recurrent_fn, _SIMULATIONS)
-  kwargs = {
-    'invalid_actions': invalid,
-    'dirichlet_fraction': 0.0,
-    'max_depth': 3,
-  }
-  ours = jax.jit(lambda: policies.puct(*args, **kwargs))()
-  theirs = jax.jit(lambda: mctx.muzero_policy(*args, **kwargs))()
+  kwargs = {'invalid_actions': invalid, 'max_depth': 3}
+  quiet = {'noise': policies.NO_NOISE}, {'dirichlet_fraction': 0.0}
+  ours = jax.jit(lambda: policies.puct(*args, **kwargs, **quiet[0]))()
+  theirs = jax.jit(lambda: mctx.muzero_policy(*args, **kwargs, **quiet[1]))()
   np.testing.assert_array_equal(ours.action_weights, theirs.action_weights)
 
 
@@ -163,7 +160,7 @@ def test_noise_stays_on_valid_actions(key, tables, invalid, name):
       recurrent_fn,
       2,
       invalid_actions=invalid,
-      dirichlet_fraction=1.0,
+      noise=policies.Noise(1.0),
     )
   )(key)
   noise = jax.nn.softmax(output.search_tree.children_prior_logits[:, 0])
@@ -265,8 +262,12 @@ def test_planner_over_seeds(tables, invalid):
 def test_refuses_wrong_arguments(key, tables):
   root = make_root(tables, jnp.arange(2))
   cases = [
-    (policies.puct, {'dirichlet_fraction': 1.5}, r'dirichlet_fraction .* 1.5'),
-    (policies.puct, {'dirichlet_alpha': 0.0}, r'dirichlet_alpha .* 0.0'),
+    (policies.puct, {'noise': policies.Noise(1.5)}, r'noise\.fraction.*1\.5'),
+    (
+      policies.puct,
+      {'noise': policies.Noise(alpha=0.0)},
+      r'noise\.alpha.*0\.0',
+    ),
     (policies.puct, {'temperature': -1.0}, r'temperature .* -1.0'),
     (policies.puct, {'num_simulations': 0}, r'num_simulations .* 0'),
     (policies.efficientzero, {'minmax_delta': 0.0}, r'minmax_delta .* 0.0'),

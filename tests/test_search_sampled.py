@@ -77,7 +77,9 @@ def test_all_actions_give_the_tree_of_the_enumerated_model(rule, key):
   mixed = (1 - fraction) * prior + fraction * noise
   with np.errstate(divide='ignore'):
     mixed = np.maximum(np.log(np.float32(mixed)), np.finfo(np.float32).min)
-  no_noise = {} if rule is policies.gumbel else {'dirichlet_fraction': 0.0}
+  no_noise = {}
+  if rule is not policies.gumbel:
+    no_noise['noise'] = policies.Noise(0.0)
   distribution = actions.flat(num_actions)._replace(
     noise=lambda *_, **__: jnp.asarray(noise)[:, None]
   )
@@ -98,7 +100,7 @@ def test_all_actions_give_the_tree_of_the_enumerated_model(rule, key):
       rule=with_key(rule, key),
       replacement=False,
       evaluate_root=False,
-      dirichlet_fraction=fraction,
+      noise=policies.Noise(fraction),
       **shared,
     )
     root = root.replace(prior_logits=root_logits)
@@ -246,7 +248,7 @@ def test_equals_a_plain_tree(tau, evaluate_root, key):
         num_samples=num_samples,
         sample_temperature=tau,
         evaluate_root=evaluate_root,
-        dirichlet_fraction=0.0,
+        noise=policies.Noise(0.0),
       )
       root = make_root(tables, jnp.arange(num_roots))
       prefixes = value_prefix.root_embedding(
@@ -373,7 +375,7 @@ def zero_search():
       distribution=distribution._replace(noise=lambda *_, **__: noise[:, None]),
       num_samples=6,
       replacement=replacement,
-      dirichlet_fraction=fraction,
+      noise=policies.Noise(fraction),
       evaluate=evaluate,
       max_depth=1,
     )
@@ -455,7 +457,7 @@ def test_noise_enters_policy_and_proposal_alike(key):
     parameters=jnp.tile(jnp.log(jnp.float32(pi)), (2, 1)),
     num_samples=5,
     temperature=tau,
-    dirichlet_fraction=fraction,
+    noise=policies.Noise(fraction),
   )
   proposal = jax.jit(propose)(key)
   want = np.array([2, 1, 0, 1, 1]) * (mix(pi) / mix(beta))[[3, 0, 3, 1, 2]]
@@ -471,7 +473,7 @@ def test_noise_proposes_its_share(key):
   distribution = actions.flat(3)._replace(noise=lambda *_, **__: noise)
   proposal = jax.jit(
     lambda key: sampled.propose(
-      key, distribution, pi, 5, temperature=2.0, dirichlet_fraction=0.25
+      key, distribution, pi, 5, temperature=2.0, noise=policies.Noise(0.25)
     )
   )(key)
   share = np.mean(np.asarray(proposal.actions) == 2)
@@ -841,7 +843,7 @@ def test_jit_equals_eager(key):
     parameters=logits,
     num_samples=5,
     temperature=1.5,
-    dirichlet_fraction=0.5,
+    noise=policies.Noise(0.5),
   )
   got, want = propose(key), jax.jit(propose)(key)
   np.testing.assert_array_equal(got.actions, want.actions)
@@ -883,7 +885,7 @@ def test_gaussian_noise_brings_in_its_actions(key):
     num_simulations=2,
     distribution=distribution._replace(noise=lambda *_, **__: noise),
     num_samples=5,
-    dirichlet_fraction=1.0,
+    noise=policies.Noise(1.0),
   )
   output = jax.jit(lambda key: search(key=key))(key)
   edge = jnp.broadcast_to(HIGH - (HIGH - LOW) / 7, output.sampled_actions.shape)
@@ -936,7 +938,7 @@ def test_the_correction_takes_the_bias_away():
         num_samples=num_samples,
         sample_temperature=tau,
         evaluate_root=False,
-        dirichlet_fraction=0.0,
+        noise=policies.Noise(0.0),
       )
       prior = output.search_tree.children_prior_logits[:, 0]
       return output.sampled_actions, jax.nn.softmax(prior)
@@ -1004,9 +1006,9 @@ def test_raw_takes_the_mode_or_draws(key):
     ('index', {'invalid_actions': True}, 'invalid_actions: only a flat'),
     ('flat', {'sample_temperature': 0}, 'sample_temperature.*above 0.*0'),
     ('flat', {'sample_temperature': -1.0}, r'sample_temperature.*-1\.0'),
-    ('flat', {'dirichlet_fraction': 2.0}, r'dirichlet_fraction.*most 1.*2\.0'),
-    ('flat', {'dirichlet_fraction': -0.5}, r'dirichlet_fraction.*-0\.5'),
-    ('flat', {'dirichlet_alpha': 0}, 'dirichlet_alpha.*above 0'),
+    ('flat', {'noise': policies.Noise(2.0)}, r'noise\.fraction.*most 1.*2\.0'),
+    ('flat', {'noise': policies.Noise(-0.5)}, r'noise\.fraction.*-0\.5'),
+    ('flat', {'noise': policies.Noise(alpha=0)}, r'noise\.alpha.*above 0'),
     ('flat', {'num_simulations': 0}, 'num_simulations.*least 1.*0'),
   ],
 )

@@ -94,10 +94,7 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
     if distribution is None:
       return policies.raw
     return functools.partial(sampled.raw, **sampling)
-  noise = {
-    'dirichlet_fraction': config.dirichlet_fraction,
-    'dirichlet_alpha': config.dirichlet_alpha,
-  }
+  noise = policies.Noise(config.dirichlet_fraction, config.dirichlet_alpha)
   own: dict[str, Any] = {
     'num_simulations': config.num_simulations,
     'max_depth': config.max_depth or None,
@@ -107,16 +104,16 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
     own['max_num_considered_actions'] = config.max_considered
   else:
     rule = policies.puct
-    own |= {'pb_c_init': config.pb_c_init, 'pb_c_base': config.pb_c_base}
+    own['constants'] = policies.Puct(config.pb_c_init, config.pb_c_base)
     if config.rule == 'efficientzero':
       rule = policies.efficientzero
       own['minmax_delta'] = config.minmax_delta
     if distribution is None:
-      own |= noise
+      own['noise'] = noise
   search = rule
   if distribution is not None:
     sampling['evaluate_root'] = config.evaluate_root
-    search = functools.partial(_sampled, rule=rule, **noise, **sampling)
+    search = functools.partial(_sampled, rule=rule, noise=noise, **sampling)
   if config.rule == 'gumbel':
     search = functools.partial(_without_temperature, search)
   return functools.partial(search, **own)

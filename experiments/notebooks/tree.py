@@ -230,7 +230,10 @@ def root(params, timestep, key):
 
 roads = Model(root, with_way(value_prefix.recurrent_fn(prefix_step, HORIZON)))
 walk = policies.make_planner(
-  policies.puct, num_simulations=40, pb_c_init=4.0, evaluate=True
+  policies.puct,
+  num_simulations=40,
+  constants=policies.Puct(init=4.0),
+  evaluate=True,
 )
 nothing = TimeStep(None, None, None, None, None)
 choose = jax.jit(
