@@ -18,10 +18,8 @@ others use, the latter is the one to trust. On an accelerator it says little.
 
 import pathlib
 
-from experiments import build, presets, terminal
-from experiments.benchmark_compile_programs import PARTS
-from experiments.files.errors import UserError
-from experiments.measure import (
+from experiments import build, presets
+from experiments.benchmarks.timing import (
   QUICK,
   Row,
   Sizes,
@@ -29,6 +27,9 @@ from experiments.measure import (
   print_rows,
   write_rows,
 )
+from experiments.build.programs import PARTS
+from experiments.files.errors import UserError
+from experiments.report import terminal
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 
@@ -107,14 +108,8 @@ def main() -> None:
   from absl import flags
 
   values = flags.FLAGS
-  from experiments import (
-    benchmark_agent,
-    benchmark_experts,
-    benchmark_figure,
-    benchmark_offline,
-    benchmark_scale,
-    benchmark_search,
-  )
+  from experiments.benchmarks import agents, experts, figure, offline, searches
+  from experiments.benchmarks import scale as scaling
 
   for suite in values.suite:
     if suite not in _SUITES:
@@ -137,8 +132,8 @@ def main() -> None:
     )
     if 'scale' in values.suite:
       seeds = _integers('seeds', values.seeds)
-      scale = benchmark_scale.sizes_here(values.quick, seeds, values.repeats)
-      chosen = benchmark_scale.cases(values.preset, values.set, scale)
+      scale = scaling.sizes_here(values.quick, seeds, values.repeats)
+      chosen = scaling.cases(values.preset, values.set, scale)
     pong = build.describe('efficientzero_atari', settings=_PONG)
   about = machine()
   terminal.begin(
@@ -156,36 +151,34 @@ def main() -> None:
   say = lambda suite: print(f'{suite}: compiling and measuring', flush=True)
   if 'search' in values.suite:
     say('search')
-    done(benchmark_search.search_rows(sizes))
+    done(searches.search_rows(sizes))
   if 'sampled' in values.suite:
     say('sampled')
-    done(benchmark_search.sampled_rows(sizes))
+    done(searches.sampled_rows(sizes))
   if 'learner' in values.suite:
     say('learner')
-    done(benchmark_agent.learner_rows(experiment, sizes))
+    done(agents.learner_rows(experiment, sizes))
   if 'acting' in values.suite:
     say('acting')
-    done(benchmark_agent.acting_rows(experiment, sizes))
+    done(agents.acting_rows(experiment, sizes))
     if not values.quick:
-      done(
-        benchmark_agent.acting_rows(pong, sizes._replace(steps=100, updates=8))
-      )
+      done(agents.acting_rows(pong, sizes._replace(steps=100, updates=8)))
   if 'scale' in values.suite:
     say('scale')
-    for measured in benchmark_scale.scale_rows(chosen, scale):
+    for measured in scaling.scale_rows(chosen, scale):
       done(measured)
     picture = pathlib.Path(values.out).with_suffix('.png')
-    benchmark_figure.scale_figure(rows, picture)
+    figure.scale_figure(rows, picture)
     print(f'figure: {picture}')
   if 'offline' in values.suite:
     say('offline')
-    least = benchmark_offline.sizes_here(values.quick, values.repeats)
-    for measured in benchmark_offline.offline_rows(least):
+    least = offline.sizes_here(values.quick, values.repeats)
+    for measured in offline.offline_rows(least):
       done(measured)
   if 'experts' in values.suite:
     say('experts')
-    few = benchmark_experts.sizes_here(values.quick, values.repeats)
-    for measured in benchmark_experts.expert_rows(few):
+    few = experts.sizes_here(values.quick, values.repeats)
+    for measured in experts.expert_rows(few):
       done(measured)
   terminal.end(
     values.out, 'python -m experiments.benchmark --suite=scale,offline,experts'
@@ -193,15 +186,15 @@ def main() -> None:
 
 
 def _compile(values) -> None:
-  from experiments import benchmark_compile
+  from experiments.benchmarks import compilation
 
   if len(values.suite) > 1:
     raise UserError('suite=compile: writes a CSV of its own; take it alone')
   flag_checks.refuse(['seeds', 'set', 'repeats', 'quick'], 'on this suite')
-  targets = benchmark_compile.read_targets(values.target)
+  targets = compilation.read_targets(values.target)
   with configs.user_errors():
     names = values.preset.split(',') if values.preset else ()
-    names = benchmark_compile.read_names(names)
+    names = compilation.read_names(names)
   for part in values.programs:
     if part not in PARTS:
       raise UserError(f'programs={part}: must be of {", ".join(PARTS)}')
@@ -212,7 +205,7 @@ def _compile(values) -> None:
     f'{", ".join(values.target)}; a few seconds to two minutes a program',
     compiles=False,
   )
-  benchmark_compile.run(
+  compilation.run(
     targets,
     names,
     values.rows,

@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from experiments import terminal
 from experiments.files import writing
 from experiments.files.errors import UserError
+from experiments.report import terminal
 from experiments.runtime import config as configs
 
 

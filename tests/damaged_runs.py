@@ -23,21 +23,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-  build,
-  collect,
-  play,
-  stages,
-  sweep_engines,
-  sweep_plan,
-  sweep_program,
-  train,
-)
+from experiments import build
+from experiments.build import saved
 from experiments.data import npz
-from experiments.keeper import Keeper
 from experiments.runtime import config as configs
 from experiments.runtime import integrity, loop, mesh, signals
-from experiments.sweep_plan import Row
+from experiments.sweeps import engines, program
+from experiments.sweeps import plan as sweep_plan
+from experiments.sweeps.plan import Row
+from experiments.training import collect, run, stages
+from experiments.training.keeper import Keeper
 
 STOP, END = 8, 10  # updates
 _SECONDS = 60
@@ -206,7 +201,7 @@ def trained(kind: str, root: pathlib.Path) -> Iterator[Run]:
     agent = stages.make(experiment, stages.Saved(), bool).stages[-1].agent
 
     def left(folder):
-      params = play.load_params(str(folder), agent, ['final'])['final']
+      params = saved.load_params(str(folder), agent, ['final'])['final']
       with (folder / 'metrics.csv').open(newline='') as file:
         rows = [
           {n: x for n, x in row.items() if n not in _CLOCKS}
@@ -215,14 +210,14 @@ def trained(kind: str, root: pathlib.Path) -> Iterator[Run]:
       return jax.tree.leaves(jax.device_get(params)), rows
 
     def resume(folder):
-      train.run(experiment, folder)
+      run.run(experiment, folder)
       return left(folder)
 
     folders = root / 'stopped', root / 'other'
     for folder, one in zip(folders, (experiment, other)):
       with pytest.MonkeyPatch.context() as patch:
         stop_at(STOP, patch)
-        train.run(one, folder)
+        run.run(one, folder)
     want = resume(root / 'whole')
     yield Run(folders[0], resume, want, folders[1])
 
@@ -235,8 +230,8 @@ def swept(root: pathlib.Path) -> Iterator[Run]:
   plan = sweep_plan.make_plan('muzero_catch', **SHARED)
   rows = [Row(0, 0), Row(0, 1)]
   # Before it is replaced, by what it gives for these rows.
-  functions = sweep_program.row_functions(plan.describe(rows[0]), ())
-  compiled, ready = sweep_program.compiled, {}
+  functions = program.row_functions(plan.describe(rows[0]), ())
+  compiled, ready = program.compiled, {}
 
   def compiled_once(one, over):
     if one.end not in ready:
@@ -244,15 +239,15 @@ def swept(root: pathlib.Path) -> Iterator[Run]:
     return ready[one.end]
 
   def resume(folder, stopping=lambda: False):
-    todo = sweep_engines.parts(plan, rows, folder, 8)
-    sweep_engines.vmapped(
+    todo = engines.parts(plan, rows, folder, 8)
+    engines.vmapped(
       plan,
       todo,
       checkpoint_minutes=0.0,
       stopping=stopping,
       report=lambda step, row: None,
     )
-    found = sweep_engines.read_parts(todo, rows)
+    found = engines.read_parts(todo, rows)
     return [
       [(n, float(x)) for n, x in point.items()]
       for row in rows
@@ -261,8 +256,8 @@ def swept(root: pathlib.Path) -> Iterator[Run]:
     ]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sweep_program, 'row_functions', lambda *_: functions)
-    patch.setattr(sweep_program, 'compiled', compiled_once)
+    patch.setattr(program, 'row_functions', lambda *_: functions)
+    patch.setattr(program, 'compiled', compiled_once)
     patch.setattr(mesh, 'make_mesh', functools.cache(mesh.make_mesh))
     want = resume(root / 'whole')
     # It asks before the program, after 5 updates and after 10 of 12.

@@ -67,12 +67,11 @@ def by_type(flag, seed=0):
 
 # What a launcher cannot do without.
 NEEDS = {
-  'equity': '--workdir=backgammon',
+  'study equity': '--workdir=backgammon',
   'play': '--workdir=catch',
   'plots': '--workdirs=catch',
-  'specialisation': '--workdir=catch',
-  'study': '--study=catch',
-  'study_offline': '--study=betas',
+  'study specialisation': '--workdir=catch',
+  'study offline': '--study=betas',
   'sweep': '--workdir=new',
 }
 # Flags that name where to write, whether that is a folder, and what else the
@@ -81,24 +80,24 @@ PLACES = {
   'train --workdir': True,
   'sweep --workdir': True,
   'collect --out': True,
-  'newton --out': True,
+  'study newton --out': True,
   'notebook compose --out': True,
-  'operators --out': True,
+  'study sampling_operators --out': True,
   'benchmark --out': False,
   'corpus --out': False,
   'control --workdir=pendulum --out': False,
-  'control --study --folder': True,
-  'control --study --results': True,
-  'equity --workdir=backgammon --out': False,
+  'study control --folder': True,
+  'study control --results': True,
+  'study equity --workdir=backgammon --out': False,
   'play --workdir=catch --out': False,
-  'judge --out': False,
-  'pruning --results': True,
-  'study --study=catch --folder': True,
-  'study --study=catch --results': True,
-  'study_games --results': True,
-  'study_backgammon --results': True,
-  'study_offline --study=betas --folder': True,
-  'study_offline --study=betas --results': True,
+  'study connect_four_positions --out': False,
+  'study pruning --results': True,
+  'study catch --folder': True,
+  'study catch --results': True,
+  'study connect_four_players --results': True,
+  'study backgammon_players --results': True,
+  'study offline --study=betas --folder': True,
+  'study offline --study=betas --results': True,
 }
 
 
@@ -237,7 +236,7 @@ ROWS = {
   'play --workdir=board --players=network --simulations=3': (
     'flag --simulations=3: has no effect with --players and --opponents'
   ),
-  'control --study --planners=actor': 'flag --planners=actor: has no effect wi',
+  'study control --planners=actor': 'flag --planners=actor: has no effect wi',
   'control --workdir=pendulum --seeds=3': 'flag --seeds=3: has no effect witho',
   # Settings of another kind of run.
   'train --preset=bc --dataset=data.npz --set=replay_alpha=0.5': (
@@ -275,7 +274,9 @@ ROWS = {
     'flag --quick=true: has no effect on this suite; leave it out'
   ),
   'benchmark --suite=experts --preset=bc': 'flag --preset=bc: has no effect on',
-  'game --datasets=0 --sizes=30': 'flag --sizes=30: has no effect with --datas',
+  'study atac_game --datasets=0 --sizes=30': (
+    'flag --sizes=30: has no effect with --datas'
+  ),
   'notebook compose --check --tiny': 'flag --tiny=true: has no effect with --c',
   'train --show --workdir=x': 'flag --workdir=x: has no effect with --show',
   'train --show --plan': 'flag --plan=true: has no effect with --show',

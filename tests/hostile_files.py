@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import play
-from experiments import text as text_runs
+from experiments.build import saved as saved_run
 from experiments.data import layout, minari_files, npz, text
 from experiments.data.open import open_dataset
+from experiments.playing import continuation as text_runs
 
 OUTSIDE, MARK = 'outside', 'executed.mark'
 N = 6
@@ -107,17 +107,19 @@ def prepare(case: Case, place: pathlib.Path) -> Callable[[], object]:
   elif case.loader == 'run':
     folder.mkdir()
     write_run(folder)
-    opener = lambda: play.load_experiment(str(folder))
+    opener = lambda: saved_run.load_experiment(str(folder))
   elif case.loader == 'statistics':
     folder.mkdir()
     numbers = {'mean': [0.0, 0.0], 'std': [1.0, 1.0]}
     (folder / 'statistics.json').write_text(json.dumps(numbers))
-    opener = lambda: play.load_spec(folder, layout.spec(toy()))
+    opener = lambda: saved_run.load_spec(folder, layout.spec(toy()))
   elif case.loader == 'vocabulary':
     folder.mkdir()
     (folder / 'vocabulary.json').write_text('[" the"]')
     options = type('Options', (), {'prompt': 'The'})
-    opener = lambda: text_runs.play(None, str(folder), 'final', options)
+    opener = lambda: text_runs.continue_text(
+      None, str(folder), 'final', options
+    )
   else:
     folder.mkdir()
     if case.loader == 'npz':

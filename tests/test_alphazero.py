@@ -416,7 +416,7 @@ def test_values_out_of_range_are_refused(field):
 
 @pytest.mark.slow
 def test_tic_tac_toe_is_not_lost_against_random():
-  from experiments import assess
+  from experiments.build import acting
   from experiments.runtime import evaluate, loop
 
   experiment = build.describe('alphazero_tic_tac_toe')
@@ -427,7 +427,7 @@ def test_tic_tac_toe_is_not_lost_against_random():
   carry = loop.init(agent, source, key)
   carry = loop.run(agent, source, carry, key=key, steps=experiment.updates)
   versus = build.make_env(experiment, training=False)
-  play = jax.jit(assess.players(experiment, agent)['eval'])
+  play = jax.jit(acting.players(experiment, agent)['eval'])
   played = evaluate.on_device(
     versus, play, carry.agent.params, key=key, num_episodes=500
   )

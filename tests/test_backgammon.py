@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from backgammon_tables import TURNS
 
-from experiments import gnubg, match
 from experiments.envs import backgammon
 from experiments.envs.self_play import self_play
+from experiments.playing import gnubg, match
 
 NUMBER = 640
 BATCH = 128

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark_agent, benchmark_search, build, measure
+from experiments import build
+from experiments.benchmarks import agents, counting, searches
+from experiments.benchmarks import timing as benchmark_timing
 from experiments.files.errors import UserError
 
 # A network and a search as small as they come.
@@ -60,7 +62,7 @@ class Clock:
 def test_tasks_are_timed_in_turns_and_the_first_call_is_left_out():
   clock = Clock()
   tasks = {'a': clock.task('a', 100, 1, 3), 'b': clock.task('b', 50, 2, 4)}
-  timings = measure.interleaved(tasks, 2, clocks=clock.clocks)
+  timings = benchmark_timing.interleaved(tasks, 2, clocks=clock.clocks)
   assert clock.calls == ['a', 'b', 'a', 'b', 'a', 'b']
   np.testing.assert_allclose(timings['a'].wall, [1, 3])
   np.testing.assert_allclose(timings['b'].cpu, [1, 2])
@@ -70,16 +72,18 @@ def test_short_tasks_are_called_several_times():
   clock = Clock()
   # The first compiles, the second takes 1 of 3 seconds: three calls a turn.
   task = clock.task('a', 100, 1, 1, 2, 3, 4, 5, 6)
-  timings = measure.interleaved({'a': task}, 2, 3.0, clock.clocks)
+  timings = benchmark_timing.interleaved({'a': task}, 2, 3.0, clock.clocks)
   np.testing.assert_allclose(timings['a'].wall, [2, 5])
 
 
 def test_speeds_are_medians_and_ratios_are_of_medians():
-  timing = measure.Timing(np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.0, 8.0]))
-  baseline = measure.Timing(np.full(3, 8.0), np.full(3, 6.0))
-  row = measure.speed_row('x', 'y', 'z', 'u/s', 16, timing, baseline)
+  timing = benchmark_timing.Timing(
+    np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.0, 8.0])
+  )
+  baseline = benchmark_timing.Timing(np.full(3, 8.0), np.full(3, 6.0))
+  row = benchmark_timing.speed_row('x', 'y', 'z', 'u/s', 16, timing, baseline)
   assert row[4:10] == (8, 4, 16, 8, 4, 3)
-  alone = measure.speed_row('x', 'y', 'z', 'u/s', 16, timing)
+  alone = benchmark_timing.speed_row('x', 'y', 'z', 'u/s', 16, timing)
   assert math.isnan(alone.ratio) and math.isnan(alone.ratio_cpu)
 
 
@@ -96,11 +100,11 @@ def test_speeds_are_medians_and_ratios_are_of_medians():
   ],
 )
 def test_short_numbers(number, text):
-  assert measure.short(number) == text
+  assert benchmark_timing.short(number) == text
 
 
 def flops(function, *args):
-  return benchmark_agent.matmul_flops(jax.make_jaxpr(function)(*args))
+  return counting.matmul_flops(jax.make_jaxpr(function)(*args))
 
 
 def test_operations_of_products_by_hand():
@@ -157,7 +161,7 @@ def test_update_counts_the_unrolled_steps():
     changed = build.describe('efficientzero_catch', settings=TINY + settings)
     env = build.make_env(changed, training=True)
     agent = build.make_agent(changed, env.spec)
-    batch = benchmark_agent.made_up_batch(changed, env, agent)
+    batch = agents.made_up_batch(changed, env, agent)
     key = jax.random.key(0)
     state = jax.eval_shape(agent.init, key)
     return flops(agent.update, state, batch, key)
@@ -171,7 +175,7 @@ def test_update_counts_the_unrolled_steps():
 def test_made_up_batch_fits_the_agent(experiment):
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
-  batch = benchmark_agent.made_up_batch(experiment, env, agent)
+  batch = agents.made_up_batch(experiment, env, agent)
   shapes = {x.shape[:2] for x in jax.tree.leaves(batch.experience)}
   assert shapes == {(4, experiment.config.window)}
   state = jax.eval_shape(agent.init, jax.random.key(0))
@@ -188,34 +192,34 @@ def test_timed_sources_tell_their_seconds():
 
   source = Source(None, lambda *args: args, None, None, False)
   waits = []
-  timed = benchmark_agent.timed(source, waits)
+  timed = agents.timed(source, waits)
   assert timed.next(1, 2, 3, 4) == (1, 2, 3, 4)
   assert len(waits) == 1 and waits[0] >= 0
 
 
 def test_frames_are_counted_on_atari_alone(experiment):
-  assert benchmark_agent.frames_per_decision(experiment) == 1
+  assert agents.frames_per_decision(experiment) == 1
   games = [
     build.describe('efficientzero_atari', env='Enduro-v5', settings=settings)
     for settings in ([], ['env.options=frame_skip=2'])
   ]
-  assert [*map(benchmark_agent.frames_per_decision, games)] == [4, 2]
+  assert [*map(agents.frames_per_decision, games)] == [4, 2]
 
 
 def test_acting_needs_a_host_simulator():
   pure = build.describe('efficientzero_catch', env='jax:catch', settings=TINY)
   with pytest.raises(UserError, match='env=jax:catch'):
-    benchmark_agent.acting_rows(pure, measure.QUICK)
+    agents.acting_rows(pure, benchmark_timing.QUICK)
 
 
 def test_wide_embeddings_change_no_search():
   key = jax.random.key(0)
   found = []
   for width in (0, 16):
-    model = benchmark_search.table_model(0, 4, 3, width)
+    model = searches.table_model(0, 4, 3, width)
     params, root, recurrent_fn = model
     assert root.embedding[1].shape == (4, width)
-    search = benchmark_search.policies_in_turn(6)['puct']
+    search = searches.policies_in_turn(6)['puct']
     visits = jax.jit(
       lambda p, k, r, search=search, f=recurrent_fn: search(p, k, r, f)
     )
@@ -227,17 +231,17 @@ def test_wide_embeddings_change_no_search():
 def test_paths_are_counted_by_hand():
   # 0 - 1 - 2 - 3, and a star.
   parents = np.array([[-1, 0, 1, 2], [-1, 0, 0, 0]])
-  assert benchmark_search.mean_path(parents) == (1 + 2 + 3 + 1 + 1 + 1) / 6
+  assert searches.mean_path(parents) == (1 + 2 + 3 + 1 + 1 + 1) / 6
 
 
 @pytest.mark.parametrize(
   'kind', ['table', pytest.param('network', marks=pytest.mark.slow)]
 )
 def test_sampled_searches_beside_the_plain_one(kind):
-  sizes = measure.QUICK._replace(repeats=1)
+  sizes = benchmark_timing.QUICK._replace(repeats=1)
   name = 'factored, 7 bins x 6 dimensions'
-  chosen = {name: benchmark_search.families()[name]}
-  rows = benchmark_search._sampled(sizes, kind, chosen)
+  chosen = {name: searches.families()[name]}
+  rows = searches._sampled(sizes, kind, chosen)
   names = ['puct, 20 enumerated actions', name, f'{name}, root evaluated']
   assert [row.name for row in rows] == names
   assert all(row.median > 0 and 'paths of' in row.note for row in rows)
@@ -245,9 +249,9 @@ def test_sampled_searches_beside_the_plain_one(kind):
 
 
 def test_sampled_tables_tell_actions_apart():
-  family = benchmark_search.families()['tanh-Gaussian, 6 dimensions']
-  distribution = benchmark_search._distribution(family)
-  params, root, step = benchmark_search.sampled_table(0, 64, distribution)
+  family = searches.families()['tanh-Gaussian, 6 dimensions']
+  distribution = searches._distribution(family)
+  params, root, step = searches.sampled_table(0, 64, distribution)
   draws = distribution.draw(jax.random.key(0), (64, 2))
   actions = distribution.sample(draws, root.prior_logits)
   first, second = (

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark_compile, compile_targets, compiled
-from experiments.benchmark_compile_programs import Program
+from experiments.benchmarks import compilation
+from experiments.build.programs import Program
 from experiments.files.errors import UserError
+from experiments.runtime import compile_targets, compiled
 from experiments.runtime import mesh as meshes
 
 COMPILERS = pathlib.Path(__file__).resolve().parent.parent / '.compilers'
@@ -27,7 +28,7 @@ def row_of(function, *args, target=CPU):
   program = Program(
     'agent', 'planted', 'act', '', lambda: jax.jit(function).trace(*args)
   )
-  return benchmark_compile.measured(program, target)
+  return compilation.measured(program, target)
 
 
 def split(number=2):
@@ -195,8 +196,8 @@ def test_a_compiler_that_cannot_be_installed_is_one_line(monkeypatch, tmp_path):
 
 
 def run(target, names, rows, parts, out):
-  targets = benchmark_compile.read_targets([target])
-  benchmark_compile.run(targets, names, rows, parts, COMPILERS, out)
+  targets = compilation.read_targets([target])
+  compilation.run(targets, names, rows, parts, COMPILERS, out)
   with out.open() as file:
     return list(csv.DictReader(file))
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark_experts as experts
+from experiments.benchmarks import experts
 
 SIZES = experts.sizes_here(quick=True, repeats=9)
 

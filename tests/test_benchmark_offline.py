@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from experiments import benchmark_offline as offline
-from experiments import limits
+from experiments.benchmarks import offline, roofline
 
 WIDTH, BATCH, SIZES = 8, 16, offline._QUICK
 
@@ -55,6 +54,6 @@ def test_rows():
   assert small < {name for _, name, _ in found}
   data = found['memory', 'atac, data set', 'MB']
   assert data.median == 4 * SIZES.rows * (2 * 11 + 3 + 2) / 1e6
-  if not math.isnan(limits.memory_in_use()[0]):
+  if not math.isnan(roofline.memory_in_use()[0]):
     growth = found['memory', 'atac, growth while training', 'MB']
     assert 0 <= growth.median < 100

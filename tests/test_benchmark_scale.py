@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark_agent, benchmark_scale, build, limits
-from experiments.measure import Row
+from experiments import build
+from experiments.benchmarks import agents, counting, roofline, scale
+from experiments.benchmarks.timing import Row
 
 TINY = (
   'batch_size=4',
@@ -26,11 +27,11 @@ TINY = (
   'network.projector=8,8,8',
   'network.predictor=8',
 )
-SIZES = benchmark_scale.ScaleSizes((2,), ())
+SIZES = scale.ScaleSizes((2,), ())
 
 
 def work(function, *args, turns=1.0):
-  return limits.work(jax.make_jaxpr(function)(*args), turns)
+  return roofline.work(jax.make_jaxpr(function)(*args), turns)
 
 
 def test_work_of_products_by_hand():
@@ -76,14 +77,14 @@ def case():
   experiment = build.describe(
     'muzero_catch', env='jax:catch', settings=settings
   )
-  return benchmark_scale.Case('tiny', experiment, (2,))
+  return scale.Case('tiny', experiment, (2,))
 
 
 def test_work_of_a_whole_update_is_that_of_its_parts(case):
   experiment = case.experiment
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
-  batch = benchmark_agent.made_up_batch(experiment, env, agent)
+  batch = agents.made_up_batch(experiment, env, agent)
   key = jax.random.key(0)
   state = jax.eval_shape(agent.init, key)
   timestep = jax.tree.map(lambda x: x[:2, 0], batch.experience.timestep)
@@ -94,44 +95,43 @@ def test_work_of_a_whole_update_is_that_of_its_parts(case):
     (agent.act, (state.params, key, timestep), 1.5),
   )
   flops = [
-    n * benchmark_agent.matmul_flops(jax.make_jaxpr(f)(*args))
-    for f, args, n in parts
+    n * counting.matmul_flops(jax.make_jaxpr(f)(*args)) for f, args, n in parts
   ]
   assert all(flops)
-  assert benchmark_scale.update_work(case).flops == sum(flops)
+  assert scale.update_work(case).flops == sum(flops)
 
 
 def test_shares_of_the_roof_by_hand():
-  roof = limits.Roof(np.array([100e9, 60e9]), np.array([10e9, 5e9]))
+  roof = roofline.Roof(np.array([100e9, 60e9]), np.array([10e9, 5e9]))
   speed = Row('seeds', 'x', '', 'updates/s', 4, 3, 5, 2)
   # 2 operations a byte: memory allows 20 (and 10) GFLOP/s.
-  does = limits.Work(2e9, 1e9)
-  rate, traffic = limits.roof_rows('x', 'y', does, speed, roof)
+  does = roofline.Work(2e9, 1e9)
+  rate, traffic = roofline.roof_rows('x', 'y', does, speed, roof)
   assert rate[3:10] == ('GFLOP/s', 8, 6, 10, 4, 8 / 20, 4 / 10)
   assert traffic[3:10] == ('GB/s', 4, 3, 5, 2, 4 / 10, 2 / 5)
   # 20 a byte: the peak is what bounds.
-  does = limits.Work(20e9, 1e9)
-  rate, _ = limits.roof_rows('x', 'y', does, speed, roof)
+  does = roofline.Work(20e9, 1e9)
+  rate, _ = roofline.roof_rows('x', 'y', does, speed, roof)
   assert rate[8:10] == (80 / 100, 40 / 60)
 
 
 def test_peak_memory_remembers_what_was_freed():
-  before, highest = limits.memory_in_use(forget=True)
+  before, highest = roofline.memory_in_use(forget=True)
   if math.isnan(before):
     pytest.skip('this system does not tell')
   assert highest - before < 2**22
   block = np.ones(2**26, np.uint8)
-  now, _ = limits.memory_in_use()
+  now, _ = roofline.memory_in_use()
   assert now - before > 0.9 * block.nbytes
   del block
-  now, peak = limits.memory_in_use()
+  now, peak = roofline.memory_in_use()
   assert now - before < 2**25 and peak - before > 0.9 * 2**26
 
 
 def test_whole_periods_are_measured(monkeypatch):
   clock = types.SimpleNamespace(now=0.0)
   monkeypatch.setattr(
-    benchmark_scale,
+    scale,
     'time',
     types.SimpleNamespace(perf_counter=lambda: clock.now),
   )
@@ -143,7 +143,7 @@ def test_whole_periods_are_measured(monkeypatch):
     calls.append(updates)
 
   # 4 updates take 0.4 of 1.5 seconds.
-  assert benchmark_scale._enough(task, 4, 1.5) == 16
+  assert scale._enough(task, 4, 1.5) == 16
   assert calls == [4, 4]
 
 
@@ -153,13 +153,13 @@ def test_what_needs_too_much_memory_is_not_run(case, monkeypatch):
   def trainer(case, number):
     train = lambda updates: started.append(number)
     memory = 1000 * (number or 1)
-    return benchmark_scale._Trainer(lambda: train, 0.0, memory, memory, memory)
+    return scale._Trainer(lambda: train, 0.0, memory, memory, memory)
 
-  monkeypatch.setattr(benchmark_scale, '_trainer', trainer)
-  monkeypatch.setattr(benchmark_scale, 'free_bytes', lambda: 8001.0)
-  roof = limits.Roof(np.ones(2), np.ones(2))
+  monkeypatch.setattr(scale, '_trainer', trainer)
+  monkeypatch.setattr(scale, 'free_bytes', lambda: 8001.0)
+  roof = roofline.Roof(np.ones(2), np.ones(2))
   sizes = SIZES._replace(memory_share=0.5, repeats=1, least_seconds=0.0)
-  found = benchmark_scale.seed_rows(case._replace(seeds=(2, 3)), roof, sizes)
+  found = scale.seed_rows(case._replace(seeds=(2, 3)), roof, sizes)
   rows = [row for some in found for row in some]
   speeds = {row.name for row in rows if row.unit == 'updates/s'}
   assert speeds == {'one seed beside 2 seeds', '2 seeds'}
@@ -171,17 +171,17 @@ def test_what_needs_too_much_memory_is_not_run(case, monkeypatch):
 
 
 def test_cases_and_sizes():
-  sizes = benchmark_scale.sizes_here(seeds=(2, 8), repeats=3)
+  sizes = scale.sizes_here(seeds=(2, 8), repeats=3)
   assert (sizes.seeds, sizes.more_seeds, sizes.repeats) == ((2, 8), (2, 8), 3)
-  found = benchmark_scale.cases(None, ('td_steps=3',), sizes)
+  found = scale.cases(None, ('td_steps=3',), sizes)
   names = ['muzero_small', 'muzero_catch', 'efficientzero_catch']
   assert [one.name for one in found] == names
   assert {one.experiment.env_name for one in found} == {'jax:catch'}
   assert {one.experiment.config.td_steps for one in found} == {3}
   assert found[0].experiment.run.batch_size < found[1].experiment.run.batch_size
-  quick = benchmark_scale.sizes_here(quick=True)
-  assert len(benchmark_scale.cases(None, (), quick)) == 1
-  own = benchmark_scale.cases('sampled_muzero_pendulum', (), sizes)
+  quick = scale.sizes_here(quick=True)
+  assert len(scale.cases(None, (), quick)) == 1
+  own = scale.cases('sampled_muzero_pendulum', (), sizes)
   assert [one.experiment.env_name for one in own] == ['jax:pendulum']
 
 

@@ -14,10 +14,11 @@ import pytest
 
 from agents import sac
 from agents.core.types import Transition
-from experiments import build, collect, collector
+from experiments import build
 from experiments.data import layout, minari_files, npz
 from experiments.envs import envpool
 from experiments.files.errors import UserError
+from experiments.training import collect, collector
 
 STEPS = 5  # of an episode
 QUICK = collect.Collection(

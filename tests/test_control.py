@@ -14,11 +14,18 @@ import pytest
 
 from agents.core.rollout import ModelParams
 from agents.core.types import ArraySpec, Continuous, Spec
-from experiments import build, control, control_runs, control_study, plan_models
+from experiments import build
 from experiments.envs.pendulum import PendulumState, make_pendulum
 from experiments.envs.swingup import SwingupState, make_swingup
+from experiments.playing import (
+  actor_critic_model,
+  actor_critic_runs,
+  control,
+  planners,
+)
 from experiments.runtime import checkpoint
 from experiments.runtime import config as configs
+from experiments.studies import control as study_control
 from networks.ensemble import Prediction
 from networks.mlp import Network
 from search.exact import riccati
@@ -57,7 +64,7 @@ def exploit(params, key, timestep):
 def dynamics(params, observation, action):
   x, u = observation[:, 0], action[:, 0]
   reward = -(Q * x**2 + R * u**2)
-  return plan_models.Change(
+  return actor_critic_model.Change(
     A * observation + B * action, reward, jnp.full_like(x, params)
   )
 
@@ -78,15 +85,15 @@ def trained(gamma=GAMMA):
     dataset='some',
   )
   params = Weights(jnp.float32(BASE), jnp.float32(K))
-  return control_runs.Trained(experiment, agent, networks, params, SPEC)
+  return actor_critic_runs.Trained(experiment, agent, networks, params, SPEC)
 
 
 def play(name, observation, gamma=GAMMA, goes_on=1.0, budget=(5, 3)):
   run = trained(gamma)
-  player = control.make_player(
-    control.parse(name), run, dynamics, budget=control.Budget(*budget)
+  player = planners.make_player(
+    planners.parse(name), run, dynamics, budget=planners.Budget(*budget)
   )
-  params = plan_models.Params(run.params, jnp.float32(goes_on))
+  params = actor_critic_model.Params(run.params, jnp.float32(goes_on))
   step = time_step(jnp.asarray(observation, jnp.float32)[:, None])
   return jax.jit(player)(params, jax.random.key(3), step)[:, 0]
 
@@ -120,15 +127,18 @@ def test_an_action_is_worth_reward_rollout_and_critic(steps, terminal):
   from search import lookahead, rollout
 
   run, goes_on, x = trained(), 0.5, np.array([-1.0, 0.3])
-  q = plan_models.critic_value(run.networks)
-  model = plan_models.planning_model(
+  q = actor_critic_model.critic_value(run.networks)
+  model = actor_critic_model.planning_model(
     run.agent, q, dynamics, SPEC, gamma=GAMMA, reward_factor=FACTOR, num=4
   )
   model = rollout.truncated(
-    model, plan_models.base_policy(run.agent), steps=steps, terminal=terminal
+    model,
+    actor_critic_model.base_policy(run.agent),
+    steps=steps,
+    terminal=terminal,
   )
   planner = jax.jit(functools.partial(lookahead.lookahead(1), model))
-  params = plan_models.Params(run.params, jnp.float32(goes_on))
+  params = actor_critic_model.Params(run.params, jnp.float32(goes_on))
   step = time_step(jnp.asarray(x, jnp.float32)[:, None])
   got = planner(params, jax.random.key(0), step)
   for row, tried in enumerate(np.asarray(got.sampled_actions)[..., 0]):
@@ -155,11 +165,11 @@ def test_actor_and_critic_play_without_a_model():
 
 def test_the_box_is_filled():
   run = trained()
-  q = plan_models.critic_value(run.networks, 'mean')
-  model = plan_models.planning_model(
+  q = actor_critic_model.critic_value(run.networks, 'mean')
+  model = actor_critic_model.planning_model(
     run.agent, q, dynamics, SPEC, gamma=GAMMA, num=400, proposal='box'
   )
-  params = plan_models.Params(run.params, jnp.float32(1))
+  params = actor_critic_model.Params(run.params, jnp.float32(1))
   assert model.actions is not None
   drawn = model.actions(params, jax.random.key(0), jnp.ones((1, 1)))[0, :, 0]
   assert drawn[0] == jnp.float32(BASE)
@@ -189,7 +199,9 @@ def test_the_exact_dynamics_is_the_simulators():
   ):
     step = jax.jit(jax.vmap(env.step, (0, 0, None)))
     _, want = step(state, action, jax.random.key(0))
-    got = jax.jit(plan_models.exact(env))(None, as_float(observation), action)
+    got = jax.jit(actor_critic_model.exact(env))(
+      None, as_float(observation), action
+    )
     np.testing.assert_allclose(got.observation, want.observation, atol=1e-4)
     np.testing.assert_allclose(got.reward, want.reward, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got.discount, want.discount)
@@ -205,7 +217,7 @@ def test_a_learned_dynamics_is_the_elites_mean_in_raw_units():
 
   ensemble = types.SimpleNamespace(apply=apply)
   params = ModelParams(jnp.array([9.0, 1.0, 3.0]), jnp.array([1, 2]))
-  got = plan_models.learned(ensemble, reward_factor=0.1)(
+  got = actor_critic_model.learned(ensemble, reward_factor=0.1)(
     params, jnp.array([[5.0, 6.0]]), jnp.array([[0.7]])
   )
   np.testing.assert_allclose(got.observation, [[7, 8]], rtol=1e-6)
@@ -225,7 +237,9 @@ def test_a_learned_dynamics_is_the_elites_mean_in_raw_units():
   ],
 )
 def test_steps_of_the_model_are_counted(name, steps):
-  assert control.model_steps(control.parse(name), control.Budget(8, 4)) == steps
+  assert (
+    planners.model_steps(planners.parse(name), planners.Budget(8, 4)) == steps
+  )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +258,7 @@ def test_steps_of_the_model_are_counted(name, steps):
 )
 def test_unknown_planners_are_refused(name):
   with pytest.raises(configs.UserError, match='planner='):
-    control.parse(name)
+    planners.parse(name)
 
 
 # Runs: their folders are made without training.
@@ -309,7 +323,7 @@ def test_a_finished_run_is_played(runs, model):
     np.testing.assert_allclose(
       row.gain, row.return_mean - rows[0].return_mean, atol=1e-9
     )
-  written = control_study.read(pathlib.Path(runs['iql'], 'control.csv'))
+  written = study_control.read(pathlib.Path(runs['iql'], 'control.csv'))
   assert [row['planner'] for row in written] == ['actor', 'lookahead=1']
   np.testing.assert_allclose(
     [float(row['return_mean']) for row in written],
@@ -332,8 +346,8 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
     (cloned, 'bc has no actor with a critic; atac, combo, cql, iql'),
   ):
     with pytest.raises(configs.UserError, match=message):
-      control_runs.load(workdir)
-  run = control_runs.load(runs['iql'])
+      actor_critic_runs.load(workdir)
+  run = actor_critic_runs.load(runs['iql'])
   far = run._replace(experiment=run.experiment._replace(env_name='Hopper-v4'))
   for name, own, message in (
     ('exact', far, 'env=Hopper-v4: there is no exact model .* jax:swingup'),
@@ -341,7 +355,7 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
     (runs['combo'], far, 'learned from jax:pendulum, but .* of Hopper-v4'),
   ):
     with pytest.raises(configs.UserError, match=message):
-      control_runs.find_dynamics(name, own)
+      actor_critic_runs.find_dynamics(name, own)
 
 
 def test_the_launcher_tells_mistakes_in_a_line():
@@ -380,7 +394,7 @@ def test_seeds_are_summarised_and_drawn(tmp_path):
       ('lookahead=1+rollout=4', 'exact', 40 + seed),
     )
   ]
-  summary = control_study.summarised(rows[:-1])
+  summary = study_control.summarised(rows[:-1])
   assert [row['seeds'] for row in summary] == [2, 2, 1]
   one, two, alone = summary
   # Student's t for two values: 12.706 standard errors, which are 10.
@@ -388,5 +402,5 @@ def test_seeds_are_summarised_and_drawn(tmp_path):
   np.testing.assert_allclose(one['return_low'], -200 - 127.06, rtol=1e-4)
   assert (two['gain_mean'], two['gain_low'], two['gain_high']) == (30, 30, 30)
   assert (alone['return_mean'], alone['return_low']) == (-170, '')
-  control_study.draw(summary, tmp_path / 'control.png')
+  study_control.draw(summary, tmp_path / 'control.png')
   assert (tmp_path / 'control.png').stat().st_size > 10_000

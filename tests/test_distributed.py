@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import launch
+from experiments.runtime import processes as supervision
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = (
@@ -156,7 +156,7 @@ def test_it_goes_on_with_two_processes(runs, tmp_path):
 )
 def test_processes_that_were_given_other_things_end(odd, said, tmp_path):
   """All of them with the same line, code 2 and nothing written."""
-  each = launch.environments(2, 1)
+  each = supervision.environments(2, 1)
   if not odd:
     each[1]['OUTPLAY_LOCAL_DEVICES'] = '2'
   flags = [f'--workdir={tmp_path / "run"}']

@@ -19,23 +19,20 @@ import typing
 
 import flag_values
 import jax
+import launching
 import numpy as np
 import pytest
 
-from experiments import build, presets, sweep_engines, sweep_pool
-from experiments.collect import Collection
+from experiments import build, presets
 from experiments.data import layout, npz
 from experiments.files import writing
 from experiments.files.errors import UserError, shown
 from experiments.runtime import checkpoint, distributed, mesh, watch
 from experiments.runtime import config as configs
+from experiments.sweeps import engines, pool
+from experiments.training.collect import Collection
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LAUNCHERS = sorted(
-  path.stem
-  for path in (ROOT / 'experiments').glob('*.py')
-  if 'configs.run_main(' in path.read_text()
-)
 WRONG = 'zzz'
 
 # A command, and the pieces of its message in their order.
@@ -179,29 +176,45 @@ TABLE = {
   'train --workdir=file/run': 'workdir=file/run: file is a file, must be a fol',
   'sweep --workdir=file': 'workdir=file: is a file, must be a folder',
   'collect --out=file': 'out=file: is a file, must be a folder',
-  'newton --out=file': 'out=file: is a file, must be a folder',
+  'study newton --out=file': 'out=file: is a file, must be a folder',
   'notebook compose --out=file': 'out=file: is a file, must be a folder',
-  'operators --out=file': 'out=file: is a file, must be a folder',
+  'study sampling_operators --out=file': (
+    'out=file: is a file, must be a folder'
+  ),
   'benchmark --out=empty': 'out=empty: is a folder, must be the name of a file',
   'corpus --out=file/x': 'out=file/x: file is a file, must be a folder',
-  'equity --workdir=backgammon --out=empty': 'out=empty: is a folder, must be',
+  'study equity --workdir=backgammon --out=empty': (
+    'out=empty: is a folder, must be'
+  ),
   'control --workdir=pendulum --out=empty': 'out=empty: is a folder, must be',
   'play --workdir=catch --out=empty': 'out=empty: is a folder, must be the nam',
   'play --workdir=catch --record=file/x.gif': 'record=file/x.gif: file is a fi',
-  'judge --out=empty': 'out=empty: is a folder, must be the name of a file',
-  'game --out=empty/game.txt': 'out=empty/game.txt: must end in .csv',
-  'game --out=file/game.csv': 'out=file/game.csv: file is a file, must be',
+  'study connect_four_positions --out=empty': (
+    'out=empty: is a folder, must be the name of a file'
+  ),
+  'study atac_game --out=empty/game.txt': (
+    'out=empty/game.txt: must end in .csv'
+  ),
+  'study atac_game --out=file/game.csv': (
+    'out=file/game.csv: file is a file, must be'
+  ),
   'plots --workdirs=catch --out=x.zzz': 'out=x.zzz: must end in one of ... .pn',
-  'specialisation --workdir=catch --out=x.zzz': 'out=x.zzz: must end in ... .p',
-  'control --study --folder=file': 'folder=file: is a file, must be a folder',
-  'control --study --results=file': 'results=file: is a file, must be a folder',
-  'pruning --results=file': 'results=file: is a file, must be a folder',
-  'study --study=catch --folder=file': 'folder=file: is a file, must be a fold',
-  'study --study=catch --results=file': 'results=file: is a file, must be a fo',
-  'study_games --results=file': 'results=file: is a file, must be a folder',
-  'study_backgammon --results=file': 'results=file: is a file, must be a',
-  'study_offline --study=betas --folder=file': 'folder=file: is a file, must',
-  'study_offline --study=betas --results=file': 'results=file: is a file, must',
+  'study specialisation --workdir=catch --out=x.zzz': (
+    'out=x.zzz: must end in ... .p'
+  ),
+  'study control --folder=file': 'folder=file: is a file, must be a folder',
+  'study control --results=file': 'results=file: is a file, must be a folder',
+  'study pruning --results=file': 'results=file: is a file, must be a folder',
+  'study catch --folder=file': 'folder=file: is a file, must be a fold',
+  'study catch --results=file': 'results=file: is a file, must be a fo',
+  'study connect_four_players --results=file': (
+    'results=file: is a file, must be a folder'
+  ),
+  'study backgammon_players --results=file': (
+    'results=file: is a file, must be a'
+  ),
+  'study offline --study=betas --folder=file': 'folder=file: is a file, must',
+  'study offline --study=betas --results=file': 'results=file: is a file, must',
   # Runs.
   'play --workdir=empty': "workdir=empty: is no run's folder ... name the --wo",
   'play --workdir=file': "workdir=file: is no run's folder ... name the --work",
@@ -225,30 +238,42 @@ TABLE = {
   ),
   'play --workdir=catch': 'catch/final/0 does not fit this run: ... another',
   'play --workdir=catch --checkpoint=early': 'checkpoint=early: ... are final',
-  'specialisation --workdir=catch --checkpoint=zzz': (
+  'study specialisation --workdir=catch --checkpoint=zzz': (
     'workdir=catch: is no run of a language model'
   ),
-  'specialisation --workdir=none': "workdir=none: is no run's folder",
+  'study specialisation --workdir=none': "workdir=none: is no run's folder",
   'control --workdir=none': "workdir=none: is no run's folder",
   'control --workdir=catch': 'workdir=catch: jax:catch has discrete actions; p',
   'control': 'workdir: the folder of a run is needed, or --study',
-  'equity --workdir=catch': 'workdir=catch: plays jax:catch, and gnubg judges',
+  'study equity --workdir=catch': (
+    'workdir=catch: plays jax:catch, and gnubg judges'
+  ),
   'plots --workdirs=none': 'workdirs=none: there is none; name folders',
   'plots --workdirs=empty': "workdirs=empty: holds no run's config.json; name",
   'plots --workdirs=typed': 'typed/metrics.csv: there is none; has the run',
   'plots --workdirs=catch --y=zzz': "no column 'zzz'; there are step",
   'plots --workdirs=catch --y=loss': 'loss is no number',
   'plots --workdirs=words': 'words/config.json: seed is no number',
-  'study_games --folder=none': 'folder=none: no finished runs ... train them',
-  'study_games --name=zzz': 'no finished runs zzz_s* (with an eval',
-  'study_backgammon --folder=none': 'no finished runs hidden_*_s*; train them',
-  'study_backgammon --folder=dice --games=5': 'games=5: must be even, every',
-  'study_backgammon --folder=dice --players=zzz': "player='zzz': must be",
-  'study_backgammon --folder=dice --opponents=zzz': (
+  'study connect_four_players --folder=none': (
+    'folder=none: no finished runs ... train them'
+  ),
+  'study connect_four_players --name=zzz': (
+    'no finished runs zzz_s* (with an eval'
+  ),
+  'study backgammon_players --folder=none': (
+    'no finished runs hidden_*_s*; train them'
+  ),
+  'study backgammon_players --folder=dice --games=5': (
+    'games=5: must be even, every'
+  ),
+  'study backgammon_players --folder=dice --players=zzz': (
+    "player='zzz': must be"
+  ),
+  'study backgammon_players --folder=dice --opponents=zzz': (
     'opponents=zzz: must be judge, pubeval or gnubg'
   ),
-  'study_backgammon --folder=boards': 'no finished runs hidden_*_s*',
-  'study_backgammon --folder=dice --opponents=solver': (
+  'study backgammon_players --folder=boards': 'no finished runs hidden_*_s*',
+  'study backgammon_players --folder=dice --opponents=solver': (
     'player=solver: plays ConnectFour, and this is backgammon'
   ),
   # Play.
@@ -265,11 +290,15 @@ TABLE = {
   'play --workdir=board --players=catch:network': (
     'player=catch:network: catch plays jax:catch, and this is self_play:tic'
   ),
-  'equity --workdir=backgammon --players=zzz': "player='zzz': must be network",
-  'study_games --folder=boards --name=connect_four --players=zzz': (
+  'study equity --workdir=backgammon --players=zzz': (
+    "player='zzz': must be network"
+  ),
+  'study connect_four_players --folder=boards --players=zzz': (
     "player='zzz': must be network, random"
   ),
-  'study_games --folder=boards --opponents=zzz': 'opponents=zzz: must be of ',
+  'study connect_four_players --folder=boards --opponents=zzz': (
+    'opponents=zzz: must be of '
+  ),
   'control --workdir=pendulum --planners=zzz': "planner='zzz': must be actor",
   'control --workdir=pendulum --planners=;': 'planners=;: names none; actor is',
   'control --workdir=pendulum --dynamics=catch': (
@@ -294,19 +323,23 @@ TABLE = {
   'train --preset=moe_language_small --text=latin.txt': (
     'text=latin.txt: byte 3 (line 1) is not utf-8; ... encoding=latin-1'
   ),
-  'control --study --data=none': 'data=none: has no random; make it with pytho',
-  'control --study --data=. --qualities=zzz': 'data=.: has no zzz; make it',
-  'control --study --data=. --qualities=empty --agents=zzz': (
+  'study control --data=none': 'data=none: has no random; make it with pytho',
+  'study control --data=. --qualities=zzz': 'data=.: has no zzz; make it',
+  'study control --data=. --qualities=empty --agents=zzz': (
     'agents=zzz: must be of '
   ),
-  'study_offline --study=betas --only=zzz': 'only=zzz: betas has atac',
-  'study_offline --study=betas --data=none': 'data=none: has no pendulum; make',
-  'study_offline --study=betas --data=. --envs=zzz': 'data=.: has no zzz; make',
+  'study offline --study=betas --only=zzz': 'only=zzz: betas has atac',
+  'study offline --study=betas --data=none': 'data=none: has no pendulum; make',
+  'study offline --study=betas --data=. --envs=zzz': 'data=.: has no zzz; make',
   # Numbers in lists.
   'benchmark --suite=scale --seeds=zzz': 'seeds=zzz: must be integers with com',
   'benchmark --suite=scale --quick --seeds=0': 'seeds=0: must be at least 1',
-  'game --sizes=1': 'sizes=1: must be whole numbers, each at least 2',
-  'operators --ks=4': 'ks=4: must be whole numbers from 1 up, two of them',
+  'study atac_game --sizes=1': (
+    'sizes=1: must be whole numbers, each at least 2'
+  ),
+  'study sampling_operators --ks=4': (
+    'ks=4: must be whole numbers from 1 up, two of them'
+  ),
   # Flags.
   'train --prest=x': "Unknown command line flag 'prest'. Did you mean: preset",
   'train zzz': "unexpected argument 'zzz': flags are --name=value",
@@ -332,8 +365,11 @@ MISSING = {
     "'othello': needs pgx; pip install 'outplay[games]'",
   ),
   'sweep --workdir=new --engine=ray': ('ray', 'engine=ray: ... pip install'),
-  'judge --out=new.csv': ('bitbully', 'solver: needs bitbully; pip install'),
-  'equity --workdir=backgammon --players=random': (
+  'study connect_four_positions --out=new.csv': (
+    'bitbully',
+    'solver: needs bitbully; pip install',
+  ),
+  'study equity --workdir=backgammon --players=random': (
     'gnubg_nn',
     "gnubg-nn is not installed; pip install 'outplay[opponents]'",
   ),
@@ -343,7 +379,7 @@ LOADS = {'control --workdir=pendulum --dynamics=catch'}
 # Any text will do, or it is only found wrong once there is a cluster.
 FREE = {
   ('sweep', 'ray_address'),
-  ('pruning', 'folder'),
+  ('study pruning', 'folder'),
 }
 
 
@@ -445,8 +481,8 @@ def launch(folder, compiled, monkeypatch, capsys):
   # What is not refused must not keep the tests waiting.
   monkeypatch.setattr(mesh, 'init', begun)
   monkeypatch.setattr(distributed, '_connect', begun)
-  monkeypatch.setattr(sweep_engines, 'vmapped', begun)
-  monkeypatch.setattr(sweep_pool, 'run', begun)
+  monkeypatch.setattr(engines, 'vmapped', begun)
+  monkeypatch.setattr(pool, 'run', begun)
   monkeypatch.setattr(subprocess, 'Popen', _only_others(subprocess.Popen))
   # Or the launchers would set up a cache of their own.
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'set')
@@ -455,8 +491,7 @@ def launch(folder, compiled, monkeypatch, capsys):
   handlers, level = logging.root.handlers[:], logging.root.level
 
   def refused(command: str, *more: str) -> str:
-    name, *rest = [*shlex.split(command), *more]
-    module = importlib.import_module(f'experiments.{name}')
+    name, module, rest = launching.find([*shlex.split(command), *more])
     cut = rest.index('--') if '--' in rest else len(rest)
     rest, behind = rest[:cut], rest[cut + 1 :]
     if name == 'notebook':
@@ -535,7 +570,7 @@ def test_settings_that_no_run_can_have_are_refused(launch):
     assert value in message or value.isdecimal(), message
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize('launcher', launching.LAUNCHERS)
 def test_every_flag_refuses_what_its_type_cannot_be(launcher, launch):
   for name, flag in _flags(launcher).items():
     if name == 'what':  # an alias, whose messages name the flag
@@ -550,17 +585,17 @@ def test_every_flag_refuses_what_its_type_cannot_be(launcher, launch):
 def test_there_are_enough_values():
   count = len(flag_values.ROWS) + len(flag_values.settings())
   count += sum(len(flag_values.places(flag)) for flag in flag_values.PLACES)
-  for launcher in LAUNCHERS:
+  for launcher in launching.LAUNCHERS:
     flags = _flags(launcher).values()
     count += sum(len(flag_values.by_type(flag)) for flag in flags)
   assert count >= 500
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize('launcher', launching.LAUNCHERS)
 def test_help_is_no_error(launcher, launch, capsys, monkeypatch):
   from absl import flags
 
-  module = importlib.import_module(f'experiments.{launcher}')
+  _, module, _ = launching.find(launcher.split())
   monkeypatch.setattr(sys, 'argv', [launcher, '--help'])
   known = set(flags.FLAGS)
   module.define_flags()
@@ -578,14 +613,14 @@ def test_help_is_no_error(launcher, launch, capsys, monkeypatch):
   'launcher',
   [
     name if name == 'train' else pytest.param(name, marks=pytest.mark.slow)
-    for name in LAUNCHERS
+    for name in launching.LAUNCHERS
   ],
 )
 def test_help_ends_in_silence_where_nobody_reads_it(launcher):
   read, write = os.pipe()
   os.close(read)
   done = subprocess.run(
-    [sys.executable, '-m', f'experiments.{launcher}', '--help'],
+    [sys.executable, '-m', *f'experiments.{launcher}'.split(), '--help'],
     cwd=ROOT,
     stdout=write,
     stderr=subprocess.PIPE,
@@ -636,7 +671,7 @@ def _flags(launcher):
   from absl import flags
 
   known = set(flags.FLAGS)
-  importlib.import_module(f'experiments.{launcher}').define_flags()
+  launching.find(launcher.split())[1].define_flags()
   try:
     return {name: flags.FLAGS[name] for name in set(flags.FLAGS) - known}
   finally:
@@ -660,12 +695,12 @@ def _wrong_values(flag):
   return found
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize('launcher', launching.LAUNCHERS)
 def test_every_flag_can_be_refused(launcher, launch):
   commands = {
     piece.partition('=')[0]
     for command in (*TABLE, *MISSING)
-    if command.split()[0] == launcher
+    if launching.find(shlex.split(command))[0] == launcher
     for piece in shlex.split(command)[1:]
   }
   for name, flag in _flags(launcher).items():

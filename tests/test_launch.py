@@ -12,9 +12,8 @@ import time
 import pytest
 import yaml
 
-from experiments import launch
 from experiments.files.errors import UserError
-from experiments.runtime import distributed
+from experiments.runtime import distributed, processes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = ROOT / 'experiments' / 'recipes'
@@ -254,14 +253,14 @@ def test_auto_without_an_engine_is_one_line():
 
 def test_commands_get_this_python():
   here = sys.executable
-  assert launch.resolve(['-m', 'x', '--y']) == [here, '-m', 'x', '--y']
-  assert launch.resolve(['x.py', 'y']) == [here, 'x.py', 'y']
-  assert launch.resolve(['python', '-m', 'x']) == [here, '-m', 'x']
-  assert launch.resolve(['sh', '-c', ':']) == ['sh', '-c', ':']
+  assert processes.resolve(['-m', 'x', '--y']) == [here, '-m', 'x', '--y']
+  assert processes.resolve(['x.py', 'y']) == [here, 'x.py', 'y']
+  assert processes.resolve(['python', '-m', 'x']) == [here, '-m', 'x']
+  assert processes.resolve(['sh', '-c', ':']) == ['sh', '-c', ':']
   with pytest.raises(UserError, match='no command: put it behind --'):
-    launch.resolve([])
+    processes.resolve([])
   with pytest.raises(UserError, match='command nowhere: no such program'):
-    launch.resolve(['nowhere'])
+    processes.resolve(['nowhere'])
 
 
 def test_odd_processes_are_named():
@@ -292,7 +291,7 @@ def test_one_process_agrees_with_itself():
 
 
 def test_processes_get_their_numbers_and_their_gpus():
-  first, second = launch.environments(2, 3)
+  first, second = processes.environments(2, 3)
   assert first['OUTPLAY_COORDINATOR'] == second['OUTPLAY_COORDINATOR']
   assert second['OUTPLAY_NUM_PROCESSES'] == '2'
   assert [x['OUTPLAY_PROCESS_ID'] for x in (first, second)] == ['0', '1']
@@ -300,7 +299,7 @@ def test_processes_get_their_numbers_and_their_gpus():
     '0,1,2',
     '3,4,5',
   ]
-  assert 'OUTPLAY_LOCAL_DEVICES' not in launch.environments(1)[0]
+  assert 'OUTPLAY_LOCAL_DEVICES' not in processes.environments(1)[0]
 
 
 def test_processes_add_up_and_agree(program):

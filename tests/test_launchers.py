@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments import build, play, presets
+from experiments import build, presets
+from experiments.build import saved as saved_run
 from experiments.runtime import config as configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -174,11 +175,11 @@ def test_killed_and_run_again_equals_uninterrupted(finished, tmp_path):
   assert 'resumed at update' in done.stdout
   assert rows(workdir / 'metrics.csv') == rows(whole / 'metrics.csv')
 
-  experiment = play.load_experiment(str(whole))
+  experiment = saved_run.load_experiment(str(whole))
   env = build.make_env(experiment, training=False)
   agent = build.make_agent(experiment, env.spec)
-  one = play.load_params(str(whole), agent, ['final'])['final']
-  two = play.load_params(str(workdir), agent, ['final'])['final']
+  one = saved_run.load_params(str(whole), agent, ['final'])['final']
+  two = saved_run.load_params(str(workdir), agent, ['final'])['final']
   for a, b in zip(
     *(map(np.asarray, _leaves(params)) for params in (one, two)), strict=True
   ):
@@ -356,7 +357,7 @@ def _refresh_fits(experiment, spec, agent):
 
 def test_a_saved_config_is_read_back(finished):
   workdir, _ = finished
-  experiment = play.load_experiment(str(workdir))
+  experiment = saved_run.load_experiment(str(workdir))
   saved = configs.read_run_config(workdir)
   saved.pop('made_with')
   assert configs._plain(experiment.as_dict()) == saved

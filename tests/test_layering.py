@@ -1,5 +1,7 @@
-"""Imports point downwards: tests > launchers > runtime, envs > agents >
-agents.core > networks, search. No agent knows another, and a launcher starts
+"""Imports point downwards from room to room, and never in a circle of files.
+
+`BELOW` draws the house of CONTRIBUTING.md, a rule for each room. No agent knows
+another, no module reaches for another's private names, and a command starts
 without JAX.
 """
 
@@ -14,6 +16,25 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = ('agents', 'networks', 'search', 'experiments', 'tests')
 
+_AGENTS = {'agents', 'agents.core', 'networks', 'search'}
+_FILES = {'agents.core', 'experiments.files', 'networks', 'search'}
+_RUNTIME = {*_FILES, 'experiments.envs'}
+_BUILD = {
+  *_AGENTS,
+  *(
+    f'experiments.{name}'
+    for name in ('data', 'envs', 'files', 'presets', 'report', 'runtime')
+  ),
+}
+_RUN = {*_BUILD, 'experiments.build'}
+_STUDIES = {
+  *_RUN,
+  'search.exact',
+  *(
+    f'experiments.{name}'
+    for name in ('benchmarks', 'playing', 'sweeps', 'training')
+  ),
+}
 # What each room may import of ours, besides itself.
 BELOW = {
   'networks': set(),
@@ -22,26 +43,18 @@ BELOW = {
   'agents.core': {'networks', 'search'},
   'agents': {'agents.core', 'networks', 'search'},
   'experiments.files': set(),
-  'experiments.data': {
-    'experiments.envs',
-    'experiments.files',
-    'agents.core',
-    'networks',
-    'search',
-  },
-  'experiments.envs': {
-    'experiments.files',
-    'agents.core',
-    'networks',
-    'search',
-  },
-  'experiments.runtime': {
-    'experiments.envs',
-    'experiments.files',
-    'agents.core',
-    'networks',
-    'search',
-  },
+  'experiments.presets': {'experiments.files'},
+  'experiments.envs': _FILES,
+  'experiments.data': _RUNTIME,
+  'experiments.runtime': _RUNTIME,
+  'experiments.report': {'experiments.files', 'experiments.runtime'},
+  'experiments.build': _BUILD,
+  'experiments.training': _RUN,
+  'experiments.playing': _RUN,
+  'experiments.benchmarks': _RUN,
+  'experiments.sweeps': {*_RUN, 'experiments.training'},
+  'experiments.studies': _STUDIES,
+  'experiments.notebooks': {*_STUDIES, 'experiments.studies'},
 }
 EVERYTHING = {*BELOW, 'experiments'}
 
@@ -148,6 +161,7 @@ def violations(files: dict[str, str]) -> list[str]:
     here = room(module)
     if here == 'tests':
       continue
+    lines += private(path, files[path], known)
     for name, _, line in found[module]:
       top, where = name.split('.')[0], f'{path}:{line}: {name}'
       if top in OURS:
@@ -160,12 +174,58 @@ def violations(files: dict[str, str]) -> list[str]:
         lines.append(f'{where}: only networks imports flax')
       if name.startswith('mctx._') and module != 'search._mctx':
         lines.append(f'{where}: only search/_mctx.py knows private mctx')
-    if re.fullmatch(r'experiments/\w+\.py', path):
+    flags = re.search(r'^def define_flags', files[path], re.M)
+    if flags or re.fullmatch(r'experiments/\w+\.py', path):
       lines += [
         f'{path}: {chain} is imported before the flags are parsed'
         for chain in heavy(module, found)
       ]
-  return lines
+  return [*lines, *circles(found)]
+
+
+def private(path: str, source: str, known: set[str]) -> Iterator[str]:
+  """Names with an underscore that a module takes from another of ours."""
+  modules = {}
+  tree = ast.parse(source)
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.ImportFrom):
+      continue
+    for alias in node.names:
+      full = f'{node.module}.{alias.name}'
+      if full in known:
+        modules[alias.asname or alias.name] = full
+      elif node.module in known and alias.name.startswith('_'):
+        yield f'{path}:{node.lineno}: {full} is private'
+  for node in ast.walk(tree):
+    if (
+      isinstance(node, ast.Attribute)
+      and isinstance(node.value, ast.Name)
+      and re.match('_[^_]', node.attr)
+      and node.value.id in modules
+    ):
+      full = f'{modules[node.value.id]}.{node.attr}'
+      yield f'{path}:{node.lineno}: {full} is private'
+
+
+def circles(found: dict[str, list[Import]]) -> list[str]:
+  """Modules that import each other in a loop, wherever they do it."""
+  left = {
+    module: {
+      i.module for i in inside if i.module in found and i.module != module
+    }
+    for module, inside in found.items()
+  }
+  # What imports nothing that is left is in no loop, nor is what nobody imports.
+  while True:
+    named = set().union(*left.values()) if left else set()
+    ends = {m for m, below in left.items() if not below or m not in named}
+    if not ends:
+      break
+    left = {m: below - ends for m, below in left.items() if m not in ends}
+  return [
+    f'{module}: is in a circle with {", ".join(sorted(below))}'
+    for module, below in left.items()
+  ]
 
 
 def heavy(module: str, found: dict[str, list[Import]]) -> list[str]:
@@ -212,7 +272,27 @@ FINE = {
     'from experiments.envs import host'
   ),
   'experiments/runtime/config.py': 'import json',
-  'experiments/presets.py': 'import dataclasses',
+  'experiments/presets/table.py': 'import dataclasses',
+  'experiments/presets/settings.py': 'from experiments.files import errors',
+  'experiments/files/errors.py': '',
+  'experiments/build/__init__.py': (
+    'from experiments.build.agent import make_agent'
+  ),
+  'experiments/build/agent.py': (
+    'from experiments.presets import table\nfrom experiments.report import runs'
+  ),
+  'experiments/report/runs.py': 'from experiments.runtime import config',
+  'experiments/playing/match.py': 'from experiments import build',
+  'experiments/training/run.py': 'from experiments import build',
+  'experiments/benchmarks/scale.py': 'from experiments import build',
+  'experiments/sweeps/plan.py': 'from experiments.training import run',
+  'experiments/studies/newton.py': (
+    'from experiments.playing import match\n'
+    'from experiments.training import run\n'
+    'from experiments.sweeps import plan\n'
+    'def define_flags(): ...'
+  ),
+  'experiments/notebooks/execute.py': 'from experiments.studies import newton',
   'experiments/train.py': (
     'from experiments import presets\n'
     'from experiments.runtime import config\n'
@@ -272,9 +352,88 @@ def test_what_is_fine_passes():
       'from experiments.runtime import loop',
       'experiments.train > experiments.runtime.loop > jax is imported before',
     ),
-    ('experiments/presets.py', 'from agents import sac', 'before the flags'),
+    ('search/exact/bellman.py', 'from networks import mlp', 'import networks'),
+    ('experiments/presets/table.py', 'from agents import sac', 'import agents'),
+    (
+      'experiments/presets/table.py',
+      'def f():\n  from experiments.runtime import config',
+      'may not import experiments.runtime',
+    ),
+    ('experiments/report/runs.py', 'from experiments import build', '.build'),
+    (
+      'experiments/build/agent.py',
+      'from experiments.training import run',
+      'may not import experiments.training',
+    ),
+    (
+      'experiments/training/run.py',
+      'from experiments.playing import match',
+      'may not import experiments.playing',
+    ),
+    (
+      'experiments/playing/match.py',
+      'from experiments.training import run',
+      'may not import experiments.training',
+    ),
+    (
+      'experiments/benchmarks/scale.py',
+      'from experiments.sweeps import plan',
+      'may not import experiments.sweeps',
+    ),
+    (
+      'experiments/sweeps/plan.py',
+      'from experiments.playing import match',
+      'may not import experiments.playing',
+    ),
+    (
+      'experiments/studies/newton.py',
+      'from experiments.notebooks import execute',
+      'may not import experiments.notebooks',
+    ),
+    (
+      'experiments/studies/newton.py',
+      'import jax\ndef define_flags(): ...',
+      'studies.newton > jax is imported before the flags',
+    ),
+    (
+      'experiments/notebooks/execute.py',
+      'from experiments import train',
+      'may not import experiments',
+    ),
+    (
+      'experiments/runtime/loop.py',
+      'def f():\n  from experiments.runtime import config\n  config._read()',
+      'experiments.runtime.config._read is private',
+    ),
+    (
+      'agents/core/losses.py',
+      'from agents.core.types import _Box',
+      'agents.core.types._Box is private',
+    ),
   ],
 )
 def test_what_is_wrong_is_found(path, source, complaint):
   found = violations({**FINE, path: source})
   assert any(line.startswith(path) and complaint in line for line in found)
+
+
+@pytest.mark.parametrize(
+  ('one', 'other'),
+  [
+    ('search/exact/bellman.py', 'search/exact/riccati.py'),
+    ('agents/core/losses.py', 'agents/core/types.py'),
+    ('experiments/envs/host.py', 'experiments/envs/make.py'),
+    ('experiments/playing/match.py', 'experiments/playing/players.py'),
+  ],
+)
+def test_a_circle_is_found_wherever_it_is_imported(one, other):
+  first, second = module_of(one), module_of(other)
+  files = {
+    **FINE,
+    one: f'import {second}',
+    other: f'def f():\n  import {first}',
+  }
+  assert sorted(violations(files)) == sorted(
+    f'{a}: is in a circle with {b}'
+    for a, b in ((first, second), (second, first))
+  )

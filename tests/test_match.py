@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from agents.core.types import ArraySpec, Discrete, Spec
-from experiments import boards, human, judge, match, players, study_games
 from experiments.envs import connect_four, games, tic_tac_toe
 from experiments.files.errors import UserError
+from experiments.playing import (
+  boards,
+  connect_four_solver,
+  human,
+  match,
+  players,
+)
+from experiments.studies import connect_four_players
 from search.model import Game, PolicyOutput, exact
 
 
@@ -149,8 +156,8 @@ def test_perfect_lookahead_does_not_lose_tic_tac_toe():
 
 
 def test_judged_positions_are_those_of_the_rules():
-  judged = judge.read()
-  starts = judge.positions(judged.moves)
+  judged = connect_four_solver.read()
+  starts = connect_four_solver.positions(judged.moves)
   game = connect_four.game()
   invalid = np.asarray(jax.jit(jax.vmap(game.invalid_actions))(starts))
   np.testing.assert_array_equal(np.isnan(judged.value), invalid)
@@ -166,27 +173,29 @@ def test_judged_positions_are_those_of_the_rules():
 
 
 def test_a_judge_counts_what_was_kept():
-  judged = judge.Judged(
+  judged = connect_four_solver.Judged(
     ('', '3'),
     np.asarray([[1, 1, -1, 0, np.nan, -1, -1], [0, -1, -1, 0, -1, -1, -1.0]]),
     np.asarray([[5, 9, -1, 0, np.nan, -1, -1], [0, -1, -1, 0, -1, -1, -1.0]]),
   )
-  verdict = judge.judge(np.asarray([0, 3]), judged)
+  verdict = connect_four_solver.judge(np.asarray([0, 3]), judged)
   assert (verdict.kept, verdict.optimal) == (1.0, 0.5)
   np.testing.assert_allclose(verdict.chance, (2 / 6 + 2 / 7) / 2)
-  assert judge.judge(np.asarray([3, 1]), judged).kept == 0
+  assert connect_four_solver.judge(np.asarray([3, 1]), judged).kept == 0
 
 
 @pytest.mark.skipif(
   importlib.util.find_spec('bitbully') is None, reason='needs the solver'
 )
 def test_the_solver_keeps_every_judged_value():
-  judged = judge.read()
-  some = judge.Judged(judged.moves[:40], judged.value[:40], judged.score[:40])
+  judged = connect_four_solver.read()
+  some = connect_four_solver.Judged(
+    judged.moves[:40], judged.value[:40], judged.score[:40]
+  )
   game = connect_four.game()
-  timestep = match.time_step(game, judge.positions(some.moves))
-  action = judge.solver().decide(None, None, timestep).action
-  verdict = judge.judge(np.asarray(action), some)
+  timestep = match.time_step(game, connect_four_solver.positions(some.moves))
+  action = connect_four_solver.solver().decide(None, None, timestep).action
+  verdict = connect_four_solver.judge(np.asarray(action), some)
   assert (verdict.kept, verdict.optimal) == (1.0, 1.0)
 
 
@@ -368,7 +377,7 @@ def test_cells_of_large_boards_have_letters():
 
 def test_a_board_shows_who_is_where():
   game = connect_four.game()
-  board = jax.tree.map(lambda x: x[0], judge.positions(['3345']))
+  board = jax.tree.map(lambda x: x[0], connect_four_solver.positions(['3345']))
   shown = boards.show(game, board).splitlines()
   assert shown[-1] == '0 1 2 3 4 5 6'
   assert shown[-2] == '. . . X X O .'
@@ -488,7 +497,9 @@ def test_an_interval_ends_where_all_is_won():
 
 
 def _row(**changes):
-  row = study_games.Row(0, 'network', 'third', 8, 0.5, 0.1, None, 1, 0.1, 1, 4)
+  row = connect_four_players.Row(
+    0, 'network', 'third', 8, 0.5, 0.1, None, 1, 0.1, 1, 4
+  )
   return row._replace(**changes)
 
 
@@ -506,11 +517,11 @@ def test_a_study_refuses_before_it_plays(
   rows, names, opponents, seeds, complaint
 ):
   with pytest.raises(UserError, match=complaint):
-    study_games._check(rows, names, opponents, seeds, 4, 4)
-  study_games._check([_row()], ['network'], ['third'], [0, 1], 4, 4)
+    connect_four_players._check(rows, names, opponents, seeds, 4, 4)
+  connect_four_players._check([_row()], ['network'], ['third'], [0, 1], 4, 4)
 
 
 def test_rows_of_a_study_are_read_as_written(tmp_path):
   rows = [_row(), _row(seed=1, optimal=0.25, evaluations=None, other=None)]
-  study_games.write(tmp_path / 'rows.csv', rows)
-  assert study_games.read(tmp_path / 'rows.csv') == rows
+  connect_four_players.write(tmp_path / 'rows.csv', rows)
+  assert connect_four_players.read(tmp_path / 'rows.csv') == rows

@@ -4,7 +4,6 @@ Every loader is given a file that names a module, which lies where Python
 finds it and leaves a mark as soon as it is imported.
 """
 
-import importlib
 import itertools
 import json
 import pathlib
@@ -12,22 +11,21 @@ import re
 import shutil
 import sys
 
+import launching
 import numpy as np
 import pytest
 from test_control import make_run
 
-from experiments import (
-  build,
-  offline,
-  play,
-  sweep_plan,
-  sweep_rows,
-  terminal,
-)
+from experiments import build
+from experiments.build import dataset as datasets
+from experiments.build import saved
 from experiments.data import layout, minari_files, npz
 from experiments.envs import names
 from experiments.files.errors import UserError
+from experiments.report import terminal
 from experiments.runtime import config as configs
+from experiments.sweeps import plan as sweep_plan
+from experiments.sweeps import rows as sweep_rows
 
 _NUMBER = itertools.count()
 _MODULE = """
@@ -69,8 +67,10 @@ def launch(monkeypatch, capsys):
 
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'set')
 
-  def launched(name, *arguments):
-    module = importlib.import_module(f'experiments.{name}')
+  def launched(*words):
+    name, module, arguments = launching.find(
+      ' '.join(words[:1]).split() + list(words[1:])
+    )
     monkeypatch.setattr(sys, 'argv', [name, *arguments])
     known, code = set(flags.FLAGS), 0
     module.define_flags()
@@ -170,7 +170,7 @@ def dynamics_of_a_module(trained, planted, folder):
 def game_and_run_of_a_module(trained, planted, folder):
   run_of_a_module(trained, planted, folder)
   game = build.describe('alphazero_tic_tac_toe')
-  configs.write_run_config(folder / 'game', game.as_dict())
+  configs.write_run_config(folder / 'study atac_game', game.as_dict())
 
 
 def data_of_a_module(trained, planted, folder):
@@ -211,8 +211,8 @@ REFUSED = {
   'record': (run_of_a_module, ('play', RUN, '--record=agent.gif')),
   'human': (run_of_a_module, ('play', RUN, '--human')),
   'matches': (run_of_a_module, ('play', RUN, '--opponents=random')),
-  'equity': (run_of_a_module, ('equity', RUN)),
-  'specialisation': (run_of_a_module, ('specialisation', RUN)),
+  'study equity': (run_of_a_module, ('study equity', RUN)),
+  'study specialisation': (run_of_a_module, ('study specialisation', RUN)),
   'control': (run_of_a_module, ('control', RUN)),
   'dynamics': (
     dynamics_of_a_module,
@@ -275,7 +275,7 @@ def test_an_hdf5_file_of_d4rl_names_no_code(planted, tmp_path):
     for key in ('env', 'env_name', 'env_spec', 'entry_point', 'algorithm'):
       file.attrs[key] = planted.env
       file[f'metadata/{key}'] = planted.env
-  about = offline.opened('data.hdf5').about
+  about = datasets.opened('data.hdf5').about
   assert about.env == '' and not planted.mark.exists()
 
 
@@ -353,7 +353,7 @@ def test_a_run_goes_on_only_with_the_flag_that_began_it(
   flags = ('--preset=bc_small', '--workdir=run')
   experiment = build.describe('bc_small', env=planted.env, dataset='plain')
   about = experiment.as_dict()
-  about |= {'dataset_checksum': offline.checksum_of(experiment)}
+  about |= {'dataset_checksum': datasets.checksum_of(experiment)}
   configs.write_run_config(tmp_path / 'run', about)
   code, _, message = launch('train', *flags, '--dataset=plain')
   assert code == 2 and message.count('\n') == 1
@@ -434,7 +434,7 @@ def test_a_command_is_quoted_for_the_shell(planted, tmp_path):
   npz.save(make_data('Pendulum-v1'), tmp_path / 'plain')
   env = 'gymnasium:m:Id $(touch x)'
   experiment = build.describe('bc_small', env=env, dataset='plain')
-  found = play.command('a b;c', experiment)
+  found = saved.command('a b;c', experiment)
   assert found == (
     "python -m experiments.play --workdir='a b;c' "
     "--env='gymnasium:m:Id $(touch x)'"

@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.optimize
 from absl import flags
 
-from experiments import newton, newton_cases
+from experiments.studies import newton, newton_cases
 from search.exact import bellman, examples, riccati
 from search.model import TimeStep
 

@@ -7,8 +7,8 @@ import re
 import matplotlib
 import pytest
 
-from experiments import notebook
 from experiments.files.errors import UserError
+from experiments.notebooks import execute
 
 GOOD = """# %% [markdown]
 # # A title
@@ -65,11 +65,11 @@ SLOW = ('newton', 'runs', 'tree')
   'name',
   [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-    for name in notebook.names()
+    for name in execute.names()
   ],
 )
 def test_notebook_runs_with_tiny_sizes(name):
-  cells = notebook.code(name, ['TINY=True'])
+  cells = execute.code(name, ['TINY=True'])
   assert len(cells) > 2
   # As a module of its own would be, so that it sees nothing of ours.
   namespace = {'__name__': f'notebook_{name}'}
@@ -78,31 +78,31 @@ def test_notebook_runs_with_tiny_sizes(name):
   assert namespace['TINY'] is True
 
 
-@pytest.mark.parametrize('name', notebook.names())
+@pytest.mark.parametrize('name', execute.names())
 def test_documentation_shows_the_notebook(name):
-  notebook.check(name)
-  text = (notebook.DOCS / f'{name}.md').read_text(encoding='utf-8')
+  execute.check(name)
+  text = (execute.DOCS / f'{name}.md').read_text(encoding='utf-8')
   lines = text.splitlines()
   assert lines[0].startswith('# ')
   assert f'`python -m experiments.notebook {name}`' in lines[2]
   figures = re.findall(r'!\[(.*?)\]\((.*?)\)', text)
   assert figures
   for alt, path in figures:
-    file = notebook.DOCS / path
+    file = execute.DOCS / path
     assert file.read_bytes().startswith(b'\x89PNG')
     assert file.stat().st_size < 200_000
     assert alt != 'Figure', f'{path}: its cell has no alt text'
-  shown = {(notebook.DOCS / path).name for _, path in figures}
-  folder = notebook.DOCS / f'{name}_files'
+  shown = {(execute.DOCS / path).name for _, path in figures}
+  folder = execute.DOCS / f'{name}_files'
   assert {file.name for file in folder.iterdir()} == shown
 
 
 def test_kernel_runs_a_notebook_and_its_markdown_is_written(folder, capsys):
-  result = notebook.execute('good', ['TINY=True', 'RATE=1'], folder)
+  result = execute.execute('good', ['TINY=True', 'RATE=1'], folder)
   stale = folder / 'out' / 'good_files' / 'old.png'
   stale.parent.mkdir(parents=True)
   stale.touch()
-  path = notebook.write('good', result, folder / 'out')
+  path = execute.write('good', result, folder / 'out')
   text = path.read_text(encoding='utf-8')
   command = 'experiments.notebook good --set=TINY=True --set=RATE=1`'
   assert text.startswith('# A title\n\n*`experiments/notebooks/good.py`')
@@ -115,7 +115,7 @@ def test_kernel_runs_a_notebook_and_its_markdown_is_written(folder, capsys):
   assert (folder / 'out' / figure).read_bytes().startswith(b'\x89PNG')
   assert not stale.exists()
   assert 'good: cell 2 of 3: TINY = True' in capsys.readouterr().out
-  assert notebook.written_code(text) == notebook.code(
+  assert execute.written_code(text) == execute.code(
     'good', ['TINY=True', 'RATE=1'], folder
   )
 
@@ -130,7 +130,7 @@ def test_cell_that_raises_is_named_and_the_old_markdown_stays(
   (out / 'bad.md').write_text('old')
   line = bad.splitlines().index("raise KeyError('no\\nsuch')") + 1
   with pytest.raises(UserError) as error:
-    notebook.write('bad', notebook.execute('bad', (), folder), out)
+    execute.write('bad', execute.execute('bad', (), folder), out)
   assert str(error.value) == (
     f"notebook bad, cell 4 (bad.py:{line}): KeyError: 'no\\nsuch'; nothing "
     'was written'
@@ -142,7 +142,7 @@ def test_cell_that_raises_is_named_and_the_old_markdown_stays(
 
 def test_parameters_are_replaced_and_nothing_else(folder):
   sets = ['NUMBER=7', 'NAME=b c', 'SIZES=(3,)', 'RATE=2']
-  changed = notebook.code('good', sets, folder)
+  changed = execute.code('good', sets, folder)
   assert changed[1].splitlines() == [
     'TINY = False',
     'SIZES = (3,)',
@@ -150,7 +150,7 @@ def test_parameters_are_replaced_and_nothing_else(folder):
     "NAME = 'b c'",
     'NUMBER = 7  # of nothing',
   ]
-  own = notebook.code('good', (), folder)
+  own = execute.code('good', (), folder)
   assert [changed[0], *changed[2:]] == [own[0], *own[2:]]
 
 
@@ -167,29 +167,29 @@ def test_parameters_are_replaced_and_nothing_else(folder):
 )
 def test_wrong_parameters_are_refused(folder, assignment, words):
   with pytest.raises(UserError, match=re.escape(words)) as error:
-    notebook.code('good', [assignment], folder)
+    execute.code('good', [assignment], folder)
   assert f'--set={assignment}: ' in str(error.value)
 
 
 def test_unknown_notebook_is_refused_with_those_there_are(folder):
   with pytest.raises(UserError, match="no notebook 'god': there are good"):
-    notebook.execute('god', (), folder)
+    execute.execute('god', (), folder)
 
 
 def test_parameters_without_a_cell_are_refused(folder):
   (folder / 'good.py').write_text(GOOD.replace('["parameters"]', '[]'))
   with pytest.raises(UserError, match='0 cells are tagged parameters'):
-    notebook.code('good', ['TINY=True'], folder)
+    execute.code('good', ['TINY=True'], folder)
 
 
 def test_check_finds_changed_code_and_missing_markdown(folder):
   out = folder / 'out'
   with pytest.raises(UserError, match=r'good\.md: there is none'):
-    notebook.check('good', out, folder)
+    execute.check('good', out, folder)
   out.mkdir()
-  blocks = [f'```python\n{x}\n```' for x in notebook.code('good', (), folder)]
+  blocks = [f'```python\n{x}\n```' for x in execute.code('good', (), folder)]
   (out / 'good.md').write_text('\n\n'.join(blocks))
-  notebook.check('good', out, folder)
+  execute.check('good', out, folder)
   (folder / 'good.py').write_text(GOOD.replace('NUMBER, i', 'i, NUMBER'))
   with pytest.raises(UserError, match=r'its code is not that of good\.py'):
-    notebook.check('good', out, folder)
+    execute.check('good', out, folder)

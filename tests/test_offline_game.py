@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from experiments import game_selection
+from experiments.studies import atac_game_selection
 from search.exact import bellman, box, linear, offline_game
 
 STATES, ACTIONS, ITERATIONS, VALUE_MAX = 4, 3, 60, 10.0
@@ -397,7 +397,7 @@ def test_rules_choose_what_they_say():
   put = lambda i: np.eye(7)[i].reshape(1, 1, 7)
   # Beta 2 has the best FQE and much spread, all of it shared with mu's.
   noise = np.asarray([-1.0, 1.0]).reshape(1, 1, 2)
-  evidence = game_selection.Evidence(
+  evidence = atac_game_selection.Evidence(
     truth=put(5),
     behaviour=np.zeros((1, 1)),
     optimum=np.full((1, 1), 2.0),
@@ -407,13 +407,17 @@ def test_rules_choose_what_they_say():
     resampled_behaviour=noise,
     held_out=put(3),
   )
-  chosen = {k: v.item() for k, v in game_selection.choose(evidence).items()}
+  chosen = {
+    k: v.item() for k, v in atac_game_selection.choose(evidence).items()
+  }
   expected = {'best': 5, 'fqe': 2, 'fqe - sd': 1, 'gain - sd': 2, 'held-out': 3}
   assert {rule: chosen[rule] for rule in expected} == expected
   assert chosen['beta=16'] == 4
   evidence = evidence._replace(truth=put(5) - put(2))
-  double = game_selection.Evidence(*(np.repeat(x, 2, 1) for x in evidence))
-  rows = {(r.coverage, r.rule): r for r in game_selection.table(double, 10)}
+  double = atac_game_selection.Evidence(*(np.repeat(x, 2, 1) for x in evidence))
+  rows = {
+    (r.coverage, r.rule): r for r in atac_game_selection.table(double, 10)
+  }
   row = rows['partial', 'fqe']
   assert (row.regret, row.gain, row.below_behaviour) == (1.0, -0.5, 1.0)
   assert rows['full', 'best'].regret == 0 and row.beta_median == 1 / 16
@@ -479,7 +483,7 @@ def test_launcher(tmp_path):
 
   def launch(*flags):
     return subprocess.run(
-      [sys.executable, '-m', 'experiments.game', *flags],
+      [sys.executable, '-m', 'experiments.study', 'atac_game', *flags],
       cwd=root,
       env=environment,
       capture_output=True,

@@ -11,24 +11,20 @@ import numpy as np
 import pytest
 from test_launchers import ENVIRONMENT, ROOT, command, launch, rows
 
-from experiments import (
-  assess,
-  build,
-  offline,
-  play,
-  presets,
-  sweep,
-  sweep_plan,
-  sweep_program,
-  sweep_rows,
-  train,
-)
-from experiments import stages as staging
+from experiments import build, presets
+from experiments.build import dataset, evaluation
 from experiments.data import layout, npz
-from experiments.keeper import Saved
 from experiments.runtime import checkpoint, distributed, evaluate, loop, mesh
 from experiments.runtime import config as configs
-from experiments.sweep_plan import Row
+from experiments.sweeps import plan as sweep_plan
+from experiments.sweeps import program as sweep_program
+from experiments.sweeps import rows as sweep_rows
+from experiments.sweeps import run as sweep_run
+from experiments.sweeps.plan import Row
+from experiments.training import run as training_run
+from experiments.training import stages as staging
+from experiments.training import watcher
+from experiments.training.keeper import Saved
 
 N = 240
 REF_MIN, REF_MAX = -100.0, 0.0
@@ -123,7 +119,7 @@ def whole(data, tmp_path_factory):
   """An uninterrupted run of a warm start and a game."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
   experiment = describe(data)
-  train.run(experiment, workdir)
+  training_run.run(experiment, workdir)
   return workdir, experiment
 
 
@@ -137,7 +133,7 @@ def test_the_seed_of_a_run_draws_its_network_and_batches(tmp_path):
       str(tmp_path / 'data'), 'bc', env=None, steps=1, seed=seed,
       settings=settings,
     )  # fmt: skip
-    train.run(experiment, workdir)
+    training_run.run(experiment, workdir)
     (row,) = rows(workdir / 'metrics.csv')
     seen.append((row['loss_policy'], row['squared_error']))
   assert seen[0] != seen[1]
@@ -161,7 +157,7 @@ def test_a_run_has_its_phases_and_scores(whole, data):
       np.testing.assert_allclose(float(row['eval_score']), want, rtol=1e-4)
   saved = configs.read_run_config(workdir)
   assert saved['dataset'] == data
-  assert saved['dataset_checksum'] == offline.checksum(data)
+  assert saved['dataset_checksum'] == dataset.checksum(data)
   (played,) = rows(workdir / 'evaluation.csv')
   assert (played['checkpoint'], played['planner']) == ('final', 'policy')
   # 20 steps, each worth -16.3 to 0.
@@ -213,11 +209,11 @@ def crash_at(monkeypatch, what):
     if step == what:
       raise Crash
 
-  write = assess.Watcher.log
+  write = watcher.Watcher.log
   if what == 'border':
     monkeypatch.setattr(staging, 'enter', enter)
   else:
-    monkeypatch.setattr(assess.Watcher, 'log', log)
+    monkeypatch.setattr(watcher.Watcher, 'log', log)
 
 
 def assert_equal_runs(experiment, one, two):
@@ -242,9 +238,9 @@ def test_a_run_goes_on_as_if_uninterrupted(
   workdir, experiment = whole
   with monkeypatch.context() as patch, pytest.raises(Crash):
     crash_at(patch, where)
-    train.run(experiment, tmp_path)
+    training_run.run(experiment, tmp_path)
   capsys.readouterr()
-  train.run(experiment, tmp_path)
+  training_run.run(experiment, tmp_path)
   begin = {15: 10, 'border': 20, 35: 30}[where]
   assert f'resumed at update {begin} of {STEPS}' in capsys.readouterr().out
   assert_equal_runs(experiment, tmp_path, workdir)
@@ -287,15 +283,15 @@ def test_killed_in_the_game_and_moved_data(whole, data, tmp_path):
 @pytest.mark.slow
 def test_a_model_and_then_its_policy(data, tmp_path, monkeypatch):
   experiment = describe(data, 'combo', steps=40)
-  train.run(experiment, tmp_path / 'whole')
+  training_run.run(experiment, tmp_path / 'whole')
   metrics = rows(tmp_path / 'whole' / 'metrics.csv')
   # Nobody plays while the model is learned.
   assert not any(r['eval_return'] for r in metrics[:4])
   assert metrics[-1]['eval_return'] and metrics[-1]['imagined_reward']
   with monkeypatch.context() as patch, pytest.raises(Crash):
     crash_at(patch, 35)
-    train.run(experiment, tmp_path / 'cut')
-  train.run(experiment, tmp_path / 'cut')
+    training_run.run(experiment, tmp_path / 'cut')
+  training_run.run(experiment, tmp_path / 'cut')
   assert_equal_runs(experiment, tmp_path / 'cut', tmp_path / 'whole')
 
 
@@ -303,7 +299,7 @@ def test_a_model_and_then_its_policy(data, tmp_path, monkeypatch):
 def test_two_devices_give_what_one_gives(whole, data, tmp_path):
   workdir, _ = whole
   settings = [s for s in ATAC if not s.startswith('devices')]
-  train.run(describe(data, settings=(*settings, 'devices=2')), tmp_path)
+  training_run.run(describe(data, settings=(*settings, 'devices=2')), tmp_path)
   for got, want in zip(
     rows(tmp_path / 'metrics.csv'), rows(workdir / 'metrics.csv'), strict=True
   ):
@@ -317,7 +313,7 @@ def test_two_devices_give_what_one_gives(whole, data, tmp_path):
 def test_batches_of_the_host(data, tmp_path):
   settings = (*ATAC, 'data_on=host', 'final_episodes=0')
   experiment = describe(data, settings=settings)
-  train.run(experiment, tmp_path)
+  training_run.run(experiment, tmp_path)
   last = rows(tmp_path / 'metrics.csv')[-1]
   assert int(last['step']) == STEPS and np.isfinite(float(last['loss_critic']))
 
@@ -326,7 +322,7 @@ def test_a_data_set_without_environment(tmp_path, capsys):
   npz.save(make_dataset(env=''), tmp_path / 'data')
   experiment = describe(str(tmp_path / 'data'), env=None)
   assert experiment.env_name == ''
-  train.run(experiment, tmp_path / 'run')
+  training_run.run(experiment, tmp_path / 'run')
   assert 'no environment: nothing is played' in capsys.readouterr().out
   metrics = rows(tmp_path / 'run' / 'metrics.csv')
   assert int(metrics[-1]['step']) == STEPS
@@ -344,7 +340,7 @@ def test_a_run_is_played_when_its_data_is_gone(tmp_path):
   # TD3+BC needs the data's statistics to act.
   experiment = describe(str(path), 'td3_bc', settings=RUN, steps=20)
   assert experiment.config.normalise
-  train.run(experiment, tmp_path / 'run')
+  training_run.run(experiment, tmp_path / 'run')
   shutil.rmtree(path)
   flags = (f'--workdir={tmp_path}/run', '--episodes=4')
   done = launch('play', *flags, '--checkpoint=final,best')
@@ -358,7 +354,9 @@ def test_a_run_is_played_when_its_data_is_gone(tmp_path):
   with pytest.raises(
     configs.UserError, match=r'^simulations=16: td3_bc has no'
   ):
-    play.evaluate(experiment, None, agent, {}, simulations=[16], episodes=1)
+    evaluation.evaluate(
+      experiment, None, agent, {}, simulations=[16], episodes=1
+    )
 
 
 MISTAKES = {
@@ -429,7 +427,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path):
   npz.save(make_dataset(), tmp_path / 'data')
   settings = (*RUN, 'final_episodes=0')
   experiment = describe(f'{tmp_path}/data', 'bc', settings=settings, steps=5)
-  train.run(experiment, tmp_path / 'run')
+  training_run.run(experiment, tmp_path / 'run')
   shutil.rmtree(tmp_path / 'data')
   npz.save(make_dataset(seed=1), tmp_path / 'data')
   done = launch('train', *flags, check=False)
@@ -497,7 +495,7 @@ def alone(experiment):
   trainer, carry, curve = make_trainer(experiment), None, []
   key = jax.random.key(experiment.seed)
   for stage in trainer.stages:
-    player = assess.evaluator(experiment, stage.agent)
+    player = watcher.evaluator(experiment, stage.agent)
     carry = (
       loop.init(stage.agent, stage.source, key)
       if carry is None
@@ -574,7 +572,7 @@ def test_a_sweep_has_the_data_once_on_each_device(data):
   values = np.asarray(program.values, np.float32)
   seeds = np.asarray(program.seeds, np.uint32)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-  rows = offline.rows_of(offline.opened(data))
+  rows = dataset.rows_of(dataset.opened(data))
 
   def copies():
     shape = rows.transitions.o_tm1.shape
@@ -679,8 +677,8 @@ def test_the_launcher_sweeps_over_a_data_set(tmp_path):
 def test_rows_of_one_program_need_the_data_on_the_device(data):
   plan = sweep_plan.make_plan('bc', dataset=data, fixed=['data_on=host'])
   with pytest.raises(configs.UserError, match=r'^data_on=host: .*processes$'):
-    sweep.choose_engine(plan, 'auto')
-  assert sweep.choose_engine(plan, 'processes') == 'processes'
+    sweep_run.choose_engine(plan, 'auto')
+  assert sweep_run.choose_engine(plan, 'processes') == 'processes'
 
 
 def test_rows_of_agents_without_search_run_as_processes(data, tmp_path):

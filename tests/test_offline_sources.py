@@ -16,7 +16,8 @@ from agents.core.types import (
   Trajectory,
   Transition,
 )
-from experiments import build, offline
+from experiments import build
+from experiments.build import dataset as datasets
 from experiments.data import layout
 from experiments.runtime import loop
 from experiments.runtime import mesh as meshes
@@ -54,7 +55,7 @@ def dataset():
 
 def make_source(dataset, **options):
   options = {'reward_scale': SCALE} | options
-  return runtime.from_dataset(offline.rows_of(dataset), BATCH, **options)
+  return runtime.from_dataset(datasets.rows_of(dataset), BATCH, **options)
 
 
 def draw(source, calls):

@@ -143,3 +143,37 @@ def test_launchers_start_without_jax(launcher):
     check=True,
   )
   assert done.stdout == '[]\n'
+
+
+def test_the_wheel_holds_all_rooms_and_each_module_imports(tmp_path):
+  tree, wheel, site = (tmp_path / n for n in ('tree', 'wheel', 'site'))
+  for package in OURS:
+    skip = shutil.ignore_patterns('__pycache__', 'results')
+    shutil.copytree(ROOT / package, tree / package, ignore=skip)
+  for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+    shutil.copy(ROOT / name, tree)
+  run = lambda *command: subprocess.run(
+    command, cwd=tmp_path, capture_output=True, text=True
+  )
+  uv = pathlib.Path(sys.executable).with_name('uv')
+  done = run(uv, 'build', '-q', '--wheel', f'-o={wheel}', tree)
+  assert done.returncode == 0, done.stderr
+  (archive,) = wheel.glob('*.whl')
+  shutil.unpack_archive(archive, site, 'zip')
+  modules = {
+    path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')
+    for package in OURS
+    for path in (ROOT / package).rglob('*.py')
+  }
+  # A notebook runs when it is imported.
+  notebooks = {m for m in modules if m.startswith('experiments.notebooks.')}
+  modules -= notebooks - {'experiments.notebooks.execute'}
+  code = (
+    'import importlib, sys\n'
+    f'sys.path.insert(0, {str(site)!r})\n'
+    f'for name in {sorted(modules)!r}:\n'
+    '  found = importlib.import_module(name)\n'
+    f'  assert found.__file__.startswith({str(site)!r}), found\n'
+  )
+  done = run(sys.executable, '-c', code)
+  assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ from agents.core import replay as core
 from agents.core.types import Sample
 from experiments import build
 from experiments.files.errors import UserError
-from experiments.keeper import Keeper, peek
 from experiments.runtime import loop, mesh, parts
+from experiments.training.keeper import Keeper, peek
 
 TINY = (
   'env.num_envs=4',

@@ -6,19 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark_compile_programs as programs
-from experiments import (
-  build,
-  capacity,
-  compile_targets,
-  compiled,
-  plan,
-  plan_memory,
-  train,
-)
+from experiments import build, train
+from experiments.build import capacity, programs
 from experiments.files.errors import UserError
-from experiments.plan_memory import Plan, Row
+from experiments.runtime import compile_targets, compiled
 from experiments.runtime import config as configs
+from experiments.training import plan, plan_memory
+from experiments.training.plan_memory import Plan, Row
 
 PRESET = 'sac_pendulum'
 SMALL = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import atari_scores, plots, runs, statistics
 from experiments.files.errors import UserError
+from experiments.report import atari_scores, curves, runs, statistics, style
 
 EVALUATION = (
   'checkpoint,planner,simulations,episodes,return_mean,return_se,length_mean,'
@@ -204,7 +204,7 @@ def test_the_same_folder_counts_once_and_the_same_run_is_refused(tmp_path):
 def test_curves_are_means_on_a_shared_grid(tmp_path):
   make_run(tmp_path / 'a', values=(0.0, 1.0, 2.0), steps=(10, 20, 30))
   make_run(tmp_path / 'b', seed=1, values=(4.0, 2.0), steps=(15, 25))
-  curve = plots.learning_curves([tmp_path / '*'], points=3)['job']
+  curve = curves.learning_curves([tmp_path / '*'], points=3)['job']
   np.testing.assert_allclose(curve.x, [60, 80, 100])
   np.testing.assert_allclose(curve.mean, [2.25, 2.0, 1.75])
   # Of two runs, 95% of the resamples' means reach both of them.
@@ -215,7 +215,7 @@ def test_curves_are_means_on_a_shared_grid(tmp_path):
 
 def test_one_seed_is_just_the_line(tmp_path):
   make_run(tmp_path / 'a', values=(0.0, 3.0, 6.0), steps=(1, 2, 3))
-  curve = plots.learning_curves([tmp_path / 'a'], x='step', smooth=2, points=3)
+  curve = curves.learning_curves([tmp_path / 'a'], x='step', smooth=2, points=3)
   curve = curve['job']
   np.testing.assert_allclose(curve.mean, [0.0, 1.5, 4.5])
   np.testing.assert_array_equal(curve.low, curve.mean)
@@ -227,7 +227,7 @@ def test_evaluations_are_paired_by_seed(tmp_path):
   for seed, (alone, searched) in scores.items():
     rows = [('final', 0, alone), ('final', 16, searched)]
     make_run(tmp_path / f's{seed}', seed=seed, evaluation=rows)
-  alone, searched = plots.aggregate_evaluations([tmp_path / '*'])
+  alone, searched = curves.aggregate_evaluations([tmp_path / '*'])
   assert alone[:5] == ('job', 'final', 'network', 0, 3)
   assert (alone.gain_mean, alone.gain_low, alone.gain_high) == (0, 0, 0)
   assert searched[:5] == ('job', 'final', 'puct', 16, 3)
@@ -245,9 +245,9 @@ def test_final_score_is_the_most_searched_or_the_last_evaluation(tmp_path):
   played = make_run(tmp_path / 'a', evaluation=rows, env='Pong-v5')
   training = make_run(tmp_path / 'b', seed=1, env='Pong-v5', values=(0, 4.0))
   other = make_run(tmp_path / 'c', seed=2)
-  assert plots.final_score(played) == 3.0
-  assert plots.final_score(training) == 8.0
-  scores = plots.scores_by_game(runs.find_runs([played, training, other]))
+  assert curves.final_score(played) == 3.0
+  assert curves.final_score(training) == 8.0
+  scores = curves.scores_by_game(runs.find_runs([played, training, other]))
   assert scores == {'job': {'Pong': [3.0, 8.0]}}
 
 
@@ -274,26 +274,26 @@ def test_errors_say_what_is_wrong(tmp_path, break_it, message):
   folder = make_run(tmp_path / 'run')
   break_it(folder)
   with pytest.raises(UserError, match=message):
-    plots.learning_curves([folder])
+    curves.learning_curves([folder])
 
 
 def test_evaluation_errors(tmp_path):
   folder = make_run(tmp_path / 'run', evaluation=[('final', 4, 1.0)])
   with pytest.raises(UserError, match='final has no row of 0 simulations'):
-    plots.aggregate_evaluations([folder])
+    curves.aggregate_evaluations([folder])
   (folder / 'evaluation.csv').write_text('checkpoint,planner\nfinal,puct\n')
   with pytest.raises(UserError, match='return_mean'):
-    plots.budget_figure(folder / 'evaluation.csv', tmp_path / 'x.png')
+    curves.budget_figure(folder / 'evaluation.csv', tmp_path / 'x.png')
   with pytest.raises(UserError, match='there is none'):
-    plots.budget_figure(tmp_path / 'none.csv', tmp_path / 'x.png')
+    curves.budget_figure(tmp_path / 'none.csv', tmp_path / 'x.png')
 
 
 def drawn(monkeypatch):
   """The figures that are saved, as matplotlib has them."""
   figures = []
-  save = plots._save
+  save = style.save
   monkeypatch.setattr(
-    plots, '_save', lambda f, path: (figures.append(f), save(f, path))
+    style, 'save', lambda f, path: (figures.append(f), save(f, path))
   )
   return figures
 
@@ -306,8 +306,8 @@ def test_budget_figure_shows_what_search_adds(tmp_path, monkeypatch):
     for n in (0, 4, 16)
   ]
   folder = make_run(tmp_path / 'run', seed=3, evaluation=rows)
-  plots.budget_figure(folder / 'evaluation.csv', tmp_path / 'a.png')
-  plots.budget_figure(folder / 'evaluation.csv', tmp_path / 'b.png')
+  curves.budget_figure(folder / 'evaluation.csv', tmp_path / 'a.png')
+  curves.budget_figure(folder / 'evaluation.csv', tmp_path / 'b.png')
   (axes,) = figures[0].axes
   assert axes.get_title() == 'muzero on Catch-v0, seed 3'
   ticks = [text.get_text() for text in axes.get_xticklabels()]
@@ -330,7 +330,7 @@ def test_budget_figure_shows_what_search_adds(tmp_path, monkeypatch):
 def test_budget_figure_of_the_network_alone(tmp_path, monkeypatch):
   figures = drawn(monkeypatch)
   folder = make_run(tmp_path / 'run', evaluation=[('final', 0, 1.0)])
-  plots.budget_figure(folder / 'evaluation.csv', tmp_path / 'a.svg')
+  curves.budget_figure(folder / 'evaluation.csv', tmp_path / 'a.svg')
   (axes,) = figures[0].axes
   assert [t.get_text() for t in axes.get_xticklabels()] == ['network\nalone']
   assert (tmp_path / 'a.svg').stat().st_size > 1000
@@ -377,9 +377,9 @@ def test_a_link_is_not_followed(tmp_path):
   for name in ('a.png', 'a.csv'):
     (tmp_path / name).symlink_to(tmp_path / 'target')
   with pytest.raises(UserError, match=r'a\.png: is a link'):
-    plots._save(plots._figure(2, 2), tmp_path / 'a.png')
+    style.save(style.figure(2, 2), tmp_path / 'a.png')
   with pytest.raises(UserError, match=r'a\.csv: is a link'):
-    plots._write_csv(tmp_path / 'a.csv', [('a', 1)])
+    curves.write_csv(tmp_path / 'a.csv', [('a', 1)])
   assert (tmp_path / 'target').read_text() == 'as it was'
 
 

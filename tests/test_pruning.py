@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from experiments import pruning
+from experiments.studies import pruning
 
 
 @pytest.fixture(scope='module')

@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
-from experiments import arena, build, play, players, record
+from experiments import build
+from experiments.build import saved
 from experiments.envs import catch, connect_four, games
 from experiments.files.errors import UserError
+from experiments.playing import arena, players, record
+from experiments.report import pictures
 from search.model import PolicyOutput
 
 PENDULUM = Spec(
@@ -26,24 +29,24 @@ def test_pixels_are_enlarged_and_the_newest_frame_is_shown():
   frames = np.zeros((84, 84, 4), np.uint8)
   frames[10, 20, 3] = 200
   frames[:, :, 0] = 255  # the oldest one
-  image = record.draw_pixels(frames, frame_stack=4)
+  image = pictures.draw_pixels(frames, frame_stack=4)
   assert image.shape == (252, 252, 3) and image.dtype == np.uint8
   assert (image[30:33, 60:63] == 200).all()
   assert image.astype(int).sum() == 200 * 27
   colour = np.zeros((96, 96, 6), np.uint8)
   colour[0, 0] = (1, 2, 3, 40, 50, 60)
-  assert record.draw_pixels(colour, 2)[0, 0].tolist() == [40, 50, 60]
+  assert pictures.draw_pixels(colour, 2)[0, 0].tolist() == [40, 50, 60]
 
 
 def test_boards_of_floats_and_planes_are_drawn():
   board = np.zeros((10, 5, 1), np.float32)
   board[9, 2] = 1
-  image = record.draw_pixels(board)
+  image = pictures.draw_pixels(board)
   assert image.shape == (240, 120, 3)
   assert (image[9 * 24 :, 48:72] == 255).all() and image[:216].max() == 0
   planes = np.zeros((10, 10, 4), bool)
   planes[1, 1, 0] = planes[2, 2, 3] = True
-  image = record.draw_pixels(planes)
+  image = pictures.draw_pixels(planes)
   seen = {tuple(image[row, row].tolist()) for row in (0, 36, 60)}
   assert len(seen) == 3 and (0, 0, 0) in seen
 
@@ -53,22 +56,22 @@ def test_boards_of_floats_and_planes_are_drawn():
 )
 def test_a_pendulum_is_at_its_angle(angle, tip):
   turn = np.radians(angle)
-  image = record.draw_pendulum(np.asarray([np.cos(turn), np.sin(turn), 0.0]))
+  image = pictures.draw_pendulum(np.asarray([np.cos(turn), np.sin(turn), 0.0]))
   assert image.shape == (240, 240, 3)
   # Counter-clockwise from the top; the opposite end is empty.
-  assert image[tip].tolist() == list(record.ROD)
+  assert image[tip].tolist() == list(pictures.ROD)
   assert (image[240 - tip[0], 240 - tip[1]] == 255).all()
 
 
 def test_a_torque_is_an_arc_of_its_sign():
   down = np.asarray([-1.0, 0.0, 0.0])
-  is_red = lambda image: (image == record.TORQUE).all(-1)
-  left = is_red(record.draw_pendulum(down, 1.0))
-  right = is_red(record.draw_pendulum(down, -1.0))
+  is_red = lambda image: (image == pictures.TORQUE).all(-1)
+  left = is_red(pictures.draw_pendulum(down, 1.0))
+  right = is_red(pictures.draw_pendulum(down, -1.0))
   assert left[:, :115].sum() > 20 and not left[:, 125:].any()
   np.testing.assert_array_equal(left, right[:, ::-1])
-  assert not is_red(record.draw_pendulum(down, 0.0)).any()
-  draw = record.drawing(PENDULUM)
+  assert not is_red(pictures.draw_pendulum(down, 0.0)).any()
+  draw = pictures.drawing(PENDULUM)
   assert is_red(draw(down, np.asarray([1.0]))).sum() == left.sum()
   assert not is_red(draw(down, None)).any()
 
@@ -78,13 +81,13 @@ def test_stones_have_their_players_colours():
   board, step = game.init(None), jax.jit(game.step)
   for column in (3, 3, 0):
     board = step(board, jnp.int32(column), None).state
-  image = record.draw_board(game.observe(board), int(board.player))
+  image = pictures.draw_board(game.observe(board), int(board.player))
   assert image.shape == (240, 280, 3)
   centre = lambda row, column: tuple(image[20 + 40 * row, 20 + 40 * column])
-  assert centre(5, 3) == centre(5, 0) == record.STONES[0]
-  assert centre(4, 3) == record.STONES[1]
-  assert centre(5, 1) == centre(0, 0) == record.EMPTY
-  assert tuple(image[0, 0]) == record.BOARD
+  assert centre(5, 3) == centre(5, 0) == pictures.STONES[0]
+  assert centre(4, 3) == pictures.STONES[1]
+  assert centre(5, 1) == centre(0, 0) == pictures.EMPTY
+  assert tuple(image[0, 0]) == pictures.BOARD
 
 
 def _follow(params, key, timestep):
@@ -100,12 +103,12 @@ def test_an_episode_is_recorded_whole(tmp_path):
   assert len(frames) == 6  # five decisions
   assert frames[0].caption == 'step 0   reward +0\nreturn +0   value +0.75'
   assert frames[-1].caption == 'step 5   reward +1\nreturn +1'
-  record.write(tmp_path / 'new' / 'a.gif', frames)
+  pictures.write(tmp_path / 'new' / 'a.gif', frames)
   with Image.open(tmp_path / 'new' / 'a.gif') as gif:
     assert gif.n_frames == 6
     width, height = gif.size
   assert (width, height) == (210, 240 + 34)
-  record.write(tmp_path / 'a.png', frames, 3)
+  pictures.write(tmp_path / 'a.png', frames, 3)
   with Image.open(tmp_path / 'a.png') as strip:
     assert strip.size == (3 * width + 2 * 8, height)
   few = record.episode(catch.make_catch(6, 3), _follow, None, limit=2)
@@ -132,18 +135,18 @@ def test_a_game_tells_who_plays_what_and_who_wins():
   # Cells in order: the first one has 0, 2, 4 and 6.
   assert len(frames) == 8
   assert frames[-1].caption.endswith('move 7   red wins')
-  assert tuple(frames[-1].image[20, 20]) == record.STONES[0]
+  assert tuple(frames[-1].image[20, 20]) == pictures.STONES[0]
   assert len(record.match_frames(game, sides, limit=3)) == 3
 
 
 def test_what_has_no_drawing_is_refused(tmp_path):
   vector = Spec(ArraySpec((17,)), Discrete(2), name='HalfCheetah-v4')
   with pytest.raises(UserError, match=r'no drawing of HalfCheetah-v4.* images'):
-    record.drawing(vector)
+    pictures.drawing(vector)
   with pytest.raises(UserError, match='no drawing of backgammon; of games'):
-    record.check_board(games.make_game('backgammon'))
+    pictures.check_board(games.make_game('backgammon'))
   with pytest.raises(UserError, match=r'must end in \.gif .* or \.png'):
-    record.write(tmp_path / 'a.mp4', [])
+    pictures.write(tmp_path / 'a.mp4', [])
 
 
 def _values(workdir, **changes):
@@ -171,7 +174,7 @@ def untrained(monkeypatch):
     params = jax.jit(lambda key: agent.init(key).params)(jax.random.key(0))
     return dict.fromkeys(names, params)
 
-  monkeypatch.setattr(play, 'load_params', load)
+  monkeypatch.setattr(saved, 'load_params', load)
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from experiments import build, offline, play
+from experiments import build
+from experiments.build import dataset, saved
 from experiments.data import minari_files
 from experiments.data.open import open_dataset
 from experiments.envs import recorded
@@ -119,7 +120,7 @@ def test_arguments_limit_and_wrappers_are_made_again(minari, home):
   # The position comes first, and moves by the recorded speed.
   np.testing.assert_allclose(seen[:2] - begin[:2], [0.05, 0.1], rtol=1e-5)
   np.testing.assert_array_equal(seen[2:], begin[2:])
-  assert offline.notes(experiment) == ()
+  assert dataset.notes(experiment) == ()
 
 
 @pytest.mark.parametrize('order', ['position,goal', 'goal,position'])
@@ -148,7 +149,7 @@ def test_a_simulator_of_another_order_follows_the_data(minari, home):
   finally:
     gymnasium.registry.pop(other)
   assert (begin[:2] == 0).all() and (begin[2:] > 0).all() and steps == 3
-  (note,) = offline.notes(experiment)
+  (note,) = dataset.notes(experiment)
   assert 'was recorded in RecordedReach-v0' in note
   assert 'position, goal in this order' in note and '\n' not in note
 
@@ -158,7 +159,7 @@ def test_parts_that_are_not_there_are_named(minari, home):
   experiment = described(env='gymnasium:CartPole-v1')
   spec = build.make_env(experiment, training=False, num_envs=1).spec
   with pytest.raises(UserError, match='CartPole-v1: its action has shape'):
-    offline.spec_of(offline.opened('me/reach-v0'), spec)
+    dataset.spec_of(dataset.opened('me/reach-v0'), spec)
 
 
 def test_without_its_simulator_a_set_is_trained_on_even_so(minari, home):
@@ -166,7 +167,7 @@ def test_without_its_simulator_a_set_is_trained_on_even_so(minari, home):
   gymnasium.registry.pop(_ID)
   experiment = described()
   assert experiment.env_name == ''
-  (note,) = offline.notes(experiment)
+  (note,) = dataset.notes(experiment)
   assert 'trained without an environment' in note and '--env=NAME' in note
   assert '\n' not in note
 
@@ -176,7 +177,7 @@ def test_a_run_is_played_as_it_was_without_its_data(minari, home, tmp_path):
   experiment = described()
   configs.write_run_config(tmp_path / 'run', experiment.as_dict(), 'cpu')
   (home / 'me').rename(home / 'gone')
-  again = play.load_experiment(str(tmp_path / 'run'))
+  again = saved.load_experiment(str(tmp_path / 'run'))
   assert again.env == experiment.env and again.env_name == experiment.env_name
   assert first_step(again)[2] == 7
 
@@ -184,7 +185,7 @@ def test_a_run_is_played_as_it_was_without_its_data(minari, home, tmp_path):
 def test_what_is_not_made_again_is_said(minari, home):
   wrap = lambda env: gymnasium.wrappers.NormalizeReward(env)
   record(minari, wrap)
-  (note,) = offline.notes(described())
+  (note,) = dataset.notes(described())
   assert 'recorded with the wrapper NormalizeReward, which' in note
   assert '--env=gymnasium:MODULE:ID' in note
 

@@ -296,7 +296,7 @@ def test_launcher(tmp_path):
 
   def launch(*flags):
     return subprocess.run(
-      [sys.executable, '-m', 'experiments.operators', *flags],
+      [sys.executable, '-m', 'experiments.study', 'sampling_operators', *flags],
       cwd=root,
       env=environment,
       capture_output=True,

@@ -12,10 +12,10 @@ import time
 
 import pytest
 
-from experiments import control_study
 from experiments.files.errors import UserError
 from experiments.runtime import children, distributed, signals
 from experiments.runtime.signals import SIGNALS
+from experiments.studies import control
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict(
@@ -328,16 +328,16 @@ def test_a_study_of_planners_lets_its_run_save(tmp_path, monkeypatch):
   stopper = threading.Thread(target=stop)
   with pytest.raises(SystemExit) as ended, signals.launcher():
     stopper.start()
-    control_study.train('iql', 'medium', 0, tmp_path, tmp_path)
+    control.train('iql', 'medium', 0, tmp_path, tmp_path)
   stopper.join()
   assert ended.value.code == 143
   assert log.read_text() == 'ready\nsaved\n'
   assert {p.name for p in tmp_path.iterdir()} == {log.name}
   monkeypatch.setattr(children, 'run', lambda *_, **__: (-9, None))
   with pytest.raises(UserError, match='training failed: SIGKILL: somebody'):
-    control_study.train('iql', 'medium', 0, tmp_path, tmp_path)
+    control.train('iql', 'medium', 0, tmp_path, tmp_path)
   monkeypatch.setattr(children, 'run', lambda *_, **__: (0, None))
-  workdir = control_study.train('iql', 'medium', 0, tmp_path, tmp_path)
+  workdir = control.train('iql', 'medium', 0, tmp_path, tmp_path)
   assert workdir.with_suffix('.done').exists()
 
 

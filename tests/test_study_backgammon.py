@@ -6,27 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-  build,
-  equity,
-  gnubg,
-  match,
-  players,
-  study_backgammon,
-)
+from experiments import build
 from experiments.files.errors import UserError
+from experiments.playing import gnubg, match, players
 from experiments.runtime import checkpoint
 from experiments.runtime import config as configs
+from experiments.studies import backgammon_players, equity
 
 
 def _row(**changes):
-  row = study_backgammon.Row(40, 0, 'lookahead=1', 'pubeval', 8, 0.5, 0.1)
+  row = backgammon_players.Row(40, 0, 'lookahead=1', 'pubeval', 8, 0.5, 0.1)
   return row._replace(**changes)
 
 
 def _plan(**changes):
   players = ('lookahead=1', 'lookahead=2')
-  plan = study_backgammon.Plan(players, ('judge', 'pubeval'), 8, 20, 1)
+  plan = backgammon_players.Plan(players, ('judge', 'pubeval'), 8, 20, 1)
   return plan._replace(**changes)
 
 
@@ -36,9 +31,9 @@ def test_rows_are_read_as_written(tmp_path):
     _row(hidden=None, seed=None, opponent='judge', gain=0.0, gain_se=0.0),
   ]
   path = tmp_path / 'rows.csv'
-  assert study_backgammon.read(path) == []
-  study_backgammon.write(path, rows)
-  assert study_backgammon.read(path) == rows
+  assert backgammon_players.read(path) == []
+  backgammon_players.write(path, rows)
+  assert backgammon_players.read(path) == rows
 
 
 @pytest.mark.parametrize(
@@ -60,8 +55,8 @@ def test_rows_are_read_as_written(tmp_path):
 )
 def test_what_was_played_otherwise_is_refused(plan, row, message):
   with pytest.raises(UserError, match=message):
-    study_backgammon._check([_row(**row)], _plan(**plan))
-  study_backgammon._check([_row(opponent='else', games=3)], _plan())
+    backgammon_players._check([_row(**row)], _plan(**plan))
+  backgammon_players._check([_row(opponent='else', games=3)], _plan())
 
 
 def test_runs_are_found_by_size_and_seed(tmp_path):
@@ -69,7 +64,7 @@ def test_runs_are_found_by_size_and_seed(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'evaluation.csv').touch()
   (tmp_path / 'hidden_40_s2' / 'final').mkdir(parents=True)
-  found = study_backgammon.finished(tmp_path)
+  found = backgammon_players.finished(tmp_path)
   assert list(found) == [(40, 0), (40, 1), (80, 0)]
   assert found[80, 0].endswith('hidden_80_s0')
 
@@ -88,13 +83,13 @@ def test_means_are_over_seeds_and_drawn(tmp_path):
     *(_row(hidden=80, opponent=name) for name in ('judge', 'pubeval')),
     _row(hidden=None, seed=None, player='pubeval', opponent='judge'),
   ]
-  first, *_, last = study_backgammon.means(rows)
+  first, *_, last = backgammon_players.means(rows)
   assert (first.points, first.seeds) == (1.0, 3)
   np.testing.assert_allclose(first.points_se, 1 / 3**0.5)
   # One seed has the error of its games.
   assert (last.hidden, last.points_se, last.seeds) == (None, 0.1, 1)
   out = tmp_path / 'figure.png'
-  study_backgammon.draw(rows, out)
+  backgammon_players.draw(rows, out)
   assert out.read_bytes().startswith(b'\x89PNG')
 
 
@@ -131,20 +126,20 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
   judged = _judged_turns(game, 12)
   stranger = players.make('x', players.parse('random'), None, None, game)
   monkeypatch.setattr(
-    study_backgammon.equity, 'judged', lambda positions, plies: judged
+    backgammon_players.equity, 'judged', lambda positions, plies: judged
   )
-  known = {n: stranger._replace(name=n) for n in study_backgammon.OUTSIDERS}
+  known = {n: stranger._replace(name=n) for n in backgammon_players.OUTSIDERS}
   monkeypatch.setattr(
-    study_backgammon.arena, 'other_players', lambda game: known.get
+    backgammon_players.arena, 'other_players', lambda game: known.get
   )
-  workdirs = study_backgammon.finished(tmp_path)
+  workdirs = backgammon_players.finished(tmp_path)
   plan = _plan(players=('lookahead=1',), games=4, positions=12)
   out = tmp_path / 'rows.csv'
-  first = study_backgammon.run(
+  first = backgammon_players.run(
     workdirs, plan._replace(opponents=('judge',)), out
   )
   assert [(r.hidden, r.player) for r in first] == [
-    *((None, name) for name in study_backgammon.OUTSIDERS),
+    *((None, name) for name in backgammon_players.OUTSIDERS),
     (2, 'lookahead=1'),
     (3, 'lookahead=1'),
   ]
@@ -152,15 +147,17 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
   # What is compared with itself gains nothing.
   assert [r.gain for r in first] == [None, None, 0.0, 0.0]
   assert first[2].points != first[3].points
-  monkeypatch.setattr(study_backgammon, '_losses', None)  # nothing is judged
-  rows = study_backgammon.run(workdirs, plan, out)
-  assert rows[:4] == study_backgammon.read(out)[:4]
+  monkeypatch.setattr(backgammon_players, '_losses', None)  # nothing is judged
+  rows = backgammon_players.run(workdirs, plan, out)
+  assert rows[:4] == backgammon_players.read(out)[:4]
   assert [(r.hidden, r.opponent, r.games) for r in rows[4:]] == [
     (2, 'pubeval', 4),
     (3, 'pubeval', 4),
   ]
   assert all(abs(r.points) <= 3 and r.points_se >= 0 for r in rows[4:])
-  assert study_backgammon.run(workdirs, plan, out) == study_backgammon.read(out)
+  assert backgammon_players.run(workdirs, plan, out) == backgammon_players.read(
+    out
+  )
 
 
 @pytest.mark.skipif(
@@ -168,9 +165,9 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
 )
 def test_a_player_without_a_network_is_judged():
   judged = equity.judged(6, 0)
-  row = study_backgammon.outsider(gnubg.player('gnubg=0'), judged)
+  row = backgammon_players.outsider(gnubg.player('gnubg=0'), judged)
   # Its own choices are what the judge, as deep as it, likes best.
   assert (row.player, row.opponent, row.games) == ('gnubg=0', 'judge', 6)
   assert row.points < 1e-5
-  row = study_backgammon.outsider(gnubg.player('pubeval'), judged)
+  row = backgammon_players.outsider(gnubg.player('pubeval'), judged)
   assert row.points >= 0 and row.hidden is None

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import offline, study_offline
+from experiments.build import dataset
 from experiments.data import layout, npz
+from experiments.studies import offline
 
-CELL = study_offline.Cell('bc', 'medium', ('--preset=bc_small',))
+CELL = offline.Cell('bc', 'medium', ('--preset=bc_small',))
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def finished(folder, returns, data, **changes):
   mark = {
     'arguments': list(CELL.arguments),
     'seeds': len(returns),
-    'checksum': offline.checksum(str(data / 'medium')),
+    'checksum': dataset.checksum(str(data / 'medium')),
     'cpu_seconds': 7.0,
     'wall_seconds': 9.0,
     'done': True,
@@ -53,25 +54,25 @@ def finished(folder, returns, data, **changes):
 
 def test_a_lost_seed_is_counted_and_spoils_nothing(data, tmp_path):
   finished(tmp_path / 'runs', ['20', '40', 'nan', '', '60'], data)
-  rows = study_offline.collected([CELL], data, tmp_path / 'runs')
+  rows = offline.collected([CELL], data, tmp_path / 'runs')
   behaviour, *seeds = rows
   # The open episode does not count: (10 + 30) / 2 of 200.
   assert (behaviour['return'], behaviour['score']) == ('20.00', '10.00')
   assert [row['score'] for row in seeds] == ['10.00', '20.00', '', '', '30.00']
-  [row] = study_offline.summarised(rows)
+  [row] = offline.summarised(rows)
   assert (row['seeds'], row['lost'], row['behaviour']) == (3, 2, '10.00')
   assert (row['mean'], row['worst']) == ('20.00', '10.00')
   assert 10 <= float(row['low']) <= float(row['iqm']) <= float(row['high'])
-  study_offline.draw([row], tmp_path / 'figure.png')
+  offline.draw([row], tmp_path / 'figure.png')
   assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_nothing_but_lost_seeds_is_told_and_not_drawn(data, tmp_path):
   finished(tmp_path / 'runs', ['nan', 'nan'], data)
-  rows = study_offline.collected([CELL], data, tmp_path / 'runs')
-  [row] = study_offline.summarised(rows)
+  rows = offline.collected([CELL], data, tmp_path / 'runs')
+  [row] = offline.summarised(rows)
   assert (row['seeds'], row['lost'], row['iqm']) == (0, 2, '')
-  study_offline.draw([row], tmp_path / 'figure.png')
+  offline.draw([row], tmp_path / 'figure.png')
   assert not (tmp_path / 'figure.png').exists()
 
 
@@ -90,14 +91,14 @@ def test_a_cell_is_left_alone_while_it_is_the_same(
 ):
   finished(tmp_path / 'runs', ['1', '2'], data, **changes)
   started = []
-  real = study_offline.subprocess.Popen
+  real = offline.subprocess.Popen
 
   def popen(command, **options):
     started.append(command)
     return real(['true'], **options)
 
-  monkeypatch.setattr(study_offline.subprocess, 'Popen', popen)
-  assert study_offline.run_one(CELL, data, tmp_path / 'runs', 2)
+  monkeypatch.setattr(offline.subprocess, 'Popen', popen)
+  assert offline.run_one(CELL, data, tmp_path / 'runs', 2)
   assert len(started) == runs
   mark = json.loads((tmp_path / 'runs/bc_medium/cell.json').read_text())
   assert mark['done'] and mark['seeds'] == 2
@@ -108,7 +109,7 @@ def test_a_cell_without_all_its_rows_has_not_finished(
   data, tmp_path, monkeypatch
 ):
   finished(tmp_path / 'runs', ['1'], data, done=False)
-  real = study_offline.subprocess.Popen
+  real = offline.subprocess.Popen
   popen = lambda command, **options: real(['true'], **options)
-  monkeypatch.setattr(study_offline.subprocess, 'Popen', popen)
-  assert not study_offline.run_one(CELL, data, tmp_path / 'runs', 2)
+  monkeypatch.setattr(offline.subprocess, 'Popen', popen)
+  assert not offline.run_one(CELL, data, tmp_path / 'runs', 2)

@@ -17,7 +17,10 @@ from agents.core.types import (
   Spec,
   Trajectory,
 )
-from experiments import build, runs, support, train
+from experiments import build
+from experiments.build import agent, support
+from experiments.report import runs
+from experiments.training import run
 from networks import heads
 from networks.muzero import NetworkConfig
 from search.model import Environment, TimeStep
@@ -163,7 +166,7 @@ def arms(scale):
 
 @pytest.mark.parametrize('scale', [1.0, 100.0])
 def test_a_run_says_it_once(scale, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(build, 'make_env', lambda *args, **named: arms(scale))
+  monkeypatch.setattr(agent, 'make_env', lambda *args, **named: arms(scale))
   settings = [
     'value_bins=601',
     'blocks=0',
@@ -186,7 +189,7 @@ def test_a_run_says_it_once(scale, monkeypatch, tmp_path, capsys):
   experiment = build.describe(
     'muzero_catch', env='jax:catch', steps=122, settings=settings
   )
-  train.run(experiment, tmp_path)
+  run.run(experiment, tmp_path)
   lines = [s for s in capsys.readouterr().out.splitlines() if 'support' in s]
   assert len(lines) == (scale > 1)
   if lines:

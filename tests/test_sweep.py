@@ -11,23 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-  build,
-  sweep,
-  sweep_engines,
-  sweep_halving,
-  sweep_plan,
-  sweep_pool,
-  sweep_program,
-  sweep_results,
-  sweep_rows,
-  sweep_status,
-)
+from experiments import build
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 from experiments.runtime import evaluate, loop, mesh
-from experiments.sweep_plan import Row
-from experiments.sweep_rows import Job
+from experiments.sweeps import engines, halving, run, status
+from experiments.sweeps import plan as sweep_plan
+from experiments.sweeps import pool as sweep_pool
+from experiments.sweeps import program as sweep_program
+from experiments.sweeps import results as sweep_results
+from experiments.sweeps import rows as sweep_rows
+from experiments.sweeps.plan import Row
+from experiments.sweeps.rows import Job
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict(
@@ -75,12 +70,12 @@ def plan():
 @pytest.fixture(scope='module')
 def program(plan):
   # Three rows on two devices; the last one diverges.
-  part = sweep_engines.Part(
+  part = engines.Part(
     pathlib.Path('none'),
     (Row(0, 0), Row(1, 3), Row(2, 0)),
     ('agent.learning_rate',),
   )
-  return sweep_engines.program_of(plan, part)
+  return engines.program_of(plan, part)
 
 
 @pytest.fixture(scope='module')
@@ -194,7 +189,7 @@ def test_what_changes_shapes_is_another_program(tmp_path):
     **SHARED | {'fixed': fixed},
   )
   rows = sweep_plan.rows(swept, 2)
-  found = sweep_engines.parts(swept, rows, tmp_path, max_rows=3)
+  found = engines.parts(swept, rows, tmp_path, max_rows=3)
   # A fraction is a number of searches; gamma and the seed are traced.
   assert {part.traced for part in found} == {('agent.gamma',)}
   assert [len(part.rows) for part in found] == [3, 1] * 4
@@ -517,19 +512,19 @@ def curves_of(values, step=10):
 
 
 def test_rungs_grow_by_the_factor_and_leave_the_end_out():
-  rule = sweep_halving.Halving(3, 10, 'eval_return')
+  rule = halving.Halving(3, 10, 'eval_return')
   assert rule.rungs(90) == [10, 30]
   assert rule.rungs(91) == [10, 30, 90]
   assert rule.rungs(10) == []
 
 
 def test_only_the_best_go_on():
-  rule = sweep_halving.Halving(3, 10, 'eval_return')
+  rule = halving.Halving(3, 10, 'eval_return')
   found = curves_of([3.0, 1.0, 2.0, 6.0, 5.0, 4.0, float('nan')])
 
   def goes_on(i, known, decided):
     known = {row: found[row] for row in list(found)[:known]}
-    return not sweep_halving.is_poor(rule, Row(i, 0), known, 100, decided)
+    return not halving.is_poor(rule, Row(i, 0), known, 100, decided)
 
   decided = set()
   # The first two have nobody to be compared with.
@@ -550,12 +545,12 @@ def test_a_rung_is_met_by_the_first_measure_after_it():
     {'step': 10.0, 'loss': 1.0},
     {'step': 15.0, 'eval_return': 2.0},
   ]
-  at = sweep_halving.value_at
+  at = halving.value_at
   assert at(curve, 'eval_return', 10) == 2.0
   assert at(curve, 'eval_return', 16) is None
-  rule = sweep_halving.Halving(2, 10, 'eval_return')
+  rule = halving.Halving(2, 10, 'eval_return')
   early = {Row(0, 0): curve[:2], Row(1, 0): curve, Row(2, 0): curve}
-  assert not sweep_halving.is_poor(rule, Row(0, 0), early, 100, set())
+  assert not halving.is_poor(rule, Row(0, 0), early, 100, set())
 
 
 # Writes a metric of its own every 0.2 s until it is asked to stop.
@@ -582,7 +577,7 @@ def test_poor_rows_are_ended_early_and_stay_so(monkeypatch, tmp_path):
     make_job(tmp_path, i, str(v))._replace(updates=40)
     for i, v in enumerate([4, 3, 2, 1])
   ]
-  rule = sweep_halving.Halving(2, 2, 'eval_return')
+  rule = halving.Halving(2, 2, 'eval_return')
   assert run_jobs(todo, at_once=4, halving=rule) == {}
   # Which came to a rung first is chance, but the best one never is ended.
   assert states(todo[0]) == ['done']
@@ -654,7 +649,7 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
   content = swept._asdict() | {'engine': 'processes'}
   workdir = tmp_path / 'sweep'
   configs.write_run_config(workdir, content, 'none')
-  sweep_status.note_rows(workdir, swept, 2)
+  status.note_rows(workdir, swept, 2)
   rows = sweep_plan.rows(swept, 2)
   done, runs, fails, _ = sweep_rows.jobs(swept, rows, workdir)
   for job in (done, runs, fails):
@@ -666,7 +661,7 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
   sweep_rows.begin_try(runs, 'elsewhere')
   (runs.folder / 'metrics.csv').write_text('step,loss\n5,1\n7,')
   sweep_rows.end_try(fails, 1.0, 'failed', 'exit code 1\x1b[2J')
-  lines = sweep_status.read(workdir)
+  lines = status.read(workdir)
   assert [(x.state, x.where, x.number) for x in lines] == [
     ('done', 'there', '1'),
     ('running', 'elsewhere', '2'),
@@ -676,20 +671,20 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
   assert lines[1].updates == '5/16' and lines[1].heard.endswith(' s ago')
   assert lines[1].log == 'rows/s000_seed1.log'
   assert lines[2].name == 'learning_rate=1e-2 seed=0'
-  sweep_status.show(workdir)
+  status.show(workdir)
   said = capsys.readouterr().out
   assert '4 rows: 1 done, 1 running, 1 failed, 1 waiting; 3 left' in said
   assert '\x1b[2J' not in said
   for other in (tmp_path, tmp_path / 'none', done.folder):
     with pytest.raises(UserError, match="is no sweep's folder"):
-      sweep_status.read(other)
+      status.read(other)
 
 
 def test_status_of_programs(tmp_path):
   swept = sweep_plan.make_plan('muzero_catch', **SHARED)
   content = swept._asdict() | {'engine': 'vmap'}
   configs.write_run_config(tmp_path, content, 'none')
-  sweep_status.note_rows(tmp_path, swept, 3)
+  status.note_rows(tmp_path, swept, 3)
   for number, steps in enumerate(('10', '')):
     folder = tmp_path / 'programs' / f'00{number}'
     (folder / 'checkpoints' / steps).mkdir(parents=True)
@@ -697,7 +692,7 @@ def test_status_of_programs(tmp_path):
       json.dumps({'rows': [[0, number]], 'traced': []})
     )
   (folder / 'curves.csv').write_text('')
-  found = sweep_status.read(tmp_path)
+  found = status.read(tmp_path)
   assert [(x.state, x.where, x.updates) for x in found] == [
     ('begun', '000', '10/16'),
     ('done', '001', '16/16'),
@@ -706,8 +701,8 @@ def test_status_of_programs(tmp_path):
 
 
 def test_a_share_takes_every_nth_row():
-  assert sweep.read_share(None) == (0, 1)
-  assert sweep.read_share('2/4') == (2, 4)
+  assert run.read_share(None) == (0, 1)
+  assert run.read_share('2/4') == (2, 4)
   for text in ('4/4', '1', '1/', '-1/4', '٤/8', '1/2/3', 'a/b'):
     with pytest.raises(UserError, match=f'share={text}: must be I/N'):
-      sweep.read_share(text)
+      run.read_share(text)

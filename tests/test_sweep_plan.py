@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from experiments import statistics, sweep_plan, sweep_results
+from experiments.report import statistics
 from experiments.runtime import config as configs
-from experiments.sweep_plan import Row
-from experiments.sweep_results import Result
+from experiments.sweeps import plan as sweep_plan
+from experiments.sweeps import results as sweep_results
+from experiments.sweeps.plan import Row
+from experiments.sweeps.results import Result
 
 PRESET = 'muzero_catch'
 

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from experiments import sweep_ray
 from experiments.files.errors import UserError
 from experiments.runtime import distributed
+from experiments.sweeps import ray_pool
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict(
@@ -50,41 +50,41 @@ def test_an_address_that_does_not_answer_is_one_line():
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   with pytest.raises(UserError, match=f'127.0.0.1:{port}: no answer'):
-    sweep_ray.check_address(f'127.0.0.1:{port}')
+    ray_pool.check_address(f'127.0.0.1:{port}')
   for address in ('here', ':1', 'here:', 'here:70000'):
     with pytest.raises(UserError, match='must be HOST:PORT, auto or local'):
-      sweep_ray.check_address(address)
+      ray_pool.check_address(address)
   for address in (None, 'auto', 'local'):
-    sweep_ray.check_address(address)
+    ray_pool.check_address(address)
 
 
 def test_a_deaf_port_is_one_line(monkeypatch):
-  monkeypatch.setattr(sweep_ray, '_ANSWERS_WITHIN', 0.5)
-  monkeypatch.setattr(sweep_ray, '_ASK', 'import time; time.sleep(60)')
+  monkeypatch.setattr(ray_pool, '_ANSWERS_WITHIN', 0.5)
+  monkeypatch.setattr(ray_pool, '_ASK', 'import time; time.sleep(60)')
   with socket.socket() as deaf:
     deaf.bind(('127.0.0.1', 0))
     deaf.listen()
     address = f'127.0.0.1:{deaf.getsockname()[1]}'
     with pytest.raises(UserError, match=r'no answer within 0\.5 s; is it'):
-      sweep_ray.check_address(address)
-    monkeypatch.setattr(sweep_ray, '_ASK', 'raise SystemExit(1)')
-    monkeypatch.setattr(sweep_ray, '_ANSWERS_WITHIN', 30)
+      ray_pool.check_address(address)
+    monkeypatch.setattr(ray_pool, '_ASK', 'raise SystemExit(1)')
+    monkeypatch.setattr(ray_pool, '_ANSWERS_WITHIN', 30)
     with pytest.raises(UserError, match='is no head of a Ray cluster'):
-      sweep_ray.check_address(address)
+      ray_pool.check_address(address)
 
 
 def test_odd_machines_are_named_by_what_is_odd():
-  here = {**sweep_ray.fingerprint(), 'folder': 'x'}
+  here = {**ray_pool.fingerprint(), 'folder': 'x'}
   assert here['source of the suite'] and here['jax'] and here['python']
-  assert sweep_ray.differences(here, dict(here)) == ''
+  assert ray_pool.differences(here, dict(here)) == ''
   odd = here | {'jax': '0.0.1', 'folder': 'y'}
-  assert sweep_ray.differences(here, odd) == (
+  assert ray_pool.differences(here, odd) == (
     'it does not see the folder of --workdir; jax is 0.0.1 there, '
     f'{here["jax"]} here'
   )
   less = {name: x for name, x in here.items() if name != 'mctx'}
-  assert sweep_ray.differences(here, less).startswith('mctx is missing there')
-  assert sweep_ray.differences(here, 'not installed') == 'not installed'
+  assert ray_pool.differences(here, less).startswith('mctx is missing there')
+  assert ray_pool.differences(here, 'not installed') == 'not installed'
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_odd_machines_are_named_by_what_is_odd():
 )
 def test_room_of_a_machine(wanted, room):
   resources = {'CPU': 4.0, 'GPU': 1.0, 'memory': 10e9}
-  assert sweep_ray.room_for(resources, *wanted) == room
+  assert ray_pool.room_for(resources, *wanted) == room
 
 
 # A cluster of two machines of one processor, which does as it is asked: one
@@ -274,7 +274,7 @@ def test_a_probe_runs_without_the_suite_and_says_so(
 ):
   """What Ray would run on a machine, in a process of its own."""
   cloudpickle = pytest.importorskip('ray.cloudpickle')
-  text = cloudpickle.dumps(sweep_ray._make_probe())
+  text = cloudpickle.dumps(ray_pool._make_probe())
   (tmp_path / 'token').write_text('seen')
   script = (
     'import pickle, sys\n'
@@ -293,9 +293,9 @@ def test_a_probe_runs_without_the_suite_and_says_so(
     assert not done.returncode, done.stderr
     return json.loads(done.stdout)
 
-  here = {**sweep_ray.fingerprint(), 'folder': 'seen'}
-  assert sweep_ray.differences(here, probed(ROOT, ROOT)) == ''
-  why = sweep_ray.differences(here, probed(without_suite, tmp_path))
+  here = {**ray_pool.fingerprint(), 'folder': 'seen'}
+  assert ray_pool.differences(here, probed(ROOT, ROOT)) == ''
+  why = ray_pool.differences(here, probed(without_suite, tmp_path))
   assert why.startswith('the suite is not installed: No module named')
 
 

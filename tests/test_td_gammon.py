@@ -12,8 +12,9 @@ import pytest
 
 from agents import td_gammon
 from agents.core.types import ArraySpec, Candidates, Discrete, Experience, Spec
-from experiments import build, match, players
+from experiments import build
 from experiments.envs.self_play import self_play
+from experiments.playing import match, players
 from experiments.runtime import loop, sources
 from search.model import Game, Move, TimeStep, exact
 

@@ -15,24 +15,17 @@ from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import (
-  assess,
-  build,
-  corpus,
-  play,
-  presets,
-  specialisation,
-  stages,
-  sweep_plan,
-  sweep_program,
-  text,
-  train,
-)
+from experiments import build, corpus, play, presets
+from experiments.build import saved, text
 from experiments.data import text as texts
-from experiments.keeper import Saved
 from experiments.runtime import config as configs
 from experiments.runtime import loop, mesh
 from experiments.runtime import text as runtime
+from experiments.studies import specialisation
+from experiments.sweeps import plan as sweep_plan
+from experiments.sweeps import program as sweep_program
+from experiments.training import run, stages, watcher
+from experiments.training.keeper import Saved
 
 WORDS = ('the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'a', 'dog', 'saw', 'it')
 SMALL = texts.count_words(' '.join(WORDS * 3), 300)
@@ -317,7 +310,7 @@ def whole(path, tmp_path_factory):
     # Set, it is left as it is.
     patch.setenv('JAX_COMPILATION_CACHE_DIR', 'unused')
     by_flags(
-      train,
+      run,
       f'--preset={PRESET}',
       f'--text={path}',
       f'--steps={STEPS}',
@@ -370,7 +363,7 @@ class Crash(Exception):
 def test_a_run_goes_on_as_if_uninterrupted(
   whole, path, tmp_path, monkeypatch, capsys
 ):
-  write = assess.Watcher.log
+  write = watcher.Watcher.log
 
   def log(self, step, row):
     write(self, step, row)
@@ -379,10 +372,10 @@ def test_a_run_goes_on_as_if_uninterrupted(
 
   experiment = describe(path)
   with monkeypatch.context() as patch, pytest.raises(Crash):
-    patch.setattr(assess.Watcher, 'log', log)
-    train.run(experiment, tmp_path)
+    patch.setattr(watcher.Watcher, 'log', log)
+    run.run(experiment, tmp_path)
   capsys.readouterr()
-  train.run(experiment, tmp_path)
+  run.run(experiment, tmp_path)
   printed = capsys.readouterr().out
   assert f'resumed at update 4 of {STEPS}' in printed
   assert 'final: held-out perplexity' in printed
@@ -393,7 +386,7 @@ def test_a_run_goes_on_as_if_uninterrupted(
     assert same[0] == same[1]
   agent = stages.make(experiment, Saved(), lambda: False).stages[0].agent
   ends = [
-    play.load_params(str(folder), agent, ['final'])
+    saved.load_params(str(folder), agent, ['final'])
     for folder in (tmp_path, whole)
   ]
   jax.tree.map(np.testing.assert_array_equal, *ends)
@@ -405,7 +398,7 @@ def test_experts_divided_over_devices_learn_the_same(whole, path, tmp_path):
   (stage,) = stages.make(experiment, Saved(), lambda: False).stages
   experts = stage.sharding.params.network['layer_0']['experts']
   assert not any(x.is_fully_replicated for x in jax.tree.leaves(experts))
-  train.run(experiment, tmp_path)
+  run.run(experiment, tmp_path)
   both = [rows(folder / 'metrics.csv') for folder in (tmp_path, whole)]
   for ours, theirs in zip(*both):
     for name in ('loss', 'cv_importance', 'load_0'):
@@ -416,7 +409,7 @@ def test_another_text_in_the_same_folder_is_refused(whole, tmp_path):
   other = tmp_path / 'words.txt'
   other.write_text(make_text(seed=1), encoding='utf-8')
   with pytest.raises(configs.UserError, match='dataset_checksum was'):
-    train.run(describe(other), whole)
+    run.run(describe(other), whole)
 
 
 def test_a_trained_network_goes_on_with_a_prompt(whole, path, capsys):

@@ -6,7 +6,7 @@ import mctx
 import numpy as np
 import pytest
 
-from experiments import tree_figure
+from experiments.report import tree
 
 # The root has children 1 and 2, node 1 has 3 and 4, node 4 has 5.
 _PARENTS = np.array([-1, 0, 0, 1, 1, 4])
@@ -48,26 +48,26 @@ def _texts(figure):
 
 
 def test_layout_places_leaves_one_apart_and_parents_amid_their_children():
-  found = tree_figure.layout(_PARENTS, _VISITS)
+  found = tree.layout(_PARENTS, _VISITS)
   assert found.nodes.tolist() == [0, 1, 2, 3, 4, 5]
   assert found.depth.tolist() == [0, 1, 1, 2, 2, 3]
   assert found.x.tolist() == [1.25, 0.5, 2, 0, 1, 1]
 
 
 def test_layout_orders_siblings():
-  found = tree_figure.layout(_PARENTS, _VISITS, order=-np.arange(6))
+  found = tree.layout(_PARENTS, _VISITS, order=-np.arange(6))
   assert found.x.tolist() == [0.75, 1.5, 0, 2, 1, 1]
 
 
 def test_layout_leaves_out_what_was_hardly_visited():
-  found = tree_figure.layout(_PARENTS, _VISITS, min_visits=2)
+  found = tree.layout(_PARENTS, _VISITS, min_visits=2)
   assert found.nodes.tolist() == [0, 1, 4]
   np.testing.assert_array_equal(found.x, [0, 0, np.nan, np.nan, 0, np.nan])
 
 
 def test_figure_tells_visits_actions_and_qs():
   texts = _texts(
-    tree_figure.figure(_tree(), 1, actions=np.tile(['left', 'right'], (6, 1)))
+    tree.figure(_tree(), 1, actions=np.tile(['left', 'right'], (6, 1)))
   )
   # Q is the reward and half of the value behind it.
   assert sorted(t for t in texts if 'Q' in t) == sorted(
@@ -79,7 +79,7 @@ def test_figure_tells_visits_actions_and_qs():
 
 def test_figure_adds_rewards_to_the_prefix_that_they_count_from():
   base = np.array([0, 1, 2, 0, 0, 7.0])  # depth 2 is a reset
-  figure = tree_figure.figure(_tree(), 1, prefix=base, horizon=2)
+  figure = tree.figure(_tree(), 1, prefix=base, horizon=2)
   found = [t for t in _texts(figure) if t.startswith('Σ')]
   # Rewards are the nodes' numbers.
   expected = [1 + 0, 2 + 0, 3 + 1, 4 + 1, 5 + 0]
@@ -100,9 +100,9 @@ def test_figure_adds_rewards_to_the_prefix_that_they_count_from():
 )
 def test_figure_refuses_what_does_not_fit(arguments, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    tree_figure.figure(_tree(), **arguments)
+    tree.figure(_tree(), **arguments)
 
 
 def test_layout_refuses_a_root_with_a_parent():
   with pytest.raises(ValueError, match=re.escape('parents[0]=0')):
-    tree_figure.layout([0, 0], [2, 1])
+    tree.layout([0, 0], [2, 1])

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.envs.options import parse_options
 from experiments.files.errors import UserError, shown
 
 # Text that is neither a path nor the dotted name of a class, and options whose
@@ -40,13 +41,11 @@ def code_in(name: str, options: Sequence[str] = ()) -> str:
   >>> code_in('D1Basic-v1', ['vzd_path=./doom'])
   'env.options=vzd_path=./doom'
   """
-  from experiments.envs import make
-
   kind, _, rest = name.partition(':')
   if ':' in (rest if kind in _KINDS else name):
     return f'env_name={name}'
   for option in options:
-    if not is_plain(make.parse_options([option])):
+    if not is_plain(parse_options([option])):
       return f'env.options={option}'
   return ''
 

@@ -1,12 +1,13 @@
-"""The one way to read a CSV file."""
+"""The one way to read and write a CSV file."""
 
 import contextlib
 import csv
 import io
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from experiments.files import reading
+from experiments.files import reading, writing
 from experiments.files.errors import UserError, shown
 
 # What we write has tens; a file of more keys would show them all in a message.
@@ -145,3 +146,27 @@ def reading_cells(path: str | os.PathLike) -> Iterator[None]:
     raise UserError(
       f'{shown(path)}: is damaged ({shown(error)}); copy it back'
     ) from error
+
+
+def write_csv(
+  path: str | os.PathLike, rows: Sequence[Mapping[str, object]]
+) -> None:
+  """Writes rows with all their columns, atomically.
+
+  Args:
+    path: of the file; its folder is made.
+    rows: what is missing in a row is left blank; floats have 9 digits.
+  """
+
+  def cell(x):
+    if isinstance(x, float):
+      return f'{x:.9g}'
+    return x
+
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, columns, lineterminator='\n', restval='')
+  writer.writeheader()
+  writer.writerows({n: cell(x) for n, x in row.items()} for row in rows)
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  writing.write_text(path, text.getvalue())

@@ -22,10 +22,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from agents import atac
-from experiments import build, collector, game_selection
+from experiments import build
+from experiments.build.dataset import rows_of, spec_of, told
 from experiments.data import layout
-from experiments.offline import rows_of, spec_of, told
 from experiments.runtime import evaluate, loop, offline, sources
+from experiments.studies import atac_game_selection
+from experiments.training import collector
 from search.exact import bellman, offline_game
 
 # %% tags=["parameters"]
@@ -63,7 +65,7 @@ BATCH_SIZE = 8 if TINY else 64
 # %%
 VALUE_MAX = 10.0  # 1 / (1 - gamma); rewards are within [0, 1]
 ACTIONS = 3
-BETAS = jnp.asarray(game_selection.BETAS)
+BETAS = jnp.asarray(atac_game_selection.BETAS)
 oracle = offline_game.exponentiated_weights(ACTIONS, VALUE_MAX, ITERATIONS)
 
 
@@ -81,7 +83,7 @@ def one(mdp, mu, beta, pessimism):
 over_betas = jax.vmap(one, (None, None, 0, None))
 over_mdps = jax.jit(jax.vmap(over_betas, (0, 0, None, None)), static_argnums=3)
 with jax.enable_x64(True):
-  mdps, behaviours = game_selection.draw_mdps(
+  mdps, behaviours = atac_game_selection.draw_mdps(
     jax.random.key(0), NUM_MDPS, NUM_STATES, ACTIONS, VALUE_MAX
   )
   partial = behaviours[:, 1]

@@ -24,8 +24,8 @@ from agents import td3_bc
 from agents.core import losses as terms
 from agents.core import optim
 from agents.core.types import Agent, Info, Transition
-from experiments import statistics
 from experiments.envs import pendulum
+from experiments.report import statistics
 from experiments.runtime import evaluate, loop, offline
 from networks import actor_critic
 

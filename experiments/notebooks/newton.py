@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import build, match, players
+from experiments import build
+from experiments.playing import match, players
 from experiments.runtime import loop
 from search import lookahead, policies, rollout
 from search.exact import bellman, riccati

@@ -44,8 +44,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from agents.core import planning
-from experiments import build, play, runs, train
+from experiments import build
+from experiments.build import evaluation, saved
+from experiments.report import runs
 from experiments.runtime import sources
+from experiments.training import run
 from search.model import Environment
 
 BLUE, ORANGE, GREEN, GREY = '#1b4f8f', '#e08a1e', '#3a8f4d', '#888888'
@@ -56,7 +59,7 @@ plt.rcParams['legend.frameon'] = False
 # %% [markdown]
 # ## A run
 #
-# `train.run` is what the launcher calls. `early_update` keeps a copy of the
+# `run.run` is what the launcher calls. `early_update` keeps a copy of the
 # parameters at that update, to compare with.
 
 # %%
@@ -75,7 +78,7 @@ if not WORKDIR:
     ),
   )
   with contextlib.redirect_stdout(io.StringIO()):  # what it tells a terminal
-    train.run(made, pathlib.Path(WORKDIR))
+    run.run(made, pathlib.Path(WORKDIR))
 print(sorted(path.name for path in pathlib.Path(WORKDIR).iterdir()))
 
 # %% [markdown]
@@ -85,10 +88,10 @@ print(sorted(path.name for path in pathlib.Path(WORKDIR).iterdir()))
 # agent, and the agent's state says how to read a checkpoint.
 
 # %%
-experiment = play.load_experiment(WORKDIR)
+experiment = saved.load_experiment(WORKDIR)
 env = build.make_env(experiment, training=False, num_envs=8)
-agent = build.make_agent(experiment, play.load_spec(WORKDIR, env.spec))
-checkpoints = play.load_params(WORKDIR, agent, play.available(WORKDIR))
+agent = build.make_agent(experiment, saved.load_spec(WORKDIR, env.spec))
+checkpoints = saved.load_params(WORKDIR, agent, saved.available(WORKDIR))
 assert hasattr(experiment.config, 'unroll_steps'), 'no learned model in it'
 final = checkpoints['final']
 earlier = checkpoints.get('early', final)
@@ -223,12 +226,12 @@ if is_image:
 #
 # ## What is search worth, at which budget?
 #
-# `play.evaluate` is what `experiments.play` runs; 0 simulations is the network
-# alone. All rows meet the same simulator seeds. `best` is the checkpoint with
-# the highest `eval_return`, the first of equals.
+# `evaluation.evaluate` is what `experiments.play` runs; 0 simulations is the
+# network alone. All rows meet the same simulator seeds. `best` is the
+# checkpoint with the highest `eval_return`, the first of equals.
 
 # %%
-rows = play.evaluate(
+rows = evaluation.evaluate(
   experiment,
   env,
   agent,

@@ -31,7 +31,8 @@ import matplotlib.pyplot as plt
 import mctx
 import numpy as np
 
-from experiments import build, tree_figure
+from experiments import build
+from experiments.report import tree as tree_figure
 from experiments.runtime import loop
 from search import policies, sampled, value_prefix
 from search.model import Environment, Model, TimeStep

@@ -26,7 +26,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from experiments.files import reading, writing
 from experiments.files.errors import Missing, UserError, shown
+from experiments.runtime import flags as flags_of
 from experiments.runtime import signals
+from experiments.runtime.flags import MAX_INT as MAX_INT
 
 # An unknown field's line lists all fields.
 _LONGEST_ERROR = 4000
@@ -46,8 +48,6 @@ _PACKAGES = (
   'numpy',
 )
 
-# JAX counts in 32 bits.
-MAX_INT = 2**31 - 1
 # A simulator's seeds are int32, and some are counted up from the run's own.
 MAX_SEED = 2_000_000_000
 
@@ -102,18 +102,16 @@ def run_main(main: Callable[[], None]) -> None:
   """
   from absl import app, flags, logging
 
-  from experiments.runtime import flags as ours
-
   def parse(argv: list[str]) -> list[str]:
     with _one_line(unread=0):  # it prints nothing but help
-      return ours.parse(argv)
+      return flags_of.parse(argv)
 
   def guarded(argv: list[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
       # Libraries tell each file that they write.
       logging.set_verbosity(logging.WARNING)
     with _one_line():
-      ours.check_arguments(argv)
+      flags_of.check_arguments(argv)
       main()
 
   with signals.launcher():

@@ -8,7 +8,9 @@ from typing import Any
 
 from experiments.files import reading
 from experiments.files.errors import UserError
-from experiments.runtime.config import MAX_INT
+
+# JAX counts in 32 bits.
+MAX_INT = 2**31 - 1
 
 
 def parse(argv: Sequence[str]) -> list[str]:

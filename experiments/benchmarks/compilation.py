@@ -1,0 +1,251 @@
+"""What programs take on machines that are not there, by their real compilers.
+
+    python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
+    python -m experiments.benchmark --suite=compile --target=v5e:4x4 \\
+      --preset=efficientzero_catch --rows=8
+
+Compiles init, act, update, refresh and the scanned interval of presets, every
+search and every backend of the mixture, for each target in a process of its
+own, and writes a line for each program: memory, operations and bytes a device,
+loops, kernels, questions to the host, collectives, seconds of compiling. No
+time of running is known.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments import presets
+from experiments.benchmarks import compile_programs, counting
+from experiments.build import programs
+from experiments.files import tables
+from experiments.files.errors import UserError
+from experiments.runtime import compile_targets, compiled, metrics
+
+# What a row is of, and what was counted; bytes and operations of one device.
+KEY = ('target', 'jax', 'what', 'name', 'part', 'setting')
+COUNTED = (
+  'devices',
+  'temporaries',
+  'arguments',
+  'results',
+  'code',
+  'flops',
+  'bytes',
+  'flops_traced',
+  'loops',
+  'loops_known',
+  'kernels',
+  'kernels_in_loops',
+  'host',
+  'float64',
+  *(name.replace('-', '_') for name in compiled.COLLECTIVES),
+  'collectives_in_loops',
+  'reduced',
+  'seconds',
+  'error',
+)
+
+
+def read_targets(names: Sequence[str]) -> list[compile_targets.Target]:
+  """The machines of a flag.
+
+  Raises:
+    UserError: one of them is unknown, or there is none.
+  """
+  if not names:
+    raise UserError('target=: name one at least, such as h100 or v5e:4x4')
+  return [compile_targets.parse(name) for name in names]
+
+
+def read_names(names: Sequence[str]) -> list[str]:
+  """Presets, `search` and `experts`; all of them where none is named.
+
+  Raises:
+    UserError: one of them is unknown.
+  """
+  others = ('search', 'experts')
+  if not names:
+    return [*presets.PRESETS, *others]
+  for name in names:
+    if name not in others:
+      presets.find(name)
+  return list(names)
+
+
+def run(
+  targets: Sequence[compile_targets.Target],
+  names: Sequence[str],
+  rows: int,
+  parts: Sequence[str],
+  compilers: pathlib.Path,
+  out: pathlib.Path,
+) -> list[dict[str, Any]]:
+  """Compiles everything; the CSV grows with each program.
+
+  Lines that it has already are kept, so that what was stopped goes on.
+
+  Args:
+    targets: machines.
+    names: presets, and `search` and `experts`.
+    rows: of batch and environments on each device; 0 for the usual ones.
+    parts: of `programs.PARTS`; () for all.
+    compilers: folder for the compilers' wheels.
+    out: the CSV.
+
+  Returns:
+    Its rows.
+
+  Raises:
+    UserError: a compiler that cannot be had, or ends without a word.
+  """
+  found: list[dict[str, Any]] = list(tables.read_rows(out, (*KEY, *COUNTED)))
+  for target in targets:
+    with tempfile.TemporaryDirectory() as folder:
+      asked = {
+        'target': target.name,
+        'names': list(names),
+        'rows': rows,
+        'parts': list(parts),
+        'folder': folder,
+        'done': [[row[key] for key in KEY] for row in found],
+      }
+      module = 'experiments.benchmarks.compilation'
+      for row in compile_targets.ask(module, target, compilers, asked):
+        found.append(row)
+        print(line(row), flush=True)
+        _write(out, found)
+  return found
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row for people."""
+  begin = f'{row["target"]:>9}  {row["name"]} {row["part"]} {row["setting"]}'
+  if row['error']:
+    return f'{begin}: {row["error"]}'
+  memory = sum(
+    int(row[name]) for name in ('temporaries', 'arguments', 'results', 'code')
+  )
+  unknown = int(row['loops']) - int(row['loops_known'])
+  collectives = ', '.join(
+    f'{row[name.replace("-", "_")]} {name}'
+    for name in compiled.COLLECTIVES
+    if int(row[name.replace('-', '_')])
+  )
+  return (
+    f'{begin}: {memory / 2**20:,.0f} MiB, {float(row["flops"]) / 1e9:.4g} '
+    f'GFLOP, {float(row["bytes"]) / 1e6:,.0f} MB, {row["loops"]} loops '
+    f'({unknown} of unknown length), {row["kernels"]} kernels, '
+    f'{collectives or "no collective"}, {float(row["seconds"]):.0f} s'
+  )
+
+
+def _write(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+  fields = (*KEY, *COUNTED)
+  metrics.write_lines(
+    path, [fields, *([row[field] for field in fields] for row in rows)]
+  )
+
+
+# What follows runs in a target's own process.
+
+
+def compile_all(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """Compiles what is asked for and is not there yet.
+
+  Args:
+    asked: what `run` passes on.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+
+  target = compile_targets.parse(asked['target'])
+  mesh = meshes.make_mesh(compile_targets.devices(target))
+  done = {tuple(key) for key in asked['done']}
+  for name in asked['names']:
+    try:
+      for program in _programs(name, asked, mesh):
+        key = (target.name, jax.__version__, *program[:4])
+        part = program.part.partition(' ')[0]
+        wanted = not asked['parts'] or part in asked['parts']
+        if key not in done and (wanted or program.what != 'agent'):
+          yield dict(zip(KEY, key)) | measured(program, target)
+    except ValueError as error:
+      key = (target.name, jax.__version__, 'agent', name, '', '')
+      yield dict(zip(KEY, key)) | _failed(target, error)
+
+
+def _programs(name, asked, mesh) -> Iterator[programs.Program]:
+  if name == 'search':
+    for rule in compile_programs.RULES:
+      yield compile_programs.of_search(rule, mesh, asked['rows'])
+  elif name == 'experts':
+    for number in compile_programs.EXPERTS:
+      for backend in compile_programs.BACKENDS:
+        yield compile_programs.of_experts(backend, number, mesh)
+  else:
+    folder = pathlib.Path(asked['folder'])
+    yield from programs.of_preset(name, mesh, asked['rows'], folder)
+
+
+def _failed(target, error: Exception, seconds: float = 0.0) -> dict[str, Any]:
+  text = ' '.join(str(error).split())[:300] or type(error).__name__
+  return dict.fromkeys(COUNTED, 0) | {
+    'devices': target.devices,
+    'seconds': round(seconds, 1),
+    'error': text,
+  }
+
+
+def measured(
+  program: programs.Program, target: compile_targets.Target
+) -> dict[str, Any]:
+  """What a program takes on a target, by the names of `COUNTED`.
+
+  A program that its compiler refuses has its message instead.
+  """
+  start = time.perf_counter()
+  try:
+    traced = program.trace()
+    ready = traced.lower().compile()
+  except Exception as error:
+    return _failed(target, error, time.perf_counter() - start)
+  counts = compiled.count(ready)
+  error = ''
+  if 0 < target.memory < counts.memory:
+    error = (
+      f'needs {counts.memory / 2**30:.1f} GiB, a device has '
+      f'{target.memory / 2**30:.1f}'
+    )
+  try:
+    flops = counting.matmul_flops(traced.jaxpr) / target.devices
+  except ValueError:  # A loop of unknown length.
+    flops = math.nan
+  own = {n: v for n, v in counts._asdict().items() if n in COUNTED}
+  kinds = {n.replace('-', '_'): v for n, v in counts.collectives.items()}
+  return (
+    dict.fromkeys(COUNTED, 0)
+    | own
+    | kinds
+    | {
+      'devices': target.devices,
+      'flops_traced': flops,
+      'seconds': round(time.perf_counter() - start, 1),
+      'error': error,
+    }
+  )
+
+
+def _main() -> None:
+  for row in compile_all(json.load(sys.stdin)):
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == '__main__':
+  _main()

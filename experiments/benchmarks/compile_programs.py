@@ -1,0 +1,99 @@
+"""Searches and experts that `--suite=compile` compiles."""
+
+from typing import Any
+
+from experiments.benchmarks import experts, searches
+from experiments.build import programs
+
+RULES = ('puct', 'efficientzero', 'gumbel', 'sampled')
+BACKENDS = ('auto', 'loop', 'capacity', 'ragged')
+EXPERTS = (8, 32, 128)
+
+
+def of_search(
+  rule: str, mesh: Any, rows: int, simulations: int = 50
+) -> programs.Program:
+  """A search over a table model, its trees split over the devices.
+
+  Args:
+    rule: of `RULES`.
+    mesh: with the axis `data`.
+    rows: trees on each device; 0 for 64 on one, `ROWS` on more.
+    simulations: a search.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+  from networks import actions
+  from search import policies, sampled
+
+  rows = (rows or (64 if mesh.size == 1 else programs.ROWS)) * mesh.size
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params, root, step = searches.table_model(0, rows, 6, 64)
+  # Arrays lie on this machine, and not on the one that is compiled for.
+  params, root = jax.eval_shape(lambda: (params, root))
+  if rule == 'sampled':
+    distribution = actions.flat(6)
+
+    def search(params, key, root):
+      return sampled.search(
+        params,
+        key,
+        root,
+        step,
+        simulations,
+        distribution=distribution,
+        num_samples=4,
+      )
+
+  else:
+    search = lambda params, key, root: getattr(policies, rule)(
+      params, key, root, step, simulations
+    )
+  whole, split = meshes.replicated(mesh), meshes.split(mesh)
+  if mesh.size > 1:
+    search = meshes.by_rows(search, mesh, (2,))
+  return programs.Program(
+    'search',
+    rule,
+    f'{simulations} simulations',
+    f'roots={rows} actions=6',
+    lambda: jax.jit(
+      search, in_shardings=(whole, whole, split), out_shardings=split
+    ).trace(params, key, root),
+  )
+
+
+def of_experts(backend: str, number: int, mesh: Any) -> programs.Program:
+  """Forward and backward of a mixture's experts on the first device.
+
+  Args:
+    backend: of `BACKENDS`.
+    number: experts.
+    mesh: whose first device it is compiled for.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+  from networks import dispatch
+
+  sizes = experts.ExpertSizes(tokens=16_384, features=512, hidden=2048)
+  devices = mesh.devices.flatten()[:1]
+  one, taken, note = meshes.make_mesh(devices), backend, ''
+  if backend == 'auto':
+    grouped = dispatch.Expert(lambda p, x: x, lambda p, x, sizes: x)
+    taken = dispatch.exact_backend(grouped, devices[0])
+    note = f' takes={taken}'
+  case = jax.eval_shape(lambda: experts.case(number, sizes))
+  whole = meshes.replicated(one)
+  return programs.Program(
+    'experts',
+    backend,
+    f'{number} experts',
+    f'tokens={sizes.tokens} {sizes.features}x{sizes.hidden} k={sizes.k}{note}',
+    lambda: jax.jit(
+      experts.gradient(taken),
+      in_shardings=whole,
+      out_shardings=whole,
+    ).trace(*case),
+  )

@@ -1,0 +1,454 @@
+"""How fast the searches are.
+
+`search`: ours beside mctx's, over a trivial network. `sampled`: over K = 20
+sampled actions beside our plain search over 20 enumerated ones.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks.timing import Row, Sizes, interleaved, speed_row
+
+
+def table_model(
+  seed: int, batch: int, actions: int, width: int, states: int = 1024
+) -> tuple[Any, Any, Callable]:
+  """A model that costs next to nothing: a random table of states.
+
+  Priors, values and rewards are normal numbers, so that no scores tie.
+
+  Args:
+    seed: of the table.
+    batch: roots.
+    actions: `A`.
+    width: float32 numbers that each embedding carries besides its state;
+      every step writes all of them anew.
+    states: rows of the table.
+
+  Returns:
+    `(params, root, recurrent_fn)` for a search.
+  """
+  import jax.numpy as jnp
+  import mctx
+
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  params = {
+    'child': jnp.asarray(rng.integers(states, size=(states, actions))),
+    'reward': normal(states, actions),
+    'logits': normal(states, actions),
+    'value': normal(states),
+    # Makes outputs depend on the wide embedding, which else were left out.
+    'zero': jnp.zeros(()),
+  }
+
+  def recurrent_fn(params, key, action, embedding):
+    del key
+    state, wide = embedding
+    child = params['child'][state, action]
+    value = params['value'][child]
+    if width:
+      value += params['zero'] * wide[:, 0]
+    output = mctx.RecurrentFnOutput(
+      reward=params['reward'][state, action],
+      discount=jnp.full(state.shape, 0.997),
+      prior_logits=params['logits'][child],
+      value=value,
+    )
+    return output, (child, wide + 1)
+
+  state = jnp.asarray(rng.integers(states, size=batch))
+  root = mctx.RootFnOutput(
+    prior_logits=params['logits'][state],
+    value=params['value'][state],
+    embedding=(state, jnp.zeros((batch, width))),
+  )
+  return params, root, recurrent_fn
+
+
+ALONE = 'embeddings alone'
+
+
+def policies_in_turn(num_simulations: int) -> dict[str, Callable]:
+  """Our searches and mctx's, `(params, key, root, recurrent_fn) -> visits`."""
+  import mctx
+
+  from search import policies
+
+  def visits(policy):
+    def search(*args):
+      output = policy(*args, num_simulations=num_simulations)
+      return output.search_tree.summary().visit_counts
+
+    return search
+
+  return {
+    'mctx.muzero_policy': visits(mctx.muzero_policy),
+    'mctx.gumbel_muzero_policy': visits(mctx.gumbel_muzero_policy),
+    'puct': visits(policies.puct),
+    'efficientzero': visits(policies.efficientzero),
+    'gumbel': visits(policies.gumbel),
+  }
+
+
+def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
+  """`mctx.search` and ours with the same selection functions of mctx."""
+  import mctx
+
+  from search import _mctx
+
+  select = mctx.muzero_action_selection
+
+  def visits(search_fn):
+    def search(params, key, root, recurrent_fn):
+      tree = search_fn(
+        params,
+        key,
+        root=root,
+        recurrent_fn=recurrent_fn,
+        root_action_selection_fn=functools.partial(select, depth=0),
+        interior_action_selection_fn=select,
+        num_simulations=num_simulations,
+      )
+      return tree.summary().visit_counts
+
+    return search
+
+  return {
+    'mctx.search': visits(mctx.search),
+    'batched search': visits(_mctx.search),
+  }
+
+
+def embeddings_alone(num_simulations: int) -> Callable:
+  """No search: only what any must move, one embedding read and written.
+
+  The bound of what a faster search can reach with such embeddings.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  def move(params, key, root, recurrent_fn):
+    del recurrent_fn
+    _, wide = root.embedding
+    batch = jnp.arange(wide.shape[0])
+    tree = jnp.zeros((wide.shape[0], num_simulations + 1, wide.shape[1]))
+
+    def simulation(i, carry):
+      tree, total = carry
+      parent = jax.random.randint(
+        jax.random.fold_in(key, i), batch.shape, 0, i + 1
+      )
+      row = tree[batch, parent]
+      total += params['zero'] * row[:, 0]
+      return tree.at[batch, i + 1].set(row + 1), total
+
+    zeros = jnp.zeros(batch.shape)
+    return jax.lax.fori_loop(0, num_simulations, simulation, (tree, zeros))[1]
+
+  return move
+
+
+# Whose rule is whose: these must visit alike.
+_SAME_RULE = {
+  'puct': 'mctx.muzero_policy',
+  'gumbel': 'mctx.gumbel_muzero_policy',
+  'batched search': 'mctx.search',
+}
+
+
+def search_rows(sizes: Sizes) -> list[Row]:
+  """Simulations a second, ours beside mctx's."""
+  rows = []
+  for width in sizes.embeddings:
+    contenders = policies_in_turn(sizes.simulations)
+    if width:
+      contenders[ALONE] = embeddings_alone(sizes.simulations)
+    rows += _searches(sizes, sizes.simulations, width, contenders)
+  for number in sizes.deep:
+    # mctx's takes minutes there.
+    few = sizes._replace(repeats=min(sizes.repeats, 3), least_seconds=0.0)
+    rows += _searches(few, number, 0, searches_in_turn(number))
+  return rows
+
+
+def _searches(
+  sizes: Sizes, number: int, width: int, contenders: dict[str, Callable]
+) -> list[Row]:
+  import jax
+
+  params, root, recurrent_fn = table_model(0, sizes.batch, sizes.actions, width)
+  key = jax.random.key(0)
+  found, tasks = {}, {}
+  for name, contender in contenders.items():
+    compiled = jax.jit(
+      lambda params, key, root, f=contender: f(params, key, root, recurrent_fn)
+    )
+
+    def task(name=name, compiled=compiled):
+      found[name] = jax.block_until_ready(compiled(params, key, root))
+
+    tasks[name] = task
+  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+  setting = (
+    f'B={sizes.batch} N={number} A={sizes.actions} '
+    f'embedding={4 * width + 4} bytes'
+  )
+  first = next(iter(contenders))
+  rows = []
+  for name, timing in timings.items():
+    note = '' if name == first else f'ratio to {first}'
+    if name == ALONE:
+      note += '; what any search must move in memory'
+    if name in _SAME_RULE:
+      theirs = np.asarray(found[_SAME_RULE[name]])
+      same = np.sum(np.all(np.asarray(found[name]) == theirs, axis=-1))
+      note += (
+        f'; visits equal {_SAME_RULE[name]} at {same} of {sizes.batch} roots'
+      )
+    amount = sizes.batch * number
+    baseline = timings[first]
+    rows.append(
+      speed_row(
+        'search', name, setting, 'simulations/s', amount, timing, baseline, note
+      )
+    )
+  return rows
+
+
+_SAMPLES = 20
+_PLAIN = f'puct, {_SAMPLES} enumerated actions'
+_LATENT = 128
+# Models a measurement: how deep one's trees are is up to chance.
+_TREES = 4
+# Which actions of a sampled set the table model tells apart.
+_TOLD_APART = 256
+
+
+class Family(NamedTuple):
+  """A policy over actions of a kind, as `agents.sampled_muzero` names it.
+
+  Attributes:
+    policy: a `Config.policy`.
+    action: an `agents.core.types` spec.
+  """
+
+  policy: Literal['gaussian', 'factored', 'flat']
+  action: Any
+
+
+def families() -> dict[str, Family]:
+  """What is measured: 6 dimensions, and sets too large to enumerate."""
+  from agents.core.types import Continuous, Discrete
+
+  high = np.ones(6, np.float32)
+  box = Continuous((6,), -high, high)
+  return {
+    'tanh-Gaussian, 6 dimensions': Family('gaussian', box),
+    'factored, 7 bins x 6 dimensions': Family('factored', box),
+    'factored, 7^6 joint actions': Family(
+      'factored', Discrete(7**6, factors=(7,) * 6)
+    ),
+    'flat, 7^4 joint actions': Family('flat', Discrete(7**4, factors=(7,) * 4)),
+  }
+
+
+def sampled_table(
+  seed: int, batch: int, distribution: Any = None
+) -> tuple[Any, Any, Callable]:
+  """`table_model` over sampled actions, whose trees are shaped alike.
+
+  Rewards and children are drawn independently for each state and action, as
+  they are in the plain model. Where actions are enumerated the priors are
+  uniform, as those of K different draws from a policy are.
+
+  Args:
+    seed: of the table.
+    batch: roots.
+    distribution: a `networks.actions.ActionDistribution`; None for `_SAMPLES`
+      enumerated actions.
+
+  Returns:
+    `(params, root, recurrent_fn)` for a search.
+  """
+  import jax.numpy as jnp
+
+  columns = _SAMPLES if distribution is None else _TOLD_APART
+  params, root, inner = table_model(seed, batch, columns, 0)
+  if distribution is None:
+    logits = jnp.zeros_like(params['logits'])
+  else:
+    shape = (params['value'].shape[0], distribution.num_parameters)
+    noise = np.random.default_rng(seed).normal(size=shape)
+    logits = jnp.asarray(noise / 2, jnp.float32)
+  params = params | {'logits': logits}
+  root = root.replace(prior_logits=logits[root.embedding[0]])
+
+  def recurrent_fn(params, key, action, embedding):
+    if jnp.issubdtype(action.dtype, jnp.floating):
+      action = jnp.abs(1e3 * action.sum(-1)).astype(jnp.int32)
+    return inner(params, key, action % columns, embedding)
+
+  return params, root, recurrent_fn
+
+
+def sampled_network(
+  seed: int, batch: int, family: Family | None
+) -> tuple[Any, Any, Callable]:
+  """A fresh learned model of an observation of 24 numbers.
+
+  Args:
+    seed: of parameters and observations.
+    batch: roots.
+    family: of actions; None for `_SAMPLES` enumerated actions. The networks
+      differ in the policy head and in the layer that reads the action.
+
+  Returns:
+    `(params, root, recurrent_fn)` for a search.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from agents import muzero, sampled_muzero
+  from agents.core import unroll
+  from agents.core.types import ArraySpec, Discrete, Spec
+  from networks.muzero import NetworkConfig
+  from search.model import TimeStep
+
+  network = NetworkConfig(
+    torso='vector',
+    latent='vector',
+    latent_size=_LATENT,
+    head_hidden=(64,),
+    reward='reward',
+    value_bins=101,
+    reward_bins=101,
+    projector=(8,),
+    predictor=(8,),
+    state_norm=True,
+  )
+  observation, distribution = ArraySpec((24,)), None
+  if family is None:
+    spec = Spec(observation, Discrete(_SAMPLES))
+    networks = muzero.make_networks(muzero.Config(network=network), spec)
+  else:
+    spec = Spec(observation, family.action)
+    config = sampled_muzero.Config(network=network, policy=family.policy)
+    networks = sampled_muzero.make_networks(config, spec)
+    distribution = sampled_muzero.make_distribution(config, spec)
+  model = unroll.learned_model(networks, gamma=0.997, distribution=distribution)
+  key = jax.random.key(seed)
+  weights, statistics = jax.jit(networks.init)(key)
+  params = unroll.Params(weights, statistics, jnp.zeros((), jnp.int32))
+  seen = np.random.default_rng(seed).normal(size=(batch, 24))
+  zeros, no = jnp.zeros(batch), jnp.zeros(batch, bool)
+  timestep = TimeStep(jnp.asarray(seen, jnp.float32), zeros, zeros + 1, no, no)
+  return params, model.root(params, timestep, key), model.step
+
+
+def mean_path(parents: np.ndarray) -> float:
+  """Edges from the root to a node, mean over all but the root.
+
+  Args:
+    parents: int `[B, N]`, of an mctx tree; a node's number is above its
+      parent's.
+  """
+  depth = np.zeros(parents.shape)
+  for node in range(1, parents.shape[1]):
+    up = parents[:, node : node + 1]
+    depth[:, node] = np.take_along_axis(depth, up, axis=1)[:, 0] + 1
+  return float(depth[:, 1:].mean())
+
+
+def sampled_rows(sizes: Sizes) -> list[Row]:
+  """Simulations a second over sampled actions, beside enumerated ones.
+
+  Evaluating the root's actions beforehand is K more calls of the model a root
+  in one batch; it counts as no simulation and is measured apart.
+  """
+  rows = []
+  for kind in ('table', 'network'):
+    rows += _sampled(sizes, kind, families())
+  return rows
+
+
+def _sampled(
+  sizes: Sizes, kind: str, chosen: Mapping[str, Family]
+) -> list[Row]:
+  from search import policies, sampled
+
+  def models(family, distribution):
+    if kind == 'network':
+      make = functools.partial(sampled_network, family=family)
+    else:
+      make = functools.partial(sampled_table, distribution=distribution)
+    return [make(seed, sizes.batch) for seed in range(_TREES)]
+
+  paths, tasks = {}, {}
+
+  def add(name, search, models):
+    tasks[name] = _several(search, models, sizes.simulations, name, paths)
+
+  add(_PLAIN, policies.puct, models(None, None))
+  for name, family in chosen.items():
+    distribution = _distribution(family)
+    its = models(family, distribution)
+    for suffix, evaluates in (('', False), (', root evaluated', True)):
+      search = functools.partial(
+        sampled.search,
+        distribution=distribution,
+        num_samples=_SAMPLES,
+        evaluate_root=evaluates,
+      )
+      add(name + suffix, search, its)
+  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+  what = 'a table' if kind == 'table' else f'networks of latent {_LATENT}'
+  setting = f'B={sizes.batch} N={sizes.simulations} K={_SAMPLES}, {what}'
+  amount = _TREES * sizes.batch * sizes.simulations
+  rows = []
+  for name, timing in timings.items():
+    length = np.mean([mean_path(x) for x in paths[name]])
+    note = f'paths of {length:.1f} edges'
+    if name != _PLAIN:
+      note = f'ratio to {_PLAIN}; {note}'
+    unit, baseline = 'simulations/s', timings[_PLAIN]
+    rows.append(
+      speed_row('sampled', name, setting, unit, amount, timing, baseline, note)
+    )
+  return rows
+
+
+def _several(search, models, number, name, paths):
+  """A task that searches each model once and leaves its trees' parents."""
+  import jax
+
+  recurrent_fn = models[0][2]
+
+  def whole(params, key, root):
+    output = search(params, key, root, recurrent_fn, number)
+    return output.search_tree.parents, output.action, output.action_weights
+
+  compiled = jax.jit(whole)
+
+  def task():
+    found = [
+      compiled(params, jax.random.key(seed), root)
+      for seed, (params, root, _) in enumerate(models)
+    ]
+    paths[name] = [np.asarray(x[0]) for x in jax.block_until_ready(found)]
+
+  return task
+
+
+def _distribution(family: Family) -> Any:
+  """What the sampled agent would draw from."""
+  from agents import sampled_muzero
+  from agents.core.types import ArraySpec, Spec
+
+  config = sampled_muzero.Config(policy=family.policy)
+  return sampled_muzero.make_distribution(
+    config, Spec(ArraySpec((1,)), family.action)
+  )

@@ -1,0 +1,427 @@
+"""From a data set (or a text) to a run: its environment, rows and score."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+from typing import Any, NamedTuple
+
+from experiments.build import text
+from experiments.data.text import Corpus
+from experiments.envs.options import parse_options
+from experiments.files.errors import UserError, shown
+
+
+def material(experiment: Any):
+  """What an experiment learns from: its data set or its text.
+
+  Raises:
+    ValueError: see `opened` and `text.opened`.
+  """
+  if experiment.is_text:
+    return text.opened(experiment)
+  return opened(experiment.dataset)
+
+
+def opened(name: str):
+  """The data set of a name, read and checked once while its files stay.
+
+  Raises:
+    ValueError: one line that names file, key and row.
+  """
+  return _opened(name, _stamp(name))
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(name: str, stamp: tuple):
+  from experiments.data import open as data
+
+  del stamp
+  try:
+    return data.open_dataset(name)
+  except ValueError as error:
+    what = str(error).removeprefix(f'{shown(name)}: ')
+    raise UserError(f'dataset={shown(name)}: {what}') from error
+
+
+# Of a data set; a walk through a whole disk would take minutes.
+_MOST_FILES = 10_000
+
+
+def _stamp(name: str) -> tuple:
+  """Changes when the files of a data set do; () for what is not there."""
+  from experiments.data import open as data
+
+  with contextlib.suppress(UserError):
+    name = str(data.locate(name))
+  # Links are not followed, and what cannot be looked at is refused later.
+  walk = (os.path.join(at, f) for at, _, some in os.walk(name) for f in some)
+  files = list(itertools.islice(walk, _MOST_FILES + 1))
+  if len(files) > _MOST_FILES:
+    raise UserError(
+      f'dataset={name}: is a folder of more than {_MOST_FILES} files; name '
+      'that of one data set'
+    )
+  found = []
+  for file in sorted(files) or [name]:
+    with contextlib.suppress(OSError, ValueError):
+      about = os.stat(file, follow_symlinks=file == name)
+      found.append((file, about.st_ino, about.st_size, about.st_mtime_ns))
+  return tuple(found)
+
+
+def complete(experiment: Any, env: str | None):
+  """An experiment on a data set, with the environment that it was made in.
+
+  Args:
+    experiment: from `build.describe`, with or without a data set.
+    env: what the user wants to evaluate in; None for the data set's own, with
+      the options that it was made under unless there are others.
+
+  Raises:
+    UserError: there is no data set, the agent cannot learn from one, or what
+      it was made in brings code.
+  """
+  if experiment.is_text:
+    return text.complete(experiment, env)
+  if not experiment.dataset:
+    raise UserError(
+      f'dataset: {experiment.agent_name} learns from a data set: '
+      '--dataset=PATH (python -m experiments.collect makes one)'
+    )
+  if hasattr(experiment.config, 'window'):
+    raise UserError(
+      f'dataset={experiment.dataset}: {experiment.agent_name} learns from '
+      'windows of its own play, not from a data set'
+    )
+  if experiment.run.hold_out or experiment.run.early_update:
+    field = 'hold_out' if experiment.run.hold_out else 'early_update'
+    value = getattr(experiment.run, field)
+    raise UserError(f'{field}={value}: needs a run that acts; set it to 0')
+  place = place_of(experiment, env)
+  settings = dataclasses.replace(
+    experiment.env, options=place.options, recorded=place.recorded
+  )
+  return experiment._replace(env_name=place.env_name, env=settings)
+
+
+class Place(NamedTuple):
+  """Where what is learned from a data set is evaluated.
+
+  Attributes:
+    env_name: for `envs.make`; '' for nowhere.
+    options: of it.
+    recorded: JSON of `envs.recorded.Recorded`; '' for nothing.
+    notes: lines for people, on how it differs from where the data are from.
+  """
+
+  env_name: str
+  options: tuple[str, ...]
+  recorded: str
+  notes: tuple[str, ...] = ()
+
+
+def place_of(experiment: Any, env: str | None) -> Place:
+  """Where an experiment on a data set is evaluated.
+
+  Args:
+    experiment: from `build.describe`; its settings count first.
+    env: what the user wants to evaluate in; None for the data set's own.
+
+  Raises:
+    UserError: the data set cannot be read, or what it was recorded in has what
+      a file may not decide.
+  """
+  from experiments.envs import names
+  from experiments.envs import recorded as recording
+
+  own = experiment.env
+  if env and own.recorded:
+    # A saved run says all, and its data need not be there any more.
+    return Place(env, own.options, own.recorded)
+  try:
+    dataset = opened(experiment.dataset)
+  except UserError:
+    if not env:
+      raise
+    # Whoever needs its rows meets the error again.
+    return Place(env, own.options, own.recorded)
+  about, where = dataset.about, f'dataset={shown(experiment.dataset)}'
+  options = own.options or tuple(about.extra.get('options', ()))
+  text, notes = own.recorded, ()
+  if not text and recording.KEY in about.extra:
+    text = json.dumps(about.extra[recording.KEY], sort_keys=True)
+    notes = tuple(about.extra.get(recording.LEFT_OUT, ()))
+  recorded = recording.decode(text, f'{where}: {recording.KEY}')
+  if notes:
+    left_out = shown(', '.join(map(str, notes)))
+    notes = (
+      f'note: {about.name} was recorded with {left_out}, which is not made '
+      'again from a file; --env=gymnasium:MODULE:ID brings an environment of '
+      'your own',
+    )
+  if not env:
+    names.check(about.env, () if own.options else options, where)
+    return _own_place(dataset, options, text, notes)
+  theirs = about.env.rpartition(':')[2]
+  if env.rpartition(':')[2] == theirs:
+    # The user vouches for the environment, not for what a file tells it.
+    plain = own.options or not names.code_in('', options)
+    return Place(env, options if plain else (), text, notes)
+  order = ', '.join(part for part, _ in recorded.columns)
+  parts = f', its observations are {shown(order)} in this order' * bool(order)
+  note = f'note: {about.name} was recorded in {shown(theirs)}{parts}; it is '
+  notes = (*notes, f'{note}evaluated in {env}, as asked') if theirs else ()
+  return Place(env, own.options, text, notes)
+
+
+def _own_place(dataset, options, text, notes) -> Place:
+  """The environment that a data set names, or none if it is not here."""
+  from experiments.envs import make
+
+  about = dataset.about
+  if not about.env:
+    return Place('', options, text, notes)
+  parsed = parse_options(options)
+  try:
+    env = make.make(about.env, 1, training=False, options=parsed, recorded=text)
+    if text:
+      spec_of(dataset, env.spec)
+  except ValueError as error:
+    if not text:
+      # Ours are envpool's, where it is the name or an option that is wrong.
+      return Place(about.env, options, text, notes)
+    why = shown(str(error).partition('; ')[0], 300)
+    note = (
+      f'note: {about.name} is trained without an environment and nothing is '
+      f'played: {why}; --env=NAME gives one'
+    )
+    return Place('', options, text, (note,))
+  return Place(about.env, options, text, notes)
+
+
+def notes(experiment: Any) -> tuple[str, ...]:
+  """Lines on how the evaluation differs from where the data are from.
+
+  Args:
+    experiment: from `build.describe`.
+
+  Raises:
+    UserError: see `place_of`.
+  """
+  if experiment.is_text or not experiment.dataset:
+    return ()
+  unset = experiment._replace(
+    env=dataclasses.replace(experiment.env, recorded='')
+  )
+  own = opened(experiment.dataset).about.env
+  asked = experiment.env_name if experiment.env_name != own else None
+  return place_of(unset, asked or None).notes
+
+
+def checksum_of(experiment: Any) -> str:
+  """Of the data set or the text of an experiment."""
+  if experiment.is_text:
+    from experiments.data import text as texts
+
+    return texts.checksum(experiment.dataset)
+  return checksum(experiment.dataset)
+
+
+def checksum(name: str) -> str:
+  """Of all rows of a data set: a run goes on with the rows that it began with.
+
+  Args:
+    name: see `opened`.
+
+  Raises:
+    UserError: its folder holds more than one data set can.
+  """
+  return _checksum(name, _stamp(name))
+
+
+@functools.lru_cache(maxsize=2)
+def _checksum(name: str, stamp: tuple) -> str:
+  from experiments.runtime import offline as runtime
+
+  return runtime.fingerprint(rows_of(_opened(name, stamp)))
+
+
+def told(dataset: Any) -> str:
+  """One line about a data set: its size and how well it plays."""
+  from experiments.data import layout
+
+  about, returns = dataset.about, layout.returns(dataset)
+  line = f'data set {about.name}: {len(dataset.reward):,} transitions'
+  if not len(returns):
+    return f'{line}, no whole episode'
+  line += f', {len(returns):,} whole episodes, mean return {returns.mean():.1f}'
+  found = score(about, float(returns.mean()))
+  return line if found is None else f'{line} (score {found:.1f})'
+
+
+def scored(name: str, mean_return: float) -> str:
+  """One line that sets a return beside the data's own.
+
+  Args:
+    name: see `opened`.
+    mean_return: of what was learned.
+  """
+  from experiments.data import layout
+
+  dataset = opened(name)
+  returns = layout.returns(dataset)
+  found = score(dataset.about, mean_return)
+  line = (
+    'no reference returns: no score'
+    if found is None
+    else (f'normalised score {found:.1f}')
+  )
+  own = f'; the data plays {returns.mean():.1f}' if len(returns) else ''
+  return f'{line}{own}'
+
+
+def score(about: Any, returns: Any) -> Any:
+  """The normalised score of returns; None without a reference pair."""
+  from experiments.data import layout
+
+  low, high = about.ref_min, about.ref_max
+  if low is None or high is None or not low < high:
+    return None
+  return layout.normalised_score(about, returns)
+
+
+def spec_of(dataset: Any, env_spec: Any | None):
+  """What the agent is told: the simulator's spec, the data's statistics.
+
+  Args:
+    dataset: from `material`.
+    env_spec: of the environment to evaluate in; None without one.
+
+  Raises:
+    UserError: they do not fit together.
+  """
+  import numpy as np
+
+  from experiments.data import layout
+
+  if isinstance(dataset, Corpus):
+    return text.spec_of(dataset)
+  own = layout.spec(dataset)
+  if env_spec is not None:
+    for what, ours, theirs in (
+      ('observation', _shapes(own), _shapes(env_spec)),
+      (
+        'action',
+        getattr(own.action, 'shape', None),
+        getattr(env_spec.action, 'shape', None),
+      ),
+    ):
+      if ours != theirs:
+        raise UserError(
+          f'env={env_spec.name}: its {what} has shape {theirs}, but '
+          f'{dataset.about.name} has {ours}'
+        )
+    for bound in ('low', 'high'):
+      ours, theirs = getattr(own.action, bound), getattr(env_spec.action, bound)
+      if not np.allclose(ours, theirs):
+        raise UserError(
+          f'env={env_spec.name}: action bound {bound}={theirs}, but '
+          f'{dataset.about.name} has {ours}'
+        )
+  statistics = own.statistics
+  if statistics is not None:
+    # What never changes must not be divided by nothing (TD3+BC does so, too).
+    statistics = (statistics[0], statistics[1] + np.float32(1e-3))
+  return (env_spec or own)._replace(statistics=statistics)
+
+
+def _shapes(spec):
+  import jax
+
+  leaves = jax.tree.leaves(spec.observation, is_leaf=_is_spec)
+  return tuple(tuple(leaf.shape) for leaf in leaves)
+
+
+def _is_spec(x):
+  return hasattr(x, 'dtype') and hasattr(x, 'shape')
+
+
+def rows_of(dataset: Any) -> Any:
+  """`runtime.offline.Rows` of a data set; tokens of a text."""
+  import numpy as np
+
+  if isinstance(dataset, Corpus):
+    return dataset.train
+
+  from agents.core.types import Transition
+  from experiments.data import layout
+  from experiments.runtime.offline import Rows
+
+  transitions = Transition(
+    o_tm1=dataset.observation,
+    a_tm1=dataset.action,
+    r_t=np.asarray(dataset.reward, np.float32),
+    # Bootstrapped where time was up.
+    discount_t=1.0 - np.asarray(dataset.terminated, np.float32),
+    o_t=dataset.next_observation,
+  )
+  return Rows(transitions, layout.initial_observations(dataset))
+
+
+def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
+  """The source of a phase of an experiment on a data set.
+
+  Args:
+    experiment: from `build.describe`.
+    dataset: from `material`.
+    phase: from `build.make_phases`.
+    mesh: devices that a batch is divided over; None for one.
+
+  Raises:
+    UserError: rows on the host for an agent that imagines, or rollouts of more
+      rows than a batch has.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+  from experiments.runtime import offline as runtime
+
+  run, config = experiment.run, experiment.config
+  place = lambda batch: batch
+  if mesh is not None and mesh.size > 1:
+    rows = meshes.split(mesh)
+    place = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
+  if isinstance(dataset, Corpus):
+    return text.make_source(experiment, dataset, place)
+  source = runtime.from_dataset(
+    rows_of(dataset),
+    run.batch_size,
+    reward_scale=run.reward_factor,
+    on_device=run.data_on == 'device',
+    place=place,
+  )
+  if phase.imagine is None:
+    return source
+  if run.data_on != 'device':
+    raise UserError(
+      f'data_on={run.data_on}: {experiment.agent_name} imagines in the program '
+      'that learns; take device'
+    )
+  if config.rollout_batch > run.batch_size:
+    raise UserError(
+      f'rollout_batch={config.rollout_batch}: must be at most batch_size='
+      f'{run.batch_size}'
+    )
+  real = max(round(config.real_fraction * run.batch_size), 1)
+  return runtime.mixed(
+    source,
+    phase.imagine,
+    phase.agent,
+    starts=config.rollout_batch,
+    capacity=config.model_capacity,
+    real=real,
+    model=max(run.batch_size - real, 1),
+  )

@@ -1,0 +1,276 @@
+"""The programs that are compiled: of presets, of searches, of mixtures.
+
+Everything is made of shapes; nothing is computed. Shardings are those of a run:
+the agent's state whole on every device, its batch split, and what works row by
+row (acting, searching again) mapped over the devices.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import presets
+from experiments.build import capacity
+from experiments.build.agent import make_agent, make_env, make_phases
+from experiments.build.experiment import (
+  Experiment,
+  describe,
+  is_fresh,
+  reads_text,
+  window_of,
+)
+from experiments.build.source import Layout, make_source
+
+# Rows of batch and environments on each of several devices.
+ROWS = 8
+PARTS = ('init', 'act', 'update', 'refresh', 'interval')
+
+
+class Program(NamedTuple):
+  """A function that can be compiled.
+
+  Attributes:
+    what: `agent`, `search` or `experts`.
+    name: the preset, rule or backend.
+    part: of an agent, of `PARTS`; else what it is of.
+    setting: its sizes, for people.
+    lower: `() -> ` what `jax.jit(...).trace(...)` returns.
+  """
+
+  what: str
+  name: str
+  part: str
+  setting: str
+  trace: Callable[[], Any]
+
+
+def of_preset(
+  name: str, mesh: Any, rows: int, folder: pathlib.Path
+) -> Iterator[Program]:
+  """The programs of a preset's run.
+
+  Args:
+    name: a row of `experiments.presets`.
+    mesh: `jax.sharding.Mesh` with the axis `data`.
+    rows: of batch and environments on each device; 0 for the preset's own
+      batch and environments on one device, `ROWS` on more.
+    folder: for the data set or text that the preset learns from.
+
+  Raises:
+    ValueError: the preset cannot be made; see `build.describe`.
+  """
+  dataset = _material(name, folder)
+  experiment = describe(name, dataset=dataset)
+  if rows or mesh.size > 1:
+    if is_fresh(experiment.config) and mesh.size > 1:
+      return  # Its streams stay on one device.
+    settings = _sizes(experiment, mesh.size, rows or ROWS)
+    experiment = describe(name, dataset=dataset, settings=settings)
+  parts = 1 if experiment.dataset else mesh.size
+  found = list(phases(experiment, Layout(mesh, (), parts)))
+  for label, agent, source, spec in found:
+    suffix = f' ({label})' if len(found) > 1 else ''
+    yield from of_agent(experiment, agent, source, spec, mesh, suffix)
+
+
+def _sizes(plain: Experiment, number: int, each: int) -> list[str]:
+  """Settings by which so many devices have so many rows each."""
+  rows = each * number
+  settings = [f'batch_size={rows}', f'env.num_envs={rows}']
+  if plain.dataset:
+    if hasattr(plain.config, 'rollout_batch'):
+      imagined = plain.config.rollout_length * rows
+      kept = -(-plain.config.model_capacity // imagined) * imagined
+      settings += [f'rollout_batch={rows}', f'model_capacity={kept}']
+    return settings
+  window = window_of(plain.config)
+  kept = max(plain.run.replay_capacity // number, 1000) * number
+  return [
+    *settings,
+    f'warmup_decisions={(window + 1) * rows}',
+    f'replay_capacity={kept}',
+  ]
+
+
+def _dataset_of(name: str) -> str:
+  """`text`, `data` or nothing: what a preset learns from besides play."""
+  preset = presets.find(name)
+  if preset.env:
+    return ''
+  return 'text' if reads_text(preset.agent) else 'data'
+
+
+def _material(name: str, folder: pathlib.Path) -> str | None:
+  """A small data set or text, written once; shapes alone matter."""
+  from experiments.data import layout, npz
+
+  kind = _dataset_of(name)
+  if not kind:
+    return None
+  path = folder / f'{kind}.{"txt" if kind == "text" else "npz"}'
+  if path.exists():
+    return str(path)
+  rng = np.random.default_rng(0)
+  if kind == 'text':
+    letters = rng.choice(list('abcdefghijklmnopqrstuvwxyz \n'), 500_000)
+    path.write_text(''.join(letters))
+    return str(path)
+  # HalfCheetah's sizes.
+  steps, observation, action = 2000, 17, 6
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  ends = np.arange(1, steps + 1) % 1000 == 0
+  bound = np.ones(action, np.float32)
+  npz.save(
+    layout.make(
+      normal(steps, observation),
+      rng.uniform(-1, 1, (steps, action)).astype(np.float32),
+      normal(steps),
+      normal(steps, observation),
+      np.zeros(steps, bool),
+      ends,
+      layout.About('made up', '', -bound, bound),
+    ),
+    path,
+  )
+  return str(path)
+
+
+def phases(
+  experiment: Experiment, layout: Layout
+) -> Iterator[tuple[str, Any, Any, Any]]:
+  """Name, agent, source and spec of each phase of a run; nothing is begun.
+
+  The source of simulators on the host is None.
+
+  Args:
+    experiment: from `build.describe`.
+    layout: devices, which need not be there, and parts.
+  """
+  from experiments.build import dataset
+  from search.model import Environment
+
+  if experiment.dataset:
+    data = dataset.material(experiment)
+    spec = dataset.spec_of(data, None)
+    for phase in make_phases(experiment, spec):
+      source = dataset.make_source(experiment, data, phase, layout.mesh)
+      yield phase.name, phase.agent, source, spec
+    return
+  number = experiment.env.num_envs // layout.parts
+  env = make_env(experiment, training=True, num_envs=number)
+  agent = make_agent(experiment, env.spec)
+  source = None
+  if isinstance(env, Environment):
+    source = make_source(experiment, env, agent, layout)
+  yield 'train', agent, source, env.spec
+
+
+def of_agent(
+  experiment: Experiment,
+  agent: Any,
+  source: Any,
+  spec: Any,
+  mesh: Any,
+  suffix: str = '',
+  sharding: Any = None,
+) -> Iterator[Program]:
+  """The programs of an agent's training.
+
+  Args:
+    experiment: whose sizes they have.
+    agent: from `phases`, like the next two.
+    source: None for simulators on the host.
+    spec: of the environment or data set.
+    mesh: `jax.sharding.Mesh` with the axis `data`.
+    suffix: of the programs' names.
+    sharding: of the agent's state; None for whole on each device.
+  """
+  import jax
+
+  from experiments.runtime import loop
+  from experiments.runtime import mesh as meshes
+
+  whole, split = meshes.replicated(mesh), meshes.split(mesh)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(agent.init, key)
+  batch = batch_of(experiment, agent, source, spec)
+  envs = experiment.env.num_envs
+  setting = f'batch={jax.tree.leaves(batch)[0].shape[0]}'
+  program = lambda part, trace, setting: Program(
+    'agent', experiment.name, part + suffix, setting, trace
+  )
+  yield program(
+    'init',
+    lambda: jax.jit(agent.init, in_shardings=whole, out_shardings=whole).trace(
+      key
+    ),
+    '',
+  )
+  if agent.act is not None:
+    act = agent.act
+    if mesh.size > 1:
+      act = meshes.by_rows(act, mesh, (2,))
+    acting = (state.params, key, capacity.timestep(spec, envs))
+    yield program(
+      'act',
+      lambda: jax.jit(
+        act, in_shardings=(whole, whole, split), out_shardings=split
+      ).trace(*acting),
+      f'envs={envs}',
+    )
+  yield program(
+    'update',
+    lambda: meshes.jit_update(agent, mesh, sharding).trace(state, batch, key),
+    setting,
+  )
+  if agent.refresh is not None:
+    step = jax.ShapeDtypeStruct((), np.int32)
+    yield program(
+      'refresh',
+      lambda: meshes.compile_refresh(agent, mesh, sharding).trace(
+        state, batch, step, key
+      ),
+      setting,
+    )
+  if source is not None and source.is_pure:
+    carry = jax.eval_shape(lambda key: loop.init(agent, source, key), key)
+    yield program(
+      'interval',
+      lambda: meshes.compile_interval(agent, source, mesh, sharding).trace(
+        carry, key, 1
+      ),
+      f'{setting} envs={envs}',
+    )
+
+
+def batch_of(experiment: Experiment, agent: Any, source: Any, spec: Any) -> Any:
+  """Shapes of what an update takes; the arguments are those of `of_agent`."""
+  import jax
+
+  from agents.core import replay
+  from experiments.runtime import offline, sources
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  if source is not None and not source.is_pure:
+    return source.example()
+  if source is not None:
+    state = jax.eval_shape(agent.init, key)
+    step = jax.ShapeDtypeStruct((), np.int32)
+    held = jax.eval_shape(source.init, key)
+    return jax.eval_shape(source.next, held, state, step, key)[1]
+  run = experiment.run
+  memory = replay.device_replay(
+    capacity=run.replay_capacity,
+    batch_size=run.batch_size,
+    window=window_of(experiment.config),
+    alpha=run.replay_alpha,
+  )
+  timestep = capacity.timestep(spec, experiment.env.num_envs)
+  row = sources.experience_example(agent, timestep)
+  kept = jax.eval_shape(memory.init, row)
+  batch = jax.eval_shape(memory.sample, kept, key, 1.0)
+  if hasattr(experiment.config, 'window'):
+    return batch
+  return jax.eval_shape(offline.to_transition, batch)

@@ -1,0 +1,205 @@
+"""A finished run, read back from its folder."""
+
+import json
+import os
+import pathlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.build.experiment import Experiment, describe
+from experiments.files import reading, writing
+from experiments.files.errors import Missing, shown
+from experiments.runtime import config as configs
+
+# What config.json holds of an experiment.
+_KINDS = {
+  **dict.fromkeys(('name', 'agent_name', 'env_name'), str),
+  **dict.fromkeys(('steps', 'seed'), int),
+  **dict.fromkeys(('agent', 'env', 'run'), dict),
+}
+
+
+def load_experiment(workdir: str, env: str | None = None) -> Experiment:
+  """The experiment that a run's config.json describes.
+
+  Args:
+    workdir: the run's folder.
+    env: the environment that the user has named, which must be the run's; it
+      is needed where that brings code, see `envs.names`.
+
+  Raises:
+    UserError: no such run, one that this version cannot read, or one whose
+      environment brings code that the user has not asked for.
+  """
+  from experiments.envs import names
+
+  saved = configs.read_run_config(workdir)
+  file = f'{workdir}/config.json'
+  try:
+    for name, kind in _KINDS.items():
+      if not isinstance(saved[name], kind):
+        raise configs.UserError(
+          f'{file}: {name} is {shown(repr(saved[name]), 60)}, must be of type '
+          f'{kind.__name__}'
+        )
+    settings = [
+      f'{section}.{name}={text}'
+      for section in ('agent', 'env', 'run')
+      for name, text in _assignments(saved[section])
+    ]
+    if saved.get('dataset') and 'recorded' not in saved['env']:
+      settings.append('env.recorded=none')
+    experiment = describe(
+      saved['name'],
+      agent=saved['agent_name'],
+      # A run that was played in none may be played in the user's.
+      env=saved['env_name'] or env,
+      steps=saved['steps'],
+      seed=saved['seed'],
+      settings=settings,
+      # Whoever plays needs its rows no more.
+      dataset=saved.get('dataset') or None,
+    )
+  except KeyError as error:
+    raise configs.UserError(
+      f'{file} lacks {shown(error)}: was it written by another version?'
+    ) from error
+  except ValueError as error:
+    # What its settings name need not be told from what flags do.
+    message = str(error).removeprefix(f'{file}: ')
+    raise configs.UserError(f'{file}: {shown(message, 4000)}') from error
+  names.check(experiment.env_name, experiment.env.options, file, env)
+  return experiment
+
+
+def _assignments(config: Mapping[str, Any], prefix: str = ''):
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      yield from _assignments(value, f'{prefix}{name}.')
+    elif isinstance(value, list):
+      yield prefix + name, ','.join(map(str, value))
+    elif value is None or isinstance(value, bool):
+      yield prefix + name, str(value).lower()
+    else:
+      yield prefix + name, str(value)
+
+
+_STATISTICS = 'statistics.json'
+
+
+def save_spec(workdir: str | os.PathLike, spec: Any) -> None:
+  """Keeps what the environment does not tell: statistics of observations."""
+  if spec.statistics is not None:
+    named = zip(('mean', 'std'), (x.tolist() for x in spec.statistics))
+    path = pathlib.Path(workdir) / _STATISTICS
+    writing.write_text(path, json.dumps(dict(named)) + '\n')
+
+
+def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
+  """What a run's agent was told; its data set need not be there any more.
+
+  Args:
+    workdir: the run's folder.
+    env_spec: of the environment.
+
+  Raises:
+    UserError: the statistics that the run keeps are damaged.
+  """
+  import jax
+  import numpy as np
+
+  path = pathlib.Path(workdir) / _STATISTICS
+  try:
+    saved = reading.read_json(path, dict[str, list[float]])
+  except Missing:
+    return env_spec
+  leaves = jax.tree.leaves(
+    env_spec.observation, is_leaf=lambda x: hasattr(x, 'shape')
+  )
+  size = sum(int(np.prod(leaf.shape, dtype=int)) for leaf in leaves)
+  found = []
+  for name in ('mean', 'std'):
+    numbers = np.asarray(saved.get(name, ()), np.float64)
+    if numbers.shape != (size,) or not (np.abs(numbers) < 1e38).all():
+      raise configs.UserError(
+        f'{shown(path)}: {name} must be {size} finite numbers; copy it back'
+      )
+    found.append(numbers.astype(np.float32))
+  if not (found[1] > 0).all():
+    raise configs.UserError(
+      f'{shown(path)}: std must be above 0 everywhere; copy it back'
+    )
+  return env_spec._replace(statistics=tuple(found))
+
+
+def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
+  """Parameters of a run's checkpoints, by `final`, `best`, `early`.
+
+  Where `final` is damaged the newest whole checkpoint has them, too.
+
+  Raises:
+    UserError: one that is not there.
+    Damaged: one that is not whole.
+  """
+  import jax
+
+  from experiments.runtime import checkpoint, integrity, loop
+
+  params = jax.eval_shape(agent.init, jax.random.key(0)).params
+  folder, run = pathlib.Path(workdir), configs.read_identity(workdir)
+
+  def restore(where: pathlib.Path, inside: str = '') -> Any:
+    keeper = checkpoint.open(where, read_only=True, run=run, check_rows=False)
+    try:
+      # The final parameters are kept on their own: no replay need be read.
+      found = keeper.restore(params, inside)
+    finally:
+      keeper.close()
+    if found is None:
+      raise integrity.Damaged(f'{shown(where)} is empty')
+    bad = loop.not_finite(found[0])
+    if bad:
+      raise integrity.Damaged(f'{shown(where)}: {bad[0]} is not finite')
+    return found[0]
+
+  loaded = {}
+  for name in names:
+    where = folder / name
+    if not where.is_dir():
+      raise configs.UserError(
+        f'checkpoint={shown(name)}: {shown(workdir)} has none; there are '
+        f'{", ".join(available(workdir)) or "none yet"}'
+      )
+    try:
+      loaded[name] = restore(where)
+    except integrity.Damaged as error:
+      whole = folder / 'checkpoints'
+      if name != 'final' or not whole.is_dir():
+        raise
+      loaded[name] = restore(whole, '.agent.params')
+      print(f'note: {error}; the newest checkpoint is taken')
+  return loaded
+
+
+def command(
+  workdir: str | os.PathLike, experiment: Experiment, name: str = 'play'
+) -> str:
+  """The shell's command that plays a run, to be shown.
+
+  Args:
+    workdir: the run's folder.
+    experiment: what was run.
+    name: of the launcher.
+  """
+  from experiments.envs import names
+
+  flag = names.flag(experiment.env_name, experiment.env.options)
+  place = shlex.quote(str(workdir))
+  return f'python -m experiments.{name} --workdir={place}{flag}'
+
+
+def available(workdir: str) -> list[str]:
+  """Names of the checkpoints that a run holds."""
+  folder = pathlib.Path(workdir)
+  return [n for n in ('final', 'best', 'early') if (folder / n).is_dir()]

@@ -1,0 +1,235 @@
+"""Games of a finished run's agent: matches with a table, and against a person.
+
+`experiments.play` comes here with the flags `players`, `opponents` and
+`human`.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.files.errors import UserError
+from experiments.playing import human, match, players
+from experiments.report import terminal
+from experiments.runtime import metrics
+
+
+def make_player(
+  name: str,
+  workdir: str,
+  own: Any,
+  game: Any,
+  host: Any = None,
+  usual: str = 'final',
+) -> players.Player:
+  """A player by its name, with the parameters of its run.
+
+  Args:
+    name: see `playing.players`; `solver`, `pubeval` and `gnubg=PLIES` are not
+      players of ours.
+    workdir: the run that a name without one means.
+    own: that run's `build.Experiment`.
+    game: the rules of the run's environment.
+    host: `(name) -> Player` of further opponents; None for none.
+    usual: the checkpoint of a name that has no run in front.
+
+  Raises:
+    UserError: an unknown name or run, or one of another game.
+  """
+  from experiments import build
+  from experiments.build import saved
+
+  outside = host(name) if host is not None else None
+  if outside is not None:
+    return outside
+  run, checkpoint, rest = players.split(name)
+  strategy = players.parse(rest)
+  if strategy.planner == 'random':
+    return players.make(name, strategy, None, None, game)
+  folder = run or workdir
+  checkpoint = checkpoint if run else usual
+  experiment = own if not run else saved.load_experiment(folder)
+  if experiment.env_name != own.env_name:
+    raise UserError(
+      f'player={name}: {folder} plays {experiment.env_name}, and this is '
+      f'{own.env_name}'
+    )
+  env = build.make_env(experiment, training=False, num_envs=1)
+  agent = build.make_agent(experiment, env.spec)
+  if agent.model is None:
+    raise UserError(f'player={name}: {experiment.agent_name} has no model')
+  params = saved.load_params(folder, agent, [checkpoint])[checkpoint]
+  search = getattr(experiment.config, 'search', None)
+  return players.make(
+    name, strategy, agent.model, params, game, search, agent.exploit
+  )
+
+
+def other_players(game: Any) -> Callable[[str], players.Player | None]:
+  """Opponents that are not of this suite, by their names.
+
+  Args:
+    game: the rules.
+
+  Returns:
+    `(name) -> Player`, None for a name that is none of theirs.
+
+  Raises:
+    UserError: by what it returns, for one that does not play this game, or is
+      not installed.
+  """
+
+  def find(name):
+    planner, _, _ = name.partition('=')
+    plays = {'solver': 'ConnectFour', 'pubeval': 'Backgammon'}
+    plays['gnubg'] = 'Backgammon'
+    if planner not in plays:
+      return None
+    if game.spec.name.lower() != plays[planner].lower():
+      raise UserError(
+        f'player={name}: plays {plays[planner]}, and this is {game.spec.name}'
+      )
+    if planner == 'solver':
+      from experiments.playing import connect_four_solver
+
+      return connect_four_solver.solver()
+    from experiments.playing import gnubg
+
+    return gnubg.player(name)
+
+  return find
+
+
+def matches(
+  game: Any,
+  ours: Sequence[players.Player],
+  others: Sequence[players.Player],
+  *,
+  openings: int,
+  opening_plies: int,
+  seed: int = 0,
+  report: Callable[[match.Result], None] = lambda result: None,
+) -> list[match.Result]:
+  """Every player against every opponent, on the same openings.
+
+  Args:
+    game: the rules.
+    ours: whose scores are told.
+    others: whom they meet.
+    openings: how many; each is played twice.
+    opening_plies: random moves before a game.
+    seed: of openings, chance and whoever draws.
+    report: told every result as it comes.
+
+  Raises:
+    ValueError: see `match.openings`.
+  """
+  starts = match.openings(game, openings, opening_plies, seed)
+  results = []
+  for player in ours:
+    # Who has no network is timed on what it has seen before, if at all.
+    speed = None
+    if player.params is not None:
+      speed = match.measure(game, player, starts)
+    for other in others:
+      tick = terminal.ticker(f'{player.name} against {other.name}: move')
+      games = match.play(game, player, other, starts, seed=seed, progress=tick)
+      results.append(match.summarise(player, other, games, speed))
+      report(results[-1])
+  return results
+
+
+def write(path: pathlib.Path, results: Sequence[match.Result]) -> None:
+  """Writes match.csv, atomically."""
+  metrics.write_lines(path, [match.Result._fields, *results], digits=5)
+
+
+def print_results(results: Sequence[match.Result]) -> None:
+  """A table for people."""
+  # Where all wins count one, points say nothing that scores do not.
+  counts = any(abs(row.points - 2 * row.score + 1) > 1e-9 for row in results)
+  columns = ('player', 'opponent', 'points' if counts else 'score', 'Elo')
+  lines = []
+  for row in results:
+    score = f'{row.score:.3f} ± {row.score_se:.3f}'
+    points = f'{row.points:+.3f} ± {row.points_se:.3f}'
+    speed = row.ms_per_decision
+    lines.append(
+      (
+        row.player,
+        row.opponent,
+        points if counts else score,
+        f'{row.elo:+.0f} [{row.elo_low:+.0f}, {row.elo_high:+.0f}]',
+        '' if row.evaluations is None else str(row.evaluations),
+        '' if speed is None else f'{speed:.2f}',
+      )
+    )
+  terminal.print_table((*columns, 'evaluations', 'ms'), lines)
+
+
+def launch(experiment: Any, values: Any) -> None:
+  """Plays as the flags of `experiments.play` say.
+
+  Raises:
+    UserError: the run's environment is no game, or a player is none.
+  """
+  from experiments import build
+  from experiments.build import saved
+
+  game = build.make_env(experiment, training=False, num_envs=1).spec.game
+  if game is None:
+    kinds = ('human', 'opponents', 'players')
+    asked = next((n for n in kinds if getattr(values, n)), 'opponents')
+    raise UserError(
+      f'{asked}: {experiment.env_name} is no game with rules; runs on '
+      'self_play:NAME are'
+    )
+  host = other_players(game)
+  usual = values.checkpoint[0] if values.checkpoint else 'final'
+  find = lambda name: make_player(
+    name, values.workdir, experiment, game, host, usual
+  )
+  names = list(values.players) or ['network', 'lookahead=1', 'gumbel=16']
+  if game.candidates is not None:
+    names = list(values.players) or ['lookahead=1']
+  if values.human:
+    usual_one = 'lookahead=1' if game.candidates is not None else 'gumbel=16'
+    player = find(values.players[0] if values.players else usual_one)
+    about = () if player.params is None else (player.params,)
+    terminal.begin(
+      f'{game.spec.name} against {player.name} of {values.workdir}',
+      *map(terminal.parameters, about),
+    )
+    human.against_person(game, player, begins=values.begin, seed=values.seed)
+    return
+  results: list[match.Result] = []
+  out = pathlib.Path(values.out or f'{values.workdir}/match.csv')
+
+  def report(result):
+    results.append(result)
+    write(out, results)
+    terminal.say(
+      f'{result.player} against {result.opponent}: '
+      f'score {result.score:.3f} ± {result.score_se:.3f}, '
+      f'points {result.points:+.3f} ± {result.points_se:.3f}'
+    )
+
+  others = list(values.opponents) or ['random']
+  ours = [find(name) for name in names]
+  terminal.begin(
+    f'{game.spec.name}, {2 * values.openings} games each: {", ".join(names)} '
+    f'against {", ".join(others)}',
+    *[terminal.parameters(p.params) for p in ours[:1] if p.params is not None],
+  )
+  matches(
+    game,
+    ours,
+    [find(name) for name in others],
+    openings=values.openings,
+    opening_plies=values.opening_plies,
+    seed=values.seed,
+    report=report,
+  )
+  print_results(results)
+  again = saved.command(values.workdir, experiment)
+  terminal.end(str(out), f'{again} --human --players={names[-1]}')

@@ -1,0 +1,174 @@
+"""Perfect play of Connect Four, to measure against: a judge and an opponent.
+
+python -m experiments.study connect_four_positions --positions=300
+
+writes positions in which a move can throw the game's value away, with the
+value of every move. The solver is bitbully (`pip install 'outplay[opponents]'`,
+AGPL), a measuring tool that nothing else needs: who only scores against the
+positions reads them from the file.
+
+Axes: `P` positions.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.files import reading, tables
+from experiments.files.errors import UserError
+from experiments.playing.players import Player
+
+_RESULTS = pathlib.Path(__file__).parents[1] / 'results'
+POSITIONS = _RESULTS / 'connect_four_judged.csv'
+COLUMNS = 7
+
+
+class Judged(NamedTuple):
+  """Positions and what every move in them is worth.
+
+  Attributes:
+    moves: columns from the empty board, a string of digits each.
+    value: float64 `[P, 7]`, 1 won, 0 drawn, -1 lost for the player to move;
+      NaN where the column is full.
+    score: float64 `[P, 7]`, the solver's, which is the higher the earlier won
+      or the later lost.
+  """
+
+  moves: tuple[str, ...]
+  value: np.ndarray
+  score: np.ndarray
+
+
+class Verdict(NamedTuple):
+  """How a player did on judged positions.
+
+  Attributes:
+    kept: share of positions in which it kept the game's value.
+    kept_se: standard error.
+    optimal: share in which no move is better, distance counted.
+    chance: `kept` of a player that takes any legal move.
+  """
+
+  kept: float
+  kept_se: float
+  optimal: float
+  chance: float
+
+
+def read(path: pathlib.Path = POSITIONS) -> Judged:
+  """Reads judged positions.
+
+  Raises:
+    UserError: there are none.
+  """
+  columns = [f'score_{c}' for c in range(COLUMNS)]
+  try:
+    rows = tables.read_csv(path, ['moves', *columns])[1]
+  except reading.Missing as error:
+    raise UserError(
+      f'{path}: no judged positions; write them with python -m '
+      'experiments.playing.connect_four_solver'
+    ) from error
+  with tables.reading_cells(path):
+    score = np.asarray(
+      [[float(row[name] or 'nan') for name in columns] for row in rows]
+    )
+  return Judged(tuple(row['moves'] for row in rows), np.sign(score), score)
+
+
+def positions(moves: Sequence[str]) -> Any:
+  """Boards after moves from the empty one, a `Board` of `[P, ...]`."""
+  import jax
+  import jax.numpy as jnp
+
+  from experiments.envs import connect_four
+
+  longest = max(map(len, moves))
+  # Nothing drops into a column outside of the board; it only ends a turn.
+  padded = [[int(c) for c in m] + [-1] * (longest - len(m)) for m in moves]
+
+  def replay(columns, length):
+    def one(i, board):
+      after = connect_four.play(board, columns[i])
+      return jax.tree.map(
+        lambda a, b: jnp.where(i < length, a, b), after, board
+      )
+
+    return jax.lax.fori_loop(0, longest, one, connect_four.new_board())
+
+  lengths = jnp.asarray([len(m) for m in moves])
+  return jax.jit(jax.vmap(replay))(jnp.asarray(padded), lengths)
+
+
+def judge(action: np.ndarray, judged: Judged) -> Verdict:
+  """Compares moves with what every move is worth.
+
+  Args:
+    action: int `[P]`, columns.
+    judged: see there.
+  """
+  rows = np.arange(len(judged.moves))
+  best = np.nanmax(judged.value, axis=1)
+  kept = judged.value[rows, action] == best
+  optimal = judged.score[rows, action] == np.nanmax(judged.score, axis=1)
+  keeps = (judged.value == best[:, None]).sum(1)
+  legal = np.isfinite(judged.value).sum(1)
+  return Verdict(
+    kept=float(kept.mean()),
+    kept_se=float(np.sqrt(kept.mean() * (1 - kept.mean()) / len(kept))),
+    optimal=float(optimal.mean()),
+    chance=float(np.mean(keeps / legal)),
+  )
+
+
+def solver() -> Player:
+  """A player that never errs: the best move, the nearest the centre of many.
+
+  Raises:
+    UserError: the solver is not installed.
+  """
+  bully, board_type = solver_library()
+  known: dict[bytes, int] = {}
+
+  def decide(params, key, timestep):
+    from search.model import PolicyOutput
+
+    del params, key
+    stones = np.asarray(timestep.observation.stones)
+    player = np.asarray(timestep.observation.player)
+    invalid = np.asarray(timestep.invalid_actions)
+    actions = np.zeros(len(stones), np.int32)
+    for row, position in enumerate(stones):
+      mark = position.tobytes() + bytes([player[row]])
+      if mark not in known:
+        known[mark] = _best(bully, board_type, position, invalid[row])
+      actions[row] = known[mark]
+    zeros = np.zeros(len(stones), np.float32)
+    return PolicyOutput(actions, zeros[:, None], zeros)
+
+  return Player('solver', decide, None, 0)
+
+
+def solver_library() -> tuple[Any, Any]:
+  try:
+    import bitbully  # pyright: ignore[reportMissingImports]
+  except ImportError as error:
+    raise UserError(
+      "solver: needs bitbully; pip install 'outplay[opponents]'"
+    ) from error
+  return bitbully.BitBully(), bitbully.Board
+
+
+def _best(bully, board_type, stones, invalid) -> int:
+  """The best column of a board, uint8 `[2, 7]`; any where it is over."""
+  cells = (stones[:, :, None] >> np.arange(6)) & 1
+  # Its boards are rows from the top, 1 the player who began.
+  array = (cells[0] + 2 * cells[1]).T[::-1]
+  board = board_type(array.tolist())
+  if board.is_game_over():
+    return 0
+  scores = bully.score_all_moves(board)
+  legal = [c for c in scores if not invalid[c]]
+  return max(legal, key=lambda c: (scores[c], -abs(c - COLUMNS // 2), -c))

@@ -1,0 +1,58 @@
+"""Continues a prompt with a trained language model."""
+
+import pathlib
+from typing import Any
+
+from experiments.build import text
+from experiments.data import text as texts
+from experiments.data.text import Corpus
+from experiments.files import reading
+from experiments.files.errors import UserError, shown
+
+
+def continue_text(
+  experiment: Any, workdir: str, name: str, options: Any
+) -> None:
+  """Prints how a trained network continues a prompt.
+
+  Args:
+    experiment: from `saved.load_experiment`.
+    workdir: the run's folder.
+    name: of the checkpoint.
+    options: flags `prompt`, `tokens`, `temperature` and `seed`.
+
+  Raises:
+    UserError: no prompt, or no such run or checkpoint.
+  """
+  import jax
+  import numpy as np
+
+  from experiments import build
+  from experiments.build.saved import load_params
+  from experiments.runtime import text as runtime
+
+  if not options.prompt:
+    raise UserError(
+      "prompt: a language model continues a text; say --prompt='The '"
+    )
+  path = pathlib.Path(workdir) / text.VOCABULARY
+  words = reading.read_json(path, tuple[str, ...])
+  vocabulary = texts.Vocabulary(words)
+  nothing = np.zeros(0, np.uint16)
+  spec = text.spec_of(Corpus(path.parent.name, nothing, nothing, vocabulary))
+  agent = build.make_agent(experiment, spec)
+  params = load_params(workdir, agent, [name])[name]
+  networks = build.make_networks(experiment, spec)
+  predict = lambda tokens: networks.apply(*params, tokens, False, None)[0]
+  tokens = runtime.continuation(
+    jax.jit(predict),
+    texts.encode(vocabulary, options.prompt),
+    options.tokens,
+    length=experiment.config.text.length,
+    temperature=options.temperature,
+    key=jax.random.key(options.seed),
+  )
+  # The words are of a file, and may be more than words.
+  continued = options.prompt + texts.decode(vocabulary, tokens)
+  lines = continued.split('\n')
+  print('\n'.join(shown(line, max(len(line), 20)) for line in lines))

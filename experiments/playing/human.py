@@ -1,0 +1,203 @@
+"""A game in the terminal: a person against a player, whose opinion is told.
+
+`experiments.play --human` comes here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.files.errors import shown
+from experiments.playing import boards, match, players
+
+_SHOWN = 5
+_HELP = (
+  'a move as "moves" names it; also moves, hint (what the agent would do), '
+  'undo (your last move), board, quit'
+)
+
+
+class _Turn(NamedTuple):
+  """A position, and how many moves have led to it."""
+
+  state: Any
+  number: int
+
+
+class _Decision(NamedTuple):
+  """A decision of the agent's: the action and its name, what it expects for
+  the mover (None of a player without a network), and its best moves."""
+
+  action: Any
+  name: str
+  value: float | None
+  best: str
+
+
+def against_person(
+  game: Any,
+  player: players.Player,
+  *,
+  begins: bool = True,
+  seed: int = 0,
+  ask: Callable[[str], str] = input,
+  tell: Callable[[str], None] = print,
+) -> float | None:
+  """One game against whoever sits at the terminal.
+
+  Args:
+    game: the rules; sides move in turn, or pass.
+    player: the opponent. Where it has a network, its value of each position
+      is told, and after its moves what the best few of them are worth.
+    begins: whether the person moves first.
+    seed: of chance.
+    ask: shows a prompt and gives the answer; EOFError to leave.
+    tell: shows a text.
+
+  Returns:
+    The person's points; None if they left.
+  """
+  import jax
+
+  key = jax.random.key(seed)
+  step = jax.jit(game.step)
+  turn = _Turn(game.init(key), 0)
+  first = int(game.player(turn.state))
+  person = first if begins else 1 - first
+  decide = _decider(game, player, key)
+  past: list[_Turn] = []
+  called = shown(player.name)
+  tell(f'you are {"XO"[person]}, and {called} is {"OX"[person]}; {_HELP}')
+  while True:
+    state, number = turn
+    is_person = int(game.player(state)) == person
+    legal = boards.legal_moves(game, state)
+    tell(boards.show(game, state, person))
+    if is_person and list(legal) == ['pass']:
+      tell('you cannot move and pass')
+      action = legal['pass']
+    elif is_person:
+      chosen = _chosen(turn, legal, decide, bool(past), ask, tell)
+      if chosen is None:
+        return None
+      if chosen == 'undo':
+        turn = past.pop()
+        continue
+      if chosen == 'board':
+        continue
+      past.append(turn)
+      action = legal[chosen]
+    else:
+      decision = decide(turn, legal)
+      expects = ''
+      if decision.value is not None:
+        expects = f'; it expects {decision.value:+.2f} for itself'
+      tell(f'{called} plays {decision.name}{expects}{decision.best}')
+      action = decision.action
+    # The same dice after `undo`: chance depends on the move's number alone.
+    move = step(state, action, jax.random.fold_in(key, 2 * number))
+    turn = _Turn(move.state, number + 1)
+    if float(move.discount) == 0:
+      tell(boards.show(game, move.state, person))
+      points = float(move.reward) * (1 if is_person else -1)
+      tell(
+        'a draw'
+        if not points
+        else f'you {"win" if points > 0 else "lose"} {abs(points):g}'
+      )
+      return points
+
+
+def _decider(game, player, key) -> Callable[[_Turn, Any], _Decision]:
+  """What the agent would do in a position, whoever is to move there."""
+  import jax
+
+  def decide(turn, legal):
+    batch = jax.tree.map(lambda x: np.asarray(x)[None], turn.state)
+    own_key = jax.random.fold_in(key, 2 * turn.number + 1)
+    timestep = match.time_step(game, batch)
+    output = player.decide(player.params, own_key, timestep)
+    action = np.asarray(output.action)[0]
+    name = next(n for n, a in legal.items() if np.array_equal(a, action))
+    # Whoever comes without a network has no opinion.
+    if player.params is None:
+      return _Decision(action, name, None, '')
+    value = float(output.value[0])
+    return _Decision(action, name, value, opinion(legal, output))
+
+  return decide
+
+
+def opinion(legal: dict[str, Any], output: Any) -> str:
+  """The best few moves by a decision: lines to be added to a text.
+
+  Args:
+    legal: from `boards.legal_moves`.
+    output: a `search.model.PolicyOutput` of one position: the share of a move
+      is its weight in the improved policy, of visits with `puct`; its value is
+      what it is worth to the mover.
+
+  Returns:
+    `'\\n  NAME  share 40%  value +0.21'` a move, `''` where moves are not told
+    apart.
+  """
+  values = output.qvalues
+  weights = np.asarray(output.action_weights)[0]
+  if output.sampled_actions is not None:
+    listed = np.asarray(output.sampled_actions)[0]
+    places = {}
+    for place, action in enumerate(listed):
+      for name, move in legal.items():
+        if name not in places and np.array_equal(move, action):
+          places[name] = place
+  elif len(weights) > 1:
+    places = {name: int(action) for name, action in legal.items()}
+  else:
+    return ''
+  values = None if values is None else np.asarray(values)[0]
+  worth = weights if values is None else values
+  # By the policy where it says something, else by what moves are worth.
+  by = worth if output.sampled_actions is not None else weights
+  order = lambda name: (-by[places[name]], -worth[places[name]])
+  best = sorted(places, key=order)[:_SHOWN]
+  lines = []
+  for name in best:
+    line = f'\n  {name}'
+    if output.sampled_actions is None:
+      line += f'  share {weights[places[name]]:.0%}'
+    if values is not None and np.isfinite(values[places[name]]):
+      line += f'  value {values[places[name]]:+.2f}'
+    lines.append(line)
+  return ''.join(lines)
+
+
+def _chosen(turn, legal, decide, can_undo, ask, tell) -> str | None:
+  """The name of a legal move, `undo` or `board`; None to leave."""
+  decision = decide(turn, legal)
+  if decision.value is not None:
+    tell(f'for you it expects {decision.value:+.2f}')
+  while True:
+    try:
+      answer = ' '.join(ask('your move: ').lower().split())
+    except (EOFError, KeyboardInterrupt):
+      return None
+    if answer in ('q', 'quit', 'exit'):
+      return None
+    if answer == 'board':
+      return answer
+    if answer == 'undo' and can_undo:
+      return answer
+    if answer == 'undo':
+      tell('undo: you have not moved yet')
+    elif answer in ('?', 'help', ''):
+      tell(_HELP)
+    elif answer == 'moves':
+      tell(f'legal moves: {", ".join(legal)}')
+    elif answer == 'hint':
+      tell(f'it would play {decision.name}{decision.best}')
+    else:
+      try:
+        return boards.read_move(answer, legal)
+      except ValueError as error:
+        tell(str(error))

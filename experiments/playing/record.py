@@ -1,0 +1,213 @@
+"""Pictures of a trained agent at play: `experiments.play --record=FILE`.
+
+Drawing is pure: an observation or a position in, a uint8 image `[H, W, 3]`
+out. A file that ends in .gif is an animation of every time step, one in .png
+a strip of some of them, side by side.
+"""
+
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.report import pictures
+
+
+def episode(
+  env: Any,
+  decide: Callable[..., tuple[Any, Any]],
+  params: Any,
+  *,
+  seed: int = 0,
+  limit: int = pictures.LONGEST,
+) -> list[pictures.Frame]:
+  """An episode, from its first time step to its last.
+
+  Args:
+    env: a pure environment, or simulators of the host, of which the first is
+      shown.
+    decide: `(params, key, timestep) -> (action [B, ...], value [B] or None)`.
+    params: of the agent.
+    seed: of the environment and the planner.
+    limit: time steps at most.
+
+  Returns:
+    A frame a time step; its caption has the number of decisions before it, the
+    reward received on arriving, the return so far, undiscounted, and what the
+    planner expects from there on.
+
+  Raises:
+    UserError: there is no drawing of it.
+  """
+  import jax
+
+  draw = pictures.drawing(env.spec)
+  key = jax.random.key(seed)
+  play = _on_device if hasattr(env, 'reset') else _on_host
+  total, frames = 0.0, []
+  for step, (timestep, action, value) in enumerate(
+    itertools.islice(play(env, decide, params, key, seed), limit)
+  ):
+    observation, reward = timestep.observation[0], float(timestep.reward[0])
+    total += reward
+    caption = f'step {step}   reward {reward:+.3g}\nreturn {total:+.3g}'
+    if value is not None:
+      caption += f'   value {float(value[0]):+.3g}'
+    over = bool(timestep.is_last()[0])
+    shown = None if over else np.asarray(action[0])
+    frames.append(pictures.Frame(draw(np.asarray(observation), shown), caption))
+    if over:
+      break
+  return frames
+
+
+def _on_host(env, decide, params, key, seed) -> Iterator[tuple]:
+  import jax
+
+  simulator = env.start(seed)
+  try:
+    timestep = simulator.reset()
+    for step in itertools.count():
+      action, value = decide(params, jax.random.fold_in(key, step), timestep)
+      yield timestep, action, None if timestep.is_last()[0] else value
+      timestep, _ = simulator.step(np.asarray(action))
+  finally:
+    simulator.close()
+
+
+def _on_device(env, decide, params, key, seed) -> Iterator[tuple]:
+  import jax
+
+  del seed
+  advance = jax.jit(env.step)
+  batched = lambda timestep: jax.tree.map(lambda x: x[None], timestep)
+  state, timestep = jax.jit(env.reset)(key)
+  for step in itertools.count():
+    own, chance = jax.random.split(jax.random.fold_in(key, step))
+    seen = batched(timestep)
+    action, value = decide(params, own, seen)
+    yield seen, action, None if bool(timestep.is_last()) else value
+    state, timestep = advance(state, action[0], chance)
+
+
+def match_frames(
+  game: Any,
+  sides: Sequence[Any],
+  *,
+  seed: int = 0,
+  limit: int = pictures.LONGEST,
+) -> list[pictures.Frame]:
+  """A game between two players.
+
+  Args:
+    game: the rules.
+    sides: two of `players.Player`; the first begins.
+    seed: of chance.
+    limit: positions at most.
+
+  Returns:
+    A frame a position; its caption has the players, the number of moves before
+    it and what whoever moves next expects; at the end, who has won.
+
+  Raises:
+    UserError: there is no drawing of its board.
+  """
+  import jax
+
+  from experiments.playing import match
+
+  pictures.check_board(game)
+  key, advance = jax.random.key(seed), jax.jit(game.step)
+  see = jax.jit(game.observe)
+  state, frames = game.init(key), []
+  first = int(game.player(state))
+  colours = ('red', 'yellow') if first == 0 else ('yellow', 'red')
+  title = ' - '.join(f'{s.name} ({c})' for s, c in zip(sides, colours))
+  for number in range(limit):
+    mover = int(game.player(state))
+    side = sides[mover if first == 0 else 1 - mover]
+    colour = colours[mover if first == 0 else 1 - mover]
+    image = pictures.draw_board(np.asarray(see(state)), mover)
+    chance, own = jax.random.split(jax.random.fold_in(key, number))
+    batch = jax.tree.map(lambda x: np.asarray(x)[None], state)
+    output = side.decide(side.params, own, match.time_step(game, batch))
+    said = f'move {number}   {colour} to move'
+    if side.params is not None:
+      said += f', value {float(output.value[0]):+.2f}'
+    frames.append(pictures.Frame(image, f'{title}\n{said}'))
+    move = advance(state, np.asarray(output.action)[0], chance)
+    state = move.state
+    if float(move.discount) == 0:
+      # Who has moved is at hand; who would move next may have lost.
+      image = pictures.draw_board(
+        np.asarray(see(state)), int(game.player(state))
+      )
+      won = {1: f'{colour} wins', 0: 'a draw'}.get(
+        int(np.sign(move.reward)), f'{colour} loses'
+      )
+      frames.append(
+        pictures.Frame(image, f'{title}\nmove {number + 1}   {won}')
+      )
+      break
+  return frames
+
+
+def launch(experiment: Any, values: Any) -> None:
+  """Records as the flags of `experiments.play` say.
+
+  Raises:
+    UserError: the file's name, or an environment without a drawing.
+  """
+  from experiments import build
+  from experiments.build import acting, saved
+  from experiments.playing import arena
+  from experiments.report import terminal
+
+  path = pathlib.Path(values.record)
+  pictures.check_path(path)
+  gif = path.suffix == '.gif'
+  limit = values.frames if gif and values.frames else pictures.LONGEST
+  env = build.make_env(experiment, training=False, num_envs=1)
+  if env.spec.game is not None:
+    pictures.check_board(env.spec.game)
+    budget = acting.read_budgets(values.simulations, [16])[-1]
+    names = [values.players, values.opponents]
+    usual = f'gumbel={budget}' if budget else 'network'
+    chosen = [n[0] if n else usual for n in names]
+    players = [
+      arena.make_player(
+        name,
+        values.workdir,
+        experiment,
+        env.spec.game,
+        arena.other_players(env.spec.game),
+        (values.checkpoint or ['final'])[0],
+      )
+      for name in chosen
+    ]
+    terminal.begin(
+      f'recording {env.spec.game.spec.name}: {" against ".join(chosen)}'
+    )
+    frames = match_frames(env.spec.game, players, seed=values.seed, limit=limit)
+  else:
+    pictures.drawing(env.spec)
+    agent = build.make_agent(
+      experiment, saved.load_spec(values.workdir, env.spec)
+    )
+    usual = [16] if agent.exploit is None else [0]
+    budget = acting.read_budgets(values.simulations, usual)[-1]
+    name = (values.checkpoint or ['final'])[0]
+    params = saved.load_params(values.workdir, agent, [name])[name]
+    who = f'{budget} simulations' if budget else 'the network alone'
+    terminal.begin(
+      f'recording {experiment.agent_name} on {experiment.env_name}, {who}',
+      terminal.parameters(params),
+    )
+    decide = acting.make_decider(experiment, agent, budget, values.planner)
+    frames = episode(env, decide, params, seed=values.seed, limit=limit)
+  pictures.write(path, frames, values.frames)
+  last = frames[-1].caption.replace('\n', '   ')
+  terminal.say(f'{len(frames)} time steps; the last one: {last}')
+  terminal.end(str(path))

@@ -1,0 +1,185 @@
+"""Points that players of backgammon lose a turn, as GNU Backgammon sees it.
+
+python -m experiments.study equity --workdir=runs/td \
+  --players=lookahead=1,lookahead=2
+
+The table is that of Tesauro and Galperin 1996 (Table 3): turns with contact
+and a choice, what the best choice is worth and what the player's is. gnubg
+looks `--plies` ahead of each choice. Pubeval and a random player stand beside.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from experiments.report import terminal
+from experiments.runtime import config as configs
+from experiments.runtime import metrics
+
+# Turns decided on together.
+_BATCH = 8
+
+
+class Row(NamedTuple):
+  """One line of equity.csv.
+
+  Attributes:
+    player: its name.
+    positions: how many turns.
+    loss: expected points lost a turn.
+    loss_se: standard error.
+    less: loss of the first player less this one's, in the same turns.
+    less_se: standard error of that difference.
+  """
+
+  player: str
+  positions: int
+  loss: float
+  loss_se: float
+  less: float
+  less_se: float
+
+
+def judged(positions: int, plies: int) -> list[Any]:
+  """Turns and what each choice is worth, as `gnubg.Judged`.
+
+  Args:
+    positions: how many turns, at least 2; the same ones every time.
+    plies: of the judge.
+
+  Raises:
+    UserError: gnubg-nn is not installed.
+  """
+  from rich.progress import track
+
+  from experiments.playing import gnubg
+
+  boards, dice = gnubg.contact_positions(positions, seed=1)
+  found = []
+  for i in track(range(positions), description='gnubg judges'):
+    found += gnubg.judge(boards[i : i + 1], dice[i : i + 1], plies)
+  return found
+
+
+def compare(name: str, losses: Any, first: Any) -> Row:
+  """The line of a player.
+
+  Args:
+    name: its name.
+    losses: its `gnubg.Loss`.
+    first: that of whom it is compared with, in the same turns.
+  """
+  import numpy as np
+
+  less = first.each - losses.each
+  number = len(less)
+  return Row(
+    name,
+    number,
+    losses.mean,
+    losses.standard_error,
+    float(less.mean()),
+    float(np.std(less, ddof=1) / np.sqrt(number)),
+  )
+
+
+def planned(player: Any) -> Any:
+  """A `players.Player` as a `gnubg.Player`, a few turns at a time."""
+  from experiments.playing import gnubg
+
+  return gnubg.planned(
+    lambda key, timestep: player.decide(player.params, key, timestep).action,
+    _BATCH,
+  )
+
+
+def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
+  """Judges every player on the same turns.
+
+  Args:
+    players: name to `gnubg.Player`.
+    positions: how many turns, at least 2.
+    plies: of the judge.
+
+  Raises:
+    UserError: gnubg-nn is not installed.
+  """
+  from experiments.playing import gnubg
+
+  turns = judged(positions, plies)
+  losses = {n: gnubg.equity_loss(p, turns) for n, p in players.items()}
+  first = next(iter(losses.values()))
+  return [compare(name, each, first) for name, each in losses.items()]
+
+
+def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes equity.csv, atomically."""
+  metrics.write_lines(path, [Row._fields, *rows], digits=5)
+
+
+def main() -> None:
+  """Judges as the flags say.
+
+  Raises:
+    UserError: the run is not one of backgammon.
+  """
+  from absl import flags
+
+  values = flags.FLAGS
+  with configs.user_errors():
+    if values.out:
+      configs.check_place('out', values.out)
+    players = _players(values)
+    terminal.begin(
+      f'gnubg, {values.plies} plies deep, judges {values.positions} turns of '
+      f'{", ".join(players)}'
+    )
+    rows = measure(players, values.positions, values.plies)
+  terminal.print_table(
+    ('player', 'points lost a turn', 'less than the first'),
+    [
+      (
+        row.player,
+        f'{row.loss:.4f} ± {row.loss_se:.4f}',
+        f'{row.less:+.4f} ± {row.less_se:.4f}',
+      )
+      for row in rows
+    ],
+  )
+  out = pathlib.Path(values.out or f'{values.workdir}/equity.csv')
+  write(out, rows)
+  terminal.end(
+    str(out), f'python -m experiments.play --workdir={values.workdir} --human'
+  )
+
+
+def _players(values) -> dict[str, Any]:
+  """Those of the flags, pubeval and a random one."""
+  from experiments import build
+  from experiments.build import saved
+  from experiments.playing import arena, gnubg
+
+  experiment = saved.load_experiment(values.workdir)
+  game = build.make_env(experiment, training=False, num_envs=1).spec.game
+  if game is None or game.spec.name != 'backgammon':
+    raise configs.UserError(
+      f'workdir={values.workdir}: plays {experiment.env_name}, and gnubg '
+      'judges backgammon'
+    )
+
+  find = lambda name: planned(
+    arena.make_player(name, values.workdir, experiment, game)
+  )
+  named = {name: find(name) for name in values.players}
+  return named | {'pubeval': gnubg.pubeval(), 'random': gnubg.random_player}
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.study equity`."""
+  from absl import flags
+
+  flags.DEFINE_string('workdir', None, 'the folder of a run', required=True)
+  flags.DEFINE_list('players', ['lookahead=1', 'lookahead=2'], 'who is judged')
+  flags.DEFINE_integer('positions', 200, 'turns', 2, 1_000_000)
+  flags.DEFINE_integer('plies', 1, 'that gnubg looks ahead', 0, 7)
+  flags.DEFINE_string('out', None, 'the CSV; WORKDIR/equity.csv if left out')

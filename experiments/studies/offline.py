@@ -1,0 +1,436 @@
+"""Runs a table of sweeps on data sets, and keeps the figures.
+
+  python -m experiments.study offline --study=agents --data=data
+
+`DATA/ENV/QUALITY` are folders of `experiments.collect`. Every cell, one agent
+on one data set with all seeds in one program, is `python -m experiments.sweep`
+in a folder of its own: finished ones are not run again, one that was cut goes
+on. After each cell the study's CSV and figure are written anew under
+experiments/results/.
+
+  agents    all agents on all qualities, the small presets: 20,000 updates,
+            ATAC 30,000 (10,000 of them warm start), COMBO 25,000 (5,000 of
+            them the model); agents play their mode, the data's policy samples
+  betas     ATAC from beta 0 to 64
+  residual  TD3+BC with and without the DQRA loss
+  hopper    the cheap agents on medium data of a larger task (--envs=hopper)
+"""
+
+import concurrent.futures
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from experiments.files import reading, tables, writing
+from experiments.report import terminal
+from experiments.runtime import children, signals
+from experiments.runtime import config as configs
+
+QUALITIES = ('random', 'medium', 'medium-replay', 'medium-expert', 'expert')
+
+
+class Cell(NamedTuple):
+  """One sweep of a study.
+
+  Attributes:
+    agent: its label.
+    quality: of the data set.
+    arguments: of `experiments.sweep`, but for data set, seeds and folder.
+  """
+
+  agent: str
+  quality: str
+  arguments: tuple[str, ...]
+
+
+_EVALUATION = (
+  '--set=evaluate_every=5000',
+  '--set=evaluate_episodes=20',
+  '--set=log_every=5000',
+)
+
+
+def _agents() -> list[Cell]:
+  # The cheap ones first.
+  names = ('bc', 'td3_bc', 'iql', 'atac', 'cql', 'combo')
+  return [
+    Cell(name, quality, (f'--preset={name}_small', *_EVALUATION))
+    for name in names
+    for quality in QUALITIES
+  ]
+
+
+_BETAS = ('0', '0.00390625', '0.0625', '1', '4', '16', '64')
+
+
+def _betas() -> list[Cell]:
+  arguments = ('--preset=atac_small', f'--grid=beta={",".join(_BETAS)}')
+  order = ('medium', 'random', 'expert', 'medium-replay', 'medium-expert')
+  return [Cell('atac', q, (*arguments, *_EVALUATION)) for q in order]
+
+
+def _residual() -> list[Cell]:
+  arguments = ('--preset=td3_bc_small', '--grid=residual_weight=1,0.5')
+  return [Cell('td3_bc', q, (*arguments, *_EVALUATION)) for q in QUALITIES]
+
+
+def _hopper() -> list[Cell]:
+  return [
+    cell
+    for cell in _agents()
+    if cell.quality == 'medium' and cell.agent not in ('cql', 'combo')
+  ]
+
+
+STUDIES = {
+  'agents': _agents,
+  'betas': _betas,
+  'residual': _residual,
+  'hopper': _hopper,
+}
+
+
+def run_one(
+  cell: Cell,
+  data: pathlib.Path,
+  folder: pathlib.Path,
+  seeds: int,
+  stopping: Callable[[], bool] = lambda: False,
+) -> bool:
+  """Runs or resumes one cell; whether it finished.
+
+  What has finished is left alone as long as it is asked for with the same
+  arguments, seeds and rows; else the sweep itself adds seeds, or refuses.
+  `stopping` is polled: True stops the sweep, or lets none begin.
+  """
+  from experiments.build import dataset as datasets
+
+  workdir = folder / f'{cell.agent}_{cell.quality}'
+  mark, place = workdir / 'cell.json', data / cell.quality
+  wanted = {
+    'arguments': list(cell.arguments),
+    'seeds': seeds,
+    'checksum': datasets.checksum(str(place)),
+  }
+  before = _read_mark(mark)
+  if before.get('done') and all(before[n] == x for n, x in wanted.items()):
+    return True
+  workdir.mkdir(parents=True, exist_ok=True)
+  command = [
+    *(sys.executable, '-m', 'experiments.sweep', *cell.arguments),
+    f'--dataset={place}',
+    f'--seeds={seeds}',
+    '--max_rows=128',
+    f'--workdir={workdir}',
+  ]
+  log = workdir.parent / f'{workdir.name}.log'
+  start = time.perf_counter()
+  with writing.open_append(log) as output:
+    code, usage = children.run(
+      command, stopping, stdout=output, stderr=subprocess.STDOUT
+    )
+  if usage is None:
+    return False
+  # Of all attempts together.
+  spent = {
+    'wall_seconds': time.perf_counter() - start,
+    'cpu_seconds': usage.ru_utime + usage.ru_stime,
+  }
+  spent = {n: round(x + before.get(n, 0.0), 1) for n, x in spent.items()}
+  done = not code and _is_whole(cell, workdir, seeds)
+  content = json.dumps(wanted | spent | {'done': done}) + '\n'
+  writing.write_text(mark, content)
+  if not done and not stopping():
+    terminal.say(f'{workdir} did not finish, see {log}', file=sys.stderr)
+  return done
+
+
+def _is_whole(cell: Cell, workdir: pathlib.Path, seeds: int) -> bool:
+  """Whether the sweep has a row for every seed of every setting."""
+  path = workdir / 'sweep.csv'
+  if not path.exists():
+    return False
+  grids = [a.partition('=')[2] for a in cell.arguments if '--grid=' in a]
+  settings = math.prod(len(g.split(',')) for g in grids)
+  return len(tables.read_rows(path)) >= settings * seeds
+
+
+def collected(
+  cells: Sequence[Cell], data: pathlib.Path, folder: pathlib.Path
+) -> list[dict[str, Any]]:
+  """A row a seed of every finished cell, and of the behaviour itself."""
+  from experiments.build import dataset as datasets
+  from experiments.data import layout
+
+  rows, seen = [], {}
+  for cell in cells:
+    path = folder / f'{cell.agent}_{cell.quality}' / 'sweep.csv'
+    mark = path.with_name('cell.json')
+    cost = _read_mark(mark)
+    if not cost.get('done'):
+      continue
+    if cell.quality not in seen:
+      dataset = datasets.opened(str(data / cell.quality))
+      returns = layout.returns(dataset)
+      seen[cell.quality] = dataset.about
+      mean = float(returns.mean()) if len(returns) else None
+      tag = {'env': data.name, 'quality': cell.quality, 'agent': 'behaviour'}
+      rows.append(tag | _scored(dataset.about, mean))
+    for row in tables.read_csv(path, ['eval_return'])[1]:
+      swept = {n: x for n, x in row.items() if n not in _RESULTS}
+      tag = {'env': data.name, 'quality': cell.quality, 'agent': cell.agent}
+      with tables.reading_cells(path):
+        result = float(row['eval_return'] or 'nan')
+      result = result if math.isfinite(result) else None
+      rows.append(
+        tag
+        | swept
+        | _scored(seen[cell.quality], result)
+        | {'cell_cpu_seconds': cost['cpu_seconds']}
+      )
+  return rows
+
+
+def _read_mark(path: pathlib.Path) -> dict[str, Any]:
+  """What is noted of a cell; nothing of one that has not begun."""
+  try:
+    return reading.read_json(path)
+  except reading.Missing:
+    return {}
+
+
+_RESULTS = ('eval_return', 'network_return', 'eval_return_mean', 'status')
+
+
+def _scored(about, mean: float | None) -> dict[str, str]:
+  from experiments.build import dataset as datasets
+
+  if mean is None:
+    return {'return': '', 'score': ''}
+  score = datasets.score(about, mean)
+  return {
+    'return': f'{mean:.2f}',
+    'score': '' if score is None else f'{score:.2f}',
+  }
+
+
+def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """IQM of scores over seeds with a 95% bootstrap interval, a row a setting.
+
+  `lost` counts seeds without a finite return; `worst` is the least score.
+  """
+  import numpy as np
+
+  from experiments.report import statistics
+
+  groups: dict[tuple, list[str]] = {}
+  behaviour = {}
+  skipped = {'seed', 'return', 'score', 'cell_cpu_seconds'}
+  for row in rows:
+    where = row['env'], row['quality']
+    if row['agent'] == 'behaviour':
+      behaviour[where] = row['score']
+    else:
+      key = tuple((n, x) for n, x in row.items() if n not in skipped)
+      groups.setdefault(key, []).append(row['score'])
+  found = []
+  for key, texts in groups.items():
+    own, scores = dict(key), [float(text) for text in texts if text]
+    measured = dict.fromkeys(('iqm', 'low', 'high', 'mean', 'worst'), '')
+    if scores:
+      low, high = statistics.bootstrap_interval(
+        [scores], lambda some: statistics.iqm(some[0])
+      )
+      measured = {
+        'iqm': statistics.iqm(np.asarray(scores)),
+        'low': low,
+        'high': high,
+        'mean': np.mean(scores),
+        'worst': min(scores),
+      }
+      measured = {n: f'{x:.2f}' for n, x in measured.items()}
+    counts = {'seeds': len(scores), 'lost': len(texts) - len(scores)}
+    played = {'behaviour': behaviour[own['env'], own['quality']]}
+    found.append(own | counts | measured | played)
+  return found
+
+
+def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """A panel an environment: IQM and intervals beside behaviour's mean."""
+  import numpy as np
+
+  from experiments.report import style
+
+  summary = [row for row in summary if row['iqm']]
+  if not summary:
+    return
+  if any('beta' in row for row in summary):
+    _draw_betas(summary, path)
+    return
+  envs = list(dict.fromkeys(row['env'] for row in summary))
+  swept = ['residual_weight'] if 'residual_weight' in summary[0] else []
+  figure = style.figure(5.6 * len(envs), 3.6)
+  for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
+    rows = [row for row in summary if row['env'] == env]
+    label = (
+      (lambda row: f'{swept[0]} {float(row[swept[0]]):.3g}')
+      if swept
+      else (lambda row: row['agent'])
+    )
+    lines = list(dict.fromkeys(map(label, rows)))
+    kinds = [q for q in QUALITIES if any(r['quality'] == q for r in rows)]
+    for i, line in enumerate(lines):
+      own = {r['quality']: r for r in rows if label(r) == line}
+      at = [kinds.index(q) for q in own]
+      x = np.array(at) + 0.8 * ((i + 0.5) / len(lines) - 0.5)
+      mean, low, high = (
+        np.array([float(r[n]) for r in own.values()])
+        for n in ('iqm', 'low', 'high')
+      )
+      axes.errorbar(
+        x, mean, [mean - low, high - mean], fmt='o', ms=3, lw=1, label=line
+      )
+    for k, kind in enumerate(kinds):
+      own = next(r['behaviour'] for r in rows if r['quality'] == kind)
+      if own:
+        axes.plot([k - 0.45, k + 0.45], [float(own)] * 2, color='black', lw=1)
+    axes.set_xticks(range(len(kinds)), kinds, rotation=15)
+    axes.set(title=env, ylabel='score; line: the policy of the data, sampling')
+    axes.legend(fontsize='x-small', frameon=False, ncols=2)
+  style.save(figure, path)
+
+
+def _draw_betas(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """A panel an environment, a line a data set; dashed, the data itself."""
+  import numpy as np
+
+  from experiments.report import style
+
+  envs = list(dict.fromkeys(row['env'] for row in summary))
+  figure = style.figure(5.6 * len(envs), 3.6)
+  for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
+    rows = [row for row in summary if row['env'] == env]
+    ticks = list(dict.fromkeys(row['beta'] for row in rows))
+    for kind in QUALITIES:
+      own = [row for row in rows if row['quality'] == kind]
+      if not own:
+        continue
+      x = [ticks.index(row['beta']) for row in own]
+      middle, low, high = (
+        np.array([float(row[n]) for row in own]) for n in ('iqm', 'low', 'high')
+      )
+      line, *_ = axes.plot(x, middle, marker='o', ms=3, label=kind)
+      axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
+      if own[0]['behaviour']:
+        behaviour = float(own[0]['behaviour'])
+        axes.axhline(behaviour, color=line.get_color(), lw=1, ls='--')
+    axes.set_xticks(range(len(ticks)), [f'{float(t):.3g}' for t in ticks])
+    axes.set(title=env, xlabel='β', ylabel='score; dashed: the data, sampling')
+    axes.legend(fontsize='x-small', frameon=False)
+  style.save(figure, path)
+
+
+def main() -> None:
+  """Runs the study that the flags name.
+
+  Raises:
+    UserError: data are missing, or a cell of the table did not finish.
+  """
+  from absl import flags
+
+  values = flags.FLAGS
+  cells = [
+    cell
+    for cell in STUDIES[values.study]()
+    if not values.only or cell.agent in values.only
+  ]
+  known = dict.fromkeys(cell.agent for cell in STUDIES[values.study]())
+  for agent in values.only:
+    if agent not in known:
+      raise configs.UserError(
+        f'only={agent}: {values.study} has {", ".join(known)}'
+      )
+  for field in ('folder', 'results'):
+    configs.check_place(field, getattr(values, field), folder=True)
+  results = pathlib.Path(values.results)
+  places = [pathlib.Path(values.data) / env for env in values.envs]
+  for place in places:
+    if not place.is_dir():
+      raise configs.UserError(
+        f'data={values.data}: has no {place.name}; make it with python -m '
+        f'experiments.collect --out={place}'
+      )
+  work = [(cell, place) for cell in cells for place in places]
+  everything = STUDIES[values.study]()
+
+  def folder(place):
+    return pathlib.Path(values.folder) / values.study / place.name
+
+  def write():
+    rows = [
+      row
+      for place in places
+      for row in collected(everything, place, folder(place))
+    ]
+    if not rows:
+      return
+    name = f'offline_{values.study}'
+    tables.write_csv(results / f'{name}.csv', rows)
+    summary = summarised(rows)
+    tables.write_csv(results / f'{name}_summary.csv', summary)
+    draw(summary, results / f'{name}.png')
+
+  results.mkdir(parents=True, exist_ok=True)
+  terminal.begin(
+    f'{len(work)} cells of {values.seeds} seeds, {values.at_once} at a time, '
+    'each by python -m experiments.sweep',
+    f'folders and logs: {values.folder}',
+    compiles=False,
+  )
+  failed = 0
+  with (
+    signals.graceful_exit() as stopping,
+    concurrent.futures.ThreadPoolExecutor(values.at_once) as pool,
+  ):
+    futures = [
+      pool.submit(run_one, cell, place, folder(place), values.seeds, stopping)
+      for cell, place in work
+    ]
+    for done, future in enumerate(
+      concurrent.futures.as_completed(futures), start=1
+    ):
+      failed += not future.result()
+      write()
+      if not stopping():
+        print(f'{done} of {len(work)} cells', flush=True)
+    if stopping():
+      print(f'{failed} cells are left; the same command goes on from here')
+      return
+  if failed:
+    raise configs.UserError(f'{failed} of {len(work)} cells did not finish')
+  terminal.end(
+    f'{results}/offline_{values.study}.csv and .png',
+    'python -m experiments.train --preset=atac_small '
+    f'--dataset={places[0]}/medium',
+  )
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.study offline`."""
+  from absl import flags
+
+  flags.DEFINE_enum('study', None, list(STUDIES), 'which', required=True)
+  flags.DEFINE_string('data', 'data', 'folder of the collected data sets')
+  flags.DEFINE_list(
+    'envs', ['pendulum', 'double_pendulum'], 'folders in it, one a task'
+  )
+  flags.DEFINE_list('only', [], 'agents; all if left out')
+  flags.DEFINE_integer('seeds', 5, 'of each setting', 1, 10_000)
+  flags.DEFINE_integer('at_once', 1, 'cells at the same time', 1, 1_024)
+  flags.DEFINE_string('folder', 'runs/offline', 'where the sweeps are kept')
+  flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')

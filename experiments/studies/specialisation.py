@@ -1,0 +1,194 @@
+"""What experts of a language model specialise in, and how evenly they worked.
+
+  python -m experiments.study specialisation --workdir=runs/language
+
+Routes the held-out text through a trained mixture and counts which expert gets
+which token. Prints, for each expert, the tokens that come to it more often
+than to others; draws the share of the most frequent tokens that each expert
+gets, and the experts' shares through training where the run kept them
+(`--set=log_experts=true`); writes both as CSV beside the figure.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.files import writing
+from experiments.files.errors import UserError
+from experiments.report import style, terminal
+from experiments.report.runs import read_csv
+from experiments.runtime import config as configs
+from experiments.runtime import metrics
+
+_FEW = 5  # occurrences below which a token characterises nobody
+
+
+class Shares(NamedTuple):
+  """Who gets what.
+
+  Attributes:
+    counts: float64 `[E, V]`, pairs of expert and token.
+    words: of the V tokens.
+  """
+
+  counts: np.ndarray
+  words: tuple[str, ...]
+
+
+def information(counts: np.ndarray) -> float:
+  """How much a token tells of its expert, from 0 to 1.
+
+  Mutual information of expert and token over the entropy of experts.
+
+  Args:
+    counts: `[E, V]`.
+  """
+  joint = counts / counts.sum()
+  expert, token = joint.sum(1), joint.sum(0)
+  entropy = -np.sum(expert[expert > 0] * np.log(expert[expert > 0]))
+  some = joint > 0
+  apart = np.outer(expert, token)
+  mutual = np.sum(joint[some] * np.log(joint[some] / apart[some]))
+  return float(mutual / entropy) if entropy else 0.0
+
+
+def characteristic(shares: Shares, number: int) -> list[list[str]]:
+  """For each expert the tokens with the largest share of theirs at it."""
+  total = shares.counts.sum(0)
+  known = np.where(total >= _FEW, shares.counts / np.maximum(total, 1), -1)
+  best = np.argsort(-known, axis=1, kind='stable')[:, :number]
+  return [
+    [shares.words[v] for v in row if known[e, v] > 0]
+    for e, row in enumerate(best)
+  ]
+
+
+def measure(workdir: str, checkpoint: str, layer: int) -> Shares:
+  """Routes a run's held-out text.
+
+  Raises:
+    UserError: a run without mixture, checkpoint, or such a layer.
+  """
+  import jax
+
+  from experiments import build
+  from experiments.build import saved, text
+  from networks.routing import ByToken
+
+  experiment = saved.load_experiment(workdir)
+  if not experiment.is_text:
+    raise UserError(f'workdir={workdir}: is no run of a language model')
+  corpus = text.opened(experiment)
+  spec = text.spec_of(corpus)
+  agent = build.make_agent(experiment, spec)
+  networks = build.make_networks(experiment, spec)
+  params = saved.load_params(workdir, agent, [checkpoint])[checkpoint]
+  plans = jax.jit(networks.plans)
+  windows = text.held_out(experiment, corpus)[..., :-1]
+  experts = experiment.config.network.moe.num_experts
+  counts = np.zeros((experts + 1, corpus.vocabulary.size))
+  for tokens in windows:
+    found = plans(*params, tokens)
+    if layer >= len(found) or not isinstance(found[layer], ByToken):
+      raise UserError(
+        f'layer={layer}: {workdir} has {len(found)} mixtures whose tokens '
+        'have experts'
+      )
+    # Pairs without an expert have number E.
+    chosen = np.asarray(found[layer].expert)
+    np.add.at(counts, (chosen, tokens.reshape(-1, 1)), 1)
+  words = [f'<{i}>' for i in range(256)] + list(corpus.vocabulary.words)
+  printable = [chr(i) if 32 < i < 127 else words[i] for i in range(256)]
+  return Shares(counts[:experts], (*printable, *words[256:]))
+
+
+def through_training(workdir: str, layer: int) -> np.ndarray | None:
+  """Steps and experts' shares `[n, 1 + E]` of metrics.csv; None if not kept."""
+  columns, rows = read_csv(pathlib.Path(workdir) / 'metrics.csv')
+  names = [n for n in columns if n.startswith(('load_', f'layer{layer}_load_'))]
+  if not names:
+    return None
+  values = np.array([[float(r[n]) for n in ('step', *names)] for r in rows])
+  values[:, 1:] /= values[:, 1:].sum(1, keepdims=True)
+  return values
+
+
+def write(path: pathlib.Path, shares: Shares, number: int) -> None:
+  """The most frequent tokens and where they go, as CSV."""
+  lines: list[list[Any]] = [
+    ['token', 'count', *(f'expert_{e}' for e in range(len(shares.counts)))]
+  ]
+  for v in _frequent(shares, number):
+    column = shares.counts[:, v]
+    row = [float(x) for x in column / column.sum()]
+    lines.append([repr(shares.words[v]), int(column.sum()), *row])
+  metrics.write_lines(path, lines, digits=4)
+
+
+def _frequent(shares, number):
+  return np.argsort(-shares.counts.sum(0), kind='stable')[:number]
+
+
+def draw(path: pathlib.Path, shares: Shares, history: Any, number: int) -> None:
+  """Two panels: where frequent tokens go; experts' shares through training."""
+  from matplotlib.figure import Figure
+
+  most = _frequent(shares, number)
+  table = shares.counts[:, most] / shares.counts[:, most].sum(0)
+  panels = 1 if history is None else 2
+  figure = Figure((4 + 6 * panels, 6), layout='constrained')
+  axes = np.atleast_1d(figure.subplots(1, panels))
+  # Experts in the order of the tokens that they take most of.
+  order = np.argsort(table.argmax(1), kind='stable')
+  image = axes[0].imshow(table[order], aspect='auto', cmap='viridis')
+  figure.colorbar(image, ax=axes[0], label="share of a token's places")
+  labels = [shares.words[v].replace('\n', '\\n') or ' ' for v in most]
+  axes[0].set_xticks(range(len(most)), labels, rotation=90, fontsize=7)
+  axes[0].set_ylabel('expert')
+  axes[0].set_title('specialisation by token, held-out text', fontsize=10)
+  if history is not None:
+    axes[1].plot(history[:, 0], history[:, 1:], lw=0.8)
+    even = 1 / (history.shape[1] - 1)
+    axes[1].axhline(even, color='black', ls='--', lw=1)
+    axes[1].set_xlabel('updates')
+    axes[1].set_ylabel("experts' shares of the work")
+    axes[1].set_title('utilisation over time (dashed: even)', fontsize=10)
+  writing.write_figure(figure, path, dpi=110)
+
+
+def define_flags() -> None:
+  """The flags of `python -m experiments.study specialisation`."""
+  from absl import flags
+
+  flags.DEFINE_string('workdir', None, "a run's folder", required=True)
+  flags.DEFINE_string('checkpoint', 'final', 'final or best')
+  flags.DEFINE_integer('layer', 0, 'which mixture', 0, 10_000)
+  flags.DEFINE_integer(
+    'tokens', 48, 'most frequent ones that are drawn', 1, 1_000_000
+  )
+  flags.DEFINE_string('out', 'specialisation.png', 'the figure')
+
+
+def main() -> None:
+  """Measures, prints and draws."""
+  from absl import flags
+
+  values = flags.FLAGS
+  style.check_picture(values.out)
+  terminal.begin(f'which tokens the experts of {values.workdir} take')
+  with configs.user_errors():
+    shares = measure(values.workdir, values.checkpoint, values.layer)
+    history = through_training(values.workdir, values.layer)
+  for e, words in enumerate(characteristic(shares, 8)):
+    share = shares.counts[e].sum() / shares.counts.sum()
+    terminal.say(f'expert {e:3d} ({share:6.1%}): {" ".join(map(repr, words))}')
+  told = information(shares.counts)
+  print(f'a token tells {told:.0%} of which experts it goes to')
+  out = pathlib.Path(values.out)
+  draw(out, shares, history, values.tokens)
+  write(out.with_suffix('.csv'), shares, values.tokens)
+  terminal.end(
+    f'{out}, {out.with_suffix(".csv")}',
+    f"python -m experiments.play --workdir={values.workdir} --prompt='The '",
+  )

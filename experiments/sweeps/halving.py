@@ -1,0 +1,87 @@
+"""Poor rows end early: asynchronous successive halving.
+
+Li et al. 2020, "A system for massively parallel hyperparameter tuning", in the
+variant that stops rows instead of promoting them: at rungs of `first`,
+`factor * first`, ... updates a row goes on only if it is among the best
+`1 / factor` of those that have come there so far. The first rows of a rung
+have nobody to be compared with and go on. Every row counts by itself, whatever
+its seed.
+
+All is read from the rows' metrics, so that a sweep that goes on decides as one
+that was not interrupted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from experiments.sweeps.plan import Row
+
+Curve = Sequence[Mapping[str, float]]
+
+
+class Halving(NamedTuple):
+  """The rule.
+
+  Attributes:
+    factor: one of so many goes on, at least 2.
+    first: updates of the first rung.
+    metric: higher is better.
+  """
+
+  factor: int
+  first: int
+  metric: str
+
+  def rungs(self, updates: int) -> list[int]:
+    """Updates at which a row of `updates` is compared; never at its end."""
+    found, rung = [], self.first
+    while rung < updates:
+      found.append(rung)
+      rung *= self.factor
+    return found
+
+
+def value_at(curve: Curve, metric: str, rung: int) -> float | None:
+  """A row's metric as soon as it is known at or after a rung; None before."""
+  for point in curve:
+    if point['step'] >= rung and metric in point:
+      return point[metric]
+  return None
+
+
+def is_poor(
+  halving: Halving,
+  row: Row,
+  curves: Mapping[Row, Curve],
+  updates: int,
+  decided: set[tuple[Row, int]],
+) -> str:
+  """Why a row is ended now; '' if it goes on.
+
+  Args:
+    halving: the rule.
+    row: that is asked about.
+    curves: of all rows that have begun.
+    updates: of a whole row.
+    decided: rungs at which rows were let on; they are not asked about twice,
+      and new ones are added here.
+  """
+  for rung in halving.rungs(updates):
+    own = value_at(curves[row], halving.metric, rung)
+    if own is None:
+      return ''
+    if (row, rung) in decided:
+      continue
+    known = [value_at(c, halving.metric, rung) for c in curves.values()]
+    others = sorted((-math.inf if math.isnan(v) else v)
+                    for v in known if v is not None)  # fmt: skip
+    kept = max(len(others) // halving.factor, 1)
+    cutoff = others[-kept] if len(others) >= halving.factor else -math.inf
+    if math.isnan(own) or own < cutoff:
+      return (
+        f'{halving.metric}={own:.6g} after {rung} updates: below the best '
+        f'{kept} of {len(others)}'
+      )
+    decided.add((row, rung))
+  return ''

@@ -1,0 +1,104 @@
+"""What the rows of a sweep will have measured, before the first one runs."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from experiments import build
+from experiments.build import acting, dataset
+from experiments.files.errors import UserError
+
+
+def check(experiment: build.Experiment, metric: str) -> None:
+  """Refuses a metric that no row will have; traces, and compiles nothing.
+
+  Args:
+    experiment: of one row; of all of them metrics are called alike.
+    metric: a column of curves.csv.
+
+  Raises:
+    UserError: it will be none; the nearest ones are named.
+  """
+  # Where a data set lies does not change what is measured of it.
+  run = dataclasses.replace(experiment.run, data_on='device')
+  experiment = experiment._replace(run=run)
+  agent, source, spec = build.row(experiment)
+  known = _of_play(experiment, agent)
+  held_out = experiment.run.hold_out and metric.startswith('held_')
+  if metric in known or held_out:
+    return
+  known |= _of_learning(experiment, agent, source, spec)
+  if metric not in known:
+    near = difflib.get_close_matches(metric, sorted(known), n=1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    raise UserError(
+      f'metric={metric}: no row will have it; there are '
+      f'{", ".join(sorted(known))}{hint}'
+    )
+
+
+def _of_play(experiment, agent) -> set[str]:
+  """Columns of evaluations."""
+  if experiment.is_text or not experiment.env_name:
+    return set()
+  names = {
+    f'{prefix}_{what}'
+    for prefix in acting.players(experiment, agent)
+    for what in ('return', 'return_se', 'length')
+  }
+  if experiment.dataset and names:
+    about = dataset.opened(experiment.dataset).about
+    names |= {'eval_score'} if dataset.score(about, 0.0) is not None else set()
+  return names
+
+
+def _of_learning(experiment, agent, source, spec) -> set[str]:
+  """Columns of updates and of the experience that they learn from."""
+  import jax
+  import jax.numpy as jnp
+
+  from agents.core.types import Text
+  from experiments.runtime import loop
+
+  key = jax.random.key(0)
+  names = {'updates_per_second', 'compiled'}
+  if not experiment.dataset:
+    if not source.is_pure:
+      source = build.make_source(experiment, _stand_in(spec), agent)
+      names |= {'wait_seconds', 'policy_lag'}
+    names |= {'episode_return', 'episode_length'}
+  carry = jax.eval_shape(lambda: loop.init(agent, source, key))
+  _, means, counts = jax.eval_shape(
+    lambda carry: loop.step(agent, source, carry, key), carry
+  )
+  names |= set(means) | set(counts)
+  if experiment.is_text:
+    size = experiment.run.batch_size, experiment.config.text.length + 1
+    tokens = Text(jax.ShapeDtypeStruct(size, jnp.int32))
+    held = jax.eval_shape(agent.evaluate, carry.agent.params, tokens, None)
+    names |= {f'held_{name}' for name in held if name != 'loss'}
+    names |= {'held_perplexity', 'held_log_likelihood'}
+  return names - {'return_sum', 'length_sum'}
+
+
+def _stand_in(spec: Any):
+  """An environment in JAX of which nothing is right but the shapes."""
+  import jax
+  import jax.numpy as jnp
+
+  from search.model import Environment, TimeStep
+
+  def time_step():
+    observation = jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype),
+      spec.observation,
+      is_leaf=lambda s: hasattr(s, 'dtype'),
+    )
+    invalid = None
+    if spec.masks_actions:
+      invalid = jnp.zeros(spec.action.num_actions, bool)
+    zero, no = jnp.zeros(()), jnp.zeros((), bool)
+    return TimeStep(observation, zero, zero + 1, no, no, invalid)
+
+  reset = lambda key: (jnp.zeros(()), time_step())
+  return Environment(reset, lambda state, action, key: reset(key), spec)

@@ -1,0 +1,179 @@
+"""Memory before anything runs: plans of a run, as tables and as refusals.
+
+Machines that are not there are planned for in a process of their own, which
+runs this module; see `compile_targets`.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments import build
+from experiments.build import capacity, programs
+from experiments.files.errors import UserError, shown
+from experiments.report import terminal
+from experiments.runtime import compile_targets
+from experiments.training.plan_memory import FULL, Plan, Row, of_phase, settings
+
+
+def here(experiment: build.Experiment, saved_parts: int = 0) -> list[Plan]:
+  """Plans of a run's phases on this machine.
+
+  Args:
+    experiment: from `build.describe`.
+    saved_parts: of the checkpoint that it goes on from; 0 for none.
+
+  Raises:
+    ValueError: agent, environment, data set and devices do not fit.
+  """
+  parts = 1 if experiment.dataset else saved_parts
+  layout = build.make_layout(experiment, parts)
+  phases = programs.phases(experiment, layout)
+  return [of_phase(experiment, layout, phase) for phase in phases]
+
+
+def elsewhere(
+  experiment: build.Experiment, name: str, about: dict[str, Any]
+) -> list[Plan]:
+  """Plans of a run's phases on a machine that need not be there.
+
+  Args:
+    experiment: from `build.describe`.
+    name: of the machine, see `compile_targets`.
+    about: what `build.describe` was called with.
+
+  Raises:
+    UserError: there is no such machine, or the run does not go with it.
+  """
+  target = compile_targets.parse(name)
+  for field in ('devices', 'acting_devices'):
+    if value := getattr(experiment.run, field):
+      raise UserError(
+        f'{field}={value}: all devices of target={name} learn; take 0'
+      )
+  plans, asked = [], {'target': target.name, 'about': about}
+  module, folder = 'experiments.training.plan', pathlib.Path('.compilers')
+  for found in compile_targets.ask(module, target, folder, asked):
+    if 'error' in found:
+      raise UserError(found['error'])
+    rows = [
+      Row(what, tuple(some), *rest) for what, some, *rest in found['rows']
+    ]
+    found['rows'] = tuple(rows)
+    plans.append(Plan(**found))
+  return plans
+
+
+def show(plans: Sequence[Plan]) -> None:
+  """Prints a table for each plan."""
+  told = lambda size: capacity.told(size) if 0 < size < math.inf else '-'
+  for plan in plans:
+    rows = [
+      (
+        row.what,
+        (*row.fields, '')[0][:24],
+        'too much' if row.device == math.inf else told(row.device),
+        told(row.host),
+      )
+      for row in plan.rows
+    ]
+    rows.append(('largest at once', '', told(plan.device), told(plan.host)))
+    there = "the host's" if plan.on_host else told(plan.has)
+    rows.append(('there is', '', there, told(plan.host_has)))
+    title = f'memory of {plan.phase} on {plan.machine}'
+    columns = ('what', 'changed by', 'a device', 'a host')
+    terminal.print_table(columns, rows, title, left=2)
+
+
+def check(plans: Sequence[Plan]) -> None:
+  """Refuses a run that does not fit.
+
+  Raises:
+    UserError: names the settings that change what takes most.
+  """
+  for plan in plans:
+    for place, need, have in (
+      ('device', plan.device, plan.has),
+      ('host', plan.host, plan.host_has),
+    ):
+      if need == math.inf or (have and need > have):
+        raise UserError(_refusal(plan, place, need, have))
+
+
+def _refusal(plan: Plan, place: str, need: float, have: float) -> str:
+  """What takes most of a device or a host, and the settings that change it."""
+  size = lambda row: row.device
+  if place == 'host':
+    size = lambda row: row.host + row.device * plan.on_host
+  # What takes less than a tenth does not help. A program that its compiler
+  # refuses may be so large for what it is called with, such as a replay.
+  least = (have if need == math.inf else need) / 10
+  most = [row for row in plan.counted if size(row) >= least]
+  most.sort(key=size, reverse=True)
+  fields = list(dict.fromkeys(field for row in most for field in row.fields))
+  there = (
+    f'a {place}, which has {capacity.told(have)}' if have else f'a {place}'
+  )
+  if need == math.inf:
+    takes = f'{most[0].what} is too large for {there}'
+  else:
+    parts = ', '.join(f'{r.what} {capacity.told(size(r))}' for r in most)
+    takes = f'needs {capacity.told(need)} of {there} ({parts})'
+  return f'{", ".join(fields)}: {takes}; {_remedy(fields)}'
+
+
+def _remedy(fields: Sequence[str]) -> str:
+  whole = 'reanalyze_chunk=0' in fields
+  more = ' (reanalyze_chunk=0 searches all roots at once)' if whole else ''
+  return f'take less{more}, or more devices'
+
+
+@contextlib.contextmanager
+def out_of_memory(experiment: build.Experiment) -> Iterator[None]:
+  """Turns a device's running out of memory into one line.
+
+  Raises:
+    UserError: in its place; names the settings that change what is needed.
+  """
+  import jax
+
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if FULL not in str(error):
+      raise
+    names = ['batch_size', 'reanalyze_chunk', 'num_envs', 'replay_capacity']
+    if experiment.dataset:
+      names = ['batch_size', 'rollout_batch', 'data_on']
+    fields = settings(experiment, *names)
+    what = shown(' '.join(str(error).split()))
+    raise UserError(
+      f'{", ".join(fields)}: a device has run out of memory ({what}); '
+      f'{_remedy(fields)}; --plan shows what needs how much'
+    ) from error
+
+
+def _main() -> None:
+  """Prints the plans that `elsewhere` asks for."""
+  from experiments.runtime import mesh as meshes
+
+  asked = json.load(sys.stdin)
+  try:
+    target = compile_targets.parse(asked['target'])
+    experiment = build.describe(**asked['about'])
+    mesh = meshes.make_mesh(compile_targets.devices(target))
+    parts = 1 if experiment.dataset else 0
+    layout = build.lay_out(experiment, mesh, parts)
+    for phase in programs.phases(experiment, layout):
+      plan = of_phase(experiment, layout, phase, target)
+      print(json.dumps(plan._asdict()), flush=True)
+  except ValueError as error:
+    print(json.dumps({'error': str(error)}), flush=True)
+
+
+if __name__ == '__main__':
+  _main()

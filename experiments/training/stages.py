@@ -1,0 +1,136 @@
+"""The phases of a run, made ready: agents, sources, what devices compile."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments import build
+from experiments.build import dataset as datasets
+from experiments.training.keeper import Saved
+
+
+class Stage(NamedTuple):
+  """A phase, made ready to run.
+
+  Attributes:
+    name: the phase's.
+    agent: its agent.
+    source: its source.
+    end: the number of updates at which it ends, counted from the run's begin;
+      None where it ends by its decisions.
+    transfer: see `Phase`.
+    update: compiled over the devices; None where the loop compiles.
+    interval: compiled over the devices, of a pure source; None likewise.
+    sharding: of the agent's state over the devices; None replicates it.
+  """
+
+  name: str
+  agent: Any
+  source: Any
+  end: int | None
+  transfer: Callable | None = None
+  update: Callable | None = None
+  interval: Callable | None = None
+  sharding: Any = None
+
+
+class Trainer(NamedTuple):
+  """What a run is made of once it is known who does what.
+
+  Attributes:
+    stages: at least one.
+    spec: what its agents were told of the environment.
+    layout: which devices do what.
+  """
+
+  stages: tuple[Stage, ...]
+  spec: Any
+  layout: build.Layout
+
+
+def make(
+  experiment: build.Experiment, saved: Saved, asked: Callable[[], bool]
+) -> Trainer:
+  """Everything that a run needs; nothing is compiled yet.
+
+  Args:
+    experiment: from `build.describe`.
+    saved: what the run's newest checkpoint tells.
+    asked: whether the user wants to stop.
+
+  Raises:
+    ValueError: agent, environment, data set and devices do not fit.
+  """
+  from experiments.runtime import distributed
+
+  # One process alone need not vote, and may leave while it fills its replay.
+  alone = distributed.process()[1] == 1
+  stopping = asked if alone else lambda: False
+  if experiment.dataset:
+    return _make_offline(experiment, alone)
+  layout = build.make_layout(experiment, saved.parts)
+  env = build.make_env(
+    experiment,
+    training=True,
+    num_envs=experiment.env.num_envs // layout.parts,
+  )
+  agent = build.make_agent(experiment, env.spec)
+  source = build.make_source(experiment, env, agent, layout, stopping)
+  stage = Stage('train', agent, source, None)
+  stage = _over_devices(experiment, stage, env.spec, layout.mesh, 0)
+  return Trainer((stage,), env.spec, layout)
+
+
+def _make_offline(experiment: build.Experiment, alone: bool) -> Trainer:
+  if not alone:
+    what = 'text' if experiment.is_text else 'data set'
+    raise ValueError(f'distributed: a {what} is learned from by one process')
+  layout = build.make_layout(experiment, 1)._replace(parts=1)
+  dataset = datasets.material(experiment)
+  stage_env = None
+  if experiment.env_name:
+    stage_env = build.make_env(experiment, training=False, num_envs=1)
+  spec = datasets.spec_of(dataset, stage_env and stage_env.spec)
+  stages, end = [], 0
+  for i, phase in enumerate(build.make_phases(experiment, spec)):
+    source = datasets.make_source(experiment, dataset, phase, layout.mesh)
+    end = experiment.updates if phase.updates is None else end + phase.updates
+    stage = Stage(phase.name, phase.agent, source, end, phase.transfer)
+    stages.append(_over_devices(experiment, stage, spec, layout.mesh, i))
+  return Trainer(tuple(stages), spec, layout)
+
+
+def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
+  """The stage with what several devices, or `pmap`, need compiled."""
+  from experiments.runtime import mesh
+
+  how = experiment.run.parallel
+  if devices.size == 1 and how != 'pmap':
+    return stage
+  sharding = build.state_sharding(experiment, stage.agent, devices)
+  stage = stage._replace(sharding=sharding)
+  if stage.source.is_pure:
+    if how == 'pmap':
+      what = experiment.dataset or experiment.env_name
+      raise ValueError(
+        f'parallel=pmap: {what} is compiled into one program with the agent; '
+        'take parallel=jit'
+      )
+    interval = mesh.compile_interval(
+      stage.agent, stage.source, devices, sharding
+    )
+    return stage._replace(interval=interval)
+  reduce = mesh.pmean if how == 'pmap' else None
+  learner = build.make_phases(experiment, spec, reduce)[number].agent
+  update = mesh.compile_update(learner, devices, how, sharding)
+  return stage._replace(update=update)
+
+
+def enter(stage: Stage, carry):
+  """The carry of a phase from that of the phase before."""
+  import jax
+
+  assert stage.transfer is not None and stage.source.fill is not None
+  # Out of a compiled function leaves share no buffers: they can be donated.
+  state = jax.jit(stage.transfer, out_shardings=stage.sharding)(carry.agent)
+  # The phase before drew from the data alone, which stays where it is.
+  return carry._replace(agent=state, source=stage.source.fill(carry.source))

@@ -1,0 +1,215 @@
+"""What is measured of an agent while it trains, besides its losses."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from experiments import build
+from experiments.build import acting as acting_players
+from experiments.build import dataset, support, text
+from experiments.files import writing
+
+# Decisions a copy; a game of Atari is cut after 3,000 while training.
+_OVERDUE = 3_000
+
+
+class HeldOut:
+  """Windows that are never trained on, from the untrained network's play.
+
+  While training their targets stay as they were recorded, so that figures of
+  different times compare; what they say of policy and value is then that of
+  the untrained search. At the end they are searched again by the trained
+  agent, and both networks are measured by these targets.
+  """
+
+  def __init__(self, experiment: build.Experiment, agent, agent_state):
+    import jax
+
+    settings = dataclasses.replace(
+      experiment.run, batch_size=experiment.run.hold_out, acting='synchronous'
+    )
+    apart = experiment._replace(run=settings)
+    env = build.make_env(experiment, training=True)
+    source = build.make_source(apart, env, agent._replace(refresh=None))
+    self._key = jax.random.fold_in(jax.random.key(experiment.seed), 2**31 - 2)
+    state = source.init(self._key)
+    state, self._batch, _ = source.next(state, agent_state, 0, self._key)
+    if source.close is not None:
+      source.close(state)
+    self._agent, self._untrained = agent, agent_state.params
+    self._losses = jax.jit(agent.evaluate)
+
+  def losses(self, params, batch=None) -> dict[str, float]:
+    """Metrics `held_...` of parameters on the recorded or other targets."""
+    from experiments.runtime import mesh
+
+    batch = self._batch if batch is None else batch
+    found = self._losses(mesh.local(params), batch, self._key)
+    return {f'held_{name}': float(value) for name, value in found.items()}
+
+  def compare(self, agent_state, path: pathlib.Path, write=True) -> None:
+    """Writes the losses of both networks on the trained agent's targets."""
+    import jax
+
+    from experiments.runtime import mesh
+
+    refresh = self._agent.refresh or (lambda state, batch, step, key: batch)
+    agent_state = mesh.local(agent_state)
+    batch = jax.jit(refresh)(agent_state, self._batch, 0, self._key)
+    rows = {
+      'untrained': self.losses(self._untrained, batch),
+      'trained': self.losses(agent_state.params, batch),
+    }
+    names = list(rows['trained'])
+    lines = [['network', *names]]
+    lines += [
+      [network, *(f'{row[name]:.6g}' for name in names)]
+      for network, row in rows.items()
+    ]
+    if write:
+      writing.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
+
+
+def evaluator(experiment: build.Experiment, agent) -> Callable | None:
+  """`(params, step) -> metrics`: whole episodes of everyone in `players`.
+
+  None where nobody plays, or there is nothing to play in. Of a text it is what
+  `text.measure` finds.
+  """
+  import jax
+
+  from experiments.runtime import evaluate as playing
+  from experiments.runtime import mesh
+  from search.model import Environment
+
+  if experiment.is_text:
+    return text.evaluator(experiment, agent)
+  acting = {
+    n: jax.jit(f) for n, f in acting_players.players(experiment, agent).items()
+  }
+  if not (acting and experiment.env_name):
+    return None
+  episodes = experiment.run.evaluate_episodes
+  env = build.make_env(experiment, training=False, num_envs=min(episodes, 32))
+
+  def evaluate(params, step):
+    params = mesh.local(params)
+    key = jax.random.fold_in(jax.random.key(experiment.seed), step)
+    shared = {'key': key, 'num_episodes': episodes}
+    found = {}
+    for prefix, act in acting.items():
+      if isinstance(env, Environment):
+        own = jax.local_devices()[: experiment.run.devices or None]
+        played = playing.on_device(env, act, params, devices=own, **shared)
+      else:
+        played = playing.on_host(env, act, params, seed=step, **shared)
+      summary = played.summary()
+      found |= {
+        name.replace('eval', prefix, 1): x for name, x in summary.items()
+      }
+    if experiment.dataset:
+      about = dataset.opened(experiment.dataset).about
+      score = dataset.score(about, found['eval_return'])
+      found |= {} if score is None else {'eval_score': score}
+    return found
+
+  return evaluate
+
+
+class Watcher:
+  """What is written and measured while a run goes on.
+
+  Attributes:
+    waited: seconds that the learner waited for experience.
+    held_out: windows that are never trained on, or None.
+  """
+
+  def __init__(self, experiment, trainer, keeper, writer, begin, key):
+    from experiments.runtime import loop, watch
+
+    self._experiment, self._keeper, self._writer = experiment, keeper, writer
+    self._several, self._warned = len(trainer.stages) > 1, False
+    self._compiled_since, self.waited = watch.compilations(), 0.0
+    self._unended = 0.0
+    self.enter(trainer.stages[keeper.phase])
+    self.held_out = None
+    if experiment.run.hold_out:
+      agent = trainer.stages[0].agent
+      untrained = loop.init_agent(agent, key)
+      self.held_out = HeldOut(experiment, agent, untrained)
+      if not begin:
+        writer.write(0, self.held_out.losses(untrained.params))
+
+  def enter(self, stage: Any) -> None:
+    """From here on a phase's agent is measured."""
+    self._stage = stage
+    self._evaluator = evaluator(self._experiment, stage.agent)
+
+  def log(self, step: int, row: dict[str, float]) -> None:
+    """Writes a row of metrics."""
+    from experiments.runtime import distributed
+
+    keeper = self._keeper
+    if not self._warned and distributed.is_main():
+      line = support.warning(self._experiment, row)
+      if line is not None:
+        self._warned = True
+        print(f'{line} (update {step:,})', flush=True)
+    keeper.decisions += row.get('decisions', 0.0)
+    self.waited += row.get('wait_seconds', 0.0)
+    row |= {'compiled': self._compiled_since()}
+    self._look_for_ends(row)
+    if not self._experiment.dataset:
+      row |= {'decisions': keeper.decisions}
+    if self._several:
+      row |= {'phase': float(keeper.phase)}
+    self._writer.write(step, row)
+
+  def _look_for_ends(self, row) -> None:
+    """Says once that no episode has ended, where that is overdue."""
+    if row.get('episodes') or self._unended is None:
+      self._unended = None
+      return
+    self._unended += row.get('decisions', 0.0)
+    copies, steps = self._experiment.env.num_envs, self._experiment.steps
+    if self._unended >= min(_OVERDUE * copies, steps / 2) > 0:
+      print(
+        f'note: env={self._experiment.env_name}: no episode has ended in '
+        f'{self._unended:,.0f} decisions of {copies} copies; an environment '
+        'without an end needs a limit: --set=env.options=max_episode_steps=N '
+        'gives one to those of Gymnasium',
+        flush=True,
+      )
+      self._unended = None
+
+  def measure(self, step: int, agent_state, path: pathlib.Path) -> None:
+    """Writes what the evaluation finds of an agent; all processes call it."""
+    from experiments.runtime import distributed
+
+    found = {}
+    if self._evaluator is not None:
+      found = distributed.of_main(self._evaluator(agent_state.params, step))
+    if distributed.is_main():
+      names, cells = ['step', *found], [f'{x:.9g}' for x in found.values()]
+      lines = [','.join(names), ','.join([str(step), *cells])]
+      writing.write_text(path, '\n'.join(lines) + '\n')
+
+  def evaluate(self, step: int, agent_state) -> dict[str, float]:
+    """Measures an agent where that is due."""
+    from experiments.runtime import distributed
+
+    settings, found = self._experiment.run, {}
+    if settings.early_update and step == settings.early_update:
+      self._keeper.save_early(step, agent_state)
+    if self.held_out is not None and step % settings.hold_out_every == 0:
+      found |= self.held_out.losses(agent_state.params)
+    every = settings.evaluate_every
+    if self._evaluator is not None and every and step % every == 0:
+      # All play the same episodes; one's figures decide for all.
+      found |= distributed.of_main(self._evaluator(agent_state.params, step))
+      metric = 'eval_return'
+      if self._experiment.is_text:
+        metric = 'held_log_likelihood'
+      self._keeper.save_best(step, found[metric], agent_state)
+    return found
