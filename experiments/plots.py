@@ -7,6 +7,7 @@ Runs that differ in their seed alone are one group. Intervals are 95%.
 
 import pathlib
 
+from experiments.files import tables
 from experiments.report import atari_scores, style, terminal
 from experiments.report import curves as curve_figures
 from experiments.report.runs import find_runs
@@ -68,7 +69,7 @@ def main() -> None:
   ):
     table = atari_scores.score_table(scores)
     _print_table(f'{method}: human-normalised scores', table)
-    curve_figures.write_csv(
+    tables.write_lines(
       path := out.with_name(f'{out.stem}_atari{i or ""}.csv'), table
     )
     terminal.say(f'{method}: {path}')
@@ -91,7 +92,7 @@ def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
       ]
     )
   _print_table('search beside the same network without it', table)
-  curve_figures.write_csv(
+  tables.write_lines(
     path := out.with_name(f'{out.stem}_search.csv'),
     [curve_figures.Pooled._fields, *pooled],
   )

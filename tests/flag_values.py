@@ -85,7 +85,7 @@ PLACES = {
   'study sampling_operators --out': True,
   'benchmark --out': False,
   'corpus --out': False,
-  'control --workdir=pendulum --out': False,
+  'play --workdir=pendulum --players=actor --out': False,
   'study control --folder': True,
   'study control --results': True,
   'study equity --workdir=backgammon --out': False,
@@ -186,8 +186,8 @@ ROWS = {
   'play --workdir=board --players=lookahead=1+rollout=999999999': (
     'rollout must be at most'
   ),
-  'control --workdir=pendulum --planners=lookahead=11': 'lookahead must be at ',
-  'control --workdir=pendulum --planners=lookahead=1+rollout=9999999': (
+  'play --workdir=pendulum --players=lookahead=11': 'lookahead must be at ',
+  'play --workdir=pendulum --players=lookahead=1+rollout=9999999': (
     'numbers must be below 1000000'
   ),
   'train --preset=bc --dataset=/': 'dataset=/: is a folder of more than',
@@ -236,8 +236,9 @@ ROWS = {
   'play --workdir=board --players=network --simulations=3': (
     'flag --simulations=3: has no effect with --players and --opponents'
   ),
-  'study control --planners=actor': 'flag --planners=actor: has no effect wi',
-  'control --workdir=pendulum --seeds=3': 'flag --seeds=3: has no effect witho',
+  'play --workdir=pendulum --candidates=3': (
+    'flag --candidates=3: has no effect wi'
+  ),
   # Settings of another kind of run.
   'train --preset=bc --dataset=data.npz --set=replay_alpha=0.5': (
     'replay_alpha=0.5: a run on data does not act and has no replay; leave it '

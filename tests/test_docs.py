@@ -1,11 +1,11 @@
 """What the documentation says: its code runs, its commands and links exist."""
 
-import ast
-import importlib.util
+import functools
 import pathlib
 import re
 import shlex
 
+import launching
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -72,25 +72,27 @@ def commands(text):
     yield found[1], shlex.split(rest.replace('…', ''), comments=True)
 
 
-def flags_of(launcher):
-  """Names of the flags that a launcher's file defines."""
-  path = ROOT / 'experiments' / f'{launcher}.py'
-  return {
-    node.args[0].value
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.Call)
-    and getattr(node.func, 'attr', '').startswith('DEFINE')
-  }
+@functools.cache
+def flags_of(words):
+  """Names of the flags that a command defines."""
+  from absl import flags
+
+  known = set(flags.FLAGS)
+  launching.find(words)[1].define_flags()
+  own = set(flags.FLAGS) - known
+  for flag in own:
+    delattr(flags.FLAGS, flag)
+  return own
 
 
 @pytest.mark.parametrize('path', WRITTEN, ids=name_of)
 def test_commands_name_launchers_and_their_flags(path):
   for launcher, arguments in commands(path.read_text()):
-    assert importlib.util.find_spec(f'experiments.{launcher}'), launcher
+    words = (launcher, *arguments[:1]) if launcher == 'study' else (launcher,)
     flags = [a[2:].partition('=')[0] for a in arguments if a[:2] == '--']
-    unknown = set(flags) - flags_of(launcher) - {'help'}
+    unknown = set(flags) - flags_of(words) - {'help'}
     # A boolean flag has its negation.
-    assert {f for f in unknown if f[2:] not in flags_of(launcher)} == set()
+    assert {f for f in unknown if f[2:] not in flags_of(words)} == set()
 
 
 def test_pages_are_reached():

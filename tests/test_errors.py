@@ -186,7 +186,9 @@ TABLE = {
   'study equity --workdir=backgammon --out=empty': (
     'out=empty: is a folder, must be'
   ),
-  'control --workdir=pendulum --out=empty': 'out=empty: is a folder, must be',
+  'play --workdir=pendulum --players=actor --out=empty': (
+    'out=empty: is a folder, must be'
+  ),
   'play --workdir=catch --out=empty': 'out=empty: is a folder, must be the nam',
   'play --workdir=catch --record=file/x.gif': 'record=file/x.gif: file is a fi',
   'study connect_four_positions --out=empty': (
@@ -225,7 +227,7 @@ TABLE = {
   'play --workdir=catch --env=zzz': (
     'env=zzz: catch/config.json names jax:catch; must be the same one, or left'
   ),
-  'control --workdir=pendulum --env=jax:catch': (
+  'play --workdir=pendulum --players=actor --env=jax:catch': (
     'env=jax:catch: pendulum/config.json names'
   ),
   'play --workdir=newer': 'newer/config.json: no field agent.zzz: fields are',
@@ -242,9 +244,9 @@ TABLE = {
     'workdir=catch: is no run of a language model'
   ),
   'study specialisation --workdir=none': "workdir=none: is no run's folder",
-  'control --workdir=none': "workdir=none: is no run's folder",
-  'control --workdir=catch': 'workdir=catch: jax:catch has discrete actions; p',
-  'control': 'workdir: the folder of a run is needed, or --study',
+  'play --workdir=pendulum --dynamics=x': (
+    'flag --dynamics=x: has no effect without'
+  ),
   'study equity --workdir=catch': (
     'workdir=catch: plays jax:catch, and gnubg judges'
   ),
@@ -299,9 +301,11 @@ TABLE = {
   'study connect_four_players --folder=boards --opponents=zzz': (
     'opponents=zzz: must be of '
   ),
-  'control --workdir=pendulum --planners=zzz': "planner='zzz': must be actor",
-  'control --workdir=pendulum --planners=;': 'planners=;: names none; actor is',
-  'control --workdir=pendulum --dynamics=catch': (
+  'play --workdir=pendulum --players=zzz': "player='zzz': must be network",
+  'play --workdir=pendulum --players=gumbel=8': (
+    'player=gumbel=8: iql has an actor ... take actor'
+  ),
+  'play --workdir=pendulum --players=actor --dynamics=catch': (
     'dynamics=catch: muzero learns no ensemble of dynamics; dynamics and'
   ),
   # Data.
@@ -375,7 +379,7 @@ MISSING = {
   ),
 }
 # A checkpoint is put on the device before the rest is looked at.
-LOADS = {'control --workdir=pendulum --dynamics=catch'}
+LOADS = {'play --workdir=pendulum --players=actor --dynamics=catch'}
 # Any text will do, or it is only found wrong once there is a cluster.
 FREE = {
   ('sweep', 'ray_address'),

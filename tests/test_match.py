@@ -1,6 +1,7 @@
 """Matches between players of games, judged positions, play in a terminal."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from experiments.playing import (
   connect_four_solver,
   human,
   match,
+  planners,
   players,
 )
 from experiments.studies import connect_four_players
@@ -43,21 +45,27 @@ def _last_free(board):
 @pytest.mark.parametrize(
   'name, strategy',
   [
-    ('network', players.Strategy('network')),
-    ('random', players.Strategy('random')),
-    ('lookahead=3', players.Strategy('lookahead', 3)),
-    ('puct=64', players.Strategy('puct', 64)),
-    ('gumbel=8+rollout=4', players.Strategy('gumbel', 8, 4)),
-    ('rollout=4x3', players.Strategy('lookahead', 1, 4, 3)),
-    ('lookahead=2+rollout=end', players.Strategy('lookahead', 2, -1)),
+    ('network', planners.Strategy('network')),
+    ('random', planners.Strategy('random')),
+    ('lookahead=3', planners.Strategy('lookahead', 3)),
+    ('puct=64', planners.Strategy('puct', 64)),
+    ('gumbel=8+rollout=4', planners.Strategy('gumbel', 8, 4)),
+    ('rollout=4x3', planners.Strategy('lookahead', 1, 4, 3)),
+    ('lookahead=2+rollout=end', planners.Strategy('lookahead', 2, -1)),
     (
       'lookahead=2+greedy_rollout=8',
-      players.Strategy('lookahead', 2, 8, greedy=True),
+      planners.Strategy('lookahead', 2, 8, greedy=True),
+    ),
+    ('actor', planners.Strategy('actor')),
+    ('critic+box', planners.Strategy('critic', proposal='box')),
+    (
+      'lookahead=2+rollout=8+no_critic+refined=4',
+      planners.Strategy('lookahead', 2, 8, critic=False, refined=4),
     ),
   ],
 )
 def test_a_name_says_how_a_player_decides(name, strategy):
-  assert players.parse(name) == strategy
+  assert planners.parse(name) == strategy
 
 
 @pytest.mark.parametrize(
@@ -69,6 +77,11 @@ def test_a_name_says_how_a_player_decides(name, strategy):
     'lookahead=0',
     'network=3',
     'random+rollout=3',
+    'lookahead=1+rollout=4+rollout=4',
+    'lookahead=1+box+box',
+    'actor+rollout=2',
+    'critic+rollout=2',
+    'lookahead=1+rollout=-1',
     'gumbel=8rollout=4',
     'gumbel=8+',
     '+rollout=4',
@@ -77,13 +90,50 @@ def test_a_name_says_how_a_player_decides(name, strategy):
 )
 def test_a_name_that_is_none_is_refused(name):
   with pytest.raises(UserError, match=r'^player=.*must be network, random'):
-    players.parse(name)
+    planners.parse(name)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name', 'take'),
+  [
+    ('game', 'actor', 'take network, random'),
+    ('game', 'lookahead=1+box', 'take network, random'),
+    ('actor_critic', 'gumbel=8', 'take actor, critic'),
+    ('actor_critic', 'random', 'take actor, critic'),
+    ('actor_critic', 'lookahead=1+rollout=4x2', 'take actor, critic'),
+    ('actor_critic', 'lookahead=1+rollout=end', 'take actor, critic'),
+    ('actor_critic', 'lookahead=1+greedy_rollout=2', 'take actor, critic'),
+    ('tree', 'lookahead=1', 'take network or gumbel=16'),
+    ('tree', 'gumbel=8+rollout=2', 'take network or gumbel=16'),
+    ('policy', 'critic', 'take network'),
+  ],
+)
+def test_what_an_agent_cannot_be_played_with_names_what_it_can(
+  kind, name, take
+):
+  with pytest.raises(UserError, match=rf'^player={re.escape(name)}: .*{take}'):
+    planners.refuse(name, planners.parse(name), 'iql', kind)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name'),
+  [
+    ('game', 'gumbel=8+rollout=2'),
+    ('game', 'network'),
+    ('actor_critic', 'network'),
+    ('actor_critic', 'lookahead=2+rollout=4+box+no_critic+refined=3'),
+    ('tree', 'efficientzero=4'),
+    ('policy', 'actor'),
+  ],
+)
+def test_what_it_can_be_played_with_passes(kind, name):
+  planners.refuse(name, planners.parse(name), 'iql', kind)
 
 
 def test_runs_and_checkpoints_stand_in_front():
-  assert players.split('puct=3') == ('', 'final', 'puct=3')
-  assert players.split('runs/a:puct=3') == ('runs/a', 'final', 'puct=3')
-  assert players.split('a@best:puct=3') == ('a', 'best', 'puct=3')
+  assert planners.split('puct=3') == ('', 'final', 'puct=3')
+  assert planners.split('runs/a:puct=3') == ('runs/a', 'final', 'puct=3')
+  assert planners.split('a@best:puct=3') == ('a', 'best', 'puct=3')
 
 
 def test_a_match_counts_both_sides():
@@ -137,8 +187,8 @@ def test_perfect_lookahead_does_not_lose_tic_tac_toe():
       (jnp.zeros((x.shape[0], 9)),) + (jnp.zeros((x.shape[0],)),)
     ),
   )
-  full = players.make('l', players.parse('lookahead=4'), model, (), game)
-  other = players.make('r', players.parse('random'), None, None, game)
+  full = players.make('l', planners.parse('lookahead=4'), model, (), game)
+  other = players.make('r', planners.parse('random'), None, None, game)
   # After five moves four are left: it sees to the end.
   starts = match.openings(game, 12, 5, seed=0)
   reply = match.play(game, full, other, starts)
@@ -247,7 +297,7 @@ def searcher():
     lambda params, x: (jnp.zeros((x.shape[0], 9)), jnp.zeros((x.shape[0],))),
   )
   name = 'puct=32'
-  return game, players.make(name, players.parse(name), model, (), game)
+  return game, players.make(name, planners.parse(name), model, (), game)
 
 
 def test_an_agent_tells_what_it_thinks(searcher):
@@ -294,7 +344,7 @@ def test_a_tree_search_tells_what_moves_are_worth(searcher):
 def test_a_person_plays_backgammon(backgammon_model):
   game, model = backgammon_model
   player = players.make(
-    'lookahead=1', players.parse('lookahead=1'), model, jnp.float32(0.1), game
+    'lookahead=1', planners.parse('lookahead=1'), model, jnp.float32(0.1), game
   )
   told, asked = [], []
 
@@ -408,7 +458,7 @@ def backgammon_model():
 def test_players_of_candidates(backgammon_model, name, evaluations):
   game, model = backgammon_model
   player = players.make(
-    name, players.parse(name), model, jnp.float32(0.1), game
+    name, planners.parse(name), model, jnp.float32(0.1), game
   )
   assert player.evaluations == evaluations
   starts = match.openings(game, 2, 6)
@@ -431,7 +481,7 @@ def test_what_candidates_cannot_do_is_refused(
 ):
   game, model = backgammon_model
   with pytest.raises(UserError, match=complaint):
-    players.make(name, players.parse(name), model, 0.1, game)
+    players.make(name, planners.parse(name), model, 0.1, game)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +497,7 @@ def test_what_candidates_cannot_do_is_refused(
 def test_evaluations_are_counted(name, evaluations):
   game = tic_tac_toe.game()
   model = exact(game, lambda params, x: (jnp.zeros((x.shape[0], 9)), 0.0))
-  player = players.make(name, players.parse(name), model, (), game)
+  player = players.make(name, planners.parse(name), model, (), game)
   assert player.evaluations == evaluations
 
 
@@ -477,7 +527,7 @@ def test_backgammon_is_seen_from_ones_own_side():
 def test_a_person_meets_a_random_player_who_has_no_opinion():
   game = games.make_game('tic_tac_toe')
   told = []
-  other = players.make('random', players.parse('random'), None, None, game)
+  other = players.make('random', planners.parse('random'), None, None, game)
   answers = ['hint', *map(str, [0, 1, 2, 3, 4, 5, 6, 7, 8] * 9)]
   human.against_person(game, other, ask=_said(answers), tell=told.append)
   assert not any('expects' in text or 'value' in text for text in told)

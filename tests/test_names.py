@@ -170,7 +170,7 @@ def dynamics_of_a_module(trained, planted, folder):
 def game_and_run_of_a_module(trained, planted, folder):
   run_of_a_module(trained, planted, folder)
   game = build.describe('alphazero_tic_tac_toe')
-  configs.write_run_config(folder / 'study atac_game', game.as_dict())
+  configs.write_run_config(folder / 'game', game.as_dict())
 
 
 def data_of_a_module(trained, planted, folder):
@@ -213,10 +213,10 @@ REFUSED = {
   'matches': (run_of_a_module, ('play', RUN, '--opponents=random')),
   'study equity': (run_of_a_module, ('study equity', RUN)),
   'study specialisation': (run_of_a_module, ('study specialisation', RUN)),
-  'control': (run_of_a_module, ('control', RUN)),
+  'control': (run_of_a_module, ('play', RUN, '--players=actor')),
   'dynamics': (
     dynamics_of_a_module,
-    ('control', '--workdir=good', '--dynamics=run'),
+    ('play', '--workdir=good', '--players=actor', '--dynamics=run'),
   ),
   'player': (
     game_and_run_of_a_module,
@@ -318,7 +318,7 @@ def test_plots_read_the_run_of_a_module(trained, planted, tmp_path, launch):
 ASKED = {
   'play': ('play', RUN, '--episodes=2', '--num_envs=2'),
   'record': ('play', RUN, '--record=agent.gif'),
-  'control': ('control', RUN, '--episodes=2', '--planners=actor'),
+  'control': ('play', RUN, '--episodes=2', '--players=actor'),
 }
 
 

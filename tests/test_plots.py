@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.report import atari_scores, curves, runs, statistics, style
 
@@ -379,7 +380,7 @@ def test_a_link_is_not_followed(tmp_path):
   with pytest.raises(UserError, match=r'a\.png: is a link'):
     style.save(style.figure(2, 2), tmp_path / 'a.png')
   with pytest.raises(UserError, match=r'a\.csv: is a link'):
-    curves.write_csv(tmp_path / 'a.csv', [('a', 1)])
+    tables.write_lines(tmp_path / 'a.csv', [('a', 1)])
   assert (tmp_path / 'target').read_text() == 'as it was'
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import build
 from experiments.files.errors import UserError
-from experiments.playing import gnubg, match, players
+from experiments.playing import gnubg, match, planners, players
 from experiments.runtime import checkpoint
 from experiments.runtime import config as configs
 from experiments.studies import backgammon_players, equity
@@ -124,7 +124,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
   games = [_saved(tmp_path, hidden) for hidden in (2, 3)]
   game = games[0]
   judged = _judged_turns(game, 12)
-  stranger = players.make('x', players.parse('random'), None, None, game)
+  stranger = players.make('x', planners.parse('random'), None, None, game)
   monkeypatch.setattr(
     backgammon_players.equity, 'judged', lambda positions, plies: judged
   )

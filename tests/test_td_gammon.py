@@ -14,7 +14,7 @@ from agents import td_gammon
 from agents.core.types import ArraySpec, Candidates, Discrete, Experience, Spec
 from experiments import build
 from experiments.envs.self_play import self_play
-from experiments.playing import match, players
+from experiments.playing import match, planners, players
 from experiments.runtime import loop, sources
 from search.model import Game, Move, TimeStep, exact
 
@@ -461,7 +461,7 @@ def test_rollouts_tell_what_the_greedy_player_earns(made, monkeypatch):
     monkeypatch.setattr(players, '_KEPT', kept)
     player = players.make(
       'rollout=endx2000',
-      players.parse('rollout=endx2000'),
+      planners.parse('rollout=endx2000'),
       made.agent.model,
       params,
       made.game,
@@ -491,7 +491,12 @@ def test_truncated_rollouts_count_what_they_value(made, monkeypatch):
   params = made.networks.init(jax.random.key(3))
   name = 'rollout=2x3'
   make = functools.partial(
-    players.make, name, players.parse(name), made.agent.model, params, made.game
+    players.make,
+    name,
+    planners.parse(name),
+    made.agent.model,
+    params,
+    made.game,
   )
   timestep = match.time_step(made.game, positions(4))
   decide = lambda player: player.decide(params, jax.random.key(0), timestep)

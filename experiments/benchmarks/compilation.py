@@ -25,7 +25,7 @@ from experiments.benchmarks import compile_programs, counting
 from experiments.build import programs
 from experiments.files import tables
 from experiments.files.errors import UserError
-from experiments.runtime import compile_targets, compiled, metrics
+from experiments.runtime import compile_targets, compiled
 
 # What a row is of, and what was counted; bytes and operations of one device.
 KEY = ('target', 'jax', 'what', 'name', 'part', 'setting')
@@ -147,7 +147,7 @@ def line(row: dict[str, Any]) -> str:
 
 def _write(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
   fields = (*KEY, *COUNTED)
-  metrics.write_lines(
+  tables.write_lines(
     path, [fields, *([row[field] for field in fields] for row in rows)]
   )
 

@@ -34,6 +34,7 @@ def matmul_flops(jaxpr: Any) -> int:
 
 
 def product_flops(equation: Any) -> int:
+  """Operations of one `dot_general` or `conv_general_dilated` of a jaxpr."""
   output = math.prod(equation.outvars[0].aval.shape)
   left, right = (v.aval.shape for v in equation.invars[:2])
   params = equation.params

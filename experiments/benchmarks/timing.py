@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.runtime import metrics
+from experiments.files import tables
 
 
 def one_core() -> None:
+  """Keeps this process on the last of its cores."""
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
@@ -220,7 +221,7 @@ def write_rows(path: Any, rows: Sequence[Row], about: dict[str, str]) -> None:
   lines: list[list[Any]] = [[*Row._fields, *about]]
   for row in rows:
     lines.append([*('' if x != x else x for x in row), *about.values()])
-  metrics.write_lines(pathlib.Path(path), lines, digits=6)
+  tables.write_lines(pathlib.Path(path), lines, digits=6)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

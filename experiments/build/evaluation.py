@@ -2,21 +2,22 @@
 
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.build import acting
 from experiments.build.experiment import Experiment
+from experiments.files import tables
 from experiments.report import terminal
 from experiments.runtime import metrics
 
 
 class Row(NamedTuple):
-  """One line of evaluation.csv.
+  """One line of evaluation.csv; what is None in all rows has no column.
 
   Attributes:
     checkpoint: `final`, `best` or `early`.
-    planner: the search's rule, or `network` without one.
+    planner: the search's rule, or `network` without one; or a player's name.
     simulations: a decision; 0 is the network alone.
     episodes: whole episodes played.
     return_mean: undiscounted, unclipped.
@@ -24,39 +25,138 @@ class Row(NamedTuple):
     length_mean: decisions.
     seconds_per_decision: wall time over the counted decisions of all copies,
       compilation excluded; what is played beyond the counted episodes is in.
+    dynamics: `exact` or `learned`, of planners over an actor and a critic.
+    candidates: K of their first stage.
+    model_steps: steps of the dynamics a decision.
+    gain: of the return over the policy's own, from the same starts.
+    gain_se: standard error of the paired differences.
   """
 
   checkpoint: str
   planner: str
-  simulations: int
+  simulations: int | None
   episodes: int
   return_mean: float
   return_se: float
   length_mean: float
-  seconds_per_decision: float
+  seconds_per_decision: float | None = None
+  dynamics: str | None = None
+  candidates: int | None = None
+  model_steps: int | None = None
+  gain: float | None = None
+  gain_se: float | None = None
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+  known = zip(Row._fields, zip(*rows, strict=True), strict=True)
+  return [name for name, cells in known if any(x is not None for x in cells)]
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes evaluation.csv, atomically."""
-  metrics.write_lines(path, [Row._fields, *rows])
+  columns = _columns(rows)
+  lines = [[getattr(row, name) for name in columns] for row in rows]
+  tables.write_lines(path, [columns, *lines])
+
+
+_SHOWN = {
+  'checkpoint': lambda row: row.checkpoint,
+  'planner': lambda row: row.planner,
+  'simulations': lambda row: str(row.simulations),
+  'return': lambda row: f'{row.return_mean:.3f} ± {row.return_se:.3f}',
+  'gain': lambda row: f'{row.gain:+.3f} ± {row.gain_se:.3f}',
+  'episodes': lambda row: str(row.episodes),
+  'model_steps': lambda row: str(row.model_steps),
+  'ms': lambda row: f'{1e3 * row.seconds_per_decision:.2f}',
+}
 
 
 def print_rows(rows: Sequence[Row]) -> None:
   """A table for people."""
+  known = {*_columns(rows), 'return', 'ms'}
+  columns = [name for name in _SHOWN if name in known]
+  lines = [[_SHOWN[name](row) for name in columns] for row in rows]
   terminal.print_table(
-    ('checkpoint', 'planner', 'simulations', 'return', 'episodes', 'ms'),
-    [
-      (
-        row.checkpoint,
-        row.planner,
-        str(row.simulations),
-        f'{row.return_mean:.3f} ± {row.return_se:.3f}',
-        str(row.episodes),
-        f'{1e3 * row.seconds_per_decision:.2f}',
-      )
-      for row in rows
-    ],
+    [name.replace('_', ' ') for name in columns],
+    lines,
     'return of an episode; ms: wall milliseconds a decision',
+  )
+
+
+def run(env: Any, play: Callable, params: Any, episodes: int, seed: int) -> Any:
+  """Plays whole episodes; equal seeds have equal starts, whoever plays.
+
+  Args:
+    env: from `build.make_env(training=False)`.
+    play: `(params, key, timestep) -> action`, compiled.
+    params: its first argument.
+    episodes: on the host rounded up to a multiple of its copies.
+    seed: of the simulators and the planner.
+
+  Returns:
+    `runtime.evaluate.Played`.
+  """
+  import jax
+
+  from experiments.runtime import evaluate as playing
+  from search.model import Environment
+
+  key = jax.random.fold_in(jax.random.key(seed), 7)
+  shared = {'key': key, 'num_episodes': episodes}
+  if isinstance(env, Environment):
+    return playing.on_device(env, play, params, **shared)
+  return playing.on_host(env, play, params, seed=seed + 1_000_003, **shared)
+
+
+def timed(
+  env: Any, play: Callable, params: Any, episodes: int, seed: int
+) -> tuple[Any, float]:
+  """`run`, and the wall seconds that it took without compilation."""
+  import jax
+
+  from search.model import Environment
+
+  # First a call that is not timed, so that timings hold no compilation.
+  if isinstance(env, Environment):
+    run(env, play, params, episodes, seed)
+  else:
+    simulator = env.start(0)
+    key = jax.random.fold_in(jax.random.key(seed), 7)
+    play(params, key, simulator.reset()).block_until_ready()
+    simulator.close()
+  start = time.perf_counter()
+  played = run(env, play, params, episodes, seed)
+  return played, time.perf_counter() - start
+
+
+def summarise(
+  checkpoint: str,
+  planner: str,
+  simulations: int | None,
+  played: Any,
+  seconds: float | None = None,
+) -> Row:
+  """The row of a player's episodes.
+
+  Args:
+    checkpoint: see `Row`, as the next two.
+    planner: the player's name.
+    simulations: its budget.
+    played: from `run`.
+    seconds: that it took, if it was timed.
+  """
+  summary = played.summary()
+  if seconds is not None:
+    seconds /= max(float(played.lengths.sum()), 1.0)
+  return Row(
+    checkpoint=checkpoint,
+    planner=planner,
+    simulations=simulations,
+    episodes=len(played.returns),
+    return_mean=summary['eval_return'],
+    return_se=summary['eval_return_se'],
+    length_mean=summary['eval_length'],
+    seconds_per_decision=seconds,
   )
 
 
@@ -92,66 +192,59 @@ def evaluate(
   Raises:
     UserError: the agent does not search as is asked.
   """
-  import jax
+  players = deciders(experiment, agent, simulations, rule)
+  return play_all(env, players, checkpoints, episodes, seed)
 
-  from experiments.runtime import evaluate as playing
-  from experiments.runtime import metrics
-  from search.model import Environment
 
+def deciders(
+  experiment: Experiment,
+  agent: Any,
+  simulations: Sequence[int],
+  rule: str | None = None,
+) -> list[tuple[str, int, Callable]]:
+  """Name, simulations and compiled function for each budget; see `evaluate`.
+
+  Raises:
+    UserError: the agent does not search as is asked.
+  """
+  found = []
+  for budget in simulations:
+    label = 'policy' if agent.exploit is not None else 'network'
+    if budget:
+      label = rule or experiment.config.search.rule
+    decide = acting.make_decider(experiment, agent, budget, rule)
+    found.append((label, budget, decide))
+  return found
+
+
+def play_all(
+  env: Any,
+  players: Sequence[tuple[str, int, Callable]],
+  checkpoints: Mapping[str, Any],
+  episodes: int,
+  seed: int = 0,
+) -> list[Row]:
+  """Plays every checkpoint with every player, from the same starts.
+
+  Args:
+    env: from `build.make_env(training=False)`.
+    players: from `deciders`.
+    checkpoints: name to the agent's `params`.
+    episodes: for each row.
+    seed: of simulators and planner.
+
+  Returns:
+    Rows, checkpoint by checkpoint.
+  """
   rows = []
-  total = len(simulations) * len(checkpoints)
+  total = len(players) * len(checkpoints)
   bar = metrics.progress(total, columns=('return',))
-  for label, budget, play in _planners(experiment, agent, simulations, rule):
+  for label, budget, decide in players:
+    play = lambda *args, decide=decide: decide(*args)[0]
     for name, params in checkpoints.items():
-      key = jax.random.fold_in(jax.random.key(seed), 7)
-      run = lambda play, count, params=params, key=key: (
-        playing.on_device(env, play, params, key=key, num_episodes=count)
-        if isinstance(env, Environment)
-        else playing.on_host(
-          env, play, params, key=key, num_episodes=count, seed=seed + 1_000_003
-        )
-      )
-      # First a call that is not timed, so that timings hold no compilation.
-      if isinstance(env, Environment):
-        run(play, episodes)
-      else:
-        _decide_once(env, play, params, key)
-      start = time.perf_counter()
-      played = run(play, episodes)
-      seconds = time.perf_counter() - start
-      summary = played.summary()
-      rows.append(
-        Row(
-          checkpoint=name,
-          planner=label,
-          simulations=budget,
-          episodes=len(played.returns),
-          return_mean=summary['eval_return'],
-          return_se=summary['eval_return_se'],
-          length_mean=summary['eval_length'],
-          seconds_per_decision=seconds / max(float(played.lengths.sum()), 1.0),
-        )
-      )
+      played, seconds = timed(env, play, params, episodes, seed)
+      rows.append(summarise(name, label, budget, played, seconds))
       bar.write(len(rows), {'return': rows[-1].return_mean})
   bar.close()
   rows.sort(key=lambda row: list(checkpoints).index(row.checkpoint))
   return rows
-
-
-def _planners(experiment, agent, simulations, rule):
-  """Name, budget and compiled function of everyone who plays."""
-  found = []
-  for budget in simulations:
-    decide = acting.make_decider(experiment, agent, budget, rule)
-    label = 'policy' if agent.exploit is not None else 'network'
-    if budget:
-      label = rule or experiment.config.search.rule
-    play = lambda *args, decide=decide: decide(*args)[0]
-    found.append((label, budget, play))
-  return found
-
-
-def _decide_once(env, play, params, key):
-  simulator = env.start(0)
-  play(params, key, simulator.reset()).block_until_ready()
-  simulator.close()

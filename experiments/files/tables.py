@@ -5,7 +5,8 @@ import csv
 import io
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from experiments.files import reading, writing
 from experiments.files.errors import UserError, shown
@@ -148,25 +149,38 @@ def reading_cells(path: str | os.PathLike) -> Iterator[None]:
     ) from error
 
 
-def write_csv(
-  path: str | os.PathLike, rows: Sequence[Mapping[str, object]]
+def write_lines(
+  path: str | os.PathLike,
+  lines: Iterable[Sequence[Any]],
+  digits: int | None = None,
 ) -> None:
-  """Writes rows with all their columns, atomically.
+  """Writes a whole table as CSV, atomically.
 
   Args:
     path: of the file; its folder is made.
-    rows: what is missing in a row is left blank; floats have 9 digits.
+    lines: of cells, the heads first; None is an empty cell.
+    digits: significant ones of floats; None writes them whole.
   """
 
   def cell(x):
-    if isinstance(x, float):
-      return f'{x:.9g}'
-    return x
+    return f'{x:.{digits}g}' if digits and isinstance(x, float) else x
 
-  columns = list(dict.fromkeys(name for row in rows for name in row))
   text = io.StringIO()
-  writer = csv.DictWriter(text, columns, lineterminator='\n', restval='')
-  writer.writeheader()
-  writer.writerows({n: cell(x) for n, x in row.items()} for row in rows)
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerows([cell(x) for x in line] for line in lines)
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   writing.write_text(path, text.getvalue())
+
+
+def write_rows(
+  path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]
+) -> None:
+  """Writes rows under all their columns, atomically; floats with 9 digits.
+
+  Args:
+    path: of the file; its folder is made.
+    rows: name to cell; a cell that a row lacks is empty.
+  """
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  lines = ([row.get(name) for name in columns] for row in rows)
+  write_lines(path, [columns, *lines], digits=9)

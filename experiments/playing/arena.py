@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments.files import tables
 from experiments.files.errors import UserError
-from experiments.playing import human, match, players
+from experiments.playing import human, match, planners, players
 from experiments.report import terminal
-from experiments.runtime import metrics
 
 
 def make_player(
@@ -25,7 +25,7 @@ def make_player(
   """A player by its name, with the parameters of its run.
 
   Args:
-    name: see `playing.players`; `solver`, `pubeval` and `gnubg=PLIES` are not
+    name: see `playing.planners`; `solver`, `pubeval` and `gnubg=PLIES` are not
       players of ours.
     workdir: the run that a name without one means.
     own: that run's `build.Experiment`.
@@ -42,8 +42,9 @@ def make_player(
   outside = host(name) if host is not None else None
   if outside is not None:
     return outside
-  run, checkpoint, rest = players.split(name)
-  strategy = players.parse(rest)
+  run, checkpoint, rest = planners.split(name)
+  strategy = planners.parse(rest)
+  planners.refuse(name, strategy, own.agent_name, 'game')
   if strategy.planner == 'random':
     return players.make(name, strategy, None, None, game)
   folder = run or workdir
@@ -141,7 +142,7 @@ def matches(
 
 def write(path: pathlib.Path, results: Sequence[match.Result]) -> None:
   """Writes match.csv, atomically."""
-  metrics.write_lines(path, [match.Result._fields, *results], digits=5)
+  tables.write_lines(path, [match.Result._fields, *results], digits=5)
 
 
 def print_results(results: Sequence[match.Result]) -> None:

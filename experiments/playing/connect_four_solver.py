@@ -152,6 +152,11 @@ def solver() -> Player:
 
 
 def solver_library() -> tuple[Any, Any]:
+  """The solver and its type of a board.
+
+  Raises:
+    UserError: it is not installed.
+  """
   try:
     import bitbully  # pyright: ignore[reportMissingImports]
   except ImportError as error:

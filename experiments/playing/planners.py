@@ -1,192 +1,216 @@
-"""Plays an agent that was trained off-line with a planner on top of it.
+"""What players are called: one grammar for games, control and tree searches.
 
-python -m experiments.control --workdir=runs/iql_small_Pendulum-v1-random_s0 \
-  --planners='actor;lookahead=1;lookahead=1+rollout=8'
-python -m experiments.control --workdir=runs/... --dynamics=runs/dynamics_...
-python -m experiments.study control --data=data/pendulum
+A name is a planner and what is added to it. Any trained agent plays
 
-The agent's actor proposes actions and rolls out, its critic is the cost at the
-end (`playing.actor_critic_model`), and each decision is made anew from what the
-real simulator shows: model predictive control. The model between
-them is the exact simulator, or the ensemble that a run of `dynamics` or COMBO
-learned from a data set. Planners are named
+  network               its policy alone, the likeliest action
 
-  actor                 the policy's mode; no planning
-  critic                l = 0: the candidate of the highest Q
+in games, and in simulators of the MuZero family:
+
+  gumbel=32, puct=32, efficientzero=32
+                        a tree search of so many simulations
+
+in games:
+
+  lookahead=2           two stages of exact lookahead, then the network's value
+  ...+rollout=8         leaves are worth 8 moves of the network's policy and the
+                        value after them; `8x4` for the mean of 4 trials, `end`
+                        to play to the end without a value
+  ...+greedy_rollout=8  the same with the policy's likeliest moves
+  rollout=8             lookahead=1+rollout=8; where a turn meets dice, of its
+                        best five candidates, for each roll, every trial
+  random                any legal action
+  runs/b@early:puct=32  with the early checkpoint of another run
+
+with an actor and a critic, in the exact simulator or in learned dynamics:
+
+  actor                 network by another name
+  critic                of some candidates the one with the highest Q
   lookahead=2           two stages over candidates, then the critic
   ...+rollout=8         leaves are worth 8 steps of the actor and the critic
-                        behind them
-  ...+no_critic         nothing behind them
+                        after them
+  ...+no_critic         no value at the leaves
   ...+box               candidates from the box of all actions, but for the
                         actor's mode; else the actor draws them
   ...+refined=4         first-stage candidates climb the gradient of Q, 4 steps
-
-Later stages have fewer candidates, `--later_candidates`.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from experiments.files.errors import UserError
-from experiments.playing import actor_critic_model, actor_critic_runs
+from experiments.files.errors import UserError, shown
 
-# Each stage multiplies the sequences of actions.
-_DEEPEST = 10
-_FIRST = re.compile(r'actor|critic|lookahead=([1-9]\d*)')
+TREES = ('gumbel', 'puct', 'efficientzero')
+_FIRST = re.compile(
+  r'network|random|actor|critic|(lookahead|gumbel|puct|efficientzero)=(\d+)',
+  re.ASCII,
+)
+_OPTION = re.compile(
+  r'(?P<greedy>greedy_)?rollout=(?P<steps>\d+|end)(x(?P<trials>\d+))?'
+  r'|no_critic|box|refined=(?P<refined>\d+)',
+  re.ASCII,
+)
+# Larger numbers nobody waits for, and no memory holds.
+_MOST = {'lookahead': 10} | dict.fromkeys(TREES, 1_000_000)
+_MOST_STEPS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-  """How a planner decides.
+  """How a player decides.
 
   Attributes:
-    depth: l; 0 for the critic alone, -1 for the actor alone.
-    steps: m of the rollouts from the leaves.
+    planner: `network`, `random`, `actor`, `critic`, `lookahead` or one of
+      `TREES`.
+    budget: stages or simulations; 0 where there is nothing to count.
+    steps: steps of a rollout from each leaf; -1 to the end, None for none.
+    trials: rollouts from each leaf.
+    greedy: whether rollouts take the likeliest moves instead of drawing them.
     critic: whether the critic's value is added at the end.
     proposal: where candidates come from, `actor` or `box`.
     refined: steps of gradient ascent of first-stage candidates.
   """
 
-  depth: int
-  steps: int = 0
+  planner: str
+  budget: int = 0
+  steps: int | None = None
+  trials: int = 1
+  greedy: bool = False
   critic: bool = True
   proposal: str = 'actor'
   refined: int = 0
 
+  @property
+  def depth(self) -> int:
+    """Stages of lookahead: 0 for the critic alone, -1 for the policy alone."""
+    return {'network': -1, 'actor': -1, 'critic': 0}.get(
+      self.planner, self.budget
+    )
+
 
 def parse(name: str) -> Strategy:
-  """The strategy that a planner's name stands for.
+  """The strategy that a name (without a run in front) stands for.
 
   Raises:
     UserError: it stands for none.
+
+  >>> parse('lookahead=2+rollout=8x4').trials
+  4
   """
-  numbers = re.findall(r'\d+', name)
-  if not name.isascii() or any(len(n) > 6 for n in numbers):
-    raise UserError(f'planner={name!r}: numbers must be below 1000000')
-  first, *rest = name.split('+')
+  first, *words = name.split('+')
+  if _OPTION.fullmatch(first) and 'rollout' in first and not words:
+    first, words = 'lookahead=1', [first]
   found = _FIRST.fullmatch(first)
   if found is None:
     raise _unknown(name)
-  depth = {'actor': -1, 'critic': 0}.get(first) or int(found[1] or 0)
-  if depth > _DEEPEST:
-    raise UserError(f'planner={name!r}: lookahead must be at most {_DEEPEST}')
+  planner, budget = found[1] or first, found[2]
+  _check_most(name, planner, budget, _MOST.get(planner, 0))
+  if budget is not None and not int(budget):
+    raise _unknown(name)
   fields: dict[str, Any] = {}
-  for word in rest:
-    option, _, number = word.partition('=')
-    if word == 'no_critic':
-      new = {'critic': False}
-    elif word == 'box':
-      new = {'proposal': 'box'}
-    elif option in ('rollout', 'refined') and number.isdecimal():
-      new = {'steps' if option == 'rollout' else option: int(number)}
-    else:
-      raise _unknown(name)
+  for word in words:
+    new = _option(name, word)
     if new.keys() & fields.keys():
       raise _unknown(name)
     fields |= new
-  if fields and (depth < 0 or (not depth and fields != {'proposal': 'box'})):
-    raise UserError(f'planner={name}: options need lookahead=L')
-  return Strategy(depth, **fields)
+  if 'steps' in fields and budget is None:
+    raise _unknown(name)
+  boxed = planner == 'critic' and fields.keys() == {'proposal'}
+  of_critic = fields.keys() & {'critic', 'proposal', 'refined'}
+  if of_critic and planner != 'lookahead' and not boxed:
+    raise UserError(
+      f'player={shown(name)}: no_critic, box and refined=N need lookahead=L in '
+      'front (box also goes with critic)'
+    )
+  return Strategy(planner, int(budget or 0), **fields)
+
+
+def _option(name: str, word: str) -> dict[str, Any]:
+  """The fields of a strategy that a word behind a plus sets."""
+  found = _OPTION.fullmatch(word)
+  if found is None:
+    raise _unknown(name)
+  if word == 'no_critic':
+    return {'critic': False}
+  if word == 'box':
+    return {'proposal': 'box'}
+  if found['refined']:
+    _check_most(name, 'refined', found['refined'], _MOST_STEPS)
+    return {'refined': int(found['refined'])}
+  steps, trials = found['steps'], found['trials']
+  _check_most(name, 'rollout', None if steps == 'end' else steps, _MOST_STEPS)
+  _check_most(name, 'trials', trials, _MOST_STEPS)
+  if trials and not int(trials):
+    raise _unknown(name)
+  return {
+    'steps': -1 if steps == 'end' else int(steps),
+    'trials': int(trials or 1),
+    'greedy': bool(found['greedy']),
+  }
+
+
+def _check_most(name: str, what: str, number: str | None, most: int) -> None:
+  # What is longer is larger, and Python refuses to read very long numbers.
+  if number and (len(number) > len(str(most)) or int(number) > most):
+    raise UserError(f'player={shown(name)}: {what} must be at most {most}')
 
 
 def _unknown(name: str) -> UserError:
   return UserError(
-    f'planner={name!r}: must be actor, critic[+box] or lookahead=L, the last '
-    'also with +rollout=M, +no_critic, +box, +refined=N'
+    f'player={shown(repr(name))}: must be network, random, actor, critic, '
+    'lookahead=L, gumbel=N, puct=N or efficientzero=N; after the last four '
+    '+rollout=M, +rollout=MxTRIALS, +rollout=end or +greedy_rollout=M; after '
+    'lookahead +no_critic, +box, +refined=N; of another run runs/NAME:network'
   )
 
 
-class Budget(NamedTuple):
-  """How many actions are looked at.
-
-  Attributes:
-    candidates: K of the first stage.
-    later: of each later one.
-  """
-
-  candidates: int = 8
-  later: int = 4
-
-
-def make_player(
-  strategy: Strategy,
-  trained: actor_critic_runs.Trained,
-  dynamics: Any,
-  *,
-  budget: Budget,
-  value: str = 'min',
-) -> Callable[..., Any]:
-  """A planner over an agent's model, as who plays.
-
-  Args:
-    strategy: from `parse`.
-    trained: from `actor_critic_runs.load`; its parameters are not looked at.
-    dynamics: a `actor_critic_model.Dynamics`.
-    budget: numbers of candidates.
-    value: of several critics, see `actor_critic_model.critic_value`.
+def split(name: str) -> tuple[str, str, str]:
+  """Run, checkpoint and strategy of a name: `runs/b@early:puct=32`.
 
   Returns:
-    `(plan_models.Params, key, timestep) -> action [B, D]`, to be compiled.
+    The run's folder, `''` for the one at hand; the checkpoint, `final` if
+    none is named; the rest.
+  """
+  run, colon, rest = name.rpartition(':')
+  if not colon:
+    return '', 'final', name
+  folder, _, checkpoint = run.partition('@')
+  return folder, checkpoint or 'final', rest
+
+
+def refuse(name: str, strategy: Strategy, agent: str, kind: str) -> None:
+  """Refuses what an agent cannot be played with, and says with what it can.
+
+  Args:
+    name: of the player, for the message.
+    strategy: from `parse`.
+    agent: its name.
+    kind: `game`, whose rules are searched; `actor_critic`; `tree` of an agent
+      with a model of its own; `policy` of one that has nothing else.
 
   Raises:
-    ValueError: an argument is out of range.
+    UserError: the strategy needs what the agent does not have.
   """
-  import numpy as np
-
-  from search import candidates, lookahead, rollout
-
-  agent = trained.agent
-  low, high = trained.spec.action.low, trained.spec.action.high
-  q = actor_critic_model.critic_value(trained.networks, value)
-
-  def make_model(num):
-    model = actor_critic_model.planning_model(
-      agent,
-      q,
-      dynamics,
-      trained.spec,
-      gamma=trained.experiment.config.gamma,
-      reward_factor=trained.reward_factor,
-      num=num,
-      proposal=strategy.proposal,
+  rollout = strategy.steps is not None
+  of_critic = strategy.planner in ('actor', 'critic')
+  of_critic |= strategy != dataclasses.replace(
+    strategy, critic=True, proposal='actor', refined=0
+  )
+  if kind == 'game':
+    wrong, has = of_critic, 'plays by the rules of a game'
+    take = 'network, random, lookahead=2, gumbel=16 or lookahead=1+rollout=8'
+  elif kind == 'actor_critic':
+    wrong = strategy.planner in ('random', *TREES) or (
+      rollout and (strategy.steps == -1 or strategy.trials > 1)
     )
-    if not strategy.steps and strategy.critic:
-      return model
-    return rollout.truncated(
-      model,
-      actor_critic_model.base_policy(agent),
-      steps=strategy.steps,
-      terminal=strategy.critic,
-    )
-
-  model = make_model(budget.candidates)
-  if strategy.depth < 0:
-    planner = actor_critic_model.actor_planner(agent)
-  elif not strategy.depth:
-    planner = actor_critic_model.critic_planner(q)
+    wrong |= strategy.greedy
+    has = 'has an actor and a critic, and no tree search'
+    take = 'actor, critic, lookahead=1 or lookahead=1+rollout=8'
+  elif kind == 'tree':
+    wrong = rollout or strategy.planner not in ('network', *TREES)
+    has, take = 'plans by tree search in its own model', 'network or gumbel=16'
   else:
-    if strategy.refined:
-      # With a slope of 1 the first step goes across half of the box.
-      rate = float(np.mean(high - low)) / 2
-      model = candidates.refined(model, strategy.refined, rate, low, high)
-    later = make_model(budget.later)
-    planner = lookahead.lookahead(strategy.depth, later=later)
-
-  def play(params, key, timestep):
-    return planner(model, params, key, timestep).action
-
-  return play
-
-
-def model_steps(strategy: Strategy, budget: Budget) -> int:
-  """Steps of the dynamics that one decision takes."""
-  if strategy.depth < 1:
-    return 0
-  total, nodes = 0, 1
-  for stage in range(strategy.depth):
-    nodes *= budget.later if stage else budget.candidates
-    total += nodes
-  climbs = budget.candidates * (strategy.refined + 1) if strategy.refined else 0
-  return total + nodes * strategy.steps + climbs * (1 + strategy.steps)
+    wrong = strategy.planner not in ('network', 'actor')
+    has, take = 'has a policy and nothing to plan with', 'network'
+  if wrong:
+    raise UserError(f'player={shown(name)}: {agent} {has}; take {take}')

@@ -1,62 +1,17 @@
-"""Players of games by their names: any trained agent with any planner.
-
-A name is a planner, over the run's own network unless another run stands in
-front of it:
-
-  network               the network's policy alone, its likeliest action
-  lookahead=2           two stages of exact lookahead, then the network's value
-  gumbel=32, puct=32    a tree search of so many simulations
-  ...+rollout=8         leaves are worth 8 moves of the network's policy and the
-                        value behind them; `8x4` for the mean of 4 trials,
-                        `end` to play to the end without a value
-  ...+greedy_rollout=8  the same with the policy's likeliest moves
-  rollout=8             lookahead=1+rollout=8; where a turn meets dice, of its
-                        best five candidates, for each roll, every trial
-  random                any legal action
-  runs/b@early:puct=32  with the early checkpoint of another run
-"""
+"""Players of games: any trained agent with any planner; see `planners`."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments.files.errors import UserError
+from experiments.playing.planners import TREES, Strategy
 
-_TREES = ('gumbel', 'puct')
 # Candidates of a turn that are looked at further, where there are chances.
 _KEPT = 5
 _CHUNK = 64
 # Rollouts of such candidates that go on together.
 _ROWS = 512
-_PATTERN = re.compile(
-  r'((?P<planner>network|random|lookahead|gumbel|puct)(=(?P<budget>\d+))?)?'
-  r'(?P<plus>\+)?((?P<greedy>greedy_)?rollout=(?P<steps>\d+|end)'
-  r'(x(?P<trials>\d+))?)?',
-  re.ASCII,
-)
-# More than this nobody waits for, and no memory holds.
-_MOST = {'lookahead': 10, 'gumbel': 1_000_000, 'puct': 1_000_000}
-_MOST_STEPS = 100_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-  """How a player decides.
-
-  Attributes:
-    planner: `network`, `random`, `lookahead`, `gumbel` or `puct`.
-    budget: stages or simulations; 0 where there is nothing to count.
-    steps: moves of a rollout from each leaf; -1 to the end, None for none.
-    trials: rollouts from each leaf.
-    greedy: whether rollouts take the likeliest moves instead of drawing them.
-  """
-
-  planner: str
-  budget: int = 0
-  steps: int | None = None
-  trials: int = 1
-  greedy: bool = False
 
 
 class Player(NamedTuple):
@@ -77,62 +32,6 @@ class Player(NamedTuple):
   evaluations: int | None
 
 
-def parse(name: str) -> Strategy:
-  """The strategy that a name (without a run in front) stands for.
-
-  Raises:
-    UserError: it stands for none.
-
-  >>> parse('lookahead=2+rollout=8x4')
-  Strategy(planner='lookahead', budget=2, steps=8, trials=4, greedy=False)
-  """
-  found = _PATTERN.fullmatch(name)
-  if not name or found is None:
-    raise _unknown(name)
-  planner, budget, steps = found['planner'], found['budget'], found['steps']
-  if bool(found['plus']) != (planner is not None and steps is not None):
-    raise _unknown(name)
-  if planner is None:
-    planner, budget = 'lookahead', '1'
-  counts = planner in (*_TREES, 'lookahead')
-  if counts != (budget is not None) or (counts and not int(budget)):
-    raise _unknown(name)
-  if steps is not None and not counts:
-    raise _unknown(name)
-  trials = int(found['trials'] or 1)
-  if not trials:
-    raise _unknown(name)
-  _check_most(name, planner, budget, _MOST.get(planner, 0))
-  _check_most(name, 'rollout', None if steps == 'end' else steps, _MOST_STEPS)
-  _check_most(name, 'trials', found['trials'], _MOST_STEPS)
-  length = None
-  if steps is not None:
-    length = -1 if steps == 'end' else int(steps)
-  return Strategy(
-    planner, int(budget or 0), length, trials, bool(found['greedy'])
-  )
-
-
-def _check_most(name: str, what: str, number: str | None, most: int) -> None:
-  # What is longer is larger, and Python refuses to read very long numbers.
-  if number and (len(number) > len(str(most)) or int(number) > most):
-    raise UserError(f'player={name!r}: {what} must be at most {most}')
-
-
-def split(name: str) -> tuple[str, str, str]:
-  """Run, checkpoint and strategy of a name: `runs/b@early:puct=32`.
-
-  Returns:
-    The run's folder, `''` for the one at hand; the checkpoint, `final` if
-    none is named; the rest.
-  """
-  run, colon, rest = name.rpartition(':')
-  if not colon:
-    return '', 'final', name
-  folder, _, checkpoint = run.partition('@')
-  return folder, checkpoint or 'final', rest
-
-
 def make(
   name: str,
   strategy: Strategy,
@@ -146,7 +45,7 @@ def make(
 
   Args:
     name: to call it by.
-    strategy: from `parse`.
+    strategy: from `planners.parse`.
     model: the agent's, an exact one.
     params: its parameters.
     game: the rules.
@@ -167,8 +66,8 @@ def make(
     return Player(name, jax.jit(_random(game)), None, 0)
   if model.actions is not None:
     _check_candidates(name, strategy)
-  if strategy.planner not in _TREES and hasattr(game.spec.action, 'factors'):
-    # Who learned from sampled actions can look at all of them.
+  if strategy.planner not in TREES and hasattr(game.spec.action, 'factors'):
+    # An agent that learned from sampled actions can look at all of them.
     model = model._replace(distribution=None)
   planned = _rolled_out(model, strategy, base)
   if strategy.planner == 'network' and model.actions is None:
@@ -287,7 +186,7 @@ def _random(game):
 
 def _check_candidates(name: str, strategy: Strategy) -> None:
   """Refuses what makes no sense where moves have no priors."""
-  if strategy.planner in _TREES:
+  if strategy.planner in TREES:
     raise UserError(
       f'player={name}: a tree search needs actions that can be enumerated; '
       'take lookahead=1 or lookahead=2'
@@ -343,11 +242,3 @@ def _chances(game) -> int:
     return game.outcomes(state, game.candidates(state)[0])[0]
 
   return jax.eval_shape(probability, jax.random.key(0)).shape[0]
-
-
-def _unknown(name: str) -> UserError:
-  return UserError(
-    f'player={name!r}: must be network, random, lookahead=L, gumbel=N or '
-    'puct=N, the last three also with +rollout=M, +rollout=MxTRIALS, '
-    '+rollout=end or +greedy_rollout=M; of another run runs/NAME:network'
-  )

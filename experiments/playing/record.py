@@ -161,53 +161,71 @@ def launch(experiment: Any, values: Any) -> None:
     UserError: the file's name, or an environment without a drawing.
   """
   from experiments import build
-  from experiments.build import acting, saved
-  from experiments.playing import arena
   from experiments.report import terminal
 
   path = pathlib.Path(values.record)
   pictures.check_path(path)
-  gif = path.suffix == '.gif'
-  limit = values.frames if gif and values.frames else pictures.LONGEST
   env = build.make_env(experiment, training=False, num_envs=1)
-  if env.spec.game is not None:
-    pictures.check_board(env.spec.game)
-    budget = acting.read_budgets(values.simulations, [16])[-1]
-    names = [values.players, values.opponents]
-    usual = f'gumbel={budget}' if budget else 'network'
-    chosen = [n[0] if n else usual for n in names]
-    players = [
-      arena.make_player(
-        name,
-        values.workdir,
-        experiment,
-        env.spec.game,
-        arena.other_players(env.spec.game),
-        (values.checkpoint or ['final'])[0],
-      )
-      for name in chosen
-    ]
-    terminal.begin(
-      f'recording {env.spec.game.spec.name}: {" against ".join(chosen)}'
-    )
-    frames = match_frames(env.spec.game, players, seed=values.seed, limit=limit)
-  else:
-    pictures.drawing(env.spec)
-    agent = build.make_agent(
-      experiment, saved.load_spec(values.workdir, env.spec)
-    )
-    usual = [16] if agent.exploit is None else [0]
-    budget = acting.read_budgets(values.simulations, usual)[-1]
-    name = (values.checkpoint or ['final'])[0]
-    params = saved.load_params(values.workdir, agent, [name])[name]
-    who = f'{budget} simulations' if budget else 'the network alone'
-    terminal.begin(
-      f'recording {experiment.agent_name} on {experiment.env_name}, {who}',
-      terminal.parameters(params),
-    )
-    decide = acting.make_decider(experiment, agent, budget, values.planner)
-    frames = episode(env, decide, params, seed=values.seed, limit=limit)
+  limit = pictures.LONGEST
+  if path.suffix == '.gif' and values.frames:
+    limit = values.frames
+  record = _record_episode if env.spec.game is None else _record_match
+  frames = record(experiment, env, values, limit)
   pictures.write(path, frames, values.frames)
   last = frames[-1].caption.replace('\n', '   ')
   terminal.say(f'{len(frames)} time steps; the last one: {last}')
   terminal.end(str(path))
+
+
+def _record_match(experiment, env, values, limit):
+  from experiments.build import acting
+  from experiments.playing import arena
+  from experiments.report import terminal
+
+  game = env.spec.game
+  pictures.check_board(game)
+  budget = acting.read_budgets(values.simulations, [16])[-1]
+  usual = f'gumbel={budget}' if budget else 'network'
+  names = [n[0] if n else usual for n in (values.players, values.opponents)]
+  players = [
+    arena.make_player(
+      name,
+      values.workdir,
+      experiment,
+      game,
+      arena.other_players(game),
+      (values.checkpoint or ['final'])[0],
+    )
+    for name in names
+  ]
+  terminal.begin(f'recording {game.spec.name}: {" against ".join(names)}')
+  return match_frames(game, players, seed=values.seed, limit=limit)
+
+
+def _record_episode(experiment, env, values, limit):
+  from experiments import build
+  from experiments.build import acting, saved
+  from experiments.playing import actor_critic_play, actor_critic_runs, episodes
+  from experiments.report import terminal
+
+  pictures.drawing(env.spec)
+  name = (values.checkpoint or ['final'])[0]
+  who = values.players[0] if values.players else ''
+  if who and experiment.agent_name in actor_critic_runs.AGENTS:
+    decide, params = actor_critic_play.decider(who, experiment, values)
+  else:
+    spec = saved.load_spec(values.workdir, env.spec)
+    agent = build.make_agent(experiment, spec)
+    params = saved.load_params(values.workdir, agent, [name])[name]
+    if who:
+      _, decide = episodes.decider(who, experiment, agent)
+    else:
+      usual = [16] if agent.exploit is None else [0]
+      budget = acting.read_budgets(values.simulations, usual)[-1]
+      decide = acting.make_decider(experiment, agent, budget, values.planner)
+      who = f'{budget} simulations' if budget else 'the network alone'
+  terminal.begin(
+    f'recording {experiment.agent_name} on {experiment.env_name}, {who}',
+    terminal.parameters(params),
+  )
+  return episode(env, decide, params, seed=values.seed, limit=limit)

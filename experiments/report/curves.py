@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.report import atari_scores, style
 from experiments.report.runs import Path, Run, find_runs, read_column, read_csv
 from experiments.report.statistics import bootstrap_interval, mean_interval
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 
 
 class Curve(NamedTuple):
@@ -158,11 +158,7 @@ def write_curves(
         (y, label, curve.runs, *(f'{v:.9g}' for v in point))
         for point in zip(curve.x, curve.mean, curve.low, curve.high)
       ]
-  write_csv(path, lines)
-
-
-def write_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
-  metrics.write_lines(path, lines)
+  tables.write_lines(path, lines)
 
 
 class Pooled(NamedTuple):

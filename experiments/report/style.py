@@ -14,6 +14,7 @@ CHECKPOINT_COLOURS = {'final': BLUE, 'early': ORANGE, 'best': COLOURS[2]}
 
 
 def figure(width: float, height: float) -> Any:
+  """A matplotlib figure of a width and a height in inches."""
   # Not pyplot: its figures are global state.
   from matplotlib.figure import Figure
 
@@ -21,6 +22,7 @@ def figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
+  """Writes a figure in the house style: no box, a pale grid."""
   for axes in figure.axes:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#dddddd', lw=0.7)

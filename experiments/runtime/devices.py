@@ -9,6 +9,11 @@ _OLDEST_JAX = (0, 10)
 
 
 def check_jax() -> None:
+  """Refuses a JAX that is too old or finds no devices.
+
+  Raises:
+    UserError: names what it is and what would do.
+  """
   import jax
 
   if jax.__version_info__ < _OLDEST_JAX:

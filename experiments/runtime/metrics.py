@@ -10,7 +10,7 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from experiments.files import reading, tables
@@ -47,28 +47,6 @@ def tee(*writers: Writer) -> Writer:
         stack.callback(writer.close)
 
   return Writer(write, close)
-
-
-def write_lines(
-  path: str | os.PathLike,
-  lines: Iterable[Sequence[Any]],
-  digits: int | None = None,
-) -> None:
-  """Writes a whole table as CSV, atomically.
-
-  Args:
-    path: of the file; its folder is made.
-    lines: of cells, the heads first; None is an empty cell.
-    digits: significant ones of floats; None writes them whole.
-  """
-
-  def cell(x):
-    return f'{x:.{digits}g}' if digits and isinstance(x, float) else x
-
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerows([cell(x) for x in line] for line in lines)
-  write_text(pathlib.Path(path), text.getvalue())
 
 
 def csv_writer(

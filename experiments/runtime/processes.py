@@ -229,4 +229,5 @@ def _print_lines(
 
 
 def say(text: str) -> None:
+  """Prints a line of the launcher itself, on stderr."""
   print(f'launch: {text}', file=sys.stderr, flush=True)

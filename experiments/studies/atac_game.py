@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import writing
+from experiments.files import tables, writing
 from experiments.files.errors import UserError
 from experiments.report import terminal
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
-from experiments.runtime import metrics
 from experiments.studies import atac_game_selection
 from experiments.studies.atac_game_selection import BETAS, COVERAGE
 
@@ -349,7 +348,7 @@ def main() -> None:
     f'{len(BETAS)} betas'
   )
   rows = measure(mdps=values.mdps, seed=values.seed, **settings)
-  metrics.write_lines(out, [Row._fields, *rows], digits=6)
+  tables.write_lines(out, [Row._fields, *rows], digits=6)
   print(summary(rows))
   chosen = []
   if values.datasets:
@@ -357,7 +356,7 @@ def main() -> None:
       values.seed, sizes, mdps=values.datasets, **settings
     )
     selection = out.with_name(f'{out.stem}_selection.csv')
-    metrics.write_lines(
+    tables.write_lines(
       selection, [atac_game_selection.Row._fields, *chosen], digits=6
     )
     print(f'results: {selection}')

@@ -15,11 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.files import tables, writing
-from experiments.playing import arena, match
-from experiments.playing import players as player_names
+from experiments.playing import arena, match, planners
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 from experiments.studies import equity
 
 # One stage and two; the five best turns rolled out for each of 21 rolls, in so
@@ -87,7 +85,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes rows, atomically."""
-  metrics.write_lines(path, [Row._fields, *rows], digits=5)
+  tables.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def finished(folder: pathlib.Path) -> dict[tuple[int, int], str]:
@@ -303,7 +301,7 @@ def _judged_row(found: equity.Row) -> Row:
 def _check(rows: Sequence[Row], plan: Plan) -> None:
   """Refuses what would only fail after the rows before it have been played."""
   for name in plan.players:
-    player_names.parse(name)
+    planners.parse(name)
   if plan.games % 2:
     raise configs.UserError(
       f'games={plan.games}: must be even, every opening is played twice'

@@ -16,10 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.files import tables, writing
-from experiments.playing import arena, connect_four_solver, match, players
+from experiments.playing import (
+  arena,
+  connect_four_solver,
+  match,
+  planners,
+  players,
+)
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 
 # Stages, rollouts and simulations, and both together.
 PLAYERS = (
@@ -104,7 +109,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes rows, atomically."""
-  metrics.write_lines(path, [Row._fields, *rows], digits=5)
+  tables.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def run(
@@ -188,7 +193,7 @@ def run(
 def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
   """Refuses what would only fail after the rows before it have been played."""
   for name in names:
-    players.parse(name)
+    planners.parse(name)
   for opponent in opponents:
     if opponent not in TITLES:
       raise configs.UserError(

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.files import tables
 from experiments.playing import connect_four_solver
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 
 
 def make_positions(number: int, seed: int = 0) -> connect_four_solver.Judged:
@@ -55,7 +55,7 @@ def write(judged: connect_four_solver.Judged, path: pathlib.Path) -> None:
   ]
   for moves, scores in zip(judged.moves, judged.score):
     lines.append([moves, *('' if np.isnan(s) else int(s) for s in scores)])
-  metrics.write_lines(path, lines)
+  tables.write_lines(path, lines)
 
 
 def define_flags() -> None:

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from experiments.build import evaluation
 from experiments.files import tables, writing
 from experiments.files.errors import UserError, shown
 from experiments.playing import (
   actor_critic_model,
+  actor_critic_play,
   actor_critic_runs,
-  control,
   planners,
 )
 from experiments.report import terminal
@@ -113,7 +114,9 @@ class _Players:
     self._values = values
     self._data = pathlib.Path(values.data)
     self._folder = pathlib.Path(values.folder)
-    self._budget = planners.Budget(values.candidates, values.later_candidates)
+    self._budget = actor_critic_play.Budget(
+      values.candidates, values.later_candidates
+    )
     self._runs, self._programs, self._actors = {}, {}, {}
     self._env = self._exact = None
 
@@ -135,7 +138,7 @@ class _Players:
     key = agent, kind, planner
     if key not in self._programs:
       # Other seeds and data differ in parameters alone.
-      play = planners.make_player(
+      play = actor_critic_play.make_player(
         planners.parse(planner),
         self._first(agent),
         dynamics,
@@ -148,8 +151,8 @@ class _Players:
   def _first(self, agent: str) -> Any:
     return next(run for key, run in self._runs.items() if key[0] == agent)
 
-  def returns(self, cell: Cell, kind: str, planner: str) -> Any:
-    """Of all episodes, `[episodes]`."""
+  def played(self, cell: Cell, kind: str, planner: str) -> Any:
+    """What has been played, from `evaluation.run`."""
     run = self._run(cell.agent, cell.quality, cell.seed)
     env = self._simulator(run)
     dynamics, own = self._exact, None
@@ -159,9 +162,7 @@ class _Players:
     play = self._program(cell.agent, kind, planner, dynamics)
     params = actor_critic_model.Params(run.params, own)
     # Every seed of training has other episodes, the same for all who play.
-    return control.play_episodes(
-      env, play, params, self._values.episodes, cell.seed
-    )
+    return evaluation.run(env, play, params, self._values.episodes, cell.seed)
 
   def _simulator(self, run: Any) -> Any:
     if self._env is None:
@@ -174,22 +175,41 @@ class _Players:
     from experiments.build import dataset
 
     if cell not in self._actors:
-      self._actors[cell] = self.returns(cell, 'none', 'actor')
+      self._actors[cell] = self.played(cell, 'none', 'actor')
     actor = self._actors[cell]
-    found = actor if planner == 'actor' else self.returns(cell, kind, planner)
-    row = control.summarise(planner, kind, self._budget, found, actor)
+    found = actor if planner == 'actor' else self.played(cell, kind, planner)
     strategy = planners.parse(planner)
+    row = actor_critic_play.compare(
+      evaluation.summarise('final', planner, None, found),
+      strategy,
+      kind,
+      self._budget,
+      found.returns,
+      actor.returns,
+    )
     about = dataset.opened(str(self._data / cell.quality)).about
     score = dataset.score(about, row.return_mean)
     return {
       **cell._asdict(),
-      **row._asdict(),
+      **{name: getattr(row, name) for name in _KEPT},
       'depth': strategy.depth,
-      'rollout': strategy.steps,
+      'rollout': strategy.steps or 0,
       'score': '' if score is None else float(score),
     }
 
 
+# Of a row, in the order of the CSV.
+_KEPT = (
+  'planner',
+  'dynamics',
+  'candidates',
+  'episodes',
+  'return_mean',
+  'return_se',
+  'gain',
+  'gain_se',
+  'model_steps',
+)
 _KEY = ('quality', 'agent', 'seed', 'dynamics', 'planner')
 
 
@@ -235,7 +255,7 @@ def check(values: Any) -> None:
 
 
 def launch(values: Any) -> None:
-  """Trains, plays and draws as the flags of `experiments.control` say.
+  """Trains, plays and draws as the flags say.
 
   Raises:
     UserError: a run did not finish.
@@ -253,7 +273,7 @@ def launch(values: Any) -> None:
       continue
     row = players.row(cell, kind, planner)
     rows.append(row)
-    tables.write_csv(path, rows)
+    tables.write_rows(path, rows)
     where = f'{cell.quality} {cell.agent} s{cell.seed} {kind}'
     terminal.say(
       f'{number} of {len(tasks)}: {where} {planner}: '
@@ -261,7 +281,7 @@ def launch(values: Any) -> None:
     )
   # All as text, those of earlier runs and of this one.
   summary = summarised(read(path))
-  tables.write_csv(path.with_name(f'{path.stem}_summary.csv'), summary)
+  tables.write_rows(path.with_name(f'{path.stem}_summary.csv'), summary)
   draw(summary, path.with_suffix('.png'))
   terminal.end(f'{path}, {path.stem}_summary.csv and {path.stem}.png')
 

@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from experiments.files import tables
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 
 # Turns decided on together.
 _BATCH = 8
@@ -114,7 +114,7 @@ def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes equity.csv, atomically."""
-  metrics.write_lines(path, [Row._fields, *rows], digits=5)
+  tables.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def main() -> None:

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.files import writing
+from experiments.files import tables, writing
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 from experiments.studies import newton_cases as cases
 
 
@@ -310,7 +309,7 @@ def show(rows: Sequence[Row]) -> None:
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes newton_examples.csv."""
   told = [row._replace(ours=_text(row.ours, 10)) for row in rows]
-  metrics.write_lines(path, [Row._fields, *told])
+  tables.write_lines(path, [Row._fields, *told])
 
 
 def define_flags() -> None:

@@ -380,9 +380,9 @@ def main() -> None:
     if not rows:
       return
     name = f'offline_{values.study}'
-    tables.write_csv(results / f'{name}.csv', rows)
+    tables.write_rows(results / f'{name}.csv', rows)
     summary = summarised(rows)
-    tables.write_csv(results / f'{name}_summary.csv', summary)
+    tables.write_rows(results / f'{name}_summary.csv', summary)
     draw(summary, results / f'{name}.png')
 
   results.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from experiments.files import writing
+from experiments.files import tables, writing
 
 STAGES = 3
 MIXED = (0.0, 0.1, 0.2, 0.4, 0.8)
@@ -182,9 +182,8 @@ def moves(workdirs: Sequence[str]) -> list[Row]:
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes rows, atomically."""
-  from experiments.runtime import metrics
 
-  metrics.write_lines(path, [Row._fields, *rows], digits=5)
+  tables.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def draw(rows: Sequence[Row]) -> Any:

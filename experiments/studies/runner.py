@@ -102,7 +102,7 @@ def collect(
   }
   for kind, rows in found.items():
     if rows:
-      tables.write_csv(results / f'{name}_{kind}.csv', rows)
+      tables.write_rows(results / f'{name}_{kind}.csv', rows)
 
 
 def _lines(curves: pathlib.Path, column: str) -> dict:

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import writing
+from experiments.files import tables, writing
 from experiments.files.errors import UserError
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 
 ETA, LAM = 0.2, 1.0
 # Fewer samples are not yet on the line.
@@ -489,8 +488,8 @@ def main() -> None:
   for operator, beta, correction, slope in fitted:
     print(f'{operator:5} {beta:9} {correction:14} rmse ~ K^{slope:.3f}')
   stem = out / 'operators_convergence'
-  metrics.write_lines(stem.with_suffix('.csv'), [Row._fields, *rows], digits=6)
-  metrics.write_lines(
+  tables.write_lines(stem.with_suffix('.csv'), [Row._fields, *rows], digits=6)
+  tables.write_lines(
     out / 'operators_slopes.csv',
     [('operator', 'beta', 'correction', 'slope'), *fitted],
     digits=6,

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import writing
+from experiments.files import tables, writing
 from experiments.files.errors import UserError
 from experiments.report import style, terminal
 from experiments.report.runs import read_csv
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
 
 _FEW = 5  # occurrences below which a token characterises nobody
 
@@ -123,7 +122,7 @@ def write(path: pathlib.Path, shares: Shares, number: int) -> None:
     column = shares.counts[:, v]
     row = [float(x) for x in column / column.sum()]
     lines.append([repr(shares.words[v]), int(column.sum()), *row])
-  metrics.write_lines(path, lines, digits=4)
+  tables.write_lines(path, lines, digits=4)
 
 
 def _frequent(shares, number):

@@ -180,7 +180,7 @@ def _write_program(part: Part, points: Sequence[sweep_program.Point]) -> None:
       known = {n: float(x[i]) for n, x in point.metrics.items()}
       known = {n: x for n, x in known.items() if math.isfinite(x)}
       rows.append({**row._asdict(), 'step': point.step, **known})
-  tables.write_csv(part.folder / 'curves.csv', rows)
+  tables.write_rows(part.folder / 'curves.csv', rows)
 
 
 def read_parts(todo: Sequence[Part], rows: Sequence[Row]) -> dict[Row, Result]:

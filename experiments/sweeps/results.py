@@ -138,10 +138,10 @@ def write(
     tag |= {'seed': row.seed}
     table.append(tag | _final(result, metric) | {'status': result.status})
     curves += [tag | point for point in result.curve]
-  tables.write_csv(workdir / 'sweep.csv', table)
-  tables.write_csv(workdir / 'curves.csv', curves)
+  tables.write_rows(workdir / 'sweep.csv', table)
+  tables.write_rows(workdir / 'curves.csv', curves)
   summaries = summarise(plan, results, metric)
-  tables.write_csv(
+  tables.write_rows(
     workdir / 'summary.csv',
     [
       dict(zip(plan.fields, plan.settings[s.setting]))

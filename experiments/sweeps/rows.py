@@ -128,7 +128,7 @@ def end_try(job: Job, seconds: float, state: str, reason: str) -> None:
 
 
 def _write_tries(job: Job, tries: Sequence[Try]) -> None:
-  tables.write_csv(job.tries, [t._asdict() for t in tries])
+  tables.write_rows(job.tries, [t._asdict() for t in tries])
 
 
 def has_ended(job: Job) -> bool:

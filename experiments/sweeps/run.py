@@ -31,7 +31,15 @@ from experiments.sweeps import rows as sweep_rows
 
 
 def run(held: contextlib.ExitStack) -> None:
-  """`main`; `held` gets the lock of the folder."""
+  """Sweeps as the flags of `experiments.sweep` say.
+
+  Args:
+    held: gets the lock of the folder.
+
+  Raises:
+    UserError: what the flags ask for cannot be done.
+    SystemExit: with 1, where rows failed.
+  """
   from absl import flags
 
   values = flags.FLAGS

@@ -35,7 +35,7 @@ import numpy as np
 
 from experiments.build import capacity
 from experiments.envs.options import parse_options
-from experiments.files import arrays, locking, reading, writing
+from experiments.files import arrays, locking, reading, tables, writing
 from experiments.files.errors import Missing, shown
 from experiments.report import terminal
 from experiments.runtime import config as configs
@@ -393,7 +393,7 @@ def choose_medium(
 
 def _write_evaluations(path, found):
   rows = [[getattr(e, field) for field in _EVALUATED] for e in found]
-  metrics.write_lines(path, [_EVALUATED, *rows])
+  tables.write_lines(path, [_EVALUATED, *rows])
 
 
 def _leaves(params):
