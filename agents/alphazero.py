@@ -18,10 +18,10 @@ Departures and choices:
 * z is a lambda-return over the values that the searches found; with
   `td_lambda=1`, the default, it is the outcome, wherever the game ends within
   `td_steps`.
-* The network is shared by acting and learning at once: there is no gate that
-  a new one has to pass (as in the paper, unlike AlphaGo Zero).
-* The policy's term is the KL divergence, which differs by what no gradient
-  sees; it is 0 where nothing is left to learn. Illegal actions are masked.
+* Acting uses the newest network: there is no match that a new one has to win
+  (as in the paper, unlike AlphaGo Zero).
+* The policy's term is the KL divergence, which differs by a constant; it is 0
+  where nothing is left to learn. Illegal actions are masked.
 * With Adam the decay c is decoupled; with SGD it joins the gradient, so that c
   is half of it.
 * Moves are drawn at one temperature throughout (AlphaGo Zero's falls to 0
@@ -47,7 +47,7 @@ from networks import actions, policy_value
 from networks.mlp import Network
 from networks.policy_value import NetworkConfig
 from search import sampled
-from search.model import exact
+from search.model import Game, exact
 
 # What an illegal action's logit is: no probability, and finite.
 _MASKED = -1e9
@@ -63,7 +63,7 @@ class Config:
     sampled: search among K sampled actions at every node.
     temperature: of the moves drawn by visit counts; Gumbel's rule has its own.
     positions: of a window that are trained on, from its first.
-    td_steps: positions behind each of them that its return may see.
+    td_steps: positions after each of them that its return may use.
     td_lambda: 1 for the outcome of the game, less to trust the searches'
       values on the way there.
     value_weight: of the value loss.
@@ -183,23 +183,6 @@ def make_losses() -> Losses:
   )
 
 
-def make_optimiser(config: Config) -> optax.GradientTransformation:
-  """The optimiser that a config names."""
-  schedule = optim.warmup_step_decay(
-    config.learning_rate,
-    warmup_steps=config.warmup_updates,
-    decay_every=config.decay_every,
-    decay_rate=config.decay_rate,
-  )
-  shared = {
-    'weight_decay': config.weight_decay,
-    'max_norm': config.max_gradient_norm,
-  }
-  if config.optimiser == 'adam':
-    return optim.adamw(schedule, **shared)
-  return optim.sgd(schedule, momentum=config.momentum, **shared)
-
-
 def game_returns(
   reward: chex.Array,
   discount: chex.Array,
@@ -216,10 +199,10 @@ def game_returns(
   is the value itself.
 
   Args:
-    reward: float32 `[L]`, received on arriving by whoever moved.
+    reward: float32 `[L]`, received on arriving by the player that moved.
     discount: float32 `[L]`, 0 at an end, else 1.
     truncated: bool `[L]`, the episode was cut here.
-    player: int32 `[L]`, who is to move.
+    player: int32 `[L]`, the player to move.
     value: float32 `[L]`, as that player sees it.
     td_lambda: lambda, in [0, 1]; may be traced.
 
@@ -240,74 +223,29 @@ def game_returns(
   return jnp.append(returns, value[-1])
 
 
-def make(
-  config: Config,
-  networks: Network,
-  losses: Losses,
-  spec: Spec,
-  reduce: Callable[[Any], Any] = lambda tree: tree,
-) -> Agent:
-  """The agent.
+def make_targets(config: Config, game: Game, batch: Trajectory) -> chex.Array:
+  """Returns of the positions that are trained on, float32 `[B, positions]`."""
+  timestep = batch.experience.timestep
+  returns = jax.vmap(game_returns, (0, 0, 0, 0, 0, None))(
+    timestep.reward,
+    timestep.discount,
+    timestep.truncated,
+    jax.vmap(jax.vmap(game.player))(timestep.observation),
+    batch.experience.extras['search_value'],
+    config.td_lambda,
+  )
+  return returns[:, : config.positions]
 
-  Args:
-    config: hyper-parameters.
-    networks: from `make_networks`.
-    losses: from `make_losses`.
-    spec: of the environment, with its `game`.
-    reduce: the mean over devices, where one update runs on several.
 
-  Returns:
-    An `Agent` whose batches are `Trajectory`s of `config.window` steps, their
-    observations positions, with `extras` `search_policy [B, L, A]` and
-    `search_value [B, L]`; where `sampled`, `search_policy [B, L, K]` and
-    `sampled_actions [B, L, K]`.
-  """
-  game = spec.game
-  assert game is not None and isinstance(spec.action, Discrete)
-  family = actions.flat(spec.action.num_actions) if config.sampled else None
-  model = exact(game, networks.apply)._replace(distribution=family)
-  search = planning.make_search(config.search, family)
-  optimiser = make_optimiser(config)
-  head = slice(0, config.positions)
-
-  def init(key) -> State:
-    params = networks.init(key)
-    return State(params, optimiser.init(params))
-
-  def act(params, key, timestep):
-    root_key, search_key = jax.random.split(key)
-    output = search(
-      params,
-      search_key,
-      model.root(params, timestep, root_key),
-      model.step,
-      invalid_actions=timestep.invalid_actions,
-      temperature=config.temperature,
-    )
-    extras = {
-      'search_policy': output.action_weights,
-      'search_value': output.value,
-    }
-    if config.sampled:
-      extras['sampled_actions'] = output.sampled_actions
-    return output.action, extras
-
-  def make_targets(batch: Trajectory):
-    timestep = batch.experience.timestep
-    returns = jax.vmap(game_returns, (0, 0, 0, 0, 0, None))(
-      timestep.reward,
-      timestep.discount,
-      timestep.truncated,
-      jax.vmap(jax.vmap(game.player))(timestep.observation),
-      batch.experience.extras['search_value'],
-      config.td_lambda,
-    )
-    return returns[:, head]
+def make_loss(
+  config: Config, networks: Network, losses: Losses, game: Game
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """The whole loss, `(params, batch) -> (loss, metrics)`."""
 
   def loss(params, batch: Trajectory):
-    target = make_targets(batch).reshape(-1)
-    first = jax.tree.map(lambda x: x[:, head], batch.experience)
-    mask = batch.valid[:, head] & ~first.timestep.is_last()
+    target = make_targets(config, game, batch).reshape(-1)
+    first = jax.tree.map(lambda x: x[:, : config.positions], batch.experience)
+    mask = batch.valid[:, : config.positions] & ~first.timestep.is_last()
     weight = mask.astype(jnp.float32)
     if batch.sample is not None:
       weight *= batch.sample.weight[:, None]
@@ -339,7 +277,47 @@ def make(
     }
     return total, metrics
 
+  return loss
+
+
+def make(
+  config: Config,
+  networks: Network,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment, with its `game`.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Trajectory`s of `config.window` steps, their
+    observations positions, with `extras` `search_policy [B, L, A]` and
+    `search_value [B, L]`; where `sampled`, `search_policy [B, L, K]` and
+    `sampled_actions [B, L, K]`.
+  """
+  game = spec.game
+  assert game is not None and isinstance(spec.action, Discrete)
+  family = actions.flat(spec.action.num_actions) if config.sampled else None
+  model = exact(game, networks.apply)._replace(distribution=family)
+  search = planning.make_search(config.search, family)
+  optimiser = optim.from_config(config, config.optimiser)
+  loss = make_loss(config, networks, losses, game)
   step = optim.minimise(loss, optimiser, reduce)
+
+  def init(key) -> State:
+    params = networks.init(key)
+    return State(params, optimiser.init(params))
+
+  def act(params, key, timestep):
+    temperature = config.temperature
+    return planning.decide(search, model, params, key, timestep, temperature)
 
   def update(state: State, batch: Trajectory, key) -> tuple[State, Info]:
     del key

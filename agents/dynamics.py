@@ -8,24 +8,24 @@ chance of termination, and minimise (PETS, Chua et al. 2018; MOPO, Yu et al.
     + weight decay + 0.01 sum (max log var - min log var)
 
 over all members together. The elites, those with the least loss on rows held
-out, are who `rollout.predict`, `rollout.imagine` and planners listen to.
+out, are those that `rollout.predict`, `rollout.imagine` and planners use.
 
 Departures and choices:
 
-* Nothing of a data set is stored for it: a hash of a row decides whether it is
-  held out, and how often each member's bootstrap has drawn it (Poisson(1),
-  Oza and Russell 2001), the same every time that the row comes.
+* The split is not stored: a hash of a row decides whether it is held out, and
+  how often each member's bootstrap has drawn it (Poisson(1), Oza and Russell
+  2001), the same every time that the row is drawn.
 * Elites are chosen at every update, by a running mean of held-out losses (the
   loss above and not the squared error), and training has a fixed length: the
-  official code stops when the held-out loss does and puts back each member's
-  best parameters.
-* Terminations are learned; MOPO and COMBO are told each task's rule.
+  official code stops when the held-out loss stops falling and restores each
+  member's best parameters.
+* Terminations are learned; MOPO and COMBO are given each task's rule.
 * Observations and their changes are scaled by the data set's deviations (the
   official code scales inputs only), the bounds of log var are each member's
-  own, and one weight decay serves all layers (there from 2.5e-5 to 1e-4).
+  own, and one weight decay serves all layers (2.5e-5 to 1e-4 in the paper).
 
-All that is trained lies in `agents/core/dynamics.py`, because COMBO trains it,
-too, and no agent imports another.
+The code is in `agents/core/dynamics.py`, because COMBO trains the ensemble too
+and no agent imports another.
 """
 
 from agents.core.dynamics import (

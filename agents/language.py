@@ -4,29 +4,28 @@
       + sum over mixtures of w_importance CV(Importance)^2 + w_load CV(Load)^2
 
 on windows of a text, by Adam with a linear warm-up and then a rate that falls
-as one over the root of the step. It only learns: nobody acts. Held-out text is
-measured without noise at the gates and without dropout.
+as one over the root of the step. It only learns and does not act. Held-out text
+is evaluated without noise at the gates and without dropout.
 
 Departures:
 
 * Every window starts from an empty memory; the paper's texts are sentences.
 * `router=balanced` (Appendix F) chooses among all tokens of a batch in
-  training, later ones included, so that its training perplexity is no measure;
-  thresholds, which decide on held-out text, see a token alone.
+  training, later ones included, so that its training perplexity means little;
+  on held-out text it decides by thresholds, for each token alone.
 * The softmax is whole, where the paper samples words.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from agents.core import optim
+from agents.core import optim, ranges
 from agents.core.types import Agent, Discrete, Info, Spec, Text
 from networks import language, moe
 
@@ -53,12 +52,9 @@ class TextConfig:
         f'vocabulary={self.vocabulary}: must be at least 256, which are the '
         'bytes'
       )
-    if self.length < 1:
-      raise ValueError(f'length={self.length}: must be 1 or more')
-    if not 0 < self.held_out < 1:
-      raise ValueError(f'held_out={self.held_out}: must be between 0 and 1')
-    if self.encoding not in ('utf-8', 'latin-1'):
-      raise ValueError(f'encoding={self.encoding}: must be utf-8 or latin-1')
+    ranges.at_least(self, 1, 'length')
+    ranges.between(self, 0, 1, 'held_out')
+    ranges.one_of(self, 'encoding')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +68,8 @@ class Config:
       second moment only (Appendix D), which is for many of them.
     learning_rate: its peak.
     warmup_updates: linear warm-up.
-    log_experts: whether metrics tell each expert's share of the tokens,
-      `load_0` and so on; 1 is all tokens, k / E even.
+    log_experts: whether metrics have each expert's share of the tokens,
+      `load_0` and so on; 1 is all tokens, k / E an even share.
   """
 
   network: language.Config = dataclasses.field(default_factory=language.Config)
@@ -84,18 +80,8 @@ class Config:
   log_experts: bool = False
 
   def __post_init__(self):
-    kinds = get_args(Config.__annotations__['optimiser'])
-    if self.optimiser not in kinds:
-      raise ValueError(
-        f'optimiser={self.optimiser}: must be one of {", ".join(kinds)}'
-      )
-    value = self.learning_rate
-    if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-      raise ValueError(f'learning_rate={value}: must be 0 or more')
-    if self.warmup_updates < 0:
-      raise ValueError(
-        f'warmup_updates={self.warmup_updates}: must be 0 or more'
-      )
+    ranges.one_of(self, 'optimiser')
+    ranges.at_least(self, 0, 'learning_rate', 'warmup_updates')
 
 
 class Params(NamedTuple):

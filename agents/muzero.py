@@ -7,16 +7,16 @@ by (Schrittwieser 2020, equation 1)
   L = sum_k  CE(p_k, pi_k) + 1/4 * CE(v_k, z_k) + CE(r_k, u_k)
 
 with `pi` the visit counts of a search, `z` an n-step return, `u` the reward;
-value and reward are categorical over a two-hot support behind the signed
-hyperbolic transform (Appendix F). With Reanalyze (Appendix H) a share of the
-policy targets is searched again with target parameters, and the value is
-bootstrapped from the target network.
+value and reward are categorical over a support, after the signed hyperbolic
+transform, with two-hot targets (Appendix F). With Reanalyze (Appendix H) a
+share of the policy targets is searched again with target parameters, and the
+value is bootstrapped from the target network.
 
 Departures and choices:
 
-* `z` uses a fixed horizon and one bootstrap. Behind a termination states are
-  absorbing with value and reward 0 (Appendix G); behind a truncation nothing
-  is trained.
+* `z` uses a fixed horizon and one bootstrap. After a termination states are
+  absorbing with value and reward 0 (Appendix G); after a truncation nothing is
+  trained.
 * Gradients into the dynamics are halved at its entrance and the whole loss is
   divided by K (Appendix G scales each unrolled head by 1/K and leaves step 0
   whole).
@@ -24,33 +24,31 @@ Departures and choices:
   of the whole tree.
 * Priorities have the exponents of the run's settings (0.6, and 0.4 rising to 1
   for the weights).
-* The official network is a 16-block ResNet; ours is what `NetworkConfig` says,
-  by default EfficientZero's, so that the two agents differ in what they learn
-  from and not in size.
+* The official network is a 16-block ResNet; ours is the one of
+  `NetworkConfig`, by default EfficientZero's, so that the two agents differ in
+  their targets and not in size.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
 import jax
-import jax.numpy as jnp
-import optax
 
+from agents.core import latent, optim, planning, ranges
 from agents.core import losses as terms
-from agents.core import optim, planning, ranges, targets
-from agents.core.types import Agent, Discrete, Info, Spec, Trajectory
-from agents.core.unroll import (
-  Params,
-  flatten_steps,
-  learned_model,
-  support_metrics,
-  unroll,
-  visit_temperature,
+from agents.core.latent import Losses, State
+from agents.core.types import (
+  Agent,
+  Info,
+  Spec,
+  Trajectory,
+  as_array,
+  as_discrete,
 )
-from networks import heads, mixture
+from agents.core.unroll import learned_model, visit_temperature
 from networks import muzero as muzero_networks
 from networks.muzero import MuZeroNetworks, NetworkConfig
 
@@ -107,45 +105,13 @@ class Config:
   total_updates: int = 1_000_000
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'unroll_steps', 'td_steps', 'target_period')
-    ranges.at_least(self, 1, 'total_updates')
-    ranges.at_least(self, 0, 'value_weight', *optim.SCHEDULE_FIELDS)
-    ranges.at_least(self, 0, 'reanalyze_chunk')
-    ranges.within(self, 0, 1, 'gamma', 'reanalyze_fraction', 'momentum')
-    ranges.above(self, 0, 'max_gradient_norm', finite=False)
+    latent.check(self)
+    ranges.within(self, 0, 1, 'momentum')
 
   @property
   def window(self) -> int:
     """Steps that a replayed window must have."""
     return self.unroll_steps + self.td_steps + 1
-
-
-class State(NamedTuple):
-  """What training changes.
-
-  Attributes:
-    params: newest parameters, handed to actors.
-    target_params: an older copy, for reanalysis.
-    opt_state: the optimiser's.
-  """
-
-  params: Params
-  target_params: Params
-  opt_state: optax.OptState
-
-
-class Losses(NamedTuple):
-  """The terms, each of `[B]` rows; replace one with `losses._replace`.
-
-  Attributes:
-    policy: `(logits [B, A], target distribution [B, A]) -> [B]`.
-    value: `(logits [B, N], target [B]) -> [B]`, target in raw units.
-    reward: `(logits [B, N], target [B]) -> [B]`.
-  """
-
-  policy: Callable[[chex.Array, chex.Array], chex.Array]
-  value: Callable[[chex.Array, chex.Array], chex.Array]
-  reward: Callable[[chex.Array, chex.Array], chex.Array]
 
 
 def make_networks(
@@ -161,48 +127,46 @@ def make_networks(
   Raises:
     ValueError: if actions are not discrete or observations not one array.
   """
-  if not isinstance(spec.action, Discrete):
-    raise ValueError(
-      f'muzero needs discrete actions; {spec.name} has actions of shape '
-      f'{spec.action.shape}: set env.action_bins where they are continuous, or '
-      'take another agent'
-    )
-  if not hasattr(spec.observation, 'shape'):
-    raise ValueError(
-      f'muzero needs one observation array; {spec.name} has a '
-      f'{type(spec.observation).__name__}; agent=alphazero takes positions'
-    )
+  action, observation = as_discrete(spec, 'muzero'), as_array(spec, 'muzero')
   network = dataclasses.replace(config.network, reward='reward')
-  return muzero_networks.make(
-    network, spec.observation, spec.action.num_actions, reduce
-  )
+  return muzero_networks.make(network, observation, action.num_actions, reduce)
 
 
 def make_losses() -> Losses:
   """Cross-entropies, the scalars as two-hot distributions."""
-
-  def scalar(logits, target):
-    labels = heads.to_two_hot(target, logits.shape[-1])
-    return terms.cross_entropy(logits, labels)
-
+  scalar = terms.two_hot_cross_entropy
   return Losses(policy=terms.cross_entropy, value=scalar, reward=scalar)
 
 
-def make_optimiser(config: Config) -> optax.GradientTransformation:
-  """The optimiser that a config names."""
-  schedule = optim.warmup_step_decay(
-    config.learning_rate,
-    warmup_steps=config.warmup_updates,
-    decay_every=config.decay_every,
-    decay_rate=config.decay_rate,
-  )
-  shared = {
-    'weight_decay': config.weight_decay,
-    'max_norm': config.max_gradient_norm,
-  }
-  if config.optimiser == 'adam':
-    return optim.adamw(schedule, **shared)
-  return optim.sgd(schedule, momentum=config.momentum, **shared)
+def make_loss(
+  config: Config, networks: MuZeroNetworks, losses: Losses, spec: Spec
+) -> Callable[..., tuple[chex.Array, tuple[Any, Info]]]:
+  """The whole loss.
+
+  Returns:
+    `(params, statistics, batch, key, train=True) -> (loss, (statistics,
+    Info))`.
+  """
+  num_actions = as_discrete(spec, 'muzero').num_actions
+  head = slice(0, config.unroll_steps + 1)
+
+  def loss(params, statistics, batch: Trajectory, key, train=True):
+    target = latent.make_targets(config, batch, config.td_steps)
+    draw = lambda x: jax.random.randint(key, x.shape, 0, num_actions)
+    action = latent.unrolled_actions(batch, target, draw)
+    observation = batch.experience.timestep.observation
+    out = latent.forward(
+      networks, params, statistics, observation, action, key, train=train
+    )
+    pi = latent.by_step(batch.experience.extras['search_policy'][:, head])
+    policy = jax.vmap(losses.policy)(out.model.policy_logits, pi)
+    found = {
+      'policy': policy * latent.by_step(target.policy_mask),
+      **latent.model_terms(losses, out, target),
+    }
+    return latent.account(config, found, batch, out, target)
+
+  return loss
 
 
 def make(
@@ -225,138 +189,30 @@ def make(
     An `Agent` whose batches are `Trajectory`s of `config.window` steps with
     `extras` `search_policy [B, L, A]` and `search_value [B, L]`.
   """
-  assert isinstance(spec.action, Discrete)
-  num_actions = spec.action.num_actions
   model = learned_model(networks, gamma=config.gamma)
   search = planning.make_search(config.search)
-  optimiser = make_optimiser(config)
-  head = slice(0, config.unroll_steps + 1)
+  optimiser = optim.from_config(config, config.optimiser)
+  loss = make_loss(config, networks, losses, spec)
+  step = optim.minimise(loss, optimiser, reduce)
 
   def init(key) -> State:
-    network, statistics = networks.init(key)
-    params = Params(network, statistics, jnp.zeros((), jnp.int32))
-    return State(params, params, optimiser.init(network))
+    return latent.init(networks, optimiser, key)
 
   def act(params, key, timestep):
-    root_key, search_key = jax.random.split(key)
-    output = search(
-      params,
-      search_key,
-      model.root(params, timestep, root_key),
-      model.step,
-      invalid_actions=timestep.invalid_actions,
-      temperature=visit_temperature(params.step, config.total_updates),
-    )
-    extras = {
-      'search_policy': output.action_weights,
-      'search_value': output.value,
-    }
-    return output.action, extras
+    temperature = visit_temperature(params.step, config.total_updates)
+    return planning.decide(search, model, params, key, timestep, temperature)
 
   def refresh(state: State, batch: Trajectory, step, key) -> Trajectory:
     del step
-    timestep, extras = batch.experience.timestep, batch.experience.extras
-    params, size = state.target_params, timestep.reward.shape[0]
-    fresh = planning.share(config.reanalyze_fraction, size)
     if config.reanalyze_values:
-      flat = flatten_steps(timestep)
-      value = model.root(params, flat, key).value.reshape(size, -1)
-      extras = extras | {'search_value': value}
-    if fresh.count:
-      roots = fresh.take(jax.tree.map(lambda x: x[:, head], timestep))
-      weights = planning.research(
-        search, model, params, key, roots, config.reanalyze_chunk
-      ).action_weights
-      policy = extras['search_policy']
-      policy = policy.at[:, head].set(fresh.put(policy[:, head], weights))
-      extras = extras | {'search_policy': policy}
-    return batch._replace(experience=batch.experience._replace(extras=extras))
-
-  def make_targets(batch: Trajectory):
-    timestep = batch.experience.timestep
-    one = functools.partial(
-      targets.unroll_targets,
-      horizon=config.td_steps,
-      gamma=config.gamma,
-      unroll_steps=config.unroll_steps,
-      max_horizon=config.td_steps,
-    )
-    return jax.vmap(one)(
-      timestep.reward,
-      timestep.discount,
-      timestep.truncated,
-      batch.valid,
-      batch.experience.extras['search_value'],
-    )
-
-  def loss(network, statistics, batch: Trajectory, key, train=True):
-    target = make_targets(batch)
-    action = batch.experience.action[:, : config.unroll_steps]
-    random = jax.random.randint(key, action.shape, 0, num_actions)
-    # Behind an episode's end any action must lead to the absorbing state.
-    action = jnp.where(target.policy_mask[:, :-1] > 0, action, random)
-    observation = jax.tree.map(
-      lambda x: x[:, 0], batch.experience.timestep.observation
-    )
-    statistics = networks.listen(statistics, mixture.gate_key(key))
-    state, statistics = networks.represent(
-      network, statistics, observation, train
-    )
-    out = unroll(networks, network, statistics, state, action, train=train)
-
-    by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), target)
-    pi = batch.experience.extras['search_policy'][:, head].swapaxes(0, 1)
-    over_steps = jax.vmap
-    policy = over_steps(losses.policy)(out.policy_logits, pi)
-    value = over_steps(losses.value)(out.value_logits, by_step.value)
-    reward = over_steps(losses.reward)(out.reward_logits, by_step.reward[1:])
-    policy = jnp.sum(policy * by_step.policy_mask, 0)
-    value = jnp.sum(value * by_step.value_mask, 0)
-    reward = jnp.sum(reward * by_step.reward_mask[1:], 0)
-    by_row = policy + config.value_weight * value + reward
-    weight = 1.0 if batch.sample is None else batch.sample.weight
-    total = jnp.mean(weight * by_row) / config.unroll_steps
-    statistics, aux = networks.told(out.statistics)
-    if aux is not None:
-      total += aux.loss
-
-    bins = out.value_logits.shape[-1], out.reward_logits.shape[-1]
-    predicted = heads.from_logits(out.value_logits[0])
-    entropy = -jnp.sum(jax.scipy.special.xlogy(pi[0], pi[0]), -1)
-    metrics = {
-      'loss': total,
-      'loss_policy': jnp.mean(policy),
-      'loss_value': jnp.mean(value),
-      'loss_reward': jnp.mean(reward),
-      'value': jnp.mean(predicted),
-      'value_target': jnp.mean(target.value[:, 0]),
-      'target_entropy': jnp.mean(entropy),
-    }
-    metrics |= support_metrics(target, *bins)
-    if aux is not None:
-      metrics |= mixture.metrics(aux)
-    priorities = jnp.abs(predicted - target.value[:, 0])
-    return total, (statistics, Info(metrics, priorities))
-
-  step = optim.minimise(loss, optimiser, reduce)
+      batch = latent.re_value(model, state.target_params, key, batch)
+    params = state.target_params
+    return latent.re_search(config, search, model, params, key, batch)
 
   def update(state: State, batch: Trajectory, key) -> tuple[State, Info]:
     params = state.params
-    network, opt_state, (statistics, info), norm = step(
-      params.network, state.opt_state, params.statistics, batch, key
-    )
-    count = params.step + 1
-    params = Params(network, reduce(statistics), count)
-    target_params = optim.periodic(
-      params, state.target_params, count, config.target_period
-    )
-    metrics = reduce(info.metrics | {'gradient_norm': norm})
-    state = State(params, target_params, opt_state)
-    return state, Info(metrics, info.priorities)
-
-  def evaluate(params, batch, key):
-    _, (_, info) = loss(params.network, params.statistics, batch, key, False)
-    return info.metrics
+    out = step(params.network, state.opt_state, params.statistics, batch, key)
+    return latent.advance(state, out, config.target_period, reduce)
 
   refreshes = config.reanalyze_fraction > 0 or config.reanalyze_values
   return Agent(
@@ -365,5 +221,5 @@ def make(
     update=update,
     refresh=refresh if refreshes else None,
     model=model,
-    evaluate=evaluate,
+    evaluate=functools.partial(latent.evaluate, loss),
   )

@@ -3,7 +3,7 @@
 The model is MuZero's: a representation `s_0 = h(o_0)`, dynamics `s_k =
 g(s_{k-1}, a)`, rewards, and a policy and value `pi, v(s_k)`. What differs is
 that pi is a distribution from which the search draws K actions at every node
-(`search/sampled.py`), and that it is trained on those alone:
+(`search/sampled.py`), and that it is trained on those actions alone:
 
   L = sum_k  KL(w_k || pi_k) + 1/4 * CE(v_k, z_k) + CE(r_k, u_k)
       - c * H(pi_k)
@@ -19,47 +19,41 @@ EfficientZero's value prefix, consistency loss and off-policy correction (Ye
 
 Departures and choices:
 
-* What `search/sampled.py` says of the search.
-* The loss has KL in place of the cross-entropy, the same but for a constant,
-  so that zero means that the policy is the search's on these actions. For
-  densities it may be negative.
+* Those of the search are in `search/sampled.py`.
+* The loss has KL in place of the cross-entropy, which differs by a constant:
+  zero means that the policy is the search's on these actions. For densities it
+  may be negative.
 * Adam, and networks of the config; the paper's sizes for continuous control
   are not known to us.
-* Gradients, ends of episodes, targets, priorities: as agents/efficientzero.py
-  says, without the off-policy correction with a fixed horizon and the target
-  network's value.
+* Gradients, ends of episodes, targets and priorities are those of
+  `agents/efficientzero.py`; without the off-policy correction the horizon is
+  fixed and the bootstrap the target network's value.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
-from agents.core import augment, optim, planning, ranges, targets
+from agents.core import efficient, latent, optim, planning, ranges
 from agents.core import losses as terms
+from agents.core.latent import Losses, State
 from agents.core.types import (
   Agent,
   Continuous,
   Info,
   Spec,
   Trajectory,
+  as_array,
   check_bounds,
 )
-from agents.core.unroll import (
-  Params,
-  consistency,
-  flatten_steps,
-  learned_model,
-  support_metrics,
-  unroll,
-  visit_temperature,
-)
-from networks import actions, heads, mixture
+from agents.core.unroll import learned_model, visit_temperature
+from networks import actions
 from networks import muzero as muzero_networks
 from networks.actions import ActionDistribution
 from networks.muzero import MuZeroNetworks, NetworkConfig
@@ -96,9 +90,9 @@ class Config:
       has `num_samples` states when its actions are evaluated.
     augmentation: random shift and intensity of image observations with sides
       of 32 pixels or more.
-    reward_scale: rewards are multiplied by it before anything is learned from
-      them. Bins stand at the integers: where rewards are a small part of one,
-      what actions differ by is lost in the noise of the heads.
+    reward_scale: rewards are multiplied by it before they are learned from.
+      Bins stand at the integers: where rewards are much smaller than 1, the
+      differences between actions are lost in the noise of the heads.
     reward_weight: of the reward or prefix loss.
     value_weight: of the value loss.
     policy_weight: of the policy loss.
@@ -158,54 +152,18 @@ class Config:
   total_decisions: int = 100_000
 
   def __post_init__(self):
-    ranges.at_least(
-      self, 1, 'unroll_steps', 'td_steps', 'prefix_horizon', 'target_period'
-    )
-    ranges.at_least(self, 1, 'entropy_samples', 'total_updates')
-    ranges.at_least(self, 1, 'total_decisions', 'bins')
-    weights = ('reward_weight', 'value_weight', 'policy_weight')
-    ranges.at_least(self, 0, *weights, 'consistency_weight', 'entropy_weight')
-    ranges.at_least(self, 0, *optim.SCHEDULE_FIELDS, 'temperature')
-    ranges.at_least(self, 0, 'reanalyze_chunk')
-    ranges.within(self, 0, 1, 'gamma', 'reanalyze_fraction')
-    ranges.above(self, 0, 'off_policy_fraction')
-    ranges.above(self, 0, 'max_gradient_norm', finite=False)
-    ranges.above(self, 0, 'min_std', 'init_std', 'reward_scale')
+    latent.check(self)
+    counts = ('prefix_horizon', 'total_decisions', 'entropy_samples', 'bins')
+    ranges.at_least(self, 1, *counts)
+    weights = ('reward_weight', 'policy_weight', 'consistency_weight')
+    ranges.at_least(self, 0, *weights, 'entropy_weight', 'temperature')
+    scales = ('min_std', 'init_std', 'reward_scale')
+    ranges.above(self, 0, *scales, 'off_policy_fraction')
 
   @property
   def window(self) -> int:
     """Steps that a replayed window must have."""
     return self.unroll_steps + self.td_steps + 1
-
-
-class State(NamedTuple):
-  """What training changes.
-
-  Attributes:
-    params: newest parameters, handed to actors.
-    target_params: an older copy, for reanalysis.
-    opt_state: the optimiser's.
-  """
-
-  params: Params
-  target_params: Params
-  opt_state: optax.OptState
-
-
-class Losses(NamedTuple):
-  """The terms, each of `[B]` rows; replace one with `losses._replace`.
-
-  Attributes:
-    policy: `(log_probs [B, K], weights [B, K]) -> [B]`, of sampled actions.
-    value: `(logits [B, N], target [B]) -> [B]`, target in raw units.
-    reward: `(logits [B, N], target [B]) -> [B]`, of rewards or prefixes.
-    consistency: `(prediction [B, P], target [B, P]) -> [B]`.
-  """
-
-  policy: Callable[[chex.Array, chex.Array], chex.Array]
-  value: Callable[[chex.Array, chex.Array], chex.Array]
-  reward: Callable[[chex.Array, chex.Array], chex.Array]
-  consistency: Callable[[chex.Array, chex.Array], chex.Array]
 
 
 def make_distribution(config: Config, spec: Spec) -> ActionDistribution:
@@ -275,16 +233,11 @@ def make_networks(
   Raises:
     ValueError: as `make_distribution`, or if observations are not one array.
   """
-  if not hasattr(spec.observation, 'shape'):
-    raise ValueError(
-      f'sampled_muzero needs one observation array; {spec.name} has a '
-      f'{type(spec.observation).__name__}; agent=alphazero takes positions'
-    )
+  observation = as_array(spec, 'sampled_muzero')
   distribution = make_distribution(config, spec)
-  reward = 'value_prefix' if config.value_prefix else 'reward'
   networks = muzero_networks.make(
-    dataclasses.replace(config.network, reward=reward),
-    spec.observation,
+    efficient.network_config(config),
+    observation,
     distribution.encoded_size,
     reduce,
     policy_size=distribution.num_parameters,
@@ -299,17 +252,60 @@ def make_networks(
 
 def make_losses() -> Losses:
   """The paper's terms; SimSiam's cosine for the consistency."""
+  scalar = terms.two_hot_cross_entropy
+  return Losses(terms.sampled_kl, scalar, scalar, terms.negative_cosine)
 
-  def scalar(logits, target):
-    labels = heads.to_two_hot(target, logits.shape[-1])
-    return terms.cross_entropy(logits, labels)
 
-  return Losses(
-    policy=terms.sampled_kl,
-    value=scalar,
-    reward=scalar,
-    consistency=terms.negative_cosine,
-  )
+def make_loss(
+  config: Config,
+  networks: MuZeroNetworks,
+  losses: Losses,
+  distribution: ActionDistribution,
+) -> Callable[..., tuple[chex.Array, tuple[Any, Info]]]:
+  """The whole loss.
+
+  Returns:
+    `(params, statistics, batch, key, train=True) -> (loss, (statistics,
+    Info))`.
+  """
+  head = slice(0, config.unroll_steps + 1)
+
+  def policy_terms(logits, batch: Trajectory, key):
+    # [K + 1, B]: the divergence from the search, and the policy's entropy.
+    by_step = lambda name: latent.by_step(
+      batch.experience.extras[name][:, head]
+    )
+    log_probs = jax.vmap(distribution.log_prob)(
+      logits, by_step('sampled_actions')
+    )
+    divergence = jax.vmap(losses.policy)(log_probs, by_step('search_policy'))
+    draws = distribution.draw(key, (*logits.shape[:2], config.entropy_samples))
+    return divergence, jax.vmap(distribution.entropy)(draws, logits)
+
+  def any_action(key, shape):
+    zeros = jnp.zeros((shape[0], distribution.num_parameters))
+    return distribution.sample(distribution.draw(key, shape[:2]), zeros)
+
+  def loss(params, statistics, batch: Trajectory, key, train=True):
+    action_key, image_key, entropy_key = jax.random.split(key, 3)
+    reward = config.reward_scale * batch.experience.timestep.reward
+    target, horizon = efficient.make_targets(config, batch, reward)
+    action = latent.unrolled_actions(
+      batch, target, lambda recorded: any_action(action_key, recorded.shape)
+    )
+    args = (config, networks, losses, params, statistics, batch)
+    out = efficient.forward(*args, action, key, image_key, train=train)
+    policy, entropy = policy_terms(out.model.policy_logits, batch, entropy_key)
+    mask = latent.by_step(target.policy_mask)
+    found = {'policy': policy * mask, 'entropy': -entropy * mask}
+    found |= latent.model_terms(losses, out, target)
+    own = {
+      'entropy': terms.masked_mean(entropy, mask),
+      'horizon': jnp.mean(horizon.astype(jnp.float32)),
+    }
+    return latent.account(config, found, batch, out, target, **own)
+
+  return loss
 
 
 def make(
@@ -341,239 +337,23 @@ def make(
     distribution=distribution,
   )
   search = planning.make_search(config.search, distribution)
-  optimiser = optim.adamw(
-    optim.warmup_step_decay(
-      config.learning_rate,
-      warmup_steps=config.warmup_updates,
-      decay_every=config.decay_every,
-      decay_rate=config.decay_rate,
-    ),
-    weight_decay=config.weight_decay,
-    max_norm=config.max_gradient_norm,
-  )
-  unrolled = config.unroll_steps
-  head = slice(0, unrolled + 1)
+  optimiser = optim.from_config(config, 'adam')
+  loss = make_loss(config, networks, losses, distribution)
+  step = optim.minimise(loss, optimiser, reduce)
 
   def init(key) -> State:
-    network, statistics = networks.init(key)
-    params = Params(network, statistics, jnp.zeros((), jnp.int32))
-    return State(params, params, optimiser.init(network))
+    return latent.init(networks, optimiser, key)
 
   def act(params, key, timestep):
-    root_key, search_key = jax.random.split(key)
-    output = search(
-      params,
-      search_key,
-      model.root(params, timestep, root_key),
-      model.step,
-      invalid_actions=timestep.invalid_actions,
-      temperature=config.temperature
-      * visit_temperature(params.step, config.total_updates),
-    )
-    extras = {
-      'search_policy': output.action_weights,
-      'search_value': output.value,
-      'sampled_actions': output.sampled_actions,
-    }
-    return output.action, extras
-
-  def refresh(state: State, batch: Trajectory, step, key) -> Trajectory:
-    del step
-    timestep, extras = batch.experience.timestep, batch.experience.extras
-    params, size = state.target_params, timestep.reward.shape[0]
-    fresh = planning.share(config.reanalyze_fraction, size)
-    policy, chosen = extras['search_policy'], extras['sampled_actions']
-    if config.off_policy_correction:
-      output = planning.research(
-        search, model, params, key, timestep, config.reanalyze_chunk
-      )
-      value, steps = output.value, slice(None)
-      output = fresh.take(output)
-    else:
-      flat = flatten_steps(timestep)
-      value = model.root(params, flat, key).value.reshape(size, -1)
-      steps = head
-      if fresh.count:
-        roots = fresh.take(jax.tree.map(lambda x: x[:, head], timestep))
-        output = planning.research(
-          search, model, params, key, roots, config.reanalyze_chunk
-        )
-    if fresh.count:
-      put = lambda x, new: x.at[:, steps].set(fresh.put(x[:, steps], new))
-      policy = put(policy, output.action_weights)
-      chosen = put(chosen, output.sampled_actions)
-    extras = extras | {
-      'search_policy': policy,
-      'sampled_actions': chosen,
-      'search_value': value,
-    }
-    return batch._replace(experience=batch.experience._replace(extras=extras))
-
-  def make_targets(batch: Trajectory):
-    timestep = batch.experience.timestep
-    horizon = jnp.full(timestep.reward.shape[:1], config.td_steps)
-    if config.off_policy_correction and batch.sample is not None:
-      horizon = targets.off_policy_horizon(
-        batch.sample.age,
-        max_horizon=config.td_steps,
-        total_decisions=config.total_decisions,
-        fraction=config.off_policy_fraction,
-      )
-
-    def one(r, discount, truncated, valid, value, horizon):
-      target = targets.unroll_targets(
-        r,
-        discount,
-        truncated,
-        valid,
-        value,
-        horizon,
-        gamma=config.gamma,
-        unroll_steps=unrolled,
-        max_horizon=config.td_steps,
-      )
-      if config.value_prefix:
-        prefix = targets.value_prefixes(target.reward, config.prefix_horizon)
-        target = target._replace(reward=prefix)
-      return target
-
-    return jax.vmap(one)(
-      config.reward_scale * timestep.reward,
-      timestep.discount,
-      timestep.truncated,
-      batch.valid,
-      batch.experience.extras['search_value'],
-      horizon,
-    ), horizon
-
-  def any_action(key, shape):
-    # Behind an episode's end any action must lead to the absorbing state.
-    zeros = jnp.zeros((shape[0], distribution.num_parameters))
-    return distribution.sample(distribution.draw(key, shape), zeros)
-
-  def policy_terms(logits, batch: Trajectory, key):
-    # [K + 1, B]: the divergence from the search, and the policy's entropy.
-    by_step = lambda x: jnp.swapaxes(x[:, head], 0, 1)
-    extras = batch.experience.extras
-    log_probs = jax.vmap(distribution.log_prob)(
-      logits, by_step(extras['sampled_actions'])
-    )
-    divergence = jax.vmap(losses.policy)(
-      log_probs, by_step(extras['search_policy'])
-    )
-    draws = distribution.draw(key, (*logits.shape[:2], config.entropy_samples))
-    return divergence, jax.vmap(distribution.entropy)(draws, logits)
-
-  def loss(network, statistics, batch: Trajectory, key, train=True):
-    action_key, image_key, entropy_key = jax.random.split(key, 3)
-    target, horizon = make_targets(batch)
-    observation = batch.experience.timestep.observation[:, head]
-    if train and config.augmentation:
-      observation = augment.observations(image_key, observation)
-    action = batch.experience.action[:, :unrolled]
-    decided = target.policy_mask[:, :unrolled] > 0
-    decided = decided.reshape(decided.shape + (1,) * (action.ndim - 2))
-    random = any_action(action_key, action.shape[:2])
-    action = jnp.where(decided, action, random)
-
-    statistics = networks.listen(statistics, mixture.gate_key(key))
-    state, statistics = networks.represent(
-      network, statistics, observation[:, 0], train
-    )
-    out = unroll(
-      networks,
-      network,
-      statistics,
-      state,
-      action,
-      train=train,
-      reset_every=config.prefix_horizon if config.value_prefix else None,
-    )
-    statistics = out.statistics
-    by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), target)
-    rows = jax.vmap  # over the unrolled steps
-    policy, entropy = policy_terms(out.policy_logits, batch, entropy_key)
-    value = rows(losses.value)(out.value_logits, by_step.value)
-    reward = rows(losses.reward)(out.reward_logits, by_step.reward[1:])
-    terms_ = {
-      'policy': policy * by_step.policy_mask,
-      'value': value * by_step.value_mask,
-      'reward': reward * by_step.reward_mask[1:],
-      'entropy': -entropy * by_step.policy_mask,
-    }
-    if config.consistency:
-      similarity, statistics = consistency(
-        networks,
-        losses.consistency,
-        network,
-        statistics,
-        out.states,
-        observation[:, 1:],
-        train,
-      )
-      terms_['consistency'] = similarity * by_step.observation_mask[1:]
-
-    weights = {
-      'policy': config.policy_weight,
-      'value': config.value_weight,
-      'reward': config.reward_weight,
-      'entropy': config.entropy_weight,
-      'consistency': config.consistency_weight,
-    }
-    by_row = sum(weights[name] * jnp.sum(x, 0) for name, x in terms_.items())
-    importance = (
-      jnp.ones_like(by_row) if batch.sample is None else batch.sample.weight
-    )
-    total = jnp.mean(importance * by_row) / unrolled
-    statistics, aux = networks.told(statistics)
-    if aux is not None:
-      total += aux.loss
-    bins = out.value_logits.shape[-1], out.reward_logits.shape[-1]
-    predicted = heads.from_logits(out.value_logits[0])
-    pi = batch.experience.extras['search_policy'][:, 0]
-    metrics = {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms_.items()}
-    metrics |= {
-      'loss': total,
-      'value': jnp.mean(predicted),
-      'value_target': jnp.mean(target.value[:, 0]),
-      'entropy': terms.masked_mean(entropy, by_step.policy_mask),
-      'target_entropy': -jnp.mean(
-        jnp.sum(jax.scipy.special.xlogy(pi, pi), axis=-1)
-      ),
-      'horizon': jnp.mean(horizon.astype(jnp.float32)),
-    }
-    metrics |= support_metrics(target, *bins)
-    if aux is not None:
-      metrics |= mixture.metrics(aux)
-    priorities = jnp.abs(predicted - target.value[:, 0])
-    return total, (statistics, Info(metrics, priorities))
-
-  step = optim.minimise(loss, optimiser, reduce)
+    cooling = visit_temperature(params.step, config.total_updates)
+    temperature = config.temperature * cooling
+    return planning.decide(search, model, params, key, timestep, temperature)
 
   def update(state: State, batch: Trajectory, key) -> tuple[State, Info]:
     params = state.params
-    network, opt_state, (statistics, info), norm = step(
-      params.network, state.opt_state, params.statistics, batch, key
-    )
-    statistics = reduce(statistics)
-    count = params.step + 1
-    params = Params(network, statistics, count)
-    target_params = optim.periodic(
-      params, state.target_params, count, config.target_period
-    )
-    metrics = reduce(info.metrics | {'gradient_norm': norm})
-    state = State(params, target_params, opt_state)
-    return state, Info(metrics, info.priorities)
+    out = step(params.network, state.opt_state, params.statistics, batch, key)
+    return latent.advance(state, out, config.target_period, reduce)
 
-  def evaluate(params, batch, key):
-    _, (_, info) = loss(params.network, params.statistics, batch, key, False)
-    return info.metrics
-
-  return Agent(
-    init=init,
-    act=act,
-    update=update,
-    refresh=refresh,
-    model=model,
-    evaluate=evaluate,
-  )
+  refresh = functools.partial(efficient.reanalyze, config, search, model)
+  evaluate = functools.partial(latent.evaluate, loss)
+  return Agent(init, act, update, refresh, model, evaluate)

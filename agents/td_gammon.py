@@ -1,7 +1,7 @@
 """TD-Gammon: a network that learns to value positions by playing itself.
 
 Tesauro 1995 (Communications of the ACM 38, 3). A network of one hidden layer
-tells of a board, as the player about to roll sees it, five probabilities, in
+gives five probabilities of a board, as the player about to roll sees it, in
 gnubg's order and each including the next: that it wins, wins a gammon, wins a
 backgammon, loses a gammon, loses a backgammon. With outputs `Y`, weights `w`
 and eligibility traces `e`, one for each output (Sutton 1988),
@@ -13,10 +13,10 @@ the value of the board that it leads to, with no exploration: dice explore.
 
 Departures and choices:
 
-* One network sees every board from the side of who is to roll. What is
-  predicted of the next board is therefore turned round before it is a target,
-  and so is the trace: a head of one side is a head of the other, and the first
-  one changes its sign.
+* One network sees every board from the side of the player to roll. The
+  prediction for the next board is therefore turned round before it serves as a
+  target, and so is the trace: a head of one side is a head of the other, and
+  the first one changes its sign.
 * Several games are played at once, each with traces of its own, and the update
   is the mean over them; a learning rate per game would be `alpha / streams`.
 * Five outputs instead of four; the value of a board is its expected points,
@@ -88,7 +88,7 @@ class Streams(NamedTuple):
   Attributes:
     observation: float32 `[B, F]`, of the board before the last turn.
     trace: as the parameters, leaves `[B, H, ...]`: the eligibility of each
-      head, as the player sees it who was to roll on that board.
+      head, from the side of the player who was to roll on that board.
   """
 
   observation: chex.Array
@@ -111,8 +111,8 @@ class Losses(NamedTuple):
   """The term; replace it with `losses._replace`.
 
   Attributes:
-    error: `(prediction [B, H], target [B, H]) -> [B, H]`, what the traces are
-      multiplied by.
+    error: `(prediction [B, H], target [B, H]) -> [B, H]`, which multiplies the
+      traces.
   """
 
   error: Callable[[chex.Array, chex.Array], chex.Array]
@@ -155,7 +155,7 @@ def _game_of(spec: Spec) -> Game:
 
 
 def equity(heads: chex.Array) -> chex.Array:
-  """Expected points of who is about to roll.
+  """Expected points of the player about to roll.
 
   Args:
     heads: float32 `[..., H]`, probabilities.
@@ -238,7 +238,7 @@ def make(
       turned(networks.apply(state.params, now)),
     )
     error = losses.error(before, target)
-    # Nothing leads to the first board of a game.
+    # No turn leads to the first board of a game.
     error = jnp.where(timestep.is_first[:, None], 0.0, error)
     change = reduce(_weighted(error, streams.trace))
     params = jax.tree.map(
@@ -289,9 +289,9 @@ def greedy(
 ) -> chex.Array:
   """The candidate that leads to the board of the highest value.
 
-  A position has a few dozen candidates in places for hundreds. Those of all
-  positions are valued one after the other, a chunk at a time, and no places
-  that are left; so are those of positions that `vmap` brings together.
+  A position has a few dozen candidates in room for hundreds. The candidates of
+  all positions are valued in one row, a chunk at a time, without the unused
+  room; so are those of positions that `vmap` brings together.
 
   Args:
     game: whose rewards and discounts depend on nothing but the action.
@@ -331,7 +331,7 @@ def _best_candidates(game, value, params, position, chunk):
   actions = jax.vmap(game.candidates)(position)
   batch, number = actions.shape[:2]
   chunk = min(chunk * min(batch, 16), batch * number)
-  # Behind the last one the first is repeated.
+  # After the last one the first is repeated.
   flat = actions.reshape(batch, number, -1)
   is_new = (flat != flat[:, :1]).any(-1)
   used = 1 + jnp.max(jnp.where(is_new, jnp.arange(number), 0), -1)

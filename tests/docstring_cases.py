@@ -164,6 +164,7 @@ CASES = {
   'agents.core.augment.observations': {'rest': (33, 34, 3)},
   'agents.core.conservative.candidates': {'box': box},
   'agents.core.conservative.q_values': {'apply': critic, 'params': ()},
+  'agents.core.losses.two_hot_cross_entropy': {'N': 11},
   'agents.core.optim.periodic': {'period': 2},
   'agents.core.rollout.predict': {
     'ensemble': model,

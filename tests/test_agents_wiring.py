@@ -23,6 +23,7 @@ from test_agents import (
 )
 
 from agents import alphazero, efficientzero, muzero, sampled_muzero
+from agents.core import optim
 from networks import heads
 
 SCALE, RESET = 3.0, 2
@@ -167,7 +168,7 @@ def test_the_optimiser_is_the_configs(module):
     weight_decay=0.25,
     max_gradient_norm=1.0,
   )
-  optimiser = module.make_optimiser(config)
+  optimiser = optim.from_config(config, config.optimiser)
   params = jnp.float32([2.0, 0.0])
   state = optimiser.init(params)
   # (0.6, 0.8) once clipped, (1.1, 0.8) with the decay.

@@ -205,17 +205,17 @@ def test_flatten_steps_and_back():
   )
 
 
-def test_research_in_chunks(key):
+def test_re_search_in_chunks(key):
   networks = make_networks('reward')
   params = make_params(networks, key)
   model = unroll.learned_model(networks, gamma=0.9)
   # Without simulations there is no noise: chunks change nothing.
   search = planning.make_search(planning.SearchConfig(num_simulations=0))
   timestep = make_timestep(B, 4)
-  whole = planning.research(search, model, params, key, timestep)
-  parts = planning.research(search, model, params, key, timestep, chunk=6)
+  whole = planning.re_search(search, model, params, key, timestep)
+  parts = planning.re_search(search, model, params, key, timestep, chunk=6)
   # 12 roots, 5 at most: three chunks of 4.
-  uneven = planning.research(search, model, params, key, timestep, chunk=5)
+  uneven = planning.re_search(search, model, params, key, timestep, chunk=5)
   assert whole.action_weights.shape == (B, 4, A)
   assert whole.value.shape == (B, 4)
   for other in (parts, uneven):
@@ -262,7 +262,7 @@ def test_chunks_are_equal_and_within_the_bound(chunk, most, key):
 
   model = Model(lambda params, timestep, key: timestep.reward, None)
   timestep = make_timestep(16, 4)
-  output = planning.research(search, model, None, key, timestep, chunk)
+  output = planning.re_search(search, model, None, key, timestep, chunk)
   np.testing.assert_array_equal(output.value, timestep.reward)
   assert set(sizes) == {most}
 

@@ -32,6 +32,7 @@ PLUMBING = {
   'agents.core.losses.lowest',
   'agents.core.losses.masked_mean',
   'agents.core.optim.matrix_squares',
+  'agents.core.optim.norms',
   'agents.core.optim.periodic',
   'agents.core.replay.scale',
   'agents.core.replay.to_window',
@@ -63,6 +64,13 @@ PLUMBING = {
 
 # Why a function is not called as documented.
 NOT_CALLED = {
+  'agents.core.actor_critic.init': 'its networks are objects',
+  'agents.core.actor_critic.soft_steps': 'its steps are functions',
+  'agents.core.latent.account': "reads all of a pass's outputs",
+  'agents.core.latent.model_terms': "reads all of a pass's outputs",
+  'agents.core.latent.replace': 'its extras are a dict',
+  'agents.core.optim.norms': 'takes any number of steps',
+  'agents.core.planning.decide': 'its search is a function',
   'agents.core.optim.matrix_squares': 'which axes it keeps depends on a path',
   'agents.core.replay.to_window': 'its rows have two axes in front',
   'networks.actions.factored_bins': 'see the objects',

@@ -1,4 +1,4 @@
-"""Leaves of conservative critics: which actions a penalty looks at, and how.
+"""Leaves of conservative critics: the actions of the penalty, its soft maximum.
 
 Axes: `B` batch, `D` components of an action, `n` samples of a kind, `S = 3n`
 candidates, `E` critics. Densities are with respect to the unit box.
@@ -12,7 +12,36 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from agents.core import actor_critic, losses
+from agents.core.types import Transition
 from networks.actor_critic import Gaussian, Squash
+
+
+class Losses(NamedTuple):
+  """The terms, each of `[B]` rows; replace one with `losses._replace`.
+
+  Attributes:
+    critic: `(q_tm1, r_t, discount_t, target_v_t) -> [B]` of one critic.
+    soft_maximum: `(q [B, S], log_densities [B, S]) -> [B]` of one critic, what
+      the penalty pushes down.
+    policy: `(log_prob, q, temperature) -> [B]`, `q` the least of the critics'.
+    temperature: `(log_temperature, log_prob, target_entropy) -> [B]`.
+  """
+
+  critic: Callable[..., chex.Array]
+  soft_maximum: Callable[..., chex.Array]
+  policy: Callable[..., chex.Array]
+  temperature: Callable[..., chex.Array]
+
+
+def make_losses() -> Losses:
+  """CQL's terms, policy and temperature as SAC's (Kumar et al. 2020)."""
+  return Losses(
+    critic=losses.squared_error,
+    soft_maximum=soft_maximum,
+    policy=actor_critic.soft_policy,
+    temperature=actor_critic.temperature,
+  )
 
 
 class Noise(NamedTuple):
@@ -128,3 +157,61 @@ def soft_maximum(q: chex.Array, log_densities: chex.Array) -> chex.Array:
   chex.assert_equal_shape([q, log_densities])
   weighted = q - jax.lax.stop_gradient(log_densities)
   return jax.nn.logsumexp(weighted, axis=-1) - math.log(q.shape[-1])
+
+
+class Errors(NamedTuple):
+  """What conservative critics are wrong about, before any mean over rows.
+
+  Attributes:
+    squares: float32 `[E, B]`, Bellman errors.
+    q: float32 `[E, B]`, of what was done.
+    high: float32 `[E, B]`, the soft maxima over all actions.
+    target: float32 `[B]`, what `q` regresses onto.
+  """
+
+  squares: chex.Array
+  q: chex.Array
+  high: chex.Array
+  target: chex.Array
+
+
+def critic_errors(
+  config: Any,
+  networks: Any,
+  terms: Losses,
+  critic: Any,
+  target_critic: Any,
+  params: Any,
+  batch: Transition,
+  noise: Noise,
+) -> Errors:
+  """Errors of critics on a batch, and the soft maxima that a penalty takes.
+
+  Args:
+    config: with `gamma` and `deterministic_backup`.
+    networks: with `policy`, `critic` and `box`.
+    terms: of which `critic` and `soft_maximum` are taken.
+    critic: parameters of the critics.
+    target_critic: of their targets.
+    params: an agent's, with `policy` and `log_temperature`.
+    batch: `B` transitions.
+    noise: of the update.
+
+  Source: CQL (Kumar et al. 2020), equation 4 and Appendix F.
+  """
+  policy_net, critic_net, box = networks[:3]
+  gaussian_tm1 = policy_net.apply(params.policy, batch.o_tm1)
+  gaussian_t = policy_net.apply(params.policy, batch.o_t)
+  action, log_prob = box.sample(noise.t, gaussian_t)
+  target_v = jnp.min(critic_net.apply(target_critic, batch.o_t, action), 0)
+  if not config.deterministic_backup:
+    target_v += -jnp.exp(params.log_temperature) * log_prob
+  q = critic_net.apply(critic, batch.o_tm1, batch.a_tm1)
+  discount = config.gamma * batch.discount_t
+  squares = jax.vmap(lambda q: terms.critic(q, batch.r_t, discount, target_v))(
+    q
+  )
+  drawn, densities = candidates(box, gaussian_tm1, gaussian_t, noise)
+  every = q_values(critic_net.apply, critic, batch.o_tm1, drawn)
+  high = jax.vmap(lambda q: terms.soft_maximum(q, densities))(every)
+  return Errors(squares, q, high, batch.r_t + discount * target_v)

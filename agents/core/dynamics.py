@@ -1,6 +1,6 @@
 """How an ensemble of dynamics is trained: the agent `dynamics`, COMBO's model.
 
-It is described in `agents/dynamics.py`.
+`agents/dynamics.py` describes it.
 
 Axes: `B` batch, `E` members, `F` numbers in an observation.
 """
@@ -37,7 +37,7 @@ class Config:
     widths: of each member's hidden layers.
     activation: of the layers.
     members: E.
-    elites: how many of them are listened to, those of the least held-out loss.
+    elites: how many of them predict, those of the least held-out loss.
     learning_rate: Adam's.
     weight_decay: half the sum of squares of all matrices is weighted by it.
     bound_weight: of the distance between the bounds of the log-variance.
@@ -65,14 +65,10 @@ class Config:
       raise ValueError(
         f'elites={self.elites}: must be within [1, members={self.members}]'
       )
-    for name in ('learning_rate', 'weight_decay', 'bound_weight'):
-      _check_range(self, name, 0, math.inf)
-    _check_range(self, 'termination_weight', 0, math.inf)
-    _check_range(self, 'held_out', 0, 1)
-    _check_range(self, 'held_out_decay', 0, 1)
-    value = self.planning_gamma
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
-      raise ValueError(f'planning_gamma={value}: must be within [0, 1]')
+    rates = ('learning_rate', 'weight_decay', 'bound_weight')
+    ranges.at_least(self, 0, *rates, 'termination_weight')
+    ranges.below(self, 0, 1, 'held_out', 'held_out_decay')
+    ranges.within(self, 0, 1, 'planning_gamma')
 
 
 class State(NamedTuple):
@@ -185,7 +181,7 @@ def make(
     )
 
   def errors(network, batch) -> tuple[chex.Array, Prediction, chex.Array]:
-    """Losses `[E, B]`, what was predicted and what would have been right."""
+    """Losses `[E, B]`, predictions and targets."""
     out = networks.apply(network, batch.o_tm1, batch.a_tm1)
     change = flatten(batch.o_t) - flatten(batch.o_tm1)
     target = jnp.concatenate([change, batch.r_t[:, None]], -1)
@@ -263,10 +259,3 @@ def make(
     networks, lambda params: params, distribution, gamma=config.planning_gamma
   )
   return Agent(init, None, update, model=model, evaluate=evaluate)
-
-
-def _check_range(config, name: str, low: float, high: float) -> None:
-  value = getattr(config, name)
-  if isinstance(value, (int, float)) and not low <= value < high:
-    end = '' if high == math.inf else f' and below {high}'
-    raise ValueError(f'{name}={value}: must be at least {low}{end}')

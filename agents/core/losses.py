@@ -1,6 +1,6 @@
 """Loss terms: functions of arrays, one number a row.
 
-Axes: `B` batch, `A` categories, `F` features.
+Axes: `B` batch, `A` categories, `F` features, `N` bins.
 """
 
 import functools
@@ -8,6 +8,8 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+
+from networks import heads
 
 
 def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
@@ -24,6 +26,21 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   chex.assert_equal_shape([logits, labels])
   log_probs = jax.nn.log_softmax(logits)
   return -jnp.sum(jax.lax.stop_gradient(labels) * log_probs, axis=-1)
+
+
+def two_hot_cross_entropy(logits: chex.Array, target: chex.Array) -> chex.Array:
+  """Cross-entropy of a categorical head with a scalar as a two-hot label.
+
+  Args:
+    logits: float32 `[B, N]`, over the bins of `networks.heads`.
+    target: float32 `[B]`, raw units.
+
+  Returns:
+    float32 `[B]`.
+
+  Source: MuZero (Schrittwieser 2020), Appendix F.
+  """
+  return cross_entropy(logits, heads.to_two_hot(target, logits.shape[-1]))
 
 
 def sampled_kl(log_probs: chex.Array, weights: chex.Array) -> chex.Array:
@@ -93,6 +110,29 @@ def double_q_residual(
   difference = jnp.square(q_tm1 - target)
   residual = jnp.square(q_tm1 - (r_t + discount_t * q_t))
   return weight * difference + (1.0 - weight) * residual
+
+
+def squared_error(
+  q_tm1: chex.Array,
+  r_t: chex.Array,
+  discount_t: chex.Array,
+  v_t: chex.Array,
+) -> chex.Array:
+  """Squared temporal difference `(q - sg(r + d v))^2` of one critic.
+
+  Args:
+    q_tm1: float32 `[B]`, of what was done.
+    r_t: float32 `[B]`.
+    discount_t: float32 `[B]`, gamma in it, 0 at termination.
+    v_t: float32 `[B]`, the next state's value.
+
+  Returns:
+    float32 `[B]`.
+
+  Source: SAC (Haarnoja et al. 2018), equation 5.
+  """
+  target = jax.lax.stop_gradient(r_t + discount_t * v_t)
+  return jnp.square(q_tm1 - target)
 
 
 def expectile(x: chex.Array, tau: chex.Numeric) -> chex.Array:

@@ -5,12 +5,15 @@ hyper-parameters, and a sweep vmaps over those.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+
+# A `NamedTuple` of what an agent's parts have, one field each.
+Parts = TypeVar('Parts', bound=Any)
 
 # Of a `Config` whose learning rate is `warmup_step_decay`'s: all 0 or more.
 SCHEDULE_FIELDS = (
@@ -103,7 +106,7 @@ def adamw(
   weight_decay: chex.Numeric,
   max_norm: chex.Numeric,
 ) -> optax.GradientTransformation:
-  """Adam with decoupled weight decay behind a global clip."""
+  """Adam with decoupled weight decay, after a global clip."""
   return optax.chain(
     optax.clip_by_global_norm(max_norm),
     optax.scale_by_adam(),
@@ -112,11 +115,52 @@ def adamw(
   )
 
 
+def from_config(
+  config: Any, kind: Literal['sgd', 'adam']
+) -> optax.GradientTransformation:
+  """The optimiser of a config whose learning rate is `warmup_step_decay`'s.
+
+  Args:
+    config: with `SCHEDULE_FIELDS` and `max_gradient_norm`, and `momentum` for
+      SGD.
+    kind: `sgd` with momentum, or `adam` with decoupled weight decay.
+  """
+  schedule = warmup_step_decay(
+    config.learning_rate,
+    warmup_steps=config.warmup_updates,
+    decay_every=config.decay_every,
+    decay_rate=config.decay_rate,
+  )
+  shared = {
+    'weight_decay': config.weight_decay,
+    'max_norm': config.max_gradient_norm,
+  }
+  if kind == 'adam':
+    return adamw(schedule, **shared)
+  return sgd(schedule, momentum=config.momentum, **shared)
+
+
+class Step(NamedTuple):
+  """What an optimiser's step leaves.
+
+  Attributes:
+    params: the parameters after it.
+    opt_state: the optimiser's state after it.
+    aux: what the loss returned in addition to its value.
+    norm: float32 scalar, of the gradient before any clipping.
+  """
+
+  params: Any
+  opt_state: Any
+  aux: Any
+  norm: chex.Array
+
+
 def minimise(
   loss: Callable[..., tuple[chex.Array, Any]],
   optimiser: optax.GradientTransformation,
   reduce: Callable[[Any], Any] = lambda tree: tree,
-) -> Callable[..., tuple[Any, Any, Any, chex.Array]]:
+) -> Callable[..., Step]:
   """One optimiser step on `loss(params, *args) -> (scalar, aux)`.
 
   Args:
@@ -126,7 +170,7 @@ def minimise(
       identity otherwise.
 
   Returns:
-    `(params, opt_state, *args) -> (params, opt_state, aux, gradient_norm)`.
+    `(params, opt_state, *args) -> Step`.
   """
 
   def step(params, opt_state, *args):
@@ -134,9 +178,40 @@ def minimise(
     gradients = reduce(gradients)
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimiser.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, aux, norm
+    params = optax.apply_updates(params, updates)
+    return Step(params, opt_state, aux, norm)
 
   return step
+
+
+def init(optimisers: Parts, params: Any) -> Parts:
+  """The optimisers' states, a part of `params` each.
+
+  Args:
+    optimisers: a `NamedTuple` of them; None for a part that is not trained.
+    params: a `NamedTuple` of as many parts or more, in the same order.
+
+  Returns:
+    The states, in the same `NamedTuple` as the optimisers.
+  """
+  states = (
+    None if optimiser is None else optimiser.init(part)
+    for optimiser, part in zip(optimisers, params)
+  )
+  return type(optimisers)(*states)
+
+
+def minimise_each(
+  losses: Any, optimisers: Any, reduce: Callable[[Any], Any]
+) -> Any:
+  """`minimise` for each pair, in the same `NamedTuple` as the optimisers."""
+  pairs = zip(losses, optimisers)
+  return type(optimisers)(*(minimise(*pair, reduce) for pair in pairs))
+
+
+def norms(**steps: Step) -> dict[str, chex.Array]:
+  """Metrics `gradient_norm_NAME`, float32 scalars, of steps by name."""
+  return {f'gradient_norm_{name}': x.norm for name, x in steps.items()}
 
 
 def scale_gradient(x: Any, factor: float) -> Any:

@@ -120,7 +120,7 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
 
 
 def _sampled(*args, evaluate=False, **kwargs):
-  # Who plays to win has the policy's mode among the actions.
+  # Without exploration the policy's mode is among the actions.
   return sampled.search(*args, evaluate=evaluate, with_mode=evaluate, **kwargs)
 
 
@@ -158,7 +158,50 @@ def make_planner(config: SearchConfig, *, evaluate: bool) -> Callable:
   return planner
 
 
-def research(
+def decide(
+  search: Searcher,
+  model: Model,
+  params: Any,
+  key: chex.PRNGKey,
+  timestep: TimeStep,
+  temperature: chex.Numeric,
+) -> tuple[chex.Array, dict[str, chex.Array]]:
+  """What an agent that explores does, and what a replay keeps of the search.
+
+  Args:
+    search: from `make_search`.
+    model: to search in.
+    params: the model's.
+    key: consumed.
+    timestep: `B` rows.
+    temperature: of the visit counts that the action is drawn from.
+
+  Returns:
+    Actions `[B, ...]` and extras: `search_policy` `[B, A]`, `search_value`
+    `[B]`, and `sampled_actions` `[B, K, ...]` where actions are sampled, which
+    `search_policy` is then over.
+
+  Source: MuZero (Schrittwieser 2020), Appendix D.
+  """
+  root_key, search_key = jax.random.split(key)
+  output = search(
+    params,
+    search_key,
+    model.root(params, timestep, root_key),
+    model.step,
+    invalid_actions=timestep.invalid_actions,
+    temperature=temperature,
+  )
+  extras = {
+    'search_policy': output.action_weights,
+    'search_value': output.value,
+  }
+  if output.sampled_actions is not None:
+    extras['sampled_actions'] = output.sampled_actions
+  return output.action, extras
+
+
+def re_search(
   search: Searcher,
   model: Model,
   params: Any,
@@ -178,9 +221,9 @@ def research(
     key: consumed.
     timestep: leaves `[B, S, ...]`.
     chunk: the most roots searched at once, on all devices together, to bound
-      memory; 0 for all of them. Chunks are of equal size, each with a root of
-      every so many, so that roots on several devices need not move. A device
-      searches one root at a time at least.
+      memory; 0 for all of them. Chunks have equal sizes and take every n-th
+      root, so that roots on several devices need not move. A device searches
+      at least one root at a time.
 
   Returns:
     `PolicyOutput` without a tree, leaves `[B, S, ...]`.
@@ -215,7 +258,7 @@ def research(
 
 
 def _num_chunks(batch, steps, chunk):
-  """The fewest equal chunks, alike on one device or on many if they can be."""
+  """The fewest equal chunks; if possible the same on one device and on many."""
   least = -(-batch * steps * rows.devices() // chunk)
   for whole in (_group(batch) * steps, batch * steps):
     for count in range(least, whole + 1):
@@ -225,9 +268,9 @@ def _num_chunks(batch, steps, chunk):
 
 
 def _group(batch):
-  """Rows that are treated alike wherever they lie.
+  """The number of rows of which every device treats the same ones alike.
 
-  A device that holds 8 of them or a multiple does what one device does.
+  A device that holds a multiple of them does what a single device would do.
   """
   return 8 if batch % 8 == 0 else batch
 

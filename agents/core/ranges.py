@@ -5,7 +5,7 @@ numbers were checked when they were concrete.
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
@@ -53,6 +53,69 @@ def within(config: Any, low: float, high: float, *names: str) -> None:
   """
   range_ = f'within [{low}, {high}]'
   _check(config, names, lambda x: low <= x <= high, range_)
+
+
+def below(config: Any, low: float, high: float, *names: str) -> None:
+  """Refuses fields outside the half-open interval `[low, high)`.
+
+  Args:
+    config: whose fields they are.
+    low: the least value.
+    high: what they must be less than.
+    names: of the fields.
+
+  Raises:
+    ValueError: names the field, its value and the range.
+  """
+  range_ = f'at least {low} and below {high}'
+  _check(config, names, lambda x: low <= x < high, range_)
+
+
+def between(config: Any, low: float, high: float, *names: str) -> None:
+  """Refuses fields outside the open interval `(low, high)`.
+
+  Args:
+    config: whose fields they are.
+    low: what they must be greater than.
+    high: what they must be less than.
+    names: of the fields.
+
+  Raises:
+    ValueError: names the field, its value and the range.
+  """
+  range_ = f'between {low} and {high}'
+  _check(config, names, lambda x: low < x < high, range_)
+
+
+def finite(config: Any, *names: str) -> None:
+  """Refuses fields that are infinite or NaN; None passes.
+
+  Args:
+    config: whose fields they are.
+    names: of the fields.
+
+  Raises:
+    ValueError: names the field and its value.
+  """
+  _check(config, names, math.isfinite, 'finite')
+
+
+def one_of(config: Any, *names: str) -> None:
+  """Refuses fields that are not among the choices of their `Literal`.
+
+  Args:
+    config: whose fields they are.
+    names: of the fields.
+
+  Raises:
+    ValueError: names the field, its value and the choices.
+  """
+  for name in names:
+    value = getattr(config, name)
+    choices = get_args(type(config).__annotations__[name])
+    if value not in choices:
+      known = ' or '.join(map(str, choices))
+      raise ValueError(f'{name}={value}: must be {known}')
 
 
 def _check(config, names, is_right, range_):

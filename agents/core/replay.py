@@ -10,12 +10,12 @@ and repeat the first frame of an episode as the simulators do.
 A window starts at any row that
 
 * is not an episode's last (the action there is ignored, nothing is learned);
-* has its `L` rows in the ring, `L - 1` of them behind it, so that no window
-  runs across the seam of newest and oldest;
+* has its `L` rows in the ring, `L - 1` of them after it, so that no window
+  crosses from the newest row to the oldest;
 * has its `S - 1` frames of history in the ring, back to its episode's start.
 
-Rows of a window behind an episode's end belong to the next episode and are
-marked invalid: the ends of episodes are trained on like all else.
+Rows of a window after an episode's end belong to the next episode and are
+marked invalid: the ends of episodes are trained on like any other step.
 
 Where an episode begins though the one before did not end (a simulator was
 started afresh), the row before counts as truncated.

@@ -1,4 +1,4 @@
-"""What is done with a learned ensemble of dynamics: predict, imagine, plan.
+"""Uses of a learned ensemble of dynamics: predict, imagine, plan.
 
 Axes: `B` batch, `E` members, `M` rollouts, `h` their length.
 """
@@ -22,7 +22,7 @@ class ModelParams(NamedTuple):
 
   Attributes:
     network: parameters of all members, leaves `[E, ...]`.
-    elites: int32 `[number of elites]`, the members that are listened to.
+    elites: int32 `[number of elites]`, the members that predict.
   """
 
   network: Any
@@ -105,16 +105,16 @@ def imagine(
 ) -> Transition:
   """Rollouts of a policy in the model, as transitions.
 
-  All rows may be trained on: where an episode ends, its rollout begins anew
-  at the observation that it had been given.
+  All rows may be trained on: where an episode ends, its rollout starts again at
+  the observation it was given.
 
   Args:
     ensemble: from `networks.ensemble`.
     params: its parameters.
     policy: `(observation, key) -> action [M, D]`.
     observation: pytree `[M, ...]`, where rollouts begin.
-    key: consumed; one of `split(key, h)` a step, of that the first half is
-      the policy's and the second `predict`'s.
+    key: consumed; step i has the i-th of `split(key, h)`, split once more into
+      the policy's and `predict`'s.
     length: h.
 
   Returns:

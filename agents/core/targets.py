@@ -38,7 +38,7 @@ def n_step_values(
     max_horizon: `n`, the static bound.
 
   Returns:
-    float32 `[L - max_horizon]`, meaningless at and behind an episode's end.
+    float32 `[L - max_horizon]`, meaningless from an episode's end on.
 
   Source: MuZero (Schrittwieser 2020), Appendix G; the dynamic horizon is
   EfficientZero (Ye 2021), equation 4.
@@ -70,9 +70,9 @@ def n_step_values(
 class UnrollTargets(NamedTuple):
   """What the unrolled model is trained towards, `K + 1` steps of one window.
 
-  Behind a *termination* the state is absorbing, as in MuZero's Appendix G:
-  value and reward are trained to 0 there, since a search walks beyond the
-  ends of episodes. Behind a *truncation* nothing is known and every mask is 0.
+  After a *termination* the state is absorbing, as in MuZero's Appendix G: value
+  and reward are trained to 0 there, since a search goes beyond the ends of
+  episodes. After a *truncation* nothing is known and every mask is 0.
 
   Attributes:
     value: float32 `[K + 1]`.
@@ -143,7 +143,7 @@ def unroll_targets(
   valid, cut = valid_t[k], truncated_t[k]
   last = valid & ((discount_t[k] == 0) | cut)
   terminated = valid_t & (discount_t == 0)
-  absorbed = (jnp.cumsum(terminated) > 0)[k]  # the terminal row and behind
+  absorbed = (jnp.cumsum(terminated) > 0)[k]  # from the terminal row on
   decides = valid & ~last
   known = (valid | absorbed).at[0].set(False)
   as_float = lambda x: x.astype(jnp.float32)
@@ -160,8 +160,8 @@ def unroll_targets(
 def value_prefixes(reward: chex.Array, reset_every: int) -> chex.Array:
   """Sums of rewards since the last reset, undiscounted.
 
-  `x_k = sum_{j=1..k} r_j`, started anew behind every `reset_every`-th step,
-  where the recurrent state of the prefix network is reset, too.
+  `x_k = sum_{j=1..k} r_j`, started anew after every `reset_every`-th step,
+  where the recurrent state of the prefix network is reset too.
 
   Args:
     reward: float32 `[K + 1]`, entry 0 is ignored.

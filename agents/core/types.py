@@ -50,7 +50,7 @@ class Continuous(NamedTuple):
 
 
 class Candidates(NamedTuple):
-  """Arrays, of which a game lists those that may be chosen in a position.
+  """Arrays, of which a game lists the legal ones of a position.
 
   Attributes:
     shape: of one action, without batch.
@@ -82,7 +82,7 @@ class Spec(NamedTuple):
   """
 
   observation: Any
-  # `Any` for `Candidates`, so that who never sees any need not refuse them.
+  # `Any` for `Candidates`, so that code that never meets them need not check.
   action: Discrete | Continuous | Any
   frame_stack: int = 1
   masks_actions: bool = False
@@ -163,6 +163,43 @@ def as_vectors(spec: Spec, agent: str, normalise: bool) -> Vectors:
   )
   size = sum(math.prod(leaf.shape) for leaf in leaves)
   return Vectors(size, action, spec.statistics if normalise else None)
+
+
+def as_discrete(spec: Spec, agent: str) -> Discrete:
+  """The actions of a spec, for an agent that enumerates them.
+
+  Args:
+    spec: of the environment.
+    agent: its name, for messages.
+
+  Raises:
+    ValueError: the actions are not discrete.
+  """
+  if isinstance(spec.action, Discrete):
+    return spec.action
+  raise ValueError(
+    f'{agent} needs discrete actions; {spec.name} has actions of shape '
+    f'{spec.action.shape}: set env.action_bins where they are continuous, or '
+    'take another agent'
+  )
+
+
+def as_array(spec: Spec, agent: str) -> ArraySpec:
+  """The observation of a spec, for an agent that needs one array.
+
+  Args:
+    spec: of the environment.
+    agent: its name, for messages.
+
+  Raises:
+    ValueError: the observation is not one array.
+  """
+  if hasattr(spec.observation, 'shape'):
+    return spec.observation
+  raise ValueError(
+    f'{agent} needs one observation array; {spec.name} has a '
+    f'{type(spec.observation).__name__}; agent=alphazero takes positions'
+  )
 
 
 class Experience(NamedTuple):
@@ -248,7 +285,7 @@ class Trajectory(NamedTuple):
     experience: the rows.
     valid: bool `[B, L]`, step `k` belongs to the episode of step 0. The
       episode's last time step is valid (a value may be bootstrapped from it
-      if it was truncated); rows behind it are not.
+      if it was truncated); rows after it are not.
     sample: where the windows came from; None for a fresh trajectory.
   """
 
@@ -258,7 +295,7 @@ class Trajectory(NamedTuple):
 
 
 class Info(NamedTuple):
-  """What `update` tells besides its new state.
+  """What `update` returns in addition to its new state.
 
   Attributes:
     metrics: dict of float32 scalars.
@@ -275,7 +312,7 @@ class Phase(NamedTuple):
 
   Attributes:
     name: a word.
-    agent: who learns in it.
+    agent: the one that learns in it.
     updates: how many; None for all that are left.
     transfer: `(state of the phase before) -> state`; None in the first.
     imagine: `(state, observations [B, ...], key) -> Transition`, rollouts of

@@ -24,8 +24,8 @@ class Params(NamedTuple):
   Attributes:
     network: trained parameters.
     statistics: running batch statistics, not seen by the optimiser.
-    step: int32 scalar, number of updates behind these parameters (the
-      temperature of acting depends on it).
+    step: int32 scalar, number of updates so far (the temperature of acting
+      depends on it).
   """
 
   network: Any
@@ -124,12 +124,12 @@ def unroll(
 def support_metrics(
   target: UnrollTargets, value_bins: int, reward_bins: int
 ) -> dict[str, chex.Array]:
-  """How much of what the heads are trained towards their supports cut off.
+  """How much of the heads' targets lies outside their supports.
 
   Args:
     target: of `B` windows, leaves `[B, K + 1]`.
-    value_bins: of the head that is trained towards the values.
-    reward_bins: of that of the rewards or their prefixes.
+    value_bins: of the value head.
+    reward_bins: of the head of rewards or their prefixes.
 
   Returns:
     float32 scalars: `value_clipped` and `reward_clipped`, the shares of
@@ -157,7 +157,7 @@ def consistency(
   successors: chex.Array,
   train: bool,
 ) -> tuple[chex.Array, Any]:
-  """Compares imagined states with those of the observations that came.
+  """Compares imagined states with those of the observations that followed.
 
   Args:
     networks: the functions.
@@ -173,8 +173,8 @@ def consistency(
 
   Source: EfficientZero (Ye 2021), equation 2.
   """
-  # A row's steps stay together: a batch that lies on several devices is then
-  # compared where it lies.
+  # A row's steps stay together, so that a batch on several devices is compared
+  # without moving.
   swap = lambda x: jnp.swapaxes(x, 0, 1)
   true_states, statistics = networks.represent(
     params, statistics, flatten_steps(successors), train
@@ -202,7 +202,7 @@ def learned_model(
   Args:
     networks: the functions; `params` of the model are `Params`.
     gamma: the model's constant discount. The model knows no termination:
-      states behind it are trained towards value and reward 0.
+      states after it are trained towards value and reward 0.
     prefix_horizon: steps between resets of the value prefix; None where
       rewards are predicted one by one.
     distribution: of the actions, where the policy head puts out its
