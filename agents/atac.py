@@ -1,16 +1,16 @@
 """ATAC: adversarially trained actor-critic, offline.
 
 A Stackelberg game (Cheng et al. 2022, "Adversarially Trained Actor Critic for
-Offline Reinforcement Learning", equation 1): the policy maximises what the
-critics promise it over the data's behaviour, the critics promise as little as
+Offline Reinforcement Learning", equation 1): the policy maximises its advantage
+over the data's behaviour by the critics, the critics minimise it as far as
 Bellman's equation lets them,
 
   pi maximises  L(pi, f),  f minimises  L(pi, f) + beta E(pi, f)
   L = E[f(s, pi) - f(s, a)],  E = E[((f - T^pi f)(s, a))^2]
 
 For every beta >= 0 its solution is no worse than the behaviour, and beta = 0 is
-imitation; that is a statement on the game, not on any schedule of steps. One
-update (Algorithm 2), the same samples a~ ~ pi(s), a' ~ pi(s') in all of it:
+imitation; that holds for the game, not for any schedule of steps. One
+update (Algorithm 2), with the same samples a~ ~ pi(s), a' ~ pi(s') throughout:
 
   critics      Adam_fast on f_i(s, a~) - f_i(s, a)
                + beta (w td_i + (1 - w) residual_i), then each layer's matrix
@@ -24,10 +24,10 @@ Sums `x + weight y` are divided by the weight where it is above 1, which moves
 no minimum (`normalised_sum`). Before the game, critics learn by the Bellman
 term and the policy by maximum likelihood with the same entropy floor, at the
 fast rate (`make_phases`); then the policy's optimiser and the temperature start
-afresh, and critics and targets go on.
+afresh, while critics and targets continue.
 
 With `pessimism='initial'` L is E[f(s_0, pi)] over first observations (ATAC_0,
-absolute pessimism): without the promise for every beta.
+absolute pessimism), for which the guarantee for every beta does not hold.
 
 Departures from the official code (microsoft/ATAC) and choices:
 
@@ -43,6 +43,7 @@ Departures from the official code (microsoft/ATAC) and choices:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -51,22 +52,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from agents.core import actor_critic, optim, ranges
 from agents.core import losses as terms
-from agents.core import optim, ranges
-from agents.core.types import (
-  Agent,
-  Continuous,
-  Info,
-  Phase,
-  Spec,
-  Transition,
-  as_vectors,
-)
-from networks import actor_critic, mixture
-from networks.actor_critic import Squash
+from agents.core.actor_critic import Params, State
+from agents.core.types import Agent, Info, Phase, Spec, Transition, as_vectors
+from networks import mixture
+from networks.actor_critic import Squash, member, q_mixture
 from networks.mlp import Network
 from networks.moe import Config as MixtureConfig
-from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +92,8 @@ class Config:
     warm_start_updates: before the game, see `make_phases`.
     critic_moe: a mixture of experts in the critics, in the place of all hidden
       layers but the first; 0 experts for none. Its loss is counted once an
-      update, over all rows that the critics' loss looks at, with noisy gates;
-      targets, policy and evaluation have those of acting. No `expert_choice`,
+      update, over all rows of the critics' loss, with noisy gates; targets,
+      policy and evaluation have those of acting. No `expert_choice`,
       no dropping backend, nothing that needs statistics.
     critic_tokens: chunks that its input is cut into, a token each.
     critic_control: one expert in the place of many, with the same tokens and
@@ -132,26 +125,16 @@ class Config:
   critic_control: bool = False
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'hidden_sizes')
-    for name in ('gamma', 'residual_weight', 'target_rate'):
-      self._check(name, lambda x: 0 <= x <= 1, 'within [0, 1]')
-    for name in ('beta', 'fast_rate', 'slow_rate', 'warm_start_updates'):
-      self._check(name, lambda x: 0 <= x < math.inf, 'finite and 0 or more')
-    ranges.at_least(self, 1, 'critic_tokens')
-    for name in ('radius', 'min_std', 'max_std'):
-      self._check(name, lambda x: x > 0, 'above 0')
-    self._check('init_temperature', lambda x: 0 < x < math.inf, 'above 0')
-    self._check('target_entropy', math.isfinite, 'finite or None')
-    for name, choices in (
-      ('pessimism', ('relative', 'initial')),
-      ('entropy_mode', ('sum', 'per_dim')),
-      ('actor_critic', (0, 1)),
-    ):
-      if getattr(self, name) not in choices:
-        one, two = map(repr, choices)
-        raise ValueError(
-          f'{name}={getattr(self, name)!r}: must be {one} or {two}'
-        )
+    ranges.at_least(self, 1, 'hidden_sizes', 'critic_tokens')
+    ranges.within(self, 0, 1, 'gamma', 'residual_weight', 'target_rate')
+    rates = ('fast_rate', 'slow_rate')
+    ranges.at_least(self, 0, 'beta', *rates, 'warm_start_updates')
+    ranges.above(self, 0, 'radius', 'min_std', 'max_std', finite=False)
+    ranges.above(self, 0, 'init_temperature')
+    ranges.finite(self, 'target_entropy')
+    ranges.one_of(self, 'pessimism', 'entropy_mode')
+    if self.actor_critic not in (0, 1):
+      raise ValueError(f'actor_critic={self.actor_critic}: must be 0 or 1')
     if self.value_clip is not None:
       is_plain = all(isinstance(x, (int, float)) for x in self.value_clip)
       if is_plain and not self.value_clip[0] < self.value_clip[1]:
@@ -172,39 +155,6 @@ class Config:
         f'{sizes[0]}'
       )
 
-  def _check(self, name, is_right, what):
-    value = getattr(self, name)
-    if isinstance(value, (int, float)) and not is_right(value):
-      raise ValueError(f'{name}={value}: must be {what}')
-
-
-class Params(NamedTuple):
-  """What is trained; acting needs the policy alone.
-
-  Attributes:
-    policy: of `networks.policy`.
-    critic: of `networks.critic`, leaves `[2, ...]`.
-    log_temperature: float32 scalar, log alpha.
-  """
-
-  policy: Any
-  critic: Any
-  log_temperature: chex.Array
-
-
-class State(NamedTuple):
-  """What training changes, in both phases.
-
-  Attributes:
-    params: newest parameters, handed to actors.
-    target_critic: the critics' slow copy.
-    opt_state: the optimisers' states, of the parts of `params`.
-  """
-
-  params: Params
-  target_critic: Any
-  opt_state: Params
-
 
 class Networks(NamedTuple):
   """What the agent is made of.
@@ -215,7 +165,7 @@ class Networks(NamedTuple):
       as the parameters have.
     box: squashes Gaussians into the actions' bounds.
     learn: `(params, observation, action, key) -> (q [E, B], moe.Aux)`, the
-      critics with noisy gates and what their mixture tells; None without one.
+      critics with noisy gates and their mixture's losses; None without one.
   """
 
   policy: Network
@@ -294,28 +244,19 @@ def make_networks(
       do not enclose 1, where it starts.
   """
   del reduce
-  size, action, statistics = as_vectors(spec, 'atac', config.normalise)
-  policy = actor_critic.gaussian_policy(
-    size,
-    action.shape[0],
-    config.hidden_sizes,
-    min_std=config.min_std,
-    max_std=config.max_std,
-    statistics=statistics,
+  bounds = {'min_std': config.min_std, 'max_std': config.max_std}
+  policy, critic, box = actor_critic.make_networks(
+    config, spec, 'atac', **bounds
   )
-  box = actor_critic.squash(action.low, action.high)
-  sizes = config.hidden_sizes
   if not config.critic_moe.num_experts:
-    critic = actor_critic.q_ensemble(
-      size, action.low, action.high, sizes, statistics=statistics
-    )
     return Networks(policy, critic, box)
+  size, action, statistics = as_vectors(spec, 'atac', config.normalise)
   experts = config.critic_moe
-  critics = actor_critic.q_mixture(
+  critics = q_mixture(
     size,
     action.low,
     action.high,
-    sizes[0],
+    config.hidden_sizes[0],
     mixture.control(experts) if config.critic_control else experts,
     tokens=config.critic_tokens,
     statistics=statistics,
@@ -378,11 +319,11 @@ def make_phases(
   policy, the critics, their optimiser and their targets go on.
 
   Args:
-    config: see `make`, as for the others.
-    networks: see there.
-    losses: see there.
-    spec: see there.
-    reduce: see there.
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
 
   Raises:
     ValueError: see `make`; in an update of ATAC_0, a batch without first
@@ -404,78 +345,90 @@ def make_phases(
 
 def _start(config: Config, policy: Any, critic: Any) -> State:
   """Fresh optimisers, temperature and targets around two networks."""
-  temperature = jnp.asarray(config.init_temperature, jnp.float32)
-  params = Params(policy, critic, jnp.log(temperature))
-  # What Adam remembers at first does not depend on its rate.
-  return State(params, critic, Params(*map(optim.adam(0.0).init, params)))
+  temperature = actor_critic.logarithm(config.init_temperature)
+  params = Params(policy, critic, temperature)
+  # Adam's first state does not depend on its rate.
+  optimisers = Params(*3 * [optim.adam(0.0)])
+  return State(params, critic, optim.init(optimisers, params))
 
 
-def _make(
+def _sample(config: Config, networks: Networks, policy, observation, noise):
+  """Actions `[B, D]`, their log-densities `[B]` and the Gaussians."""
+  gaussian = networks.policy.apply(policy, observation)
+  action, log_prob = networks.box.sample(noise, gaussian)
+  return action, log_prob / _divisor(config, noise), gaussian
+
+
+def _divisor(config: Config, action) -> int:
+  return action.shape[-1] if config.entropy_mode == 'per_dim' else 1
+
+
+def _critic_inputs(
   config: Config,
   networks: Networks,
-  losses: Losses,
-  spec: Spec,
-  reduce: Callable[[Any], Any],
+  target_critic: Any,
+  policy: Any,
+  action: chex.Array,
+  batch: Transition,
+  noise: Noise,
   *,
   is_game: bool,
-) -> Agent:
-  """The agent of the game, or else that of the warm start."""
-  assert isinstance(spec.action, Continuous)
-  policy_net, critic_net, box, learn = networks
-  size = spec.action.shape[0]
-  target_entropy = config.target_entropy
-  if target_entropy is None:
-    target_entropy = -float(size)
-  divisor = size if config.entropy_mode == 'per_dim' else 1
+) -> tuple[Any, chex.Array]:
+  """What the critics' loss sees, and the targets' minimum `[B]`.
 
-  def init(key) -> State:
-    policy_key, critic_key = jax.random.split(key)
-    return _start(
-      config, policy_net.init(policy_key), critic_net.init(critic_key)
-    )
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    target_critic: the critics' slow copy.
+    policy: its parameters.
+    action: `[B, D]`, the policy's, with `noise.tm1`.
+    batch: `B` transitions.
+    noise: of the update.
+    is_game: whether this is the game or the warm start.
 
-  def act(params, key, timestep):
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = draw(jax.random.normal, key, gaussian.mean.shape)
-    return box.sample(noise, gaussian)[0], {}
+  Returns:
+    Observations and actions of 2 (in the game 3) pairs a row, `[2 B, ...]`,
+    pairs varying fastest: what was done, what the policy does next, and what
+    the pessimism is about.
+  """
+  sample = functools.partial(_sample, config, networks, policy)
+  a_t, _, _ = sample(batch.o_t, noise.t)
+  target_q_t = networks.critic.apply(target_critic, batch.o_t, a_t)
+  target_q_t = jnp.min(target_q_t, 0)
+  if config.value_clip is not None:
+    target_q_t = jnp.clip(target_q_t, *config.value_clip)
+  pairs = [(batch.o_tm1, batch.a_tm1), (batch.o_t, a_t)]
+  if is_game and config.pessimism == 'relative':
+    pairs.append((batch.o_tm1, action))
+  elif is_game:
+    if batch.o_0 is None:
+      raise ValueError(
+        "pessimism='initial': the batch has no first observations o_0; take "
+        "a source that draws them, or pessimism='relative'"
+      )
+    pairs.append((batch.o_0, sample(batch.o_0, noise.first)[0]))
+  # One product of three times the rows is faster than three. What belongs to
+  # a row of the batch stays together, wherever the row lies.
+  together = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
+  return jax.tree.map(together, *pairs), target_q_t
 
-  def exploit(params, key, timestep):
-    del key
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    return box.mode(gaussian), {}
 
-  def sample(policy, observation, noise):
-    gaussian = policy_net.apply(policy, observation)
-    action, log_prob = box.sample(noise, gaussian)
-    return action, log_prob / divisor, gaussian
+def make_critic_loss(
+  config: Config, networks: Networks, losses: Losses, *, is_game: bool
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """The critics' loss in the game, or else in the warm start.
 
-  def critic_inputs(target_critic, policy, action, batch, noise):
-    """What the critics' loss sees, and the targets' minimum `[B]`."""
-    a_t, _, _ = sample(policy, batch.o_t, noise.t)
-    target_q_t = jnp.min(critic_net.apply(target_critic, batch.o_t, a_t), 0)
-    if config.value_clip is not None:
-      target_q_t = jnp.clip(target_q_t, *config.value_clip)
-    pairs = [(batch.o_tm1, batch.a_tm1), (batch.o_t, a_t)]
-    if is_game and config.pessimism == 'relative':
-      pairs.append((batch.o_tm1, action))
-    elif is_game:
-      if batch.o_0 is None:
-        raise ValueError(
-          "pessimism='initial': the batch has no first observations o_0; take "
-          "a source that draws them, or pessimism='relative'"
-        )
-      pairs.append((batch.o_0, sample(policy, batch.o_0, noise.first)[0]))
-    # One product of three times the rows is faster than three. What belongs to
-    # a row of the batch stays together, wherever the row lies.
-    together = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
-    return jax.tree.map(together, *pairs), target_q_t
+  Returns:
+    `(critic, inputs, target_q_t [B], batch, key=None) -> (loss, metrics)`, the
+    key of the noise at the gates of a mixture.
+  """
 
-  def critic_loss(critic, inputs, target_q_t, batch, key=None):
+  def loss(critic, inputs, target_q_t, batch, key=None):
     rows, aux = batch.r_t.shape[0], None
-    if learn is None:
-      q = critic_net.apply(critic, *inputs)
+    if networks.learn is None:
+      q = networks.critic.apply(critic, *inputs)
     else:
-      q, aux = learn(critic, *inputs, key)
+      q, aux = networks.learn(critic, *inputs, key)
     q = q.reshape(q.shape[0], rows, -1)
     q_tm1, q_t = q[..., 0], q[..., 1]
     discount_t = config.gamma * batch.discount_t
@@ -509,87 +462,119 @@ def _make(
       metrics |= mixture.metrics(aux)
     return total, metrics | {'loss_critic': total}
 
-  def policy_loss(policy, critic, temperature, batch, noise):
-    action, log_prob, gaussian = sample(policy, batch.o_tm1, noise.tm1)
+  return loss
+
+
+def make_policy_loss(
+  config: Config, networks: Networks, losses: Losses, *, is_game: bool
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """The policy's loss in the game, or else in the warm start.
+
+  Returns:
+    `(policy, critic, temperature, batch, noise) -> (loss, metrics)`.
+  """
+
+  def loss(policy, critic, temperature, batch, noise):
+    action, log_prob, gaussian = _sample(
+      config, networks, policy, batch.o_tm1, noise.tm1
+    )
     if is_game:
-      one = actor_critic.member(critic, config.actor_critic)
-      score = critic_net.apply(one, batch.o_tm1, action)[0]
+      one = member(critic, config.actor_critic)
+      score = networks.critic.apply(one, batch.o_tm1, action)[0]
     else:
-      score = box.log_prob(gaussian, batch.a_tm1) / divisor
+      score = networks.box.log_prob(gaussian, batch.a_tm1)
+      score = score / _divisor(config, batch.a_tm1)
     total = jnp.mean(losses.policy(score, log_prob, temperature))
     name = 'policy_value' if is_game else 'log_prob'
     return total, {'loss_policy': total, name: jnp.mean(score)}
+
+  return loss
+
+
+def _make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any],
+  *,
+  is_game: bool,
+) -> Agent:
+  """The agent of the game, or else that of the warm start."""
+  target_entropy = actor_critic.target_entropy(config, spec)
+  policy_rate = config.slow_rate if is_game else config.fast_rate
+  fast = optim.adam(config.fast_rate)
+  optimisers = Params(optim.adam(policy_rate), fast, fast)
+  parts = (config, networks, losses)
+  policy_loss = make_policy_loss(*parts, is_game=is_game)
+  critic_loss = make_critic_loss(*parts, is_game=is_game)
+  sample = functools.partial(_sample, config, networks)
+  critic_inputs = functools.partial(
+    _critic_inputs, config, networks, is_game=is_game
+  )
 
   def temperature_loss(log_temperature, log_prob):
     rows = losses.temperature(log_temperature, log_prob, target_entropy)
     return jnp.mean(rows), ()
 
-  policy_rate = config.slow_rate if is_game else config.fast_rate
-  policy_step, critic_step, temperature_step = (
-    optim.minimise(loss, optim.adam(rate), reduce)
-    for loss, rate in (
-      (policy_loss, policy_rate),
-      (critic_loss, config.fast_rate),
-      (temperature_loss, config.fast_rate),
-    )
-  )
+  objectives = (policy_loss, critic_loss, temperature_loss)
+  step = optim.minimise_each(objectives, optimisers, reduce)
+
+  def init(key) -> State:
+    policy_key, critic_key = jax.random.split(key)
+    policy = networks.policy.init(policy_key)
+    return _start(config, policy, networks.critic.init(critic_key))
 
   def update(state: State, batch: Transition, key) -> tuple[State, Info]:
     noise = draw_noise(key, batch.a_tm1)
-    params, opt_state = state.params, state.opt_state
-    action, log_prob, _ = sample(params.policy, batch.o_tm1, noise.tm1)
+    old, opt = state.params, state.opt_state
+    action, log_prob, _ = sample(old.policy, batch.o_tm1, noise.tm1)
     inputs, target_q_t = critic_inputs(
-      state.target_critic, params.policy, action, batch, noise
+      state.target_critic, old.policy, action, batch, noise
     )
-    critic, critic_opt, critic_info, critic_norm = critic_step(
-      params.critic,
-      opt_state.critic,
-      inputs,
-      target_q_t,
-      batch,
-      mixture.gate_key(key),
+    gate_key = mixture.gate_key(key)
+    critic = step.critic(
+      old.critic, opt.critic, inputs, target_q_t, batch, gate_key
     )
-    kernel_norm = _kernel_norm(critic)
-    critic = optim.project_kernels(critic, config.radius, stacked=True)
-    log_temperature, temperature_opt, _, _ = temperature_step(
-      params.log_temperature, opt_state.log_temperature, log_prob
+    # Of the critics before the projection: above the radius where it binds.
+    kernel_norm = _kernel_norm(critic.params)
+    projected = optim.project_kernels(
+      critic.params, config.radius, stacked=True
     )
-    temperature = jnp.exp(log_temperature)
-    policy, policy_opt, policy_info, policy_norm = policy_step(
-      params.policy, opt_state.policy, critic, temperature, batch, noise
+    critic = critic._replace(params=projected)
+    temperature = step.log_temperature(
+      old.log_temperature, opt.log_temperature, log_prob
+    )
+    alpha = jnp.exp(temperature.params)
+    policy = step.policy(
+      old.policy, opt.policy, critic.params, alpha, batch, noise
     )
     metrics = {
-      **critic_info,
-      **policy_info,
+      **critic.aux,
+      **policy.aux,
+      **optim.norms(critic=critic, policy=policy),
       'entropy': -jnp.mean(log_prob),
-      'temperature': temperature,
-      'gradient_norm_critic': critic_norm,
-      'gradient_norm_policy': policy_norm,
-      # Of the critics before the projection: above the radius where it binds.
+      'temperature': alpha,
       'kernel_norm': kernel_norm,
     }
-    state = State(
-      Params(policy, critic, log_temperature),
-      optim.track(critic, state.target_critic, config.target_rate),
-      Params(policy_opt, critic_opt, temperature_opt),
-    )
+    stepped = Params(policy, critic, temperature)
+    state = actor_critic.advance(state, stepped, config.target_rate)
     return state, Info(reduce(metrics))
 
   def evaluate(params, batch, key):
     # The critics are their own targets here: the slow copy is not at hand.
     noise = draw_noise(key, batch.a_tm1)
-    action, log_prob, _ = sample(params.policy, batch.o_tm1, noise.tm1)
-    inputs, target_q_t = critic_inputs(
-      params.critic, params.policy, action, batch, noise
-    )
-    _, critic_info = critic_loss(params.critic, inputs, target_q_t, batch)
-    temperature = jnp.exp(params.log_temperature)
+    policy, critic, log_temperature = params
+    action, log_prob, _ = sample(policy, batch.o_tm1, noise.tm1)
+    inputs, target_q_t = critic_inputs(critic, policy, action, batch, noise)
+    _, critic_info = critic_loss(critic, inputs, target_q_t, batch)
     _, policy_info = policy_loss(
-      params.policy, params.critic, temperature, batch, noise
+      policy, critic, jnp.exp(log_temperature), batch, noise
     )
     entropy = -jnp.mean(log_prob)
     return critic_info | policy_info | {'entropy': entropy}
 
+  act, exploit = actor_critic.acting(networks.policy, networks.box)
   return Agent(init, act, update, evaluate=evaluate, exploit=exploit)
 
 

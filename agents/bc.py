@@ -3,7 +3,7 @@
   likelihood:  L = mean -log pi(a|s)
   squared:     L = mean (tanh(mean(s)) - a)^2
 
-over the actions of a data set, which both see scaled to the unit box. With
+over the actions of a data set, scaled to the unit box. With
 `min_entropy` the likelihood is raised among the policies of at least that
 entropy, as in ATAC's warm start (Cheng et al. 2022, official code):
 
@@ -15,7 +15,6 @@ without such a floor has no bound where a data set's policy is deterministic.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -23,18 +22,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import optim, ranges
-from agents.core.types import (
-  Agent,
-  Info,
-  Spec,
-  Transition,
-  as_vectors,
-)
-from networks import actor_critic
-from networks.actor_critic import Squash
+from agents.core import actor_critic, optim, ranges
+from agents.core.types import Agent, Info, Spec, Transition, as_vectors
+from networks.actor_critic import Squash, gaussian_policy, squash
 from networks.mlp import Network
-from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +55,15 @@ class Config:
 
   def __post_init__(self):
     ranges.at_least(self, 1, 'hidden_sizes')
-    if self.loss not in ('likelihood', 'squared'):
-      raise ValueError(f'loss={self.loss}: must be likelihood or squared')
-    for name in ('policy_rate', 'temperature_rate'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-        raise ValueError(f'{name}={value}: must be 0 or more')
-    value = self.init_temperature
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
-      raise ValueError(f'init_temperature={value}: must be above 0')
-    value = self.min_entropy
-    if value is not None and self.loss == 'squared':
+    ranges.one_of(self, 'loss')
+    ranges.at_least(self, 0, 'policy_rate', 'temperature_rate')
+    ranges.above(self, 0, 'init_temperature')
+    if self.min_entropy is not None and self.loss == 'squared':
       raise ValueError(
-        f'min_entropy={value}: must be None where loss=squared, whose policy '
-        'is deterministic'
+        f'min_entropy={self.min_entropy}: must be None where loss=squared, '
+        'whose policy is deterministic'
       )
-    if isinstance(value, (int, float)) and not math.isfinite(value):
-      raise ValueError(f'min_entropy={value}: must be finite')
+    ranges.finite(self, 'min_entropy')
 
 
 class Params(NamedTuple):
@@ -123,8 +106,8 @@ class Losses(NamedTuple):
   """The terms, each of `[B]` rows; replace one with `losses._replace`.
 
   Attributes:
-    likelihood: `(log_prob of what was done) -> [B]`.
-    squared: `(action [B, D], what was done [B, D]) -> [B]`, in the unit box.
+    likelihood: `(log_prob of the recorded action) -> [B]`.
+    squared: `(action [B, D], recorded action [B, D]) -> [B]`, in the unit box.
     temperature: `(log_temperature, log_prob of a draw, min_entropy) -> [B]`.
   """
 
@@ -146,7 +129,7 @@ def make_networks(
   """
   del reduce
   size, action, statistics = as_vectors(spec, 'bc', config.normalise)
-  policy = actor_critic.gaussian_policy(
+  policy = gaussian_policy(
     size,
     action.shape[0],
     config.hidden_sizes,
@@ -154,7 +137,7 @@ def make_networks(
     norm='layer' if config.layer_norm else 'none',
     statistics=statistics,
   )
-  return Networks(policy, actor_critic.squash(action.low, action.high))
+  return Networks(policy, squash(action.low, action.high))
 
 
 def make_losses() -> Losses:
@@ -170,6 +153,45 @@ def make_losses() -> Losses:
     return log_temperature * (-log_prob - min_entropy)
 
   return Losses(likelihood, squared, temperature)
+
+
+def make_objectives(
+  config: Config, networks: Networks, losses: Losses
+) -> tuple[Callable, Callable]:
+  """What the parts minimise, each differentiated in its first argument.
+
+  Returns:
+    `(policy, log_temperature, batch, noise [B, D])` and
+    `(log_temperature, policy, batch, noise [B, D])`, each `-> (loss, metrics)`.
+  """
+  network, box = networks
+
+  def policy_loss(policy, log_temperature, batch, noise):
+    gaussian = network.apply(policy, batch.o_tm1)
+    unit = box.to_unit(box.mode(gaussian))
+    error = jnp.mean(losses.squared(unit, box.to_unit(batch.a_tm1)))
+    metrics = {'squared_error': error}
+    if config.loss == 'squared':
+      return error, metrics | {'loss_policy': error}
+    log_prob = box.log_prob(gaussian, batch.a_tm1)
+    total = jnp.mean(losses.likelihood(log_prob))
+    _, drawn = box.sample(noise, gaussian)
+    metrics |= {'log_likelihood': jnp.mean(log_prob)}
+    metrics |= {'entropy': -jnp.mean(drawn)}
+    if config.min_entropy is not None:
+      temperature = jnp.exp(log_temperature)
+      total = total + temperature * jnp.mean(drawn)
+      # As ATAC's sums: the larger weight is 1, which keeps the step's size.
+      total = total / jnp.maximum(temperature, 1.0)
+      metrics |= {'temperature': temperature}
+    return total, metrics | {'loss_policy': total}
+
+  def temperature_loss(log_temperature, policy, batch, noise):
+    _, drawn = box.sample(noise, network.apply(policy, batch.o_tm1))
+    rows = losses.temperature(log_temperature, drawn, config.min_entropy)
+    return jnp.mean(rows), {}
+
+  return policy_loss, temperature_loss
 
 
 def make(
@@ -195,72 +217,28 @@ def make(
   """
   del spec
   network, box = networks
-  policy_optimiser = optim.adam(config.policy_rate)
-  temperature_optimiser = optim.adam(config.temperature_rate)
-  is_deterministic = config.loss == 'squared'
-  has_floor = config.min_entropy is not None
+  optimisers = Params(
+    optim.adam(config.policy_rate), optim.adam(config.temperature_rate)
+  )
+  objectives = make_objectives(config, networks, losses)
+  step = optim.minimise_each(objectives, optimisers, reduce)
+  act, exploit = actor_critic.acting(network, box)
 
   def init(key) -> State:
-    params = Params(
-      network.init(key),
-      jnp.log(jnp.asarray(config.init_temperature, jnp.float32)),
-    )
-    opt_state = Params(
-      policy_optimiser.init(params.policy),
-      temperature_optimiser.init(params.log_temperature),
-    )
-    return State(params, opt_state)
-
-  def exploit(params, key, timestep):
-    del key
-    return box.mode(network.apply(params.policy, timestep.observation)), {}
-
-  def act(params, key, timestep):
-    gaussian = network.apply(params.policy, timestep.observation)
-    noise = draw(jax.random.normal, key, gaussian.mean.shape)
-    action, _ = box.sample(noise, gaussian)
-    return action, {}
-
-  def policy_loss(policy, log_temperature, batch, noise):
-    gaussian = network.apply(policy, batch.o_tm1)
-    unit = box.to_unit(box.mode(gaussian))
-    error = jnp.mean(losses.squared(unit, box.to_unit(batch.a_tm1)))
-    metrics = {'squared_error': error}
-    if is_deterministic:
-      return error, metrics | {'loss_policy': error}
-    log_prob = box.log_prob(gaussian, batch.a_tm1)
-    total = jnp.mean(losses.likelihood(log_prob))
-    _, drawn = box.sample(noise, gaussian)
-    metrics |= {'log_likelihood': jnp.mean(log_prob)}
-    metrics |= {'entropy': -jnp.mean(drawn)}
-    if has_floor:
-      temperature = jnp.exp(log_temperature)
-      total = total + temperature * jnp.mean(drawn)
-      # As ATAC's sums: what leads keeps weight 1, and steps their size.
-      total = total / jnp.maximum(temperature, 1.0)
-      metrics |= {'temperature': temperature}
-    return total, metrics | {'loss_policy': total}
-
-  def temperature_loss(log_temperature, policy, batch, noise):
-    _, drawn = box.sample(noise, network.apply(policy, batch.o_tm1))
-    rows = losses.temperature(log_temperature, drawn, config.min_entropy)
-    return jnp.mean(rows), {}
-
-  policy_step = optim.minimise(policy_loss, policy_optimiser, reduce)
-  temperature_step = optim.minimise(
-    temperature_loss, temperature_optimiser, reduce
-  )
+    log_temperature = actor_critic.logarithm(config.init_temperature)
+    params = Params(network.init(key), log_temperature)
+    return State(params, optim.init(optimisers, params))
 
   def update(state: State, batch: Transition, key) -> tuple[State, Info]:
     noise = jax.random.normal(key, batch.a_tm1.shape)
-    (policy, log_temperature), opt_state = state.params, state.opt_state
-    temperature_opt = opt_state.log_temperature
-    if has_floor:
-      log_temperature, temperature_opt, _, _ = temperature_step(
+    (policy, log_temperature), opt = state.params, state.opt_state
+    temperature_opt = opt.log_temperature
+    if config.min_entropy is not None:
+      log_temperature, temperature_opt, _, _ = step.log_temperature(
         log_temperature, temperature_opt, policy, batch, noise
       )
-    policy, policy_opt, metrics, norm = policy_step(
-      policy, opt_state.policy, log_temperature, batch, noise
+    policy, policy_opt, metrics, norm = step.policy(
+      policy, opt.policy, log_temperature, batch, noise
     )
     metrics = reduce(metrics | {'gradient_norm': norm})
     params = Params(policy, log_temperature)
@@ -268,15 +246,12 @@ def make(
 
   def evaluate(params, batch, key):
     noise = jax.random.normal(key, batch.a_tm1.shape)
-    _, metrics = policy_loss(
-      params.policy, params.log_temperature, batch, noise
-    )
-    return metrics
+    return objectives[0](*params, batch, noise)[1]
 
   return Agent(
     init=init,
     # The deviations of a deterministic policy are never trained.
-    act=exploit if is_deterministic else act,
+    act=exploit if config.loss == 'squared' else act,
     update=update,
     evaluate=evaluate,
     exploit=exploit,

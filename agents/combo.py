@@ -18,7 +18,7 @@ Departures and choices:
 * What is pushed down is CQL's soft maximum at the states (the paper's Appendix
   B and the public codes) and not the policy's own value (equation 2's text).
 * Kinds are weighted by f and 1 - f, however many rows of each a batch has.
-* A rollout that ends begins anew where it had begun: all its rows are valid.
+* A rollout that ends starts again at its first state: all its rows are valid.
 * The paper picks w, h and the states by the regulariser's value; here they are
   settings, their defaults those of most of its tasks.
 """
@@ -32,8 +32,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import conservative, dynamics, optim, ranges, rollout
-from agents.core import losses as terms
+from agents.core import (
+  actor_critic,
+  conservative,
+  dynamics,
+  optim,
+  ranges,
+  rollout,
+)
+from agents.core.actor_critic import State
+from agents.core.conservative import Losses
 from agents.core.rollout import ModelParams
 from agents.core.types import (
   Agent,
@@ -43,13 +51,11 @@ from agents.core.types import (
   Phase,
   Spec,
   Transition,
-  as_vectors,
 )
-from networks import actions, actor_critic
+from networks import actions
 from networks.actor_critic import Squash
 from networks.ensemble import Ensemble
 from networks.mlp import Network
-from search.rows import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +75,11 @@ class Config:
     target_entropy: in nats over the unit box; None for -D.
     deterministic_backup: whether targets leave out the entropy.
     penalty: w, the weight of the penalty.
-    num_samples: actions of each kind that the penalty looks at.
+    num_samples: actions of each kind in the penalty.
     penalty_states: where values are pushed down: states of both kinds
       (`mixed`) or the model's alone.
     real_fraction: f, the share of real transitions.
-    rollouts: whose actions the model is asked for: the policy's, or uniform.
+    rollouts: the actions of rollouts: the policy's, or uniform.
     rollout_length: h.
     rollout_batch: rollouts that begin at each update.
     model_capacity: imagined transitions that are kept; a multiple of
@@ -105,34 +111,12 @@ class Config:
   model: dynamics.Config = dataclasses.field(default_factory=dynamics.Config)
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'hidden_sizes')
+    actor_critic.check_soft(self)
     counts = ('num_samples', 'rollout_length', 'rollout_batch')
-    for name in (*counts, 'model_capacity', 'model_updates'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)}: must be 1 or more')
-    for name, known in (
-      ('penalty_states', ('mixed', 'model')),
-      ('rollouts', ('policy', 'uniform')),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'{name}={getattr(self, name)!r}: must be {known[0]} or {known[1]}'
-        )
-    for name in ('gamma', 'target_rate', 'real_fraction'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
-    rates = ('policy_rate', 'critic_rate', 'temperature_rate')
-    for name in (*rates, 'penalty'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-        raise ValueError(f'{name}={value}: must be 0 or more')
-    value = self.init_temperature
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
-      raise ValueError(f'init_temperature={value}: must be above 0')
-    value = self.target_entropy
-    if isinstance(value, (int, float)) and not math.isfinite(value):
-      raise ValueError(f'target_entropy={value}: must be finite')
+    ranges.at_least(self, 1, *counts, 'model_capacity', 'model_updates')
+    ranges.one_of(self, 'penalty_states', 'rollouts')
+    ranges.within(self, 0, 1, 'real_fraction')
+    ranges.at_least(self, 0, 'penalty')
 
 
 class Params(NamedTuple):
@@ -149,28 +133,6 @@ class Params(NamedTuple):
   critic: Any
   log_temperature: chex.Array
   model: ModelParams
-
-
-class OptState(NamedTuple):
-  """The optimisers' states, of the parts of `Params` that are trained."""
-
-  policy: Any
-  critic: Any
-  log_temperature: Any
-
-
-class State(NamedTuple):
-  """What training changes.
-
-  Attributes:
-    params: newest parameters, handed to actors.
-    target_critic: the critics' slow copy.
-    opt_state: the optimisers' states.
-  """
-
-  params: Params
-  target_critic: Any
-  opt_state: OptState
 
 
 class ModelPhase(NamedTuple):
@@ -206,23 +168,6 @@ class Networks(NamedTuple):
   model: Ensemble
 
 
-class Losses(NamedTuple):
-  """The terms, each of `[B]` rows; replace one with `losses._replace`.
-
-  Attributes:
-    critic: `(q_tm1, r_t, discount_t, target_v_t) -> [B]` of one critic.
-    soft_maximum: `(q [B, S], log_densities [B, S]) -> [B]` of one critic, what
-      the penalty pushes down.
-    policy: `(log_prob, q, temperature) -> [B]`, `q` the least of the critics'.
-    temperature: `(log_temperature, log_prob, target_entropy) -> [B]`.
-  """
-
-  critic: Callable[..., chex.Array]
-  soft_maximum: Callable[..., chex.Array]
-  policy: Callable[..., chex.Array]
-  temperature: Callable[..., chex.Array]
-
-
 def make_networks(
   config: Config,
   spec: Spec,
@@ -235,40 +180,45 @@ def make_networks(
       statistics are wanted that the spec has not.
   """
   del reduce
-  size, action, statistics = as_vectors(spec, 'combo', config.normalise)
-  policy = actor_critic.gaussian_policy(
-    size, action.shape[0], config.hidden_sizes, statistics=statistics
-  )
-  critic = actor_critic.q_ensemble(
-    size,
-    action.low,
-    action.high,
-    config.hidden_sizes,
-    norm='layer' if config.layer_norm else 'none',
-    statistics=statistics,
-  )
-  return Networks(
-    policy,
-    critic,
-    actor_critic.squash(action.low, action.high),
-    dynamics.make_networks(config.model, spec),
-  )
+  parts = actor_critic.make_networks(config, spec, 'combo')
+  return Networks(*parts, dynamics.make_networks(config.model, spec))
 
 
-def make_losses() -> Losses:
-  """The terms of the module's docstring."""
+make_losses = conservative.make_losses
 
-  def critic(q_tm1, r_t, discount_t, target_v_t):
-    target = jax.lax.stop_gradient(r_t + discount_t * target_v_t)
-    return jnp.square(q_tm1 - target)
 
-  def policy(log_prob, q, temperature):
-    return temperature * log_prob - q
+def make_critic_loss(
+  config: Config, networks: Networks, losses: Losses
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """J_Q.
 
-  def temperature(log_temperature, log_prob, target_entropy):
-    return -jnp.exp(log_temperature) * (log_prob + target_entropy)
+  Returns:
+    `(critic, target_critic, params, rows, weights, noise) -> (loss, metrics)`,
+    rows and weights as `join` returns them.
+  """
 
-  return Losses(critic, conservative.soft_maximum, policy, temperature)
+  def loss(critic, target_critic, params: Params, rows, weights, noise):
+    errors = conservative.critic_errors(
+      config, networks, losses, critic, target_critic, params, rows, noise
+    )
+    mean = lambda x, weight: jnp.sum(
+      x * jnp.broadcast_to(weight[None], x.shape), -1
+    )
+    real = mean(errors.q, weights.real)
+    gap = mean(errors.high, weights.states) - real
+    bellman = jnp.sum(mean(errors.squares, weights.rows))
+    total = bellman + config.penalty * jnp.sum(gap)
+    metrics = {
+      'loss_critic': total,
+      'loss_bellman': bellman,
+      'gap': jnp.mean(gap),
+      'value': jnp.mean(real),
+      'value_model': jnp.mean(mean(errors.q, weights.model)),
+      'value_target': jnp.sum(errors.target * weights.rows),
+    }
+    return total, metrics
+
+  return loss
 
 
 def make(
@@ -294,148 +244,56 @@ def make(
     `Params`: the ensemble, with the policy for a prior and the critics' least
     value.
   """
-  assert isinstance(spec.action, Continuous)
-  policy_net, critic_net, box, ensemble = networks
-  target_entropy = config.target_entropy
-  if target_entropy is None:
-    target_entropy = -float(spec.action.shape[0])
-  policy_opt = optim.adam(config.policy_rate)
-  critic_opt = optim.adam(config.critic_rate)
-  temperature_opt = optim.adam(config.temperature_rate)
+  optimisers = actor_critic.make_optimisers(config)
+  parts = (config, networks, losses)
+  critic_loss = make_critic_loss(*parts)
+  objectives = actor_critic.make_objectives(*parts, spec, critic_loss)
+  step = optim.minimise_each(objectives, optimisers, reduce)
 
   def init(key) -> State:
-    policy_key, critic_key = jax.random.split(key)
-    model = ensemble.init(jax.random.fold_in(key, 2))
+    learned = actor_critic.init(config, networks, key)
+    model = networks.model.init(jax.random.fold_in(key, 2))
     elites = jnp.arange(config.model.elites, dtype=jnp.int32)
-    params = Params(
-      policy_net.init(policy_key),
-      critic_net.init(critic_key),
-      jnp.log(jnp.asarray(config.init_temperature, jnp.float32)),
-      ModelParams(model, elites),
-    )
-    opt_state = OptState(
-      policy_opt.init(params.policy),
-      critic_opt.init(params.critic),
-      temperature_opt.init(params.log_temperature),
-    )
-    return State(params, params.critic, opt_state)
-
-  def act(params, key, timestep):
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = draw(jax.random.normal, key, gaussian.mean.shape)
-    action, _ = box.sample(noise, gaussian)
-    return action, {}
-
-  def exploit(params, key, timestep):
-    del key
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    return box.mode(gaussian), {}
-
-  def critic_loss(critic, target_critic, params: Params, rows, weights, noise):
-    gaussian_tm1 = policy_net.apply(params.policy, rows.o_tm1)
-    gaussian_t = policy_net.apply(params.policy, rows.o_t)
-    action, log_prob = box.sample(noise.t, gaussian_t)
-    target_v = jnp.min(critic_net.apply(target_critic, rows.o_t, action), 0)
-    if not config.deterministic_backup:
-      target_v += -jnp.exp(params.log_temperature) * log_prob
-    q = critic_net.apply(critic, rows.o_tm1, rows.a_tm1)
-    discount = config.gamma * rows.discount_t
-    squares = jax.vmap(
-      lambda q: losses.critic(q, rows.r_t, discount, target_v)
-    )(q)
-    drawn, densities = conservative.candidates(
-      box, gaussian_tm1, gaussian_t, noise
-    )
-    every = conservative.q_values(critic_net.apply, critic, rows.o_tm1, drawn)
-    high = jax.vmap(lambda q: losses.soft_maximum(q, densities))(every)
-    mean = lambda x, weight: jnp.sum(
-      x * jnp.broadcast_to(weight[None], x.shape), -1
-    )
-    gap = mean(high, weights.states) - mean(q, weights.real)
-    bellman = jnp.sum(mean(squares, weights.rows))
-    total = bellman + config.penalty * jnp.sum(gap)
-    metrics = {
-      'loss_critic': total,
-      'loss_bellman': bellman,
-      'gap': jnp.mean(gap),
-      'value': jnp.mean(mean(q, weights.real)),
-      'value_model': jnp.mean(mean(q, weights.model)),
-      'value_target': jnp.sum((rows.r_t + discount * target_v) * weights.rows),
-    }
-    return total, metrics
-
-  def policy_loss(policy, critic, temperature, rows, weights, noise):
-    gaussian = policy_net.apply(policy, rows.o_tm1)
-    action, log_prob = box.sample(noise, gaussian)
-    q = terms.lowest(critic_net.apply(critic, rows.o_tm1, action))
-    total = jnp.sum(losses.policy(log_prob, q, temperature) * weights.rows)
-    entropy = -jnp.sum(log_prob * weights.rows)
-    return total, ({'loss_policy': total, 'entropy': entropy}, log_prob)
-
-  def temperature_loss(log_temperature, log_prob, weights):
-    each = losses.temperature(log_temperature, log_prob, target_entropy)
-    total = jnp.sum(each * weights.rows)
-    return total, {'loss_temperature': total}
-
-  critic_step = optim.minimise(critic_loss, critic_opt, reduce)
-  policy_step = optim.minimise(policy_loss, policy_opt, reduce)
-  temperature_step = optim.minimise(temperature_loss, temperature_opt, reduce)
+    params = Params(*learned, ModelParams(model, elites))
+    return State(params, params.critic, optim.init(optimisers, params))
 
   def update(state: State, batch: Mixed, key) -> tuple[State, Info]:
     rows, weights = join(config, batch)
     noise = conservative.draw_noise(key, rows.a_tm1, config.num_samples)
-    old, opt = state.params, state.opt_state
-    temperature = jnp.exp(old.log_temperature)
-    critic, critic_state, critic_info, critic_norm = critic_step(
-      old.critic, opt.critic, state.target_critic, old, rows, weights, noise
+    old = state.params
+    seen = (state.target_critic, old, rows, weights, noise)
+    critic = step.critic(old.critic, state.opt_state.critic, *seen)
+    soft = (rows.o_tm1, noise.tm1, weights.rows)
+    policy, temperature, metrics = actor_critic.soft_steps(
+      step, state, critic, *soft
     )
-    policy, policy_state, (policy_info, log_prob), policy_norm = policy_step(
-      old.policy, opt.policy, critic, temperature, rows, weights, noise.tm1
-    )
-    log_temperature, temperature_state, temperature_info, _ = temperature_step(
-      old.log_temperature, opt.log_temperature, log_prob, weights
-    )
-    metrics = {
-      **critic_info,
-      **policy_info,
-      **temperature_info,
-      'temperature': temperature,
-      'gradient_norm_critic': critic_norm,
-      'gradient_norm_policy': policy_norm,
-    }
-    state = State(
-      Params(policy, critic, log_temperature, old.model),
-      optim.track(critic, state.target_critic, config.target_rate),
-      OptState(policy_state, critic_state, temperature_state),
-    )
-    return state, Info(reduce(metrics))
+    stepped = actor_critic.Params(policy, critic, temperature)
+    new = actor_critic.advance(state, stepped, config.target_rate)
+    params = old._replace(**new.params._asdict())
+    return new._replace(params=params), Info(reduce(metrics))
 
   def evaluate(params, batch, key):
     # The critics are their own targets here, and a real batch is all there is.
     batch = batch if isinstance(batch, Mixed) else Mixed(batch, batch)
     rows, weights = join(config, batch)
     noise = conservative.draw_noise(key, rows.a_tm1, config.num_samples)
-    temperature = jnp.exp(params.log_temperature)
+    alpha = jnp.exp(params.log_temperature)
     _, critic_info = critic_loss(
       params.critic, params.critic, params, rows, weights, noise
     )
-    _, (policy_info, _) = policy_loss(
-      params.policy, params.critic, temperature, rows, weights, noise.tm1
-    )
+    seen = (params.critic, alpha, rows.o_tm1, noise.tm1, weights.rows)
+    _, (policy_info, _) = objectives.policy(params.policy, *seen)
     return critic_info | policy_info
 
+  act, exploit = actor_critic.acting(networks.policy, networks.box)
+  model = make_model(config, networks, spec)
   return Agent(
-    init,
-    act,
-    update,
-    model=make_model(config, networks, spec),
-    evaluate=evaluate,
-    exploit=exploit,
+    init, act, update, model=model, evaluate=evaluate, exploit=exploit
   )
 
 
 class Weights(NamedTuple):
-  """What each row counts in a loss; each sums to 1 (or to 0).
+  """Weights of rows in a loss; each sums to 1 (or to 0).
 
   Attributes:
     rows: float32 `[B]`, in what is learned from both kinds.
@@ -488,7 +346,7 @@ def make_imagine(
 
   Returns:
     `(state, observation [M, ...], key) -> Transition` of `[h M]` rows, all of
-    them valid: see `rollout.imagine`.
+    them valid, as `rollout.imagine` returns them.
   """
 
   def imagine(state: State, observation, key) -> Transition:
@@ -562,11 +420,11 @@ def make_phases(
   optimiser is dropped. In the second batches are `Mixed`.
 
   Args:
-    config: see `make`, as for the others.
-    networks: see there.
-    losses: see there.
-    spec: see there.
-    reduce: see there.
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
   """
   agent = make(config, networks, losses, spec, reduce)
   learner = dynamics.make(

@@ -1,7 +1,7 @@
 """CQL: conservative Q-learning, SAC on a data set with a pessimistic critic.
 
 SAC's critics with a penalty that pushes down a soft maximum over all actions
-and pushes up what the data did (Kumar et al. 2020, equation 4, CQL(H)):
+and pushes up the data's (Kumar et al. 2020, equation 4, CQL(H)):
 
   J_Q = sum_i mean (q_i(s, a) - y)^2
         + w mean [log int exp q_i(s, .) - q_i(s, a)]
@@ -14,15 +14,15 @@ With a threshold tau the weight w is a Lagrange multiplier (equation 30):
   J_w = -w mean_i [log int exp q_i(s, .) - q_i(s, a) - tau]
 
 Policy and temperature are SAC's. In this order: critics, multiplier (with the
-critics before their step), policy, temperature; each with what the step before
-it made.
+critics before their step), policy, temperature; each with the results of the
+step before it.
 
 Departures and choices:
 
 * No factor 1/2 in the squared error, as in the official code.
 * The soft maximum is the integral itself; the official code leaves out the
-  division by 3n and so means `tau - log 3n` by a threshold tau of ours. The
-  multiplier's gap is not multiplied by `penalty`: that is where it starts.
+  division by 3n, so that a threshold tau of ours is `tau + log 3n` there. The
+  multiplier's gap is not multiplied by `penalty`, the multiplier's start.
 * The critics step first, as in our SAC: the official code steps the policy
   first. It also imitates the data for the first 40,000 policy updates, which
   is left out.
@@ -36,23 +36,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 
-from agents.core import conservative, optim, ranges
-from agents.core import losses as terms
-from agents.core.types import (
-  Agent,
-  Continuous,
-  Info,
-  Spec,
-  Transition,
-  as_vectors,
-)
-from networks import actor_critic
-from networks.actor_critic import Squash
-from networks.mlp import Network
-from search.rows import draw
+from agents.core import actor_critic, conservative, optim, ranges
+from agents.core.actor_critic import Networks, State
+from agents.core.conservative import Losses
+from agents.core.types import Agent, Info, Spec, Transition
 
 # Beyond it the official code holds the multiplier.
 _MAX_LOG_MULTIPLIER = math.log(1e6)
@@ -75,8 +64,8 @@ class Config:
     target_entropy: in nats over the unit box; None for -D.
     deterministic_backup: whether targets leave out the entropy.
     penalty: w, the weight of the penalty; where it starts if it is learned.
-    num_samples: n, actions of each kind that the penalty looks at.
-    gap_target: tau, what the gap may be before w grows; None for a fixed w.
+    num_samples: n, actions of each kind in the penalty.
+    gap_target: tau, the gap above which w grows; None for a fixed w.
     multiplier_rate: of w's logarithm.
   """
 
@@ -97,27 +86,11 @@ class Config:
   multiplier_rate: float = 3e-4
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'hidden_sizes')
-    if self.num_samples < 1:
-      raise ValueError(f'num_samples={self.num_samples}: must be 1 or more')
-    for name in ('gamma', 'target_rate'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
-    rates = ('policy_rate', 'critic_rate', 'temperature_rate')
-    for name in (*rates, 'multiplier_rate', 'penalty'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-        raise ValueError(f'{name}={value}: must be 0 or more')
-    value = self.init_temperature
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
-      raise ValueError(f'init_temperature={value}: must be above 0')
-    for name in ('target_entropy', 'gap_target'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not math.isfinite(value):
-        raise ValueError(f'{name}={value}: must be finite')
-    value = self.penalty
-    is_zero = isinstance(value, (int, float)) and value == 0
+    actor_critic.check_soft(self)
+    ranges.at_least(self, 1, 'num_samples')
+    ranges.at_least(self, 0, 'multiplier_rate', 'penalty')
+    ranges.finite(self, 'gap_target')
+    is_zero = isinstance(self.penalty, int | float) and self.penalty == 0
     if self.gap_target is not None and is_zero:
       raise ValueError('penalty=0: must be above 0 where gap_target is set')
 
@@ -138,51 +111,6 @@ class Params(NamedTuple):
   log_multiplier: chex.Array | None
 
 
-class State(NamedTuple):
-  """What training changes.
-
-  Attributes:
-    params: newest parameters, handed to actors.
-    target_critic: the critics' slow copy.
-    opt_state: the optimisers' states, of the parts of `params`.
-  """
-
-  params: Params
-  target_critic: Any
-  opt_state: Params
-
-
-class Networks(NamedTuple):
-  """What the agent is made of.
-
-  Attributes:
-    policy: `apply(params, observation) -> Gaussian` of `[B, D]`.
-    critic: `apply(params, observation, action) -> float32 [2, B]`.
-    box: squashes Gaussians into the actions' bounds.
-  """
-
-  policy: Network
-  critic: Network
-  box: Squash
-
-
-class Losses(NamedTuple):
-  """The terms, each of `[B]` rows; replace one with `losses._replace`.
-
-  Attributes:
-    critic: `(q_tm1, r_t, discount_t, target_v_t) -> [B]` of one critic.
-    soft_maximum: `(q [B, S], log_densities [B, S]) -> [B]` of one critic, what
-      the penalty pushes down.
-    policy: `(log_prob, q, temperature) -> [B]`, `q` the least of the critics'.
-    temperature: `(log_temperature, log_prob, target_entropy) -> [B]`.
-  """
-
-  critic: Callable[..., chex.Array]
-  soft_maximum: Callable[..., chex.Array]
-  policy: Callable[..., chex.Array]
-  temperature: Callable[..., chex.Array]
-
-
 def make_networks(
   config: Config,
   spec: Spec,
@@ -195,35 +123,50 @@ def make_networks(
       statistics are wanted that the spec has not.
   """
   del reduce
-  size, action, statistics = as_vectors(spec, 'cql', config.normalise)
-  policy = actor_critic.gaussian_policy(
-    size, action.shape[0], config.hidden_sizes, statistics=statistics
-  )
-  critic = actor_critic.q_ensemble(
-    size,
-    action.low,
-    action.high,
-    config.hidden_sizes,
-    norm='layer' if config.layer_norm else 'none',
-    statistics=statistics,
-  )
-  return Networks(policy, critic, actor_critic.squash(action.low, action.high))
+  return actor_critic.make_networks(config, spec, 'cql')
 
 
-def make_losses() -> Losses:
-  """The terms of the module's docstring."""
+make_losses = conservative.make_losses
 
-  def critic(q_tm1, r_t, discount_t, target_v_t):
-    target = jax.lax.stop_gradient(r_t + discount_t * target_v_t)
-    return jnp.square(q_tm1 - target)
 
-  def policy(log_prob, q, temperature):
-    return temperature * log_prob - q
+def multiplier(config: Config, log_multiplier: chex.Array | None) -> Any:
+  """w, a float32 scalar, by its logarithm; `config.penalty` where it is fixed.
 
-  def temperature(log_temperature, log_prob, target_entropy):
-    return -jnp.exp(log_temperature) * (log_prob + target_entropy)
+  Args:
+    config: hyper-parameters.
+    log_multiplier: float32 scalar; None where w is not learned.
+  """
+  if log_multiplier is None:
+    return config.penalty
+  return jnp.exp(jnp.minimum(log_multiplier, _MAX_LOG_MULTIPLIER))
 
-  return Losses(critic, conservative.soft_maximum, policy, temperature)
+
+def make_critic_loss(
+  config: Config, networks: Networks, losses: Losses
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """J_Q.
+
+  Returns:
+    `(critic, target_critic, params, batch, noise) -> (loss, metrics)`.
+  """
+  parts = (config, networks, losses)
+
+  def loss(critic, target_critic, params: Params, batch, noise):
+    found = conservative.critic_errors(
+      *parts, critic, target_critic, params, batch, noise
+    )
+    gap = jnp.mean(found.high - found.q, -1)
+    bellman = jnp.sum(jnp.mean(found.squares, -1))
+    total = bellman + multiplier(config, params.log_multiplier) * jnp.sum(gap)
+    return total, {
+      'loss_critic': total,
+      'loss_bellman': bellman,
+      'gap': jnp.mean(gap),
+      'value': jnp.mean(found.q),
+      'value_target': jnp.mean(found.target),
+    }
+
+  return loss
 
 
 def make(
@@ -246,146 +189,61 @@ def make(
     An `Agent` whose batches are `Transition`s. The random numbers of an update
     are `conservative.draw_noise(key, batch.a_tm1, config.num_samples)`.
   """
-  assert isinstance(spec.action, Continuous)
-  policy_net, critic_net, box = networks
-  target_entropy = config.target_entropy
-  if target_entropy is None:
-    target_entropy = -float(spec.action.shape[0])
   is_learned = config.gap_target is not None
-  policy_opt = optim.adam(config.policy_rate)
-  critic_opt = optim.adam(config.critic_rate)
-  temperature_opt = optim.adam(config.temperature_rate)
-  multiplier_opt = optim.adam(config.multiplier_rate)
-
-  def init(key) -> State:
-    policy_key, critic_key = jax.random.split(key)
-    logarithm = lambda x: jnp.log(jnp.asarray(x, jnp.float32))
-    params = Params(
-      policy_net.init(policy_key),
-      critic_net.init(critic_key),
-      logarithm(config.init_temperature),
-      logarithm(config.penalty) if is_learned else None,
-    )
-    opt_state = Params(
-      policy_opt.init(params.policy),
-      critic_opt.init(params.critic),
-      temperature_opt.init(params.log_temperature),
-      jax.tree.map(multiplier_opt.init, params.log_multiplier),
-    )
-    return State(params, params.critic, opt_state)
-
-  def act(params, key, timestep):
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = draw(jax.random.normal, key, gaussian.mean.shape)
-    action, _ = box.sample(noise, gaussian)
-    return action, {}
-
-  def exploit(params, key, timestep):
-    del key
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    return box.mode(gaussian), {}
-
-  def multiplier(log_multiplier):
-    if log_multiplier is None:
-      return config.penalty
-    return jnp.exp(jnp.minimum(log_multiplier, _MAX_LOG_MULTIPLIER))
-
-  def critic_loss(critic, target_critic, params: Params, batch, noise):
-    gaussian_tm1 = policy_net.apply(params.policy, batch.o_tm1)
-    gaussian_t = policy_net.apply(params.policy, batch.o_t)
-    action, log_prob = box.sample(noise.t, gaussian_t)
-    target_v = jnp.min(critic_net.apply(target_critic, batch.o_t, action), 0)
-    if not config.deterministic_backup:
-      target_v += -jnp.exp(params.log_temperature) * log_prob
-    q = critic_net.apply(critic, batch.o_tm1, batch.a_tm1)
-    discount = config.gamma * batch.discount_t
-    squares = jax.vmap(
-      lambda q: losses.critic(q, batch.r_t, discount, target_v)
-    )(q)
-    drawn, densities = conservative.candidates(
-      box, gaussian_tm1, gaussian_t, noise
-    )
-    every = conservative.q_values(critic_net.apply, critic, batch.o_tm1, drawn)
-    high = jax.vmap(lambda q: losses.soft_maximum(q, densities))(every)
-    gap = jnp.mean(high - q, -1)
-    bellman = jnp.sum(jnp.mean(squares, -1))
-    total = bellman + multiplier(params.log_multiplier) * jnp.sum(gap)
-    metrics = {
-      'loss_critic': total,
-      'loss_bellman': bellman,
-      'gap': jnp.mean(gap),
-      'value': jnp.mean(q),
-      'value_target': jnp.mean(batch.r_t + discount * target_v),
-    }
-    return total, metrics
+  optimisers = actor_critic.make_optimisers(config)
+  multiplier_optimiser = optim.adam(config.multiplier_rate)
+  parts = (config, networks, losses)
+  critic_loss = make_critic_loss(*parts)
+  objectives = actor_critic.make_objectives(*parts, spec, critic_loss)
+  step = optim.minimise_each(objectives, optimisers, reduce)
 
   def multiplier_loss(log_multiplier, gap):
-    return -multiplier(log_multiplier) * (gap - config.gap_target), None
+    weight = multiplier(config, log_multiplier)
+    return -weight * (gap - config.gap_target), None
 
-  def policy_loss(policy, critic, temperature, batch, noise):
-    gaussian = policy_net.apply(policy, batch.o_tm1)
-    action, log_prob = box.sample(noise, gaussian)
-    q = terms.lowest(critic_net.apply(critic, batch.o_tm1, action))
-    total = jnp.mean(losses.policy(log_prob, q, temperature))
-    metrics = {'loss_policy': total, 'entropy': -jnp.mean(log_prob)}
-    return total, (metrics, log_prob)
+  multiplier_step = optim.minimise(
+    multiplier_loss, multiplier_optimiser, reduce
+  )
 
-  def temperature_loss(log_temperature, log_prob):
-    rows = losses.temperature(log_temperature, log_prob, target_entropy)
-    total = jnp.mean(rows)
-    return total, {'loss_temperature': total}
-
-  critic_step = optim.minimise(critic_loss, critic_opt, reduce)
-  multiplier_step = optim.minimise(multiplier_loss, multiplier_opt, reduce)
-  policy_step = optim.minimise(policy_loss, policy_opt, reduce)
-  temperature_step = optim.minimise(temperature_loss, temperature_opt, reduce)
+  def init(key) -> State:
+    log_multiplier = actor_critic.logarithm(config.penalty)
+    params = Params(
+      *actor_critic.init(config, networks, key),
+      log_multiplier if is_learned else None,
+    )
+    opt_state = Params(
+      *optim.init(optimisers, params),
+      multiplier_optimiser.init(log_multiplier) if is_learned else None,
+    )
+    return State(params, params.critic, opt_state)
 
   def update(state: State, batch: Transition, key) -> tuple[State, Info]:
     noise = conservative.draw_noise(key, batch.a_tm1, config.num_samples)
     old, opt = state.params, state.opt_state
-    temperature = jnp.exp(old.log_temperature)
-    critic, critic_state, critic_info, critic_norm = critic_step(
+    critic = step.critic(
       old.critic, opt.critic, state.target_critic, old, batch, noise
     )
-    log_multiplier, multiplier_state = old.log_multiplier, opt.log_multiplier
+    weight = optim.Step(old.log_multiplier, opt.log_multiplier, None, None)
     if is_learned:
-      log_multiplier, multiplier_state, _, _ = multiplier_step(
-        log_multiplier, multiplier_state, critic_info['gap']
-      )
-    policy, policy_state, (policy_info, log_prob), policy_norm = policy_step(
-      old.policy, opt.policy, critic, temperature, batch, noise.tm1
+      weight = multiplier_step(*weight[:2], critic.aux['gap'])
+    policy, temperature, metrics = actor_critic.soft_steps(
+      step, state, critic, batch.o_tm1, noise.tm1
     )
-    log_temperature, temperature_state, temperature_info, _ = temperature_step(
-      old.log_temperature, opt.log_temperature, log_prob
-    )
-    weight = multiplier(old.log_multiplier)
-    metrics = {
-      **critic_info,
-      **policy_info,
-      **temperature_info,
-      'temperature': temperature,
-      'penalty': jnp.asarray(weight, jnp.float32),
-      'gradient_norm_critic': critic_norm,
-      'gradient_norm_policy': policy_norm,
-    }
-    params = Params(policy, critic, log_temperature, log_multiplier)
-    state = State(
-      params,
-      optim.track(critic, state.target_critic, config.target_rate),
-      Params(policy_state, critic_state, temperature_state, multiplier_state),
-    )
+    penalty = jnp.float32(multiplier(config, old.log_multiplier))
+    metrics |= {'penalty': penalty}
+    parts = Params(policy, critic, temperature, weight)
+    state = actor_critic.advance(state, parts, config.target_rate)
     return state, Info(reduce(metrics))
 
   def evaluate(params, batch, key):
     # The critics are their own targets here: the slow copy is not at hand.
     noise = conservative.draw_noise(key, batch.a_tm1, config.num_samples)
-    temperature = jnp.exp(params.log_temperature)
-    _, critic_info = critic_loss(
-      params.critic, params.critic, params, batch, noise
-    )
-    _, (policy_info, _) = policy_loss(
-      params.policy, params.critic, temperature, batch, noise.tm1
+    (policy, critic, log_temperature, _) = params
+    _, critic_info = critic_loss(critic, critic, params, batch, noise)
+    _, (policy_info, _) = objectives.policy(
+      policy, critic, jnp.exp(log_temperature), batch.o_tm1, noise.tm1
     )
     return critic_info | policy_info
 
+  act, exploit = actor_critic.acting(networks.policy, networks.box)
   return Agent(init, act, update, evaluate=evaluate, exploit=exploit)

@@ -1,21 +1,21 @@
-"""IQL: implicit Q-learning, which never asks for a value off the data.
+"""IQL: implicit Q-learning, which evaluates no action outside the data.
 
-A state's value is an upper expectile of what the data's actions are worth
-there, the critics regress onto it, and the policy imitates the data, weighted
-by the exponential of the advantage (Kostrikov et al. 2021):
+A state's value is an upper expectile of the values of the data's actions there,
+the critics regress onto it, and the policy imitates the data, weighted by the
+exponential of the advantage (Kostrikov et al. 2021):
 
   J_V  = mean |tau - 1(u < 0)| u^2,  u = min_i qbar_i(s, a) - v(s)    (eq. 5)
   J_pi = -mean min(exp(beta (min_i qbar_i(s, a) - v(s))), c) log pi(a|s)  (7)
   J_Q  = sum_i mean (r + gamma d v(s') - q_i(s, a))^2                 (eq. 6)
 
-In this order, each with the v that the first step made; the targets move last.
+In this order, each with the v that the first step left; the targets move last.
 An update draws no random numbers.
 
 Departures and choices:
 
 * The policy is the official code's: the mean `tanh` of the network's output in
   the unit box, a normal around it that is not squashed, with one standard
-  deviation for all states; what is drawn beyond the box is clipped.
+  deviation for all states; draws outside the box are clipped.
 * The code's dropout (0.1 on Adroit) and its scaling of rewards (a matter of
   the data) are left out.
 """
@@ -30,17 +30,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agents.core import actor_critic, optim, ranges
 from agents.core import losses as terms
-from agents.core import optim, ranges
-from agents.core.types import (
-  Agent,
-  Info,
-  Spec,
-  Transition,
-  as_vectors,
-)
-from networks import actor_critic
-from networks.actor_critic import Gaussian, Squash
+from agents.core.actor_critic import State
+from agents.core.types import Agent, Info, Spec, Transition, as_vectors
+from networks.actor_critic import Gaussian, Squash, v_network
 from networks.mlp import Network
 from search.rows import draw
 
@@ -80,23 +74,11 @@ class Config:
   total_updates: int = 1_000_000
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'hidden_sizes')
-    if self.total_updates < 1:
-      raise ValueError(f'total_updates={self.total_updates}: must be 1 or more')
-    for name in ('gamma', 'target_rate'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
-    value = self.expectile
-    if isinstance(value, (int, float)) and not 0 < value < 1:
-      raise ValueError(f'expectile={value}: must be between 0 and 1')
-    for name in ('policy_rate', 'critic_rate', 'temperature'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-        raise ValueError(f'{name}={value}: must be 0 or more')
-    value = self.max_weight
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
-      raise ValueError(f'max_weight={value}: must be above 0')
+    actor_critic.check(self)
+    ranges.at_least(self, 1, 'total_updates')
+    ranges.at_least(self, 0, 'temperature')
+    ranges.between(self, 0, 1, 'expectile')
+    ranges.above(self, 0, 'max_weight')
 
 
 class Params(NamedTuple):
@@ -111,20 +93,6 @@ class Params(NamedTuple):
   policy: Any
   critic: Any
   value: Any
-
-
-class State(NamedTuple):
-  """What training changes.
-
-  Attributes:
-    params: newest parameters, handed to actors.
-    target_critic: the critics' slow copy.
-    opt_state: the optimisers' states, of the parts of `params`.
-  """
-
-  params: Params
-  target_critic: Any
-  opt_state: Params
 
 
 class Networks(NamedTuple):
@@ -170,30 +138,18 @@ def make_networks(
       statistics are wanted that the spec has not.
   """
   del reduce
-  size, action, statistics = as_vectors(spec, 'iql', config.normalise)
-  norm = 'layer' if config.layer_norm else 'none'
-  policy = actor_critic.gaussian_policy(
-    size,
-    action.shape[0],
-    config.hidden_sizes,
+  policy, critic, box = actor_critic.make_networks(
+    config,
+    spec,
+    'iql',
     std='free',
     # The official code's bounds of its logarithm, -5 and 2.
     min_std=math.exp(-5),
     max_std=math.exp(2),
-    statistics=statistics,
   )
-  critic = actor_critic.q_ensemble(
-    size,
-    action.low,
-    action.high,
-    config.hidden_sizes,
-    norm=norm,
-    statistics=statistics,
-  )
-  value = actor_critic.v_network(
-    size, config.hidden_sizes, norm=norm, statistics=statistics
-  )
-  box = actor_critic.squash(action.low, action.high)
+  size, _, statistics = as_vectors(spec, 'iql', config.normalise)
+  norm = 'layer' if config.layer_norm else 'none'
+  value = v_network(size, config.hidden_sizes, norm=norm, statistics=statistics)
   return Networks(policy, critic, value, box)
 
 
@@ -204,11 +160,7 @@ def make_losses() -> Losses:
     weight = jnp.minimum(jnp.exp(temperature * advantage), max_weight)
     return -jax.lax.stop_gradient(weight) * log_prob
 
-  def critic(q_tm1, r_t, discount_t, v_t):
-    target = jax.lax.stop_gradient(r_t + discount_t * v_t)
-    return jnp.square(target - q_tm1)
-
-  return Losses(terms.expectile, policy, critic)
+  return Losses(terms.expectile, policy, terms.squared_error)
 
 
 def log_prob(gaussian: Gaussian, unit: chex.Array) -> chex.Array:
@@ -234,52 +186,16 @@ def cosine_adam(
   return optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(schedule))
 
 
-def make(
-  config: Config,
-  networks: Networks,
-  losses: Losses,
-  spec: Spec,
-  reduce: Callable[[Any], Any] = lambda tree: tree,
-) -> Agent:
-  """The agent.
-
-  Args:
-    config: hyper-parameters.
-    networks: from `make_networks`.
-    losses: from `make_losses`.
-    spec: of the environment.
-    reduce: the mean over devices, where one update runs on several.
+def make_objectives(
+  config: Config, networks: Networks, losses: Losses
+) -> Params:
+  """What the parts minimise, each differentiated in its first argument.
 
   Returns:
-    An `Agent` whose batches are `Transition`s; its update ignores the key.
+    `Params` of `(value, target_q [B], batch)`, `(policy, advantage [B], batch)`
+    and `(critic, v_t [B], batch)`, each `-> (loss, metrics)`.
   """
-  del spec
   policy_net, critic_net, value_net, box = networks
-  policy_opt = optim.adam(config.policy_rate)
-  if config.cosine:
-    policy_opt = cosine_adam(config.policy_rate, config.total_updates)
-  critic_opt = optim.adam(config.critic_rate)
-
-  def init(key) -> State:
-    keys = jax.random.split(key, 3)
-    params = Params(*(n.init(k) for n, k in zip(networks[:3], keys)))
-    opt_state = Params(
-      policy_opt.init(params.policy),
-      critic_opt.init(params.critic),
-      critic_opt.init(params.value),
-    )
-    return State(params, params.critic, opt_state)
-
-  def act(params, key, timestep):
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    noise = draw(jax.random.normal, key, gaussian.mean.shape)
-    unit = jnp.tanh(gaussian.mean) + gaussian.std * noise
-    return box.from_unit(jnp.clip(unit, -1.0, 1.0)), {}
-
-  def exploit(params, key, timestep):
-    del key
-    gaussian = policy_net.apply(params.policy, timestep.observation)
-    return box.mode(gaussian), {}
 
   def value_loss(value, target_q, batch):
     v = value_net.apply(value, batch.o_tm1)
@@ -304,9 +220,48 @@ def make(
     total = jnp.sum(jnp.mean(rows, -1))
     return total, {'loss_critic': total}
 
-  value_step = optim.minimise(value_loss, critic_opt, reduce)
-  policy_step = optim.minimise(policy_loss, policy_opt, reduce)
-  critic_step = optim.minimise(critic_loss, critic_opt, reduce)
+  return Params(policy_loss, critic_loss, value_loss)
+
+
+def make(
+  config: Config,
+  networks: Networks,
+  losses: Losses,
+  spec: Spec,
+  reduce: Callable[[Any], Any] = lambda tree: tree,
+) -> Agent:
+  """The agent.
+
+  Args:
+    config: hyper-parameters.
+    networks: from `make_networks`.
+    losses: from `make_losses`.
+    spec: of the environment.
+    reduce: the mean over devices, where one update runs on several.
+
+  Returns:
+    An `Agent` whose batches are `Transition`s; its update ignores the key.
+  """
+  del spec
+  policy_net, critic_net, value_net, box = networks
+  policy_optimiser = optim.adam(config.policy_rate)
+  if config.cosine:
+    policy_optimiser = cosine_adam(config.policy_rate, config.total_updates)
+  adam = optim.adam(config.critic_rate)
+  optimisers = Params(policy_optimiser, adam, adam)
+  objectives = make_objectives(config, networks, losses)
+  step = optim.minimise_each(objectives, optimisers, reduce)
+
+  def init(key) -> State:
+    keys = jax.random.split(key, 3)
+    params = Params(*(n.init(k) for n, k in zip(networks[:3], keys)))
+    return State(params, params.critic, optim.init(optimisers, params))
+
+  def act(params, key, timestep):
+    gaussian = policy_net.apply(params.policy, timestep.observation)
+    noise = draw(jax.random.normal, key, gaussian.mean.shape)
+    unit = jnp.tanh(gaussian.mean) + gaussian.std * noise
+    return box.from_unit(jnp.clip(unit, -1.0, 1.0)), {}
 
   def least(critic, batch):
     return jnp.min(critic_net.apply(critic, batch.o_tm1, batch.a_tm1), 0)
@@ -315,31 +270,20 @@ def make(
     del key
     old, opt = state.params, state.opt_state
     target_q = least(state.target_critic, batch)
-    value, value_state, value_info, value_norm = value_step(
-      old.value, opt.value, target_q, batch
-    )
-    advantage = target_q - value_net.apply(value, batch.o_tm1)
-    policy, policy_state, policy_info, policy_norm = policy_step(
-      old.policy, opt.policy, advantage, batch
-    )
-    v_t = value_net.apply(value, batch.o_t)
-    critic, critic_state, critic_info, critic_norm = critic_step(
-      old.critic, opt.critic, v_t, batch
-    )
+    value = step.value(old.value, opt.value, target_q, batch)
+    advantage = target_q - value_net.apply(value.params, batch.o_tm1)
+    policy = step.policy(old.policy, opt.policy, advantage, batch)
+    v_t = value_net.apply(value.params, batch.o_t)
+    critic = step.critic(old.critic, opt.critic, v_t, batch)
     metrics = {
-      **value_info,
-      **policy_info,
-      **critic_info,
+      **value.aux,
+      **policy.aux,
+      **critic.aux,
+      **optim.norms(value=value, policy=policy, critic=critic),
       'advantage': jnp.mean(advantage),
-      'gradient_norm_value': value_norm,
-      'gradient_norm_policy': policy_norm,
-      'gradient_norm_critic': critic_norm,
     }
-    state = State(
-      Params(policy, critic, value),
-      optim.track(critic, state.target_critic, config.target_rate),
-      Params(policy_state, critic_state, value_state),
-    )
+    parts = Params(policy, critic, value)
+    state = actor_critic.advance(state, parts, config.target_rate)
     return state, Info(reduce(metrics))
 
   def evaluate(params, batch, key):
@@ -347,10 +291,11 @@ def make(
     del key
     target_q = least(params.critic, batch)
     advantage = target_q - value_net.apply(params.value, batch.o_tm1)
-    _, value_info = value_loss(params.value, target_q, batch)
-    _, policy_info = policy_loss(params.policy, advantage, batch)
+    _, value_info = objectives.value(params.value, target_q, batch)
+    _, policy_info = objectives.policy(params.policy, advantage, batch)
     v_t = value_net.apply(params.value, batch.o_t)
-    _, critic_info = critic_loss(params.critic, v_t, batch)
+    _, critic_info = objectives.critic(params.critic, v_t, batch)
     return value_info | policy_info | critic_info
 
+  _, exploit = actor_critic.acting(policy_net, box)
   return Agent(init, act, update, evaluate=evaluate, exploit=exploit)

@@ -25,7 +25,6 @@ Departures and choices:
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,18 +32,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from agents.core import actor_critic, optim, ranges
 from agents.core import losses as terms
-from agents.core import optim, ranges
-from agents.core.types import (
-  Agent,
-  Info,
-  Spec,
-  Transition,
-  as_vectors,
-)
-from networks import actor_critic
-from networks.actor_critic import Squash
-from networks.mlp import Network
+from agents.core.actor_critic import Networks
+from agents.core.types import Agent, Info, Spec, Transition
+from networks.actor_critic import Squash, member
 from search.rows import draw
 
 # The least mean |q| that is divided by: critics may be exactly zero.
@@ -90,24 +82,11 @@ class Config:
   residual_weight: float = 1.0
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'hidden_sizes')
-    if self.policy_delay < 1:
-      raise ValueError(f'policy_delay={self.policy_delay}: must be 1 or more')
-    for name in ('gamma', 'target_rate', 'residual_weight'):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f'{name}={value}: must be within [0, 1]')
-    for name in (
-      'alpha',
-      'policy_rate',
-      'critic_rate',
-      'target_noise',
-      'target_noise_clip',
-      'exploration_noise',
-    ):
-      value = getattr(self, name)
-      if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-        raise ValueError(f'{name}={value}: must be 0 or more')
+    actor_critic.check(self)
+    ranges.at_least(self, 1, 'policy_delay')
+    ranges.within(self, 0, 1, 'residual_weight')
+    noises = ('target_noise', 'target_noise_clip', 'exploration_noise')
+    ranges.at_least(self, 0, 'alpha', *noises)
 
 
 class Params(NamedTuple):
@@ -138,21 +117,6 @@ class State(NamedTuple):
   step: chex.Array
 
 
-class Networks(NamedTuple):
-  """What the agent is made of.
-
-  Attributes:
-    policy: `apply(params, observation) -> Gaussian` of `[B, D]`, of which only
-      the mean is used.
-    critic: `apply(params, observation, action) -> float32 [2, B]`.
-    box: squashes into the actions' bounds.
-  """
-
-  policy: Network
-  critic: Network
-  box: Squash
-
-
 class Losses(NamedTuple):
   """The terms, each of `[B]` rows; replace one with `losses._replace`.
 
@@ -160,7 +124,7 @@ class Losses(NamedTuple):
     critic: `(q_tm1, r_t, discount_t, target_q_t, q_t, residual_weight) -> [B]`
       of one critic, `target_q_t` the least of the targets'.
     policy: `(q, weight) -> [B]`, `q` the first critic's, `weight` lambda.
-    cloning: `(action [B, D], what was done [B, D]) -> [B]`, in the unit box.
+    cloning: `(action [B, D], recorded action [B, D]) -> [B]`, in the unit box.
   """
 
   critic: Callable[..., chex.Array]
@@ -180,23 +144,8 @@ def make_networks(
       statistics are wanted that the spec has not.
   """
   del reduce
-  size, action, statistics = as_vectors(spec, 'td3_bc', config.normalise)
-  policy = actor_critic.gaussian_policy(
-    size,
-    action.shape[0],
-    config.hidden_sizes,
-    std='free',
-    statistics=statistics,
-  )
-  critic = actor_critic.q_ensemble(
-    size,
-    action.low,
-    action.high,
-    config.hidden_sizes,
-    norm='layer' if config.layer_norm else 'none',
-    statistics=statistics,
-  )
-  return Networks(policy, critic, actor_critic.squash(action.low, action.high))
+  # Of its policy only the mean is used.
+  return actor_critic.make_networks(config, spec, 'td3_bc', std='free')
 
 
 def make_losses() -> Losses:
@@ -209,6 +158,66 @@ def make_losses() -> Losses:
     return jnp.mean(jnp.square(action - done), -1)
 
   return Losses(terms.double_q_residual, policy, cloning)
+
+
+def perturb(box: Squash, action: chex.Array, noise: chex.Array) -> chex.Array:
+  """Actions `[B, D]` with noise `[B, D]` of the unit box added: `[B, D]`."""
+  return box.from_unit(jnp.clip(box.to_unit(action) + noise, -1.0, 1.0))
+
+
+def make_critic_loss(
+  config: Config, networks: Networks, losses: Losses
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """J_Q.
+
+  Returns:
+    `(critic, target_params, batch, noise [B, D]) -> (loss, metrics)`.
+  """
+  policy_net, critic_net, box = networks
+  weight, limit = config.residual_weight, config.target_noise_clip
+
+  def loss(critic, target_params: Params, batch, noise):
+    noise = jnp.clip(config.target_noise * noise, -limit, limit)
+    gaussian = policy_net.apply(target_params.policy, batch.o_t)
+    action = perturb(box, box.mode(gaussian), noise)
+    target_q = critic_net.apply(target_params.critic, batch.o_t, action)
+    q_tm1, q_t = critic_net.apply(critic, batch.o_tm1, batch.a_tm1), None
+    if actor_critic.has_residual(weight):
+      q_t = critic_net.apply(critic, batch.o_t, action)
+    discount = config.gamma * batch.discount_t
+    return actor_critic.residual_loss(
+      losses.critic, batch, discount, q_tm1, jnp.min(target_q, 0), q_t, weight
+    )
+
+  return loss
+
+
+def make_policy_loss(
+  config: Config, networks: Networks, losses: Losses
+) -> Callable[..., tuple[chex.Array, dict[str, chex.Array]]]:
+  """J_pi.
+
+  Returns:
+    `(policy, critic, batch, over_devices) -> (loss, metrics)`, the last one
+    the mean over devices.
+  """
+  policy_net, critic_net, box = networks
+
+  def loss(policy, critic, batch, over_devices):
+    action = box.mode(policy_net.apply(policy, batch.o_tm1))
+    q = critic_net.apply(member(critic, 0), batch.o_tm1, action)[0]
+    unit, done = box.to_unit(action), box.to_unit(batch.a_tm1)
+    cloning = jnp.mean(losses.cloning(unit, done))
+    metrics = {'squared_error': cloning}
+    if not config.behaviour_cloning:
+      total = jnp.mean(losses.policy(q, 1.0))
+      return total, metrics | {'loss_policy': total}
+    size = over_devices(jnp.mean(jnp.abs(jax.lax.stop_gradient(q))))
+    scale = config.alpha / jnp.maximum(size, _EPSILON)
+    total = jnp.mean(losses.policy(q, scale)) + cloning
+    return total, metrics | {'loss_policy': total, 'lambda': scale}
+
+  return loss
 
 
 def make(
@@ -233,110 +242,56 @@ def make(
   """
   del spec
   policy_net, critic_net, box = networks
-  weight = config.residual_weight
-  # A tracer may be anything; a plain 1 spares the critics a pass.
-  has_residual = not (isinstance(weight, (int, float)) and weight == 1)
-  policy_optimiser = optim.adam(config.policy_rate)
-  critic_optimiser = optim.adam(config.critic_rate)
+  optimisers = Params(
+    optim.adam(config.policy_rate), optim.adam(config.critic_rate)
+  )
+  objectives = Params(
+    make_policy_loss(config, networks, losses),
+    make_critic_loss(config, networks, losses),
+  )
+  step = optim.minimise_each(objectives, optimisers, reduce)
 
   def init(key) -> State:
     policy_key, critic_key = jax.random.split(key)
     params = Params(policy_net.init(policy_key), critic_net.init(critic_key))
-    opt_state = Params(
-      policy_optimiser.init(params.policy),
-      critic_optimiser.init(params.critic),
-    )
+    opt_state = optim.init(optimisers, params)
     return State(params, params, opt_state, jnp.zeros((), jnp.int32))
 
-  def choose(policy, observation):
-    return box.mode(policy_net.apply(policy, observation))
-
-  def perturb(action, noise):
-    unit = jnp.clip(box.to_unit(action) + noise, -1.0, 1.0)
-    return box.from_unit(unit)
-
-  def exploit(params, key, timestep):
-    del key
-    return choose(params.policy, timestep.observation), {}
+  _, exploit = actor_critic.acting(policy_net, box)
 
   def act(params, key, timestep):
-    action = choose(params.policy, timestep.observation)
+    action, extras = exploit(params, key, timestep)
     noise = draw(jax.random.normal, key, action.shape)
-    return perturb(action, config.exploration_noise * noise), {}
-
-  def critic_loss(critic, target_params, batch, noise):
-    limit = config.target_noise_clip
-    noise = jnp.clip(config.target_noise * noise, -limit, limit)
-    action = perturb(choose(target_params.policy, batch.o_t), noise)
-    target_q = critic_net.apply(target_params.critic, batch.o_t, action)
-    target_q = jnp.min(target_q, 0)
-    q_tm1 = critic_net.apply(critic, batch.o_tm1, batch.a_tm1)
-    q_t = jnp.broadcast_to(jax.lax.stop_gradient(target_q)[None], q_tm1.shape)
-    if has_residual:
-      q_t = critic_net.apply(critic, batch.o_t, action)
-    discount = config.gamma * batch.discount_t
-
-    def one(q_tm1, q_t):
-      return losses.critic(q_tm1, batch.r_t, discount, target_q, q_t, weight)
-
-    total = jnp.sum(jnp.mean(jax.vmap(one)(q_tm1, q_t), -1))
-    return total, {
-      'loss_critic': total,
-      'value': jnp.mean(q_tm1),
-      'value_target': jnp.mean(batch.r_t + discount * target_q),
-    }
-
-  def policy_loss(policy, critic, batch, over_devices=reduce):
-    action = choose(policy, batch.o_tm1)
-    first = actor_critic.member(critic, 0)
-    q = critic_net.apply(first, batch.o_tm1, action)[0]
-    unit, done = box.to_unit(action), box.to_unit(batch.a_tm1)
-    cloning = jnp.mean(losses.cloning(unit, done))
-    metrics = {'squared_error': cloning}
-    if not config.behaviour_cloning:
-      total = jnp.mean(losses.policy(q, 1.0))
-      return total, metrics | {'loss_policy': total}
-    size = over_devices(jnp.mean(jnp.abs(jax.lax.stop_gradient(q))))
-    scale = config.alpha / jnp.maximum(size, _EPSILON)
-    total = jnp.mean(losses.policy(q, scale)) + cloning
-    return total, metrics | {'loss_policy': total, 'lambda': scale}
-
-  critic_step = optim.minimise(critic_loss, critic_optimiser, reduce)
-  policy_step = optim.minimise(policy_loss, policy_optimiser, reduce)
+    return perturb(box, action, config.exploration_noise * noise), extras
 
   def update(state: State, batch: Transition, key) -> tuple[State, Info]:
     noise = jax.random.normal(key, batch.a_tm1.shape)
-    params, opt_state = state.params, state.opt_state
-    critic, critic_opt, critic_info, critic_norm = critic_step(
-      params.critic, opt_state.critic, state.target_params, batch, noise
+    old, opt = state.params, state.opt_state
+    critic = step.critic(
+      old.critic, opt.critic, state.target_params, batch, noise
     )
-    policy, policy_opt, policy_info, policy_norm = policy_step(
-      params.policy, opt_state.policy, critic, batch
-    )
-    new = Params(policy, critic)
+    policy = step.policy(old.policy, opt.policy, critic.params, batch, reduce)
+    new = Params(policy.params, critic.params)
     targets = optim.track(new, state.target_params, config.target_rate)
-    step = state.step + 1
-    policy, policy_opt, targets = optim.periodic(
-      (policy, policy_opt, targets),
-      (params.policy, opt_state.policy, state.target_params),
-      step,
+    count = state.step + 1
+    new_policy, policy_opt, targets = optim.periodic(
+      (policy.params, policy.opt_state, targets),
+      (old.policy, opt.policy, state.target_params),
+      count,
       config.policy_delay,
     )
-    norms = {
-      'gradient_norm_critic': critic_norm,
-      'gradient_norm_policy': policy_norm,
-    }
-    metrics = reduce(critic_info | policy_info | norms)
-    params, opt_state = Params(policy, critic), Params(policy_opt, critic_opt)
-    return State(params, targets, opt_state, step), Info(metrics)
+    params = Params(new_policy, critic.params)
+    opt_state = Params(policy_opt, critic.opt_state)
+    norms = optim.norms(critic=critic, policy=policy)
+    metrics = reduce(critic.aux | policy.aux | norms)
+    return State(params, targets, opt_state, count), Info(metrics)
 
   def evaluate(params, batch, key):
     # The parameters are their own targets here: the copy is not at hand.
     noise = jax.random.normal(key, batch.a_tm1.shape)
-    _, critic_info = critic_loss(params.critic, params, batch, noise)
-    _, policy_info = policy_loss(
-      params.policy, params.critic, batch, lambda x: x
-    )
+    policy, critic = params
+    _, critic_info = objectives.critic(critic, params, batch, noise)
+    _, policy_info = objectives.policy(policy, critic, batch, lambda x: x)
     return critic_info | policy_info
 
   return Agent(init, act, update, evaluate=evaluate, exploit=exploit)
