@@ -231,11 +231,7 @@ def normalised_sum(
   return x / jnp.maximum(weight, 1.0) + y * jnp.minimum(weight, 1.0)
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Networks:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
   """The networks for a spec; `reduce` is not needed by them.
 
   Raises:
@@ -376,20 +372,9 @@ def _critic_inputs(
 ) -> tuple[Any, chex.Array]:
   """What the critics' loss sees, and the targets' minimum `[B]`.
 
-  Args:
-    config: hyper-parameters.
-    networks: from `make_networks`.
-    target_critic: the critics' slow copy.
-    policy: its parameters.
-    action: `[B, D]`, the policy's, with `noise.tm1`.
-    batch: `B` transitions.
-    noise: of the update.
-    is_game: whether this is the game or the warm start.
-
-  Returns:
-    Observations and actions of 2 (in the game 3) pairs a row, `[2 B, ...]`,
-    pairs varying fastest: what was done, what the policy does next, and what
-    the pessimism is about.
+  The former are observations and actions, of each row two pairs after each
+  other (in the game three): the data's, the policy's at the next observation,
+  and those of the pessimism. `action` is the policy's, `[B, D]`.
   """
   sample = functools.partial(_sample, config, networks, policy)
   a_t, _, _ = sample(batch.o_t, noise.t)
@@ -538,9 +523,8 @@ def _make(
     )
     # Of the critics before the projection: above the radius where it binds.
     kernel_norm = _kernel_norm(critic.params)
-    projected = optim.project_kernels(
-      critic.params, config.radius, stacked=True
-    )
+    project = optim.project_kernels
+    projected = project(critic.params, config.radius, stacked=True)
     critic = critic._replace(params=projected)
     temperature = step.log_temperature(
       old.log_temperature, opt.log_temperature, log_prob

@@ -168,11 +168,7 @@ class Networks(NamedTuple):
   model: Ensemble
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Networks:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
   """The networks for a spec; `reduce` is not needed by them.
 
   Raises:

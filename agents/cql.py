@@ -111,11 +111,7 @@ class Params(NamedTuple):
   log_multiplier: chex.Array | None
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Networks:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
   """The networks for a spec; `reduce` is not needed by them.
 
   Raises:

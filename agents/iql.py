@@ -77,7 +77,7 @@ class Config:
     actor_critic.check(self)
     ranges.at_least(self, 1, 'total_updates')
     ranges.at_least(self, 0, 'temperature')
-    ranges.between(self, 0, 1, 'expectile')
+    ranges.within(self, 0, 1, 'expectile', ends='()')
     ranges.above(self, 0, 'max_weight')
 
 
@@ -126,11 +126,7 @@ class Losses(NamedTuple):
   critic: Callable[..., chex.Array]
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Networks:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
   """The networks for a spec; `reduce` is not needed by them.
 
   Raises:

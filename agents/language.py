@@ -53,7 +53,7 @@ class TextConfig:
         'bytes'
       )
     ranges.at_least(self, 1, 'length')
-    ranges.between(self, 0, 1, 'held_out')
+    ranges.within(self, 0, 1, 'held_out', ends='()')
     ranges.one_of(self, 'encoding')
 
 

@@ -132,11 +132,7 @@ class Losses(NamedTuple):
   cloning: Callable[..., chex.Array]
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Networks:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
   """The networks for a spec; `reduce` is not needed by them.
 
   Raises:

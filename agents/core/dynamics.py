@@ -67,7 +67,7 @@ class Config:
       )
     rates = ('learning_rate', 'weight_decay', 'bound_weight')
     ranges.at_least(self, 0, *rates, 'termination_weight')
-    ranges.below(self, 0, 1, 'held_out', 'held_out_decay')
+    ranges.within(self, 0, 1, 'held_out', 'held_out_decay', ends='[)')
     ranges.within(self, 0, 1, 'planning_gamma')
 
 
@@ -145,6 +145,72 @@ def make_losses() -> Losses:
   return Losses(likelihood, termination)
 
 
+def _errors(
+  config: Config, networks: Ensemble, losses: Losses, network, batch
+) -> tuple[chex.Array, Prediction, chex.Array]:
+  """Losses `[E, B]`, predictions and targets."""
+  out = networks.apply(network, batch.o_tm1, batch.a_tm1)
+  change = flatten(batch.o_t) - flatten(batch.o_tm1)
+  target = jnp.concatenate([change, batch.r_t[:, None]], -1)
+  likelihood = losses.likelihood(out.mean, out.log_std, target)
+  ended = losses.termination(out.logit, 1.0 - batch.discount_t)
+  return likelihood + config.termination_weight * ended, out, target
+
+
+def _split(config: Config, batch) -> tuple[chex.Array, chex.Array]:
+  """Each member's bootstrap weights `[E, B]`, and which rows are held out."""
+  rows = jnp.concatenate(
+    [
+      flatten(batch.o_tm1),
+      batch.a_tm1,
+      batch.r_t[:, None],
+      flatten(batch.o_t),
+    ],
+    -1,
+  )
+  uniforms = ensemble.row_uniforms(rows, config.members + 1)
+  is_held_out = (uniforms[0] < config.held_out).astype(batch.r_t.dtype)
+  return ensemble.poisson(uniforms[1:]), is_held_out
+
+
+def make_loss(
+  config: Config, networks: Ensemble, losses: Losses
+) -> Callable[..., tuple[chex.Array, tuple[dict[str, chex.Array], chex.Array]]]:
+  """The whole loss.
+
+  Returns:
+    `(params, batch, weights [E, B], is_held_out [B]) -> (loss, (metrics, sums
+    of held-out losses [E]))`.
+  """
+
+  def loss(network, batch, weights, is_held_out):
+    each, out, target = _errors(config, networks, losses, network, batch)
+    trained = jnp.broadcast_to((1.0 - is_held_out)[None], each.shape)
+    trained = weights * trained / (1.0 - config.held_out)
+    fit = jnp.mean(each * trained, -1)
+    squares = jax.tree_util.tree_map_with_path(
+      lambda path, x: (
+        jnp.sum(jnp.square(x)) if path[-1].key == 'kernel' else 0.0
+      ),
+      network['layers'],
+    )
+    decay = 0.5 * sum(jax.tree.leaves(squares))
+    bounds = jnp.sum(networks.bounds(network))
+    total = jnp.sum(fit) + config.weight_decay * decay
+    total += config.bound_weight * bounds
+    missed = out.mean - jnp.broadcast_to(target[None], out.mean.shape)
+    metrics = {
+      'loss': total,
+      'loss_fit': jnp.mean(fit),
+      'squared_error': jnp.mean(jnp.square(missed)),
+      'std': jnp.mean(jnp.exp(out.log_std)),
+    }
+    held_out = jnp.broadcast_to(is_held_out[None], each.shape)
+    return total, (metrics, jnp.sum(each * held_out, -1))
+
+  return loss
+
+
 def make(
   config: Config,
   networks: Ensemble,
@@ -180,60 +246,12 @@ def make(
       jnp.zeros(()),
     )
 
-  def errors(network, batch) -> tuple[chex.Array, Prediction, chex.Array]:
-    """Losses `[E, B]`, predictions and targets."""
-    out = networks.apply(network, batch.o_tm1, batch.a_tm1)
-    change = flatten(batch.o_t) - flatten(batch.o_tm1)
-    target = jnp.concatenate([change, batch.r_t[:, None]], -1)
-    likelihood = losses.likelihood(out.mean, out.log_std, target)
-    ended = losses.termination(out.logit, 1.0 - batch.discount_t)
-    return likelihood + config.termination_weight * ended, out, target
-
-  def split(batch) -> tuple[chex.Array, chex.Array]:
-    """Each member's bootstrap weights `[E, B]`, and which rows are held out."""
-    rows = jnp.concatenate(
-      [
-        flatten(batch.o_tm1),
-        batch.a_tm1,
-        batch.r_t[:, None],
-        flatten(batch.o_t),
-      ],
-      -1,
-    )
-    uniforms = ensemble.row_uniforms(rows, config.members + 1)
-    is_held_out = (uniforms[0] < config.held_out).astype(batch.r_t.dtype)
-    return ensemble.poisson(uniforms[1:]), is_held_out
-
-  def loss(network, batch, weights, is_held_out):
-    each, out, target = errors(network, batch)
-    trained = jnp.broadcast_to((1.0 - is_held_out)[None], each.shape)
-    trained = weights * trained / (1.0 - config.held_out)
-    fit = jnp.mean(each * trained, -1)
-    squares = jax.tree_util.tree_map_with_path(
-      lambda path, x: (
-        jnp.sum(jnp.square(x)) if path[-1].key == 'kernel' else 0.0
-      ),
-      network['layers'],
-    )
-    decay = 0.5 * sum(jax.tree.leaves(squares))
-    bounds = jnp.sum(networks.bounds(network))
-    total = jnp.sum(fit) + config.weight_decay * decay
-    total += config.bound_weight * bounds
-    missed = out.mean - jnp.broadcast_to(target[None], out.mean.shape)
-    metrics = {
-      'loss': total,
-      'loss_fit': jnp.mean(fit),
-      'squared_error': jnp.mean(jnp.square(missed)),
-      'std': jnp.mean(jnp.exp(out.log_std)),
-    }
-    held_out = jnp.broadcast_to(is_held_out[None], each.shape)
-    return total, (metrics, jnp.sum(each * held_out, -1))
-
+  loss = make_loss(config, networks, losses)
   fit_step = optim.minimise(loss, optimiser, reduce)
 
   def update(state: State, batch: Transition, key) -> tuple[State, Info]:
     del key
-    weights, is_held_out = split(batch)
+    weights, is_held_out = _split(config, batch)
     network, opt_state, (metrics, held_out), norm = fit_step(
       state.params.network, state.opt_state, batch, weights, is_held_out
     )
@@ -251,7 +269,8 @@ def make(
 
   def evaluate(params: ModelParams, batch, key):
     del key
-    each = jnp.mean(errors(params.network, batch)[0], -1)
+    each, _, _ = _errors(config, networks, losses, params.network, batch)
+    each = jnp.mean(each, -1)
     by_member = {f'loss_{i}': each[i] for i in range(config.members)}
     return by_member | {'loss': jnp.mean(each[params.elites])}
 

@@ -121,7 +121,7 @@ def forward(
   Args:
     config: with `unroll_steps`, `augmentation`, `value_prefix`,
       `prefix_horizon` and `consistency`.
-    networks: see `latent.forward`, as for what is not described here.
+    networks: the functions.
     losses: of which `consistency` is taken.
     params: of the networks.
     statistics: of the networks.
@@ -129,7 +129,7 @@ def forward(
     action: `[B, K, ...]`.
     key: of the loss.
     image_key: of the augmentation.
-    train: see `latent.forward`; without it observations are not augmented.
+    train: as in `latent.forward`; also whether observations are augmented.
 
   Source: EfficientZero (Ye 2021), sections 4.1 and 4.2.
   """

@@ -97,7 +97,7 @@ def init(
 def advance(
   state: State, step: Step, period: int, reduce: Callable[[Any], Any]
 ) -> tuple[State, Info]:
-  """The state after an optimiser's step, and what there is to say of it.
+  """The state after an optimiser's step, with metrics and priorities.
 
   Args:
     state: before the step.
@@ -172,14 +172,7 @@ def searched(
 def re_value(
   model: Model, params: Params, key: chex.PRNGKey, batch: Trajectory
 ) -> Trajectory:
-  """The batch with the network's values for `search_value`, in raw units.
-
-  Args:
-    model: whose roots have the values.
-    params: usually the target parameters.
-    key: consumed.
-    batch: windows.
-  """
+  """The batch with the values of a model's roots for `search_value`."""
   timestep = batch.experience.timestep
   value = model.root(params, flatten_steps(timestep), key).value
   value = value.reshape(timestep.reward.shape[0], -1)
@@ -356,7 +349,7 @@ def account(
   target: UnrollTargets,
   **metrics: chex.Array,
 ) -> tuple[Any, tuple[Any, Info]]:
-  """The whole loss of some terms, and what there is to say of it.
+  """The whole loss of some terms, with metrics and priorities.
 
   Args:
     config: with the terms' weights, a field such as `value_weight` each; a

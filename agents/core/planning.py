@@ -143,19 +143,19 @@ def make_planner(config: SearchConfig, *, evaluate: bool) -> Callable:
 
   def planner(model: Model, params: Any, key, timestep: TimeStep):
     search = make_search(config, model.distribution)
-    root_key, search_key = jax.random.split(key)
-    root = model.root(params, timestep, root_key)
-    output = search(
-      params,
-      search_key,
-      root,
-      model.step,
-      invalid_actions=timestep.invalid_actions,
-      evaluate=evaluate,
-    )
+    output = _at_roots(search, model, params, key, timestep, evaluate=evaluate)
     return output._replace(search_tree=None)
 
   return planner
+
+
+def _at_roots(search, model, params, key, timestep, **own) -> PolicyOutput:
+  root_key, search_key = jax.random.split(key)
+  root = model.root(params, timestep, root_key)
+  invalid = timestep.invalid_actions
+  return search(
+    params, search_key, root, model.step, invalid_actions=invalid, **own
+  )
 
 
 def decide(
@@ -183,14 +183,8 @@ def decide(
 
   Source: MuZero (Schrittwieser 2020), Appendix D.
   """
-  root_key, search_key = jax.random.split(key)
-  output = search(
-    params,
-    search_key,
-    model.root(params, timestep, root_key),
-    model.step,
-    invalid_actions=timestep.invalid_actions,
-    temperature=temperature,
+  output = _at_roots(
+    search, model, params, key, timestep, temperature=temperature
   )
   extras = {
     'search_policy': output.action_weights,

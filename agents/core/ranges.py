@@ -39,52 +39,27 @@ def above(config: Any, low: float, *names: str, finite: bool = True) -> None:
   _check(config, names, is_right, f'above {low}')
 
 
-def within(config: Any, low: float, high: float, *names: str) -> None:
-  """Refuses fields outside `[low, high]`.
+def within(
+  config: Any, low: float, high: float, *names: str, ends: str = '[]'
+) -> None:
+  """Refuses fields outside an interval.
 
   Args:
     config: whose fields they are.
-    low: the least value.
-    high: the greatest one.
+    low: its lower end.
+    high: its upper end.
     names: of the fields.
+    ends: `[` or `(`, whether the lower end is in it, and `]` or `)`.
 
   Raises:
     ValueError: names the field, its value and the range.
   """
-  range_ = f'within [{low}, {high}]'
-  _check(config, names, lambda x: low <= x <= high, range_)
-
-
-def below(config: Any, low: float, high: float, *names: str) -> None:
-  """Refuses fields outside the half-open interval `[low, high)`.
-
-  Args:
-    config: whose fields they are.
-    low: the least value.
-    high: what they must be less than.
-    names: of the fields.
-
-  Raises:
-    ValueError: names the field, its value and the range.
-  """
-  range_ = f'at least {low} and below {high}'
-  _check(config, names, lambda x: low <= x < high, range_)
-
-
-def between(config: Any, low: float, high: float, *names: str) -> None:
-  """Refuses fields outside the open interval `(low, high)`.
-
-  Args:
-    config: whose fields they are.
-    low: what they must be greater than.
-    high: what they must be less than.
-    names: of the fields.
-
-  Raises:
-    ValueError: names the field, its value and the range.
-  """
-  range_ = f'between {low} and {high}'
-  _check(config, names, lambda x: low < x < high, range_)
+  is_inside = lambda x: (
+    (low < x < high)
+    or (x == low and ends[0] == '[')
+    or (x == high and ends[1] == ']')
+  )
+  _check(config, names, is_inside, f'within {ends[0]}{low}, {high}{ends[1]}')
 
 
 def finite(config: Any, *names: str) -> None:

@@ -303,35 +303,13 @@ def device_replay(
     )
 
   def mass(state):
-    """priority ** alpha of the rows where a window may start, else 0."""
-    size = state.priority.shape[0]
-    oldest = jnp.maximum(state.count - size, 0)
-    order = _order(state.count, size)
-    starts = (order >= oldest) & (order <= state.count - window)
-    timestep = state.rows.timestep
-    # [T, E]: the frames between here and the episode's start are in the ring.
-    whole = jnp.broadcast_to(
-      (order >= oldest + history)[:, None], timestep.is_first.shape
-    )
-    for back in range(history):
-      in_ring = (order - back >= oldest)[:, None]
-      whole |= jnp.roll(timestep.is_first, back, axis=0) & in_ring
-    eligible = starts[:, None] & whole & ~timestep.is_last()
-    # Rows without priority must not be raised to a power: 0 ** 0 is 1.
-    return jnp.where(eligible, state.priority**alpha, 0.0)
+    return _mass(state, window, history, alpha)
 
   def sample(state, key, beta):
     size, streams = state.priority.shape
     flat = mass(state).reshape(-1)
     cdf = jnp.cumsum(flat)
-    u = jax.random.uniform(key, (batch_size,))
-    index = jnp.searchsorted(cdf, u * cdf[-1], side='right')
-    # Parallel sums round: step back from a row that may not be drawn.
-    places = jnp.arange(flat.size, dtype=jnp.int32)
-    may = flat > 0
-    nearest = jax.lax.cummax(jnp.where(may, places, -1))
-    nearest = jnp.where(nearest < 0, jnp.argmax(may), nearest)
-    index = nearest[jnp.minimum(index, flat.size - 1)].astype(jnp.int32)
+    index = _draw(key, flat, cdf, batch_size)
     slot, stream = index // streams, index % streams
     steps = jnp.arange(-history, window, dtype=jnp.int32)
     slots = (slot[:, None] + steps[None]) % size
@@ -373,3 +351,34 @@ def _order(count, size):
   """
   slots = jnp.arange(size, dtype=jnp.int32)
   return count - 1 - (count - 1 - slots) % size
+
+
+def _mass(state, window, history, alpha):
+  """priority ** alpha of the rows where a window may start, else 0."""
+  size = state.priority.shape[0]
+  oldest = jnp.maximum(state.count - size, 0)
+  order = _order(state.count, size)
+  starts = (order >= oldest) & (order <= state.count - window)
+  timestep = state.rows.timestep
+  # [T, E]: the frames between here and the episode's start are in the ring.
+  whole = jnp.broadcast_to(
+    (order >= oldest + history)[:, None], timestep.is_first.shape
+  )
+  for back in range(history):
+    in_ring = (order - back >= oldest)[:, None]
+    whole |= jnp.roll(timestep.is_first, back, axis=0) & in_ring
+  eligible = starts[:, None] & whole & ~timestep.is_last()
+  # Rows without priority must not be raised to a power: 0 ** 0 is 1.
+  return jnp.where(eligible, state.priority**alpha, 0.0)
+
+
+def _draw(key, mass, cdf, count):
+  """Rows drawn in proportion to their mass `[T E]`, int32 `[count]`."""
+  u = jax.random.uniform(key, (count,))
+  index = jnp.searchsorted(cdf, u * cdf[-1], side='right')
+  # Parallel sums round: step back from a row that may not be drawn.
+  places = jnp.arange(mass.size, dtype=jnp.int32)
+  may = mass > 0
+  nearest = jax.lax.cummax(jnp.where(may, places, -1))
+  nearest = jnp.where(nearest < 0, jnp.argmax(may), nearest)
+  return nearest[jnp.minimum(index, mass.size - 1)].astype(jnp.int32)

@@ -166,11 +166,7 @@ def as_vectors(spec: Spec, agent: str, normalise: bool) -> Vectors:
 
 
 def as_discrete(spec: Spec, agent: str) -> Discrete:
-  """The actions of a spec, for an agent that enumerates them.
-
-  Args:
-    spec: of the environment.
-    agent: its name, for messages.
+  """The actions of a spec, for the agent of a name that enumerates them.
 
   Raises:
     ValueError: the actions are not discrete.
@@ -185,11 +181,7 @@ def as_discrete(spec: Spec, agent: str) -> Discrete:
 
 
 def as_array(spec: Spec, agent: str) -> ArraySpec:
-  """The observation of a spec, for an agent that needs one array.
-
-  Args:
-    spec: of the environment.
-    agent: its name, for messages.
+  """The observation of a spec, for the agent of a name that needs one array.
 
   Raises:
     ValueError: the observation is not one array.

@@ -3,6 +3,7 @@
 Axes: `B` batch, `K` unrolled steps, `A` actions, `N` bins.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -230,17 +231,7 @@ def learned_model(
       embedding=embedding,
     )
 
-  def advance(params, action, state, carry):
-    network, statistics = params.network, params.statistics
-    next_state, _ = networks.dynamics(network, statistics, state, action, False)
-    reward, carry, _ = networks.reward(
-      network, statistics, state, action, next_state, carry, False
-    )
-    prior_logits, value, _ = networks.predict(
-      network, statistics, next_state, False
-    )
-    reward, value = heads.from_logits(reward), heads.from_logits(value)
-    return reward, prior_logits, value, next_state, carry
+  advance = functools.partial(_advance, networks)
 
   def plain_step(params, key, action, state):
     del key
@@ -273,6 +264,19 @@ def learned_model(
     return Model(root=root, step=plain_step, distribution=distribution)
   step = value_prefix.recurrent_fn(prefix_step, prefix_horizon)
   return Model(root=root, step=step, distribution=distribution)
+
+
+def _advance(networks: MuZeroNetworks, params, action, state, carry):
+  network, statistics = params.network, params.statistics
+  next_state, _ = networks.dynamics(network, statistics, state, action, False)
+  reward, carry, _ = networks.reward(
+    network, statistics, state, action, next_state, carry, False
+  )
+  prior_logits, value, _ = networks.predict(
+    network, statistics, next_state, False
+  )
+  reward, value = heads.from_logits(reward), heads.from_logits(value)
+  return reward, prior_logits, value, next_state, carry
 
 
 def flatten_steps(tree: Any) -> Any:
