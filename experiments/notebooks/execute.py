@@ -56,7 +56,10 @@ class Result(NamedTuple):
 
 def names(folder: pathlib.Path = FOLDER) -> list[str]:
   """All notebooks of a folder, in alphabetical order."""
-  return sorted(path.stem for path in folder.glob('*.py'))
+  others = ('__init__', 'execute')
+  return sorted(
+    path.stem for path in folder.glob('*.py') if path.stem not in others
+  )
 
 
 def read(name: str, folder: pathlib.Path = FOLDER) -> Any:

@@ -59,8 +59,8 @@ plt.rcParams['legend.frameon'] = False
 # %% [markdown]
 # ## A run
 #
-# `run.run` is what the launcher calls. `early_update` keeps a copy of the
-# parameters at that update, to compare with.
+# `training.run.run` is what `experiments.train` calls. `early_update` keeps a
+# copy of the parameters at that update, to compare with.
 
 # %%
 if not WORKDIR:
