@@ -23,8 +23,8 @@ update (Algorithm 2), with the same samples a~ ~ pi(s), a' ~ pi(s') throughout:
 Sums `x + weight y` are divided by the weight where it is above 1, which moves
 no minimum (`normalised_sum`). Before the game, critics learn by the Bellman
 term and the policy by maximum likelihood with the same entropy floor, at the
-fast rate (`make_phases`); then the policy's optimiser and the temperature start
-afresh, while critics and targets continue.
+fast rate (`make_phases`); then the policy's optimiser and the temperature are
+reset, while critics and targets are kept.
 
 With `pessimism='initial'` L is E[f(s_0, pi)] over first observations (ATAC_0,
 absolute pessimism), for which the guarantee for every beta does not hold.
@@ -93,8 +93,8 @@ class Config:
     critic_moe: a mixture of experts in the critics, in the place of all hidden
       layers but the first; 0 experts for none. Its loss is counted once an
       update, over all rows of the critics' loss, with noisy gates; targets,
-      policy and evaluation have those of acting. No `expert_choice`,
-      no dropping backend, nothing that needs statistics.
+      policy and evaluation have those of acting. Not with `expert_choice`,
+      a dropping backend or a router that needs statistics.
     critic_tokens: chunks that its input is cut into, a token each.
     critic_control: one expert in the place of many, with the same tokens and
       operations: the control that arXiv 2410.01930 demands.
@@ -311,8 +311,8 @@ def make_phases(
 ) -> tuple[Phase, Phase]:
   """The warm start and the game, whose states have one structure.
 
-  Between them the policy's optimiser and the temperature start afresh; the
-  policy, the critics, their optimiser and their targets go on.
+  Between them the policy's optimiser and the temperature are reset; the
+  policy, the critics, their optimiser and their targets are kept.
 
   Args:
     config: hyper-parameters.
@@ -392,8 +392,8 @@ def _critic_inputs(
         "a source that draws them, or pessimism='relative'"
       )
     pairs.append((batch.o_0, sample(batch.o_0, noise.first)[0]))
-  # One product of three times the rows is faster than three. What belongs to
-  # a row of the batch stays together, wherever the row lies.
+  # One product of three times the rows is faster than three products. Pairs of
+  # one row stay together, so that rows on several devices need not move.
   together = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
   return jax.tree.map(together, *pairs), target_q_t
 

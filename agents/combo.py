@@ -15,12 +15,12 @@ order of its steps included.
 
 Departures and choices:
 
-* What is pushed down is CQL's soft maximum at the states (the paper's Appendix
-  B and the public codes) and not the policy's own value (equation 2's text).
+* The penalty pushes down CQL's soft maximum at the states (the paper's Appendix
+  B and the public codes) and not the policy's own value (text of equation 2).
 * Kinds are weighted by f and 1 - f, however many rows of each a batch has.
 * A rollout that ends starts again at its first state: all its rows are valid.
 * The paper picks w, h and the states by the regulariser's value; here they are
-  settings, their defaults those of most of its tasks.
+  settings, whose defaults fit most of its tasks.
 """
 
 import dataclasses
@@ -307,9 +307,9 @@ class Weights(NamedTuple):
 def join(config: Config, batch: Mixed) -> tuple[Transition, Weights]:
   """Both kinds of a batch as one, and their weights.
 
-  Of each of G equal groups, as many as both kinds can be divided into, the
-  real rows come first: rows of either kind that lie on one device stay there.
-  A kind without rows leaves all the weight to the other.
+  Both kinds are cut into G groups, as many as divide both evenly, and each
+  group has its real rows first: rows on one device stay there. If one kind has
+  no rows, the other has all the weight.
   """
   sizes = [x.r_t.shape[0] for x in batch]
   groups = math.gcd(*sizes)
@@ -411,9 +411,9 @@ def make_phases(
 ) -> tuple[Phase, Phase]:
   """The model's phase and the policy's.
 
-  In the first batches are `Transition`s and the policy waits as it was
-  initialised; between them the model and its elites are handed on, its
-  optimiser is dropped. In the second batches are `Mixed`.
+  In the first, batches are `Transition`s and the policy stays as it was
+  initialised. The second takes over the model and its elites without their
+  optimiser, and its batches are `Mixed`.
 
   Args:
     config: hyper-parameters.

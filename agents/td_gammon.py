@@ -22,14 +22,14 @@ Departures and choices:
 * Five outputs instead of four; the value of a board is its expected points,
   not only the chance to win.
 
-How deep a planner looks, in the model: `step` and `outcomes` lead to a board
-with its roll, and a value never depends on the roll. One stage of lookahead is
-thus Tesauro's 1-ply (gnubg's 0-ply), two stages with `outcomes` average the
-best replies over 21 rolls, his 2-ply. As the 21 values after one turn are
-alike, only one is computed. Few positions have many candidates, and a lookahead
-values all places: a 2-ply player of the five best turns, whose replies are
-chosen among 128, costs a quarter of one that chooses among 512, and took the
-same turn in 200 of 200 positions:
+Depths of planners: `step` and `outcomes` lead to a board with its roll, and a
+value never depends on the roll. One stage of lookahead is thus Tesauro's 1-ply
+(gnubg's 0-ply); two stages with `outcomes` average the best replies over 21
+rolls, his 2-ply. As the 21 values after one turn are equal, only one is
+computed. Few positions have many candidates, and a lookahead values unused
+places too: a 2-ply player of the five best turns, whose replies are chosen
+among 128, costs a quarter of one that chooses among 512, and took the same
+turn in 200 of 200 positions:
 
   lookahead(2, widths=(5, None), rank='value',
             later=exact_model(backgammon.game(128), networks, 128))

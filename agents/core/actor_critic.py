@@ -344,7 +344,7 @@ def residual_loss(
       `losses.double_q_residual`.
     batch: `B` transitions.
     discount: float32 `[B]`, gamma in it.
-    q: float32 `[E, B]`, of what was done.
+    q: float32 `[E, B]`, of the recorded actions.
     target_v: float32 `[B]`, the targets' value at the next observations.
     v: float32 `[E, B]`, the critics' own; None where `weight` is 1, which
       spares the critics a pass.

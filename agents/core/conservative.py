@@ -160,11 +160,11 @@ def soft_maximum(q: chex.Array, log_densities: chex.Array) -> chex.Array:
 
 
 class Errors(NamedTuple):
-  """What conservative critics are wrong about, before any mean over rows.
+  """Errors of conservative critics, before any mean over rows.
 
   Attributes:
     squares: float32 `[E, B]`, Bellman errors.
-    q: float32 `[E, B]`, of what was done.
+    q: float32 `[E, B]`, of the recorded actions.
     high: float32 `[E, B]`, the soft maxima over all actions.
     target: float32 `[B]`, what `q` regresses onto.
   """

@@ -230,7 +230,7 @@ def make(
   Returns:
     An `Agent` without `act` whose batches are `Transition`s; its update
     ignores the key. Its `model` expects `ModelParams`, has a broad prior over
-    actions and values of 0. `evaluate` says each member's loss on a batch.
+    actions and values of 0. `evaluate` has each member's loss.
   """
   assert isinstance(spec.action, Continuous)
   optimiser = optim.adam(config.learning_rate)

@@ -86,7 +86,7 @@ def double_q_residual(
   gradient flows through both sides.
 
   Args:
-    q_tm1: float32 `[B]`, of what was done.
+    q_tm1: float32 `[B]`, of the recorded actions.
     r_t: float32 `[B]`.
     discount_t: float32 `[B]`, gamma in it, 0 at termination.
     target_q_t: float32 `[B]`, of the target networks, the least of them; no
@@ -121,7 +121,7 @@ def squared_error(
   """Squared temporal difference `(q - sg(r + d v))^2` of one critic.
 
   Args:
-    q_tm1: float32 `[B]`, of what was done.
+    q_tm1: float32 `[B]`, of the recorded actions.
     r_t: float32 `[B]`.
     discount_t: float32 `[B]`, gamma in it, 0 at termination.
     v_t: float32 `[B]`, the next state's value.

@@ -306,8 +306,8 @@ def project_kernels(
 ) -> Any:
   """Each layer's matrix onto the Frobenius ball: `W min(1, radius / |W|)`.
 
-  Biases and all else stay. The matrices of a mixture's experts lie in one leaf
-  under `experts`; each is a layer's of its own.
+  Other parameters, such as biases, are unchanged. The matrices of a mixture's
+  experts are in one leaf under `experts`; each counts as a layer.
 
   Args:
     params: of a network, its matrices named `kernel`.

@@ -262,9 +262,9 @@ def _num_chunks(batch, steps, chunk):
 
 
 def _group(batch):
-  """The number of rows of which every device treats the same ones alike.
+  """Rows of a group.
 
-  A device that holds a multiple of them does what a single device would do.
+  Devices that hold whole groups choose the rows that a single one would.
   """
   return 8 if batch % 8 == 0 else batch
 

@@ -29,7 +29,7 @@ def above(config: Any, low: float, *names: str, finite: bool = True) -> None:
     config: whose fields they are.
     low: what they must be greater than.
     names: of the fields.
-    finite: whether infinity is refused, too.
+    finite: whether infinity is refused too.
 
   Raises:
     ValueError: names the field, its value and the range.

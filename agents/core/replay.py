@@ -3,7 +3,7 @@
 Axes: `T` rows of the ring, `E` streams that write a row together, `B` windows,
 `L` their steps, `S` frames stacked in an observation.
 
-A row is an `Experience`: a time step and what was done on it. Only the newest
+A row is an `Experience`: a time step and the action on it. Only the newest
 frame of a stack is stored; stacks are built again when a window is drawn,
 and repeat the first frame of an episode as the simulators do.
 
@@ -17,8 +17,8 @@ A window starts at any row that
 Rows of a window after an episode's end belong to the next episode and are
 marked invalid: the ends of episodes are trained on like any other step.
 
-Where an episode begins though the one before did not end (a simulator was
-started afresh), the row before counts as truncated.
+Where an episode begins although the one before did not end (a simulator was
+restarted), the row before counts as truncated.
 """
 
 from collections.abc import Callable
@@ -196,11 +196,11 @@ def weights(mass: chex.Array, beta: chex.Numeric) -> chex.Array:
 def scale(
   mass: chex.Array, total: chex.Numeric, beta: chex.Numeric
 ) -> chex.Array:
-  """What makes weights of several replays comparable, float `[B]`.
+  """The factor that makes weights of several replays comparable, float `[B]`.
 
   A replay that is one of several parts is drawn from as often as the others,
-  whatever its total mass M. To expect what one replay of all rows would give,
-  a row drawn with m / M needs a weight in proportion to M m ** -beta, which is
+  whatever its total mass M. For the expectation of one replay of all rows, a
+  row drawn with m / M needs a weight in proportion to M m ** -beta, which is
   `weights` times M times the batch's smallest m ** -beta.
 
   Args:

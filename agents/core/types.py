@@ -220,9 +220,9 @@ class Sample(NamedTuple):
     weight: float32 `[B]`, importance weights, at most 1.
     age: float32 `[B]`, decisions that the source has taken since the row was
       written.
-    scale: float32 `[B]`, alike in one drawing: `weight * scale` compares with
-      drawings from other replays that are parts of the same experience; None
-      where there is one replay only.
+    scale: float32 `[B]`, equal within a draw: `weight * scale` is comparable
+      with draws from other replays of the same experience; None where there is
+      only one replay.
   """
 
   index: chex.Array

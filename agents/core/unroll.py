@@ -67,7 +67,7 @@ def unroll(
 
   The gradient into each dynamics step is scaled on the dynamics' side only,
   so that a step's own heads train it in full (MuZero, Appendix G; the
-  official EfficientZero code halves those, too).
+  official EfficientZero code halves those too).
 
   Args:
     networks: the functions.
@@ -206,8 +206,8 @@ def learned_model(
       states after it are trained towards value and reward 0.
     prefix_horizon: steps between resets of the value prefix; None where
       rewards are predicted one by one.
-    distribution: of the actions, where the policy head puts out its
-      parameters; None where it puts out logits of enumerated actions.
+    distribution: of the actions, where the policy head outputs its
+      parameters; None where it outputs logits of enumerated actions.
 
   Returns:
     `Model` whose values are in raw units.
