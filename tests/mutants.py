@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-  """A fault, and who must notice it.
+  """A fault, and the tests that must notice it.
 
   Attributes:
     path: of the file, from the root.
@@ -41,63 +41,49 @@ MUTANTS = (
     'every_token',
   ),
   Mutant(
-    'agents/muzero.py',
-    'by_step.reward[1:])\n    policy = jnp.sum',
-    'by_step.reward[:-1])\n    policy = jnp.sum',
+    'agents/core/latent.py',
+    '(out.model.reward_logits, target.reward[1:])',
+    '(out.model.reward_logits, target.reward[:-1])',
     'tests/test_agents_wiring.py',
     'predictions and muzero',
   ),
   Mutant(
-    'agents/muzero.py',
-    'batch.experience.action[:, : config.unroll_steps]',
-    'batch.experience.action[:, 1 : config.unroll_steps + 1]',
+    'agents/core/latent.py',
+    'batch.experience.action[:, : decided.shape[1]]',
+    'batch.experience.action[:, 1 : decided.shape[1] + 1]',
     'tests/test_agents_wiring.py',
     'predictions and muzero',
   ),
   Mutant(
     'agents/efficientzero.py',
-    "pi = batch.experience.extras['search_policy'][:, head]",
-    "pi = batch.experience.extras['search_policy'][:, 1 : unrolled + 2]",
+    "batch.experience.extras['search_policy'][:, : logits.shape[0]]",
+    "batch.experience.extras['search_policy'][:, 1 : logits.shape[0] + 1]",
     'tests/test_agents_wiring.py',
     'predictions and efficientzero and not sampled',
   ),
   Mutant(
-    'agents/efficientzero.py',
+    'agents/core/latent.py',
     'observation[:, 1:],',
     'observation[:, :-1],',
     'tests/test_agents_wiring.py',
-    'predictions and efficientzero and not sampled',
+    'predictions and (efficientzero or sampled)',
   ),
   Mutant(
     'agents/sampled_muzero.py',
-    'observation[:, 1:],',
-    'observation[:, :-1],',
+    'config.reward_scale * batch.experience.timestep.reward',
+    'batch.experience.timestep.reward',
     'tests/test_agents_wiring.py',
     'predictions and sampled',
   ),
   Mutant(
-    'agents/sampled_muzero.py',
-    'config.reward_scale * timestep.reward',
-    'timestep.reward',
-    'tests/test_agents_wiring.py',
-    'predictions and sampled',
-  ),
-  Mutant(
-    'agents/efficientzero.py',
+    'agents/core/efficient.py',
     'reset_every=config.prefix_horizon if config.value_prefix else None,',
     'reset_every=None,',
     'tests/test_agents.py',
-    'learner_resets and not sampled and (2 or 3)',
+    'learner_resets and (2 or 3)',
   ),
   Mutant(
-    'agents/sampled_muzero.py',
-    'reset_every=config.prefix_horizon if config.value_prefix else None,',
-    'reset_every=None,',
-    'tests/test_agents.py',
-    'learner_resets and sampled and (2 or 3)',
-  ),
-  Mutant(
-    'experiments/train.py',
+    'experiments/training/run.py',
     'jax.random.key(experiment.seed)',
     'jax.random.key(0)',
     'tests/test_offline_launch.py',
@@ -119,8 +105,8 @@ MUTANTS = (
   ),
   Mutant(
     'agents/combo.py',
-    'losses.policy(log_prob, q, temperature) * weights.rows)',
-    'losses.policy(log_prob, q, temperature) * weights.real)',
+    'soft = (rows.o_tm1, noise.tm1, weights.rows)',
+    'soft = (rows.o_tm1, noise.tm1, weights.real)',
     'tests/test_agents_model.py',
     'combos_critics_and_policy',
   ),
@@ -140,8 +126,8 @@ MUTANTS = (
   ),
   Mutant(
     'agents/alphazero.py',
-    'temperature=config.temperature,',
-    'temperature=1.0,',
+    'temperature = config.temperature\n',
+    'temperature = 1.0\n',
     'tests/test_alphazero.py',
     'the_temperature',
   ),

@@ -33,7 +33,7 @@ from agents import (
   sampled_muzero,
   td3_bc,
 )
-from agents.core import planning, unroll
+from agents.core import latent, planning, unroll
 from agents.core.types import ArraySpec, Discrete, Mixed, Spec, Text
 from experiments import build
 from experiments.runtime import loop
@@ -198,12 +198,12 @@ def _flattened(networks, similarity, params, statistics, states, real, train):
 
 
 def _planted(mesh):
-  right = efficientzero.consistency
-  efficientzero.consistency = _flattened
+  right = latent.consistency
+  latent.consistency = _flattened
   try:
     return _update(*_learned(efficientzero, test_mesh.SPEC))(mesh)
   finally:
-    efficientzero.consistency = right
+    latent.consistency = right
 
 
 def programs() -> dict[str, Callable]:
