@@ -60,6 +60,7 @@ from networks import mixture
 from networks.actor_critic import Squash, member, q_mixture
 from networks.mlp import Network
 from networks.moe import Config as MixtureConfig
+from networks.routers import NoisyTopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Config:
   max_std: float = math.e**2
   warm_start_updates: int = 100_000
   critic_moe: MixtureConfig = dataclasses.field(
-    default_factory=lambda: MixtureConfig(num_experts=0, k=2, hidden=128)
+    default_factory=lambda: MixtureConfig(
+      num_experts=0, router=NoisyTopK(k=2), hidden=128
+    )
   )
   critic_tokens: int = 1
   critic_control: bool = False

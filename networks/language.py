@@ -62,10 +62,10 @@ class Config:
         f'num_experts={self.moe.num_experts}: must be 1 or more; for none take '
         'layer=dense'
       )
-    if self.layer == 'moe' and self.moe.router in ('soft', 'expert_choice'):
+    if self.layer == 'moe' and self.moe.make_router().reads != 'token':
       raise ValueError(
-        f'router={self.moe.router}: sees the tokens that are to be predicted; '
-        'take noisy_top_k or biased_top_k'
+        f'router={self.moe.router.name}: sees the tokens that are to be '
+        'predicted; take noisy_top_k or biased_top_k'
       )
     # Under a sweep's vmap it may be a tracer, which has no value to check.
     if isinstance(self.dropout, (int, float)) and not 0 <= self.dropout < 1:
@@ -74,7 +74,7 @@ class Config:
   @property
   def lstms(self) -> int:
     """LSTMs with about the operations of a mixture, at least one."""
-    operations = 2 * self.size * self.moe.hidden * self.moe.active
+    operations = 2 * self.size * self.moe.hidden * self.moe.make_router().active
     return max(round(operations / (8 * self.size**2)), 1)
 
 
@@ -158,12 +158,13 @@ def size_of(config: Config) -> Size:
   """Operations and parameters: columns 4 and 5 of Table 7, without biases."""
   d, mixture = config.size, config.moe
   lstm, expert = 8 * d**2, 2 * d * mixture.hidden
+  active = mixture.make_router().active
   if config.layer == 'moe':
     layer = _mixture_size(mixture, d, expert)
   elif config.layer == 'dense':
-    layer = Size(mixture.active * expert, mixture.active * expert)
+    layer = Size(active * expert, active * expert)
   elif config.layer == 'deep':
-    inner = (mixture.active - 1) * mixture.hidden**2
+    inner = (active - 1) * mixture.hidden**2
     layer = Size(expert + inner, expert + inner)
   else:
     layer = Size(config.lstms * lstm, config.lstms * lstm)
@@ -172,17 +173,11 @@ def size_of(config: Config) -> Size:
 
 
 def _mixture_size(config, d, expert):
-  # The gate of noisy routers has a second matrix, for the noise.
-  noisy = config.router == 'noisy_top_k' and config.noise
-  gates = d * (2 if noisy else 1)
-  experts, groups = config.num_experts, config.groups
-  used = chosen = experts
-  if groups:
-    used, chosen = (
-      groups + n * experts // groups for n in (groups, config.group_k)
-    )
+  router = config.make_router()
+  needed, stored = router.columns
   return Size(
-    config.active * expert + gates * chosen, experts * expert + gates * used
+    router.active * expert + d * needed,
+    config.num_experts * expert + d * stored,
   )
 
 
@@ -256,10 +251,10 @@ class _Model(nn.Module):
     """What stands in the mixture's place, and what it tells."""
     config, mixture, name = self.config, self.config.moe, f'layer_{i}'
     if config.layer == 'dense':
-      width = mixture.active * mixture.hidden
+      width = mixture.make_router().active * mixture.hidden
       return mixtures.FeedForward(width, config.size, name=name)(x), []
     if config.layer == 'deep':
-      layers = mixture.active
+      layers = mixture.make_router().active
       return Deep(mixture.hidden, layers, config.size, name=name)(x), []
     expert = mixtures.FeedForward(mixture.hidden, config.size)
     y, aux = mixtures.MoE(mixture, expert, name=name)(x, train)

@@ -47,28 +47,22 @@ def check(config: moe.Config, name: str, statistics: bool = True) -> None:
     raise ValueError(
       f'{name}.num_experts={config.num_experts}: must be 1 or more'
     )
-  if config.router not in moe.PER_STATE:
+  router = config.make_router()
+  if router.reads == 'batch':
     raise ValueError(
-      f'{name}.router={config.router!r}: makes a state depend on its batch, '
-      f'must be one of {", ".join(moe.PER_STATE)}'
+      f'{name}.router={config.router.name!r}: makes a state depend on its '
+      'batch; take noisy_top_k, balanced, biased_top_k or soft'
     )
   if config.backend == 'capacity':
     raise ValueError(
       f"{name}.backend='capacity': drops by what else is in the batch, must "
       'be auto, loop, ragged or dense'
     )
-  if statistics:
-    return
-  if config.router == 'biased_top_k':
+  if router.keeps and not statistics:
     raise ValueError(
-      f"{name}.router='biased_top_k': its biases are statistics, which this "
-      'network does not keep'
-    )
-  pruning = config.prune_below
-  if not (isinstance(pruning, (int, float)) and pruning == 0):
-    raise ValueError(
-      f'{name}.prune_below={pruning}: needs statistics, which this network '
-      'does not keep; must be 0'
+      f'{name}.router={config.router.name!r}: keeps statistics '
+      f'({", ".join(router.keeps)}), for which this network has no place; take '
+      'noisy_top_k with prune_below=0, or balanced'
     )
 
 
@@ -78,14 +72,15 @@ def control(config: moe.Config) -> moe.Config:
   As wide as all that work on a token, without a choice; of `soft`, with all
   slots. Source: arXiv 2410.01930.
   """
-  one = {'num_experts': 1, 'k': 1, 'groups': 0, 'group_k': 1}
-  # Of a gate without a choice no loss should reach what is before it.
-  one |= {'noise': False, 'prune_below': 0.0, 'z_weight': 0.0}
-  if config.router == 'soft':
-    slots = config.num_experts * config.slots
-    return dataclasses.replace(config, **one, slots=slots)
-  hidden = config.active * config.hidden
-  return dataclasses.replace(config, **one, hidden=hidden)
+  router = config.make_router()
+  return dataclasses.replace(
+    config,
+    num_experts=1,
+    router=router.control,
+    hidden=router.active * config.hidden,
+    # The gate has no choice: no loss on it should reach what is before it.
+    z_weight=0.0,
+  )
 
 
 class Block(nn.Module):
@@ -174,9 +169,7 @@ def listen(config: moe.Config, statistics: Any, key: jax.Array) -> Listener:
     statistics: of the network that has it.
     key: typed, for nothing else.
   """
-  names = ['importance', 'load', 'z']
-  if config.router == 'balanced':
-    names.append('threshold')
+  names = ('importance', 'load', 'z', *config.make_router().losses)
   zeros = lambda: jnp.zeros((config.num_experts,))
   aux = moe.Aux(
     loss=jnp.zeros(()),
@@ -212,14 +205,14 @@ def told(config: moe.Config, listener: Listener) -> tuple[Any, moe.Aux]:
   """The statistics, and one account of all calls.
 
   Importance, load and counts are sums over calls, and the two losses of
-  balance are those of the sums (`noisy_top_k`; no other router has any). Other
+  balance are those of the sums where the router has them. Other
   losses and `dropped` are means over calls. Pruned experts count as idle in
   the losses of balance, which moves no minimum.
   """
   _, _, calls, total = listener
   mean = lambda x: x / jnp.maximum(calls, 1)
   losses = jax.tree.map(mean, total.losses)
-  if config.router == 'noisy_top_k':
+  if config.make_router().balances:
     losses |= {
       'importance': balance.cv_squared(total.importance),
       'load': balance.cv_squared(total.load),

@@ -18,7 +18,7 @@ ModuleDef = Callable[..., nn.Module]
 _EPSILON = 1e-5
 
 
-def spread(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+def spread(key: Any, shape: Sequence[int], dtype: Any) -> jax.Array:
   """A kernel's initialiser: the standard deviation of its entries, everywhere.
 
   `randomise` then draws all kernels of a network at once: one program of

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from networks import consistency, heads, mixture, mlp, resnet, value_prefix
 from networks.moe import Aux
 from networks.moe import Config as MixtureConfig
+from networks.routers import NoisyTopK
 
 # Images with both sides at least this long get the Atari torso under 'auto'.
 _ATARI_SIDE = 64
@@ -97,7 +98,9 @@ class NetworkConfig:
   mixture_tokens: int = 1
   mixture_control: bool = False
   moe: MixtureConfig = dataclasses.field(
-    default_factory=lambda: MixtureConfig(num_experts=8, k=2, hidden=128)
+    default_factory=lambda: MixtureConfig(
+      num_experts=8, router=NoisyTopK(k=2), hidden=128
+    )
   )
 
   def __post_init__(self):

@@ -23,6 +23,7 @@ from networks import (
   moe,
   muzero,
   policy_value,
+  routers,
 )
 from networks.routing import ByToken
 from search.exact import bellman, examples, improvement, offline_game, riccati
@@ -102,7 +103,7 @@ def root(size='A'):
 
 
 scalar = riccati.System(*4 * ['float []'])
-mixture = moe.Config(num_experts=E, k=2, hidden=5)
+mixture = moe.Config(num_experts=E, router=routers.NoisyTopK(k=2), hidden=5)
 told = of(
   moe.Aux,
   '[]',
@@ -416,7 +417,12 @@ OBJECTS = {
     'networks.actor_critic.MixtureCritics',
     (
       critics := actor_critic.q_mixture(
-        F, low, high, 5, moe.Config(num_experts=3, k=2, hidden=5), members=2
+        F,
+        low,
+        high,
+        5,
+        moe.Config(3, routers.NoisyTopK(k=2), hidden=5),
+        members=2,
       )
     ),
     {

@@ -40,6 +40,7 @@ from experiments.runtime import loop
 from experiments.runtime import mesh as meshes
 from networks import language as networks_language
 from networks import moe
+from networks.routers import NoisyTopK
 
 ROWS = 8
 _EXCHANGE = re.compile(
@@ -101,7 +102,7 @@ def _on_data(module, **changes):
 def _of_text():
   """A small language model with experts, whole on every device."""
   length, vocabulary = 4, 256
-  mixture = moe.Config(num_experts=4, k=2, hidden=8)
+  mixture = moe.Config(4, NoisyTopK(k=2), hidden=8)
   config = language.Config(
     network=networks_language.Config(size=8, moe=mixture),
     text=language.TextConfig(vocabulary, length),

@@ -166,6 +166,69 @@ def test_override_refuses_in_one_line(assignment, message):
   assert '\n' not in str(caught.value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Low:
+  name: str = 'low'
+  k: int = 1
+  low: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class High:
+  name: str = 'high'
+  k: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+  part: Low | High = Low()
+
+
+MIXED = {'agent': Mixed()}
+
+
+@pytest.mark.parametrize('name', ['part', 'part.name', 'agent.part.name'])
+def test_one_of_several_dataclasses_is_chosen_by_its_name(name):
+  for settings in ([f'{name}=high', 'k=5'], ['agent.k=5', f'{name}=high']):
+    assert override(MIXED, settings) == {'agent': Mixed(High(k=5))}
+  # What both have stays, and so does all where nothing changes.
+  assert override(MIXED, [f'{name}=high']) == {'agent': Mixed(High(k=1))}
+  assert override(MIXED, ['low=7', f'{name}=low'])['agent'].part.low == 7
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (['part=middle'], "part is 'middle', must be one of low, high"),
+    (['low=3', 'part=high'], 'no field low: '),
+    (['part.agent.k=3'], 'no field part.agent.k: '),
+  ],
+)
+def test_what_another_dataclass_has_is_refused(settings, message):
+  with pytest.raises(UserError) as caught:
+    override(MIXED, settings)
+  assert str(caught.value).startswith(message)
+
+
+def test_a_mixture_of_an_older_version_is_read(tmp_path):
+  """Its router's fields were the mixture's own."""
+  old = {'num_experts': 8, 'router': 'balanced', 'k': 2, 'limit': 3}
+  old |= {'groups': 0, 'slots': 1, 'capacity_factor': 2.0, 'noise': True}
+  content = {'agent': {'network': {'moe': old}, 'critic_moe': dict(old)}}
+  (tmp_path / 'config.json').write_text(json.dumps(content))
+  new = {
+    'num_experts': 8,
+    'router': {'name': 'balanced', 'k': 2, 'limit': 3},
+    'capacity_factor': 2.0,
+  }
+  agent = config_lib.read_run_config(tmp_path)['agent']
+  assert agent == {'network': {'moe': new}, 'critic_moe': new}
+  # Checkpoints know the settings as they were written.
+  identity = config_lib.read_identity(tmp_path)
+  assert identity is not None
+  assert identity['settings'] == config_lib.digest(content)
+
+
 def test_unknown_field_lists_all_fields():
   with pytest.raises(UserError) as caught:
     override(SECTIONS, ['zzz=1'])

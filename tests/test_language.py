@@ -12,11 +12,12 @@ import pytest
 from agents import language as agent_module
 from agents.core import optim
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec, Text
-from networks import language, moe
+from networks import language, moe, routers
 
 V, D, B, L, E, K = 64, 8, 4, 8, 4, 2
 SPEC = Spec(ArraySpec((), np.int32), Discrete(V), name='numbers')
-MIXTURE = moe.Config(num_experts=E, k=K, hidden=8)
+NESTED = {'router': routers.NoisyTopK(k=2, groups=16)}
+MIXTURE = moe.Config(E, routers.NoisyTopK(k=K), hidden=8)
 NETWORK = language.Config(size=D, dropout=0.1, moe=MIXTURE)
 CONFIG = agent_module.Config(
   network=NETWORK, learning_rate=0.02, warmup_updates=5, log_experts=True
@@ -95,7 +96,7 @@ def test_the_network_is_what_numpy_computes(dense):
 
 def test_a_mixture_of_one_expert_is_the_dense_layer(dense):
   params, tokens, logits = dense
-  one = moe.Config(num_experts=1, k=1, hidden=K * MIXTURE.hidden)
+  one = moe.Config(1, routers.NoisyTopK(k=1), K * MIXTURE.hidden)
   network = language.make(dataclasses.replace(NETWORK, moe=one), V)
   own, stats = jax.jit(network.init)(jax.random.key(0))
   experts = jax.tree.map(lambda x: x[None], params['layer_0'])
@@ -163,9 +164,9 @@ def test_noise_and_dropout_are_in_training_only(built):
     ('moe', {'num_experts': 4}, 8.4, 8.4),
     ('moe', {'num_experts': 32}, 8.4, 37.8),
     ('moe', {'num_experts': 256}, 8.6, 272.9),
-    ('moe', {'num_experts': 256, 'groups': 16, 'k': 2}, 8.4, 272.9),
-    ('moe', {'num_experts': 1024, 'groups': 16, 'k': 2}, 8.5, 1079.0),
-    ('moe', {'num_experts': 4096, 'groups': 16, 'k': 2}, 8.9, 4303.4),
+    ('moe', {'num_experts': 256, **NESTED}, 8.4, 272.9),
+    ('moe', {'num_experts': 1024, **NESTED}, 8.5, 1079.0),
+    ('moe', {'num_experts': 4096, **NESTED}, 8.9, 4303.4),
   ],
 )
 def test_sizes_are_those_of_table_7(layer, mixture, operations, parameters):
@@ -183,9 +184,9 @@ def test_sizes_are_those_of_table_7(layer, mixture, operations, parameters):
     {'layer': 'dense'},
     {'layer': 'deep'},
     {'num_layers_moe': 2},
-    {'moe': dataclasses.replace(MIXTURE, groups=2, k=1)},
-    {'moe': dataclasses.replace(MIXTURE, router='balanced')},
-    {'moe': dataclasses.replace(MIXTURE, noise=False)},
+    {'moe': moe.Config(E, routers.NoisyTopK(k=1, groups=2), 8)},
+    {'moe': moe.Config(E, routers.Balanced(k=K), 8)},
+    {'moe': moe.Config(E, routers.NoisyTopK(k=K, noise=False), 8)},
   ],
 )
 def test_sizes_are_those_of_the_networks(changes):
@@ -290,7 +291,7 @@ def test_metrics_of_two_mixtures_have_their_number():
     (lambda: language.Config(num_layers_moe=3), 'num_layers_moe=3'),
     (lambda: language.Config(dropout=1.0), 'dropout=1.0: must be from 0'),
     (
-      lambda: language.Config(moe=moe.Config(router='soft')),
+      lambda: language.Config(moe=moe.Config(router=routers.Soft())),
       'router=soft: sees the tokens',
     ),
     (lambda: language.Config(size=0), 'size=0'),

@@ -1,6 +1,7 @@
 """The layer: against a loop over experts, per state, stacked, in a scan."""
 
 import functools
+import typing
 
 import flax.linen as nn
 import jax
@@ -8,32 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from networks import mlp, moe
+from networks import mlp, moe, routers
 
 D, E = 6, 4
+FLAT = routers.NoisyTopK(k=2)
+NESTED = routers.NoisyTopK(k=1, groups=2)
 VARIANTS = {
-  'flat': {},
-  'hierarchical': {'groups': 2, 'k': 1},
-  'balanced': {'router': 'balanced'},
-  'expert_choice': {'router': 'expert_choice'},
-  'soft': {'router': 'soft', 'slots': 2},
-  'biased': {'router': 'biased_top_k'},
-  'pruned': {'prune_below': 0.5},
+  'flat': FLAT,
+  'hierarchical': NESTED,
+  'balanced': routers.Balanced(k=2),
+  'expert_choice': routers.ExpertChoice(),
+  'soft': routers.Soft(slots=2),
+  'biased': routers.BiasedTopK(k=2),
+  'pruned': routers.NoisyTopK(k=2, prune_below=0.5),
 }
 
 
-def _config(**fields):
-  return moe.Config(**({'num_experts': E, 'hidden': 5, 'k': 2} | fields))
+def _config(router=FLAT, **fields):
+  return moe.Config(**({'num_experts': E, 'hidden': 5} | fields), router=router)
 
 
-def _layer(**fields):
-  return moe.MoE(_config(**fields), moe.FeedForward(5, D))
+def _layer(router=FLAT):
+  return moe.MoE(_config(router), moe.FeedForward(5, D))
 
 
 @functools.cache
 def _start(name):
   """A layer with random gates, its variables, and it compiled twice."""
-  layer = _layer(**VARIANTS[name])
+  layer = _layer(VARIANTS[name])
   x = jnp.zeros((2, 3, D))
   variables = jax.jit(layer.init)(jax.random.key(0), x)
   params = mlp.randomise(variables['params'], jax.random.key(1))
@@ -94,7 +97,7 @@ def test_it_is_the_gated_sum_of_its_experts():
 @pytest.mark.parametrize('name', [n for n in VARIANTS if n != 'expert_choice'])
 def test_a_state_alone_equals_its_row_of_a_batch(name):
   variables, play, _ = _start(name)
-  assert _config(**VARIANTS[name]).router in moe.PER_STATE
+  assert _config(VARIANTS[name]).make_router().reads != 'batch'
   x = _x(1, 4, 3)
   whole, _ = play(variables, x)
   for i in range(4):
@@ -105,7 +108,7 @@ def test_a_state_alone_equals_its_row_of_a_batch(name):
 def test_expert_choice_depends_on_the_batch():
   """Why agents refuse it: what a state gets depends on who else is there."""
   variables, play, _ = _start('expert_choice')
-  assert 'expert_choice' not in moe.PER_STATE
+  assert _config(VARIANTS['expert_choice']).make_router().reads == 'batch'
   x = _x(1, 4, 3)
   alone, _ = play(variables, x[:1])
   assert not np.allclose(alone[0], play(variables, x)[0][0], atol=1e-3)
@@ -114,7 +117,7 @@ def test_expert_choice_depends_on_the_batch():
 @pytest.mark.parametrize('name', list(VARIANTS))
 def test_gradients_are_finite_and_reach_gate_and_experts(name):
   variables, _, _ = _start(name)
-  layer = _layer(**VARIANTS[name])
+  layer = _layer(VARIANTS[name])
   x = _x(2, 2, 3)
   rest = {k: v for k, v in variables.items() if k != 'params'}
 
@@ -157,12 +160,16 @@ def test_gates_are_zero_at_first_and_noise_spreads_the_load():
 
 
 @pytest.mark.parametrize(
-  'fields',
-  [{'noise': False}, {'router': 'biased_top_k'}, {'router': 'expert_choice'}],
+  'router',
+  [
+    routers.NoisyTopK(noise=False),
+    routers.BiasedTopK(),
+    routers.ExpertChoice(),
+  ],
 )
-def test_without_noise_gates_differ_at_first(fields):
+def test_without_noise_gates_differ_at_first(router):
   """Equal ones would give all tokens to the same experts for good."""
-  layer = _layer(**fields)
+  layer = _layer(router)
   x = _x(4, 50, 2)
   params = jax.jit(layer.init)(jax.random.key(0), x)['params']
   params = mlp.randomise(params, jax.random.key(1))
@@ -172,7 +179,7 @@ def test_without_noise_gates_differ_at_first(fields):
 def test_thresholds_choose_no_more_than_the_limit():
   # At first every expert is over its threshold.
   for limit, chosen in ((1, 1), (3, 3), (0, E)):
-    layer = _layer(router='balanced', k=1, limit=limit)
+    layer = _layer(routers.Balanced(k=1, limit=limit))
     x = _x(4, 5)
     variables = jax.jit(layer.init)(jax.random.key(0), x)
     _, aux = jax.jit(layer.apply)(variables, x)
@@ -192,7 +199,7 @@ def test_any_module_is_an_expert_and_layers_stack():
     @nn.compact
     def __call__(self, x):
       y, first = moe.MoE(_config(), _Odd())(x)
-      y, second = moe.MoE(_config(groups=2, k=1), moe.FeedForward(5, D))(y)
+      y, second = moe.MoE(_config(NESTED), moe.FeedForward(5, D))(y)
       return y, first.loss + second.loss
 
   x = _x(5, 3)
@@ -263,26 +270,64 @@ def test_a_selection_bias_moves_towards_balance_and_gets_no_gradient():
   assert 'bias' not in variables['params']
 
 
+def test_every_router_has_its_name():
+  kinds = typing.get_args(routers.Config)
+  assert tuple(kind().name for kind in kinds) == typing.get_args(routers.Name)
+
+
 @pytest.mark.parametrize(
   'fields, message',
   [
-    ({'router': 'best'}, "router='best': must be one of noisy_top_k"),
-    ({'k': 5}, 'k=5: must be at most num_experts=4'),
-    ({'k': 0}, 'k=0: must be 1 or more'),
-    ({'groups': 3}, 'groups=3: must divide num_experts=4'),
-    ({'groups': 2, 'group_k': 3}, 'group_k=3: must be at most groups=2'),
-    ({'groups': 2, 'k': 3}, 'k=3: must be at most the 2 experts of a group'),
-    ({'groups': 2, 'router': 'soft'}, 'groups=2: needs router=noisy_top_k'),
+    ({'router': 'best'}, "router='best': must be a config of networks.routers"),
     ({'num_experts': -1}, 'num_experts=-1: must be 0 or more'),
-    ({'noise_epsilon': 0.0}, 'noise_epsilon=0.0: must be above 0'),
     ({'load_weight': -1.0}, 'load_weight=-1.0: must be at least 0'),
     ({'backend': 'gpu'}, "backend='gpu': must be one of auto"),
-    ({'router': 'soft', 'prune_below': 0.1}, 'prune_below=0.1: needs a flat'),
+    ({'hidden': 0}, 'hidden=0: must be 1 or more'),
   ],
 )
 def test_a_wrong_config_is_refused(fields, message):
-  with pytest.raises(ValueError, match=message.replace('(', r'\(')):
+  with pytest.raises(ValueError, match=message):
     _config(**fields)
+
+
+@pytest.mark.parametrize(
+  'router, fields, message',
+  [
+    ('NoisyTopK', {'k': 5}, 'k=5: must be at most num_experts=4'),
+    ('Balanced', {'k': 5}, 'k=5: must be at most num_experts=4'),
+    ('BiasedTopK', {'k': 5}, 'k=5: must be at most num_experts=4'),
+    ('NoisyTopK', {'k': 0}, 'k=0: must be 1 or more'),
+    ('NoisyTopK', {'groups': 3}, 'groups=3: must divide num_experts=4'),
+    (
+      'NoisyTopK',
+      {'groups': 2, 'group_k': 3},
+      'group_k=3: must be at most groups=2',
+    ),
+    (
+      'NoisyTopK',
+      {'groups': 2, 'k': 3},
+      'k=3: must be at most the 2 experts of a group',
+    ),
+    (
+      'NoisyTopK',
+      {'groups': 2, 'prune_below': 0.1},
+      'prune_below=0.1: needs groups=0, not 2',
+    ),
+    ('NoisyTopK', {'noise_epsilon': 0.0}, 'noise_epsilon=0.0: must be above 0'),
+    ('NoisyTopK', {'load_momentum': 2.0}, 'load_momentum=2.0: must be within'),
+    ('NoisyTopK', {'name': 'soft'}, "name='soft': must be 'noisy_top_k'"),
+    ('Balanced', {'limit': -1}, 'limit=-1: must be 0 or more'),
+    (
+      'ExpertChoice',
+      {'capacity_factor': 4.5},
+      'capacity_factor=4.5: must be at most num_experts=4',
+    ),
+    ('Soft', {'slots': 0}, 'slots=0: must be 1 or more'),
+  ],
+)
+def test_a_wrong_router_is_refused(router, fields, message):
+  with pytest.raises(ValueError, match=message):
+    _config(getattr(routers, router)(**fields))
 
 
 def test_an_expert_with_statistics_is_refused():

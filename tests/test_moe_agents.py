@@ -20,14 +20,14 @@ from agents.core.types import (
   Transition,
 )
 from experiments.runtime import config as configs
-from networks import actor_critic, mixture, moe
+from networks import actor_critic, mixture, moe, routers
 from networks import muzero as muzero_networks
 from networks.muzero import NetworkConfig
 from search.model import TimeStep
 
 B, A, K, N = 4, 3, 3, 2
 KEY = jax.random.key(3)
-MOE = moe.Config(num_experts=3, k=2, hidden=4, z_weight=0.01)
+MOE = moe.Config(3, routers.NoisyTopK(k=2), hidden=4, z_weight=0.01)
 NETWORK = NetworkConfig(
   torso='vector',
   latent_size=8,
@@ -110,7 +110,7 @@ def make_block(chunks=1, **fields):
     ((2, 2, 3, 4), 1, {}),  # a token a pixel
     ((2, 8), 1, {}),
     ((2, 8), 2, {}),
-    ((2, 2, 3, 4), 1, {'router': 'soft'}),  # pixels of one image mix
+    ((2, 2, 3, 4), 1, {'router': routers.Soft()}),  # pixels of one image mix
   ],
   ids=['pixels', 'vector', 'chunks', 'soft'],
 )
@@ -138,14 +138,22 @@ def test_the_block_is_residual_on_its_tokens(shape, chunks, fields):
 def test_the_control_has_the_same_tokens_and_operations():
   pairs = [
     (MOE, (2, 0, 8)),
-    (dataclasses.replace(MOE, num_experts=8, groups=4, group_k=3), (6, 0, 24)),
-    (dataclasses.replace(MOE, router='soft', slots=2), (2, 6, 4)),
+    (
+      dataclasses.replace(
+        MOE,
+        num_experts=8,
+        router=routers.NoisyTopK(k=2, groups=4, group_k=3),
+      ),
+      (6, 0, 24),
+    ),
+    (dataclasses.replace(MOE, router=routers.Soft(slots=2)), (1, 6, 4)),
   ]
   for config, (active, slots, hidden) in pairs:
     one = mixture.control(config)
-    assert (config.active, one.num_experts, one.active) == (active, 1, 1)
+    assert config.make_router().active == active
+    assert (one.num_experts, one.make_router().active) == (1, 1)
     assert one.hidden == hidden
-    assert one.slots == (slots or config.slots)
+    assert getattr(one.router, 'slots', 0) == slots
   config = dataclasses.replace(NETWORK, mixture_control=True)
   params, _ = jax.eval_shape(make_networks(config).init, KEY)
   assert params['mixture']['MoE_0']['experts']['in']['kernel'].shape == (
@@ -178,7 +186,7 @@ def test_the_control_says_what_its_one_expert_says():
   ('fields', 'message'),
   [
     (
-      {'router': 'expert_choice'},
+      {'router': routers.ExpertChoice()},
       r"^moe\.router='expert_choice': makes a stat",
     ),
     ({'backend': 'capacity'}, r"^moe\.backend='capacity': drops by what else"),
@@ -196,13 +204,17 @@ def test_what_planning_cannot_bear_is_refused(fields, message):
 
 
 @pytest.mark.parametrize(
-  'fields', [{'router': 'biased_top_k'}, {'prune_below': 0.1}]
+  ('router', 'kept'),
+  [
+    (routers.BiasedTopK(k=2), 'bias'),
+    (routers.NoisyTopK(k=2, prune_below=0.1), 'load'),
+  ],
 )
-def test_critics_keep_no_statistics(fields):
-  bad = dataclasses.replace(MOE, **fields)
+def test_critics_keep_no_statistics(router, kept):
+  bad = dataclasses.replace(MOE, router=router)
   dataclasses.replace(NETWORK, moe=bad)
-  (name,) = fields
-  with pytest.raises(ValueError, match=rf'^critic_moe\.{name}='):
+  message = rf"^critic_moe\.router='{router.name}': keeps statistics \({kept}\)"
+  with pytest.raises(ValueError, match=message):
     atac.Config(critic_moe=bad)
 
 
@@ -231,7 +243,7 @@ def test_settings_are_set_by_their_path():
     ],
   )
   network, critic = changed['agent'].network, changed['critic'].critic_moe
-  assert (network.mixture, network.moe.k, network.moe.num_experts) == (
+  assert (network.mixture, network.moe.router.k, network.moe.num_experts) == (
     'heads',
     3,
     3,
@@ -306,7 +318,7 @@ def test_the_account_is_that_of_all_unrolled_steps_together(alone):
   for name in ('importance', 'load', 'count'):
     total = sum(np.asarray(getattr(x, name)) for x in each)
     np.testing.assert_allclose(getattr(aux, name), total, rtol=1e-5)
-  assert aux.count.sum() == K * B * MOE.k
+  assert aux.count.sum() == K * B * MOE.router.k
   z = np.mean([x.losses['z'] for x in each])
   want = 0.1 * (cv_squared(aux.importance) + cv_squared(aux.load)) + 0.01 * z
   np.testing.assert_allclose(aux.loss, want, rtol=1e-4)
@@ -352,11 +364,20 @@ def test_noise_needs_a_listener_and_training():
   )
   np.testing.assert_array_equal(want, unheard)
   np.testing.assert_array_equal(want, quiet)
-  assert heard.aux.count.sum() == B * MOE.k
+  assert heard.aux.count.sum() == B * MOE.router.k
   assert np.abs(want - noisy).max() > 1e-3
 
 
-@pytest.mark.parametrize('router', moe.PER_STATE)
+@pytest.mark.parametrize(
+  'router',
+  [
+    routers.NoisyTopK(k=2),
+    routers.Balanced(k=2),
+    routers.BiasedTopK(k=2),
+    routers.Soft(),
+  ],
+  ids=lambda router: router.name,
+)
 def test_every_router_goes_through_a_scan(router, key):
   experts = dataclasses.replace(MOE, router=router, hidden=2)
   config = dataclasses.replace(NETWORK, mixture='heads', moe=experts)
@@ -377,7 +398,7 @@ def test_every_router_goes_through_a_scan(router, key):
 
   stats, (after, aux) = jax.eval_shape(account, key)
   assert jax.tree.structure(stats) == jax.tree.structure(after)
-  assert bool(stats) == (router == 'biased_top_k')
+  assert bool(stats) == (router.name == 'biased_top_k')
   assert aux.count.shape == (3,) and aux.loss.shape == ()
 
 
@@ -472,7 +493,7 @@ def test_the_loss_has_the_mixture_in_it(case, monkeypatch):
   monkeypatch.setattr(mixture, 'metrics', count)
   state, batch = quick(agent.init)(KEY), make_batch(config, spec)
   found = quick(agent.evaluate)(state.params, batch, KEY)
-  assert found['moe_count'] == tokens * MOE.k
+  assert found['moe_count'] == tokens * MOE.router.k
   weights = {'policy': 1, 'value': 0.25, 'reward': 1}
   weights |= {'consistency': 2, 'entropy': 5e-3}
   terms = [w * found.get(f'loss_{k}', 0) for k, w in weights.items()]
@@ -530,7 +551,7 @@ def test_a_search_alone_is_its_row_of_a_batch():
     heard = networks.dynamics(params.network, listener, state, action, False)[1]
     return networks.told(heard)[1].count
 
-  assert (first(roots) > 0).sum() > MOE.k
+  assert (first(roots) > 0).sum() > MOE.router.k
 
 
 # --- ATAC's critics.
@@ -607,7 +628,7 @@ def test_critics_are_their_layers_with_noise_in_their_loss():
     want = np.asarray(hidden) @ last['kernel'] + last['bias']
     np.testing.assert_allclose(q[member], want[:, 0], rtol=1e-5, atol=1e-5)
     assert_close(aux.count[member], told.count)
-    assert aux.count[member].sum() == 2 * B * MOE.k
+    assert aux.count[member].sum() == 2 * B * MOE.router.k
 
 
 def test_the_critics_loss_has_the_balance_once():

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from agents.core import optim
-from networks import balance, mlp, moe
+from networks import balance, mlp, moe, routers
 
 # %% tags=["parameters"]
 TINY = False
@@ -76,11 +76,9 @@ test_x, test_y = draw(jax.random.key(2), 400)
 def make_layer(weight, prune_below):
   config = moe.Config(
     num_experts=NUM_EXPERTS,
-    k=K,
+    router=routers.NoisyTopK(k=K, prune_below=prune_below, load_momentum=0.95),
     importance_weight=weight,
     load_weight=weight,
-    prune_below=prune_below,
-    load_momentum=0.95,
   )
   return moe.MoE(config, moe.FeedForward(HIDDEN, 1))
 
@@ -258,7 +256,9 @@ small = {
   for name, part in params.items()
 }
 few = int(keep.sum())
-smaller = moe.MoE(moe.Config(num_experts=few, k=K), moe.FeedForward(HIDDEN, 1))
+smaller = moe.MoE(
+  moe.Config(few, routers.NoisyTopK(k=K)), moe.FeedForward(HIDDEN, 1)
+)
 whole, _ = make_layer(0.0, 0.3).apply(
   {'params': params, 'stats': stats}, test_x
 )

@@ -234,12 +234,16 @@ def override(
 ) -> dict[str, Any]:
   """Applies `field=value` assignments to frozen dataclasses.
 
+  A field whose type is one of several dataclasses, each with a field `name`, is
+  set to another one by that name, `router=balanced`; fields that both have keep
+  their values.
+
   Args:
     sections: instances by section's name; dataclasses in them are searched
-      too. A field is named by the end of its path, `section.outer.field`, as
-      long as that is unique.
-    assignments: in order, the later one wins; those that their dataclass
-      refuses are tried again behind the others. Values are read by the field's
+      too. A field is named as `matching` says.
+    assignments: in order, the later one wins, but first those that choose a
+      dataclass; those that their dataclass refuses are tried again after the
+      others. Values are read by the field's
       annotation: int (`1e5` too), float, bool (true, false), str, `Literal`,
       `tuple` (`1,2,3`; nothing for an empty one), `T | None` (`none`).
     validate: called with the result; raises a `ValueError` for what must not
@@ -260,6 +264,7 @@ def override(
   {'agent': Config(widths=(32, 32), steps=100000)}
   """
   result, left = dict(sections), list(enumerate(assignments))
+  left.sort(key=lambda item: not _chooses(sections, item[1]))
   applied: dict[tuple[str, ...], int] = {}
   while left:
     refused: list[tuple[int, str]] = []
@@ -294,10 +299,12 @@ def override(
 def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
   """The config with the field at `path` read from `text`."""
   field, *rest = path
-  if rest:
+  annotation = typing.get_type_hints(type(config))[field]
+  if rest == ['name'] and typing.get_args(annotation):
+    value = _chosen(annotation, getattr(config, field), name, text)
+  elif rest:
     value = _replace(getattr(config, field), rest, name, text)
   else:
-    annotation = typing.get_type_hints(type(config))[field]
     try:
       value = _parse(annotation, text)
     except ValueError as error:
@@ -307,6 +314,56 @@ def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
         f'{name} is {text!r}, must be {_type_name(annotation)}{why}'
       ) from None
   return dataclasses.replace(config, **{field: value})
+
+
+def _chosen(annotation: Any, old: Any, name: str, text: str) -> Any:
+  """The dataclass of a union that has a name, with what the old one shares."""
+  kinds = {kind.name: kind for kind in typing.get_args(annotation)}
+  if text not in kinds:
+    raise UserError(f'{name} is {text!r}, must be one of {", ".join(kinds)}')
+  if type(old) is kinds[text]:
+    return old
+  shared = {f.name for f in dataclasses.fields(kinds[text])} - {'name'}
+  return kinds[text](**{n: getattr(old, n) for n in shared if hasattr(old, n)})
+
+
+def _chooses(sections: Mapping[str, Any], assignment: str) -> bool:
+  """Whether an assignment sets which of several dataclasses a field has."""
+  known = [p for s, config in sections.items() for p in _paths(config, (s,))]
+  asked = tuple(assignment.partition('=')[0].strip().split('.'))
+  return [p[-1] for p in matching(known, asked)] == ['name']
+
+
+def matching(
+  known: Sequence[tuple[str, ...]], asked: tuple[str, ...]
+) -> list[tuple[str, ...]]:
+  """Paths of fields that a name may mean.
+
+  Args:
+    known: all paths, `('agent', 'network', 'moe', 'router', 'k')`.
+    asked: the parts of the name: a whole path; else the end of it; else some of
+      its parts in order, the last one included, `('network', 'moe', 'k')`. A
+      last part `name` may be left out.
+
+  Returns:
+    The paths, none or several where the name is no good.
+  """
+  if asked in known:
+    return [asked]
+  if asked == ('name',):  # of whatever is inside, it says too little
+    return [p for p in known if p[1:] == asked]
+  for name in (asked, (*asked, 'name')):
+    ends = [p for p in known if p[-1] == name[-1]]
+    whole = [p for p in ends if p[-len(name) :] == name]
+    found = whole or [p for p in ends if _in_order(name, p)]
+    if found:
+      return found
+  return []
+
+
+def _in_order(parts: Sequence[str], path: Sequence[str]) -> bool:
+  rest = iter(path)
+  return all(part in rest for part in parts)
 
 
 def _paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -323,14 +380,14 @@ def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
   """The path that a name on the command line means."""
   known = [p for s, config in sections.items() for p in _paths(config, (s,))]
   asked = tuple(name.split('.'))
-  if asked in known:
-    return asked
-  found = [p for p in known if p[-len(asked) :] == asked]
+  found = matching(known, asked)
   if len(found) == 1:
     return found[0]
   if found:
     choices = ' or '.join('.'.join(p) for p in found)
     raise UserError(f'{name} is ambiguous: say {choices}')
+  inner = lambda p: p[-1] == 'name' and len(p) > 2
+  known = [p[:-1] if inner(p) else p for p in known]
   fields = [p[-1] for p in known]
   names = sorted(
     p[-1] if fields.count(p[-1]) == 1 else '.'.join(p) for p in known
@@ -565,9 +622,15 @@ def write_run_config(
 def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """A run's `config.json`; dataclasses are dictionaries, tuples lists.
 
+  Settings that an older version has written elsewhere are where they are now.
+
   Raises:
     UserError: `workdir` is no run's folder, or the file cannot be read.
   """
+  return _upgraded(_read(workdir))
+
+
+def _read(workdir: str | os.PathLike) -> dict[str, Any]:
   try:
     return reading.read_json(pathlib.Path(workdir) / 'config.json')
   except Missing as error:
@@ -575,6 +638,36 @@ def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
       f"workdir={shown(workdir)}: is no run's folder, it has no config.json; "
       'name the --workdir of python -m experiments.train'
     ) from error
+
+
+# What a mixture's router took of its fields, where routers had no configs.
+_ROUTERS = {
+  'noisy_top_k': (
+    *('k', 'groups', 'group_k', 'noise', 'noise_epsilon'),
+    *('prune_below', 'load_momentum'),
+  ),
+  'balanced': ('k', 'limit', 'threshold_weight'),
+  'expert_choice': ('capacity_factor',),
+  'soft': ('slots',),
+  'biased_top_k': ('k', 'bias_rate', 'prune_below', 'load_momentum'),
+}
+
+
+def _upgraded(saved: Any) -> Any:
+  """Settings of an older version as this one would have written them."""
+  for path in (('agent', 'network', 'moe'), ('agent', 'critic_moe')):
+    moe: Any = saved
+    for name in path:
+      moe = moe.get(name) if isinstance(moe, dict) else None
+    router = moe.get('router') if isinstance(moe, dict) else None
+    if not isinstance(router, str) or router not in _ROUTERS:
+      continue
+    own = {n: moe[n] for n in _ROUTERS[router] if n in moe}
+    for name in {n for names in _ROUTERS.values() for n in names}:
+      if name != 'capacity_factor':  # it is the mixture's, too
+        moe.pop(name, None)
+    moe['router'] = {'name': router, **own}
+  return saved
 
 
 def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
@@ -591,7 +684,8 @@ def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
   """
   if not os.path.lexists(pathlib.Path(workdir) / 'config.json'):
     return None
-  config = read_run_config(workdir)
+  # As it was written, as the checkpoints beside it were.
+  config = _read(workdir)
   config.pop('made_with', None)
   return {'seed': config.get('seed'), 'settings': digest(config)}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments import build
 from experiments.files.errors import UserError
+from experiments.runtime import config as configs
 
 # Each is described before the first one runs, each row leaves files.
 _MAX_SETTINGS = 10_000
@@ -240,10 +241,8 @@ def find_path(experiment: build.Experiment, name: str) -> str:
     experiment: whose field it is.
     name: the end of the path, known to be good: `build.describe` took it.
   """
-  known = list(_paths(experiment))
-  if name in known:
-    return name
-  return next(p for p in known if p.endswith('.' + name))
+  known = [tuple(path.split('.')) for path in _paths(experiment)]
+  return '.'.join(configs.matching(known, tuple(name.split('.')))[0])
 
 
 def _paths(experiment):
