@@ -357,7 +357,7 @@ def flat(num_actions: int, factors: tuple[int, ...] = ()) -> ActionDistribution:
     )
     actions = jnp.sort(actions[:, :-1], -1)
     pick = lambda x: jnp.take_along_axis(x, actions, -1)
-    # Bounded where q is 1 in float32 already, lest its gradient be NaN.
+    # Bounded where q is 1 in float32 already, or its gradient would be NaN.
     rate = jnp.exp(jnp.minimum(pick(log_probs) - largest[:, -1:], 5.0))
     return actions, jnp.where(pick(masked), 0.0, log1mexp(rate))
 

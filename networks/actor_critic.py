@@ -269,15 +269,15 @@ def q_mixture(
   Each member has experts and gates of its own.
 
   Args:
-    observation_size: see `q_ensemble`, as for what is not told here.
-    low: `[D]`, see there.
-    high: `[D]`, see there.
+    observation_size: as in `q_ensemble`.
+    low: `[D]`, as in `q_ensemble`.
+    high: `[D]`, as in `q_ensemble`.
     width: of the hidden layer, the mixture's input and output.
     config: of the mixture; without statistics, see `mixture.check`.
     tokens: chunks that the hidden layer is cut into.
     members: `E`.
     norm: of the hidden layer and of the mixture's input.
-    statistics: `[F]` each, see there.
+    statistics: `[F]` each, as in `q_ensemble`.
 
   Raises:
     ValueError: what `mixture.check` refuses, or tokens that do not divide the

@@ -1,7 +1,7 @@
 """How balanced a mixture of experts is, what to add to a loss, what to prune.
 
 Axes: see `networks.routing`. Arrays may have a further axis where a router has
-two levels; losses are float32 scalars that nobody has weighted yet.
+two levels; losses are float32 scalars, not yet weighted.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def cv_squared(x: jax.Array, keep: Any = None) -> jax.Array:
       not count.
 
   Returns:
-    float scalar. 0 where nobody gets anything.
+    float scalar. 0 where no expert gets anything.
 
   Source: Shazeer 2017, equations 7 and 11; population variance and the 1e-10
   as its authors' code has them.

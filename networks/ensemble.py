@@ -166,7 +166,7 @@ def row_uniforms(rows: jax.Array, count: int) -> jax.Array:
   """Numbers in `[0, 1)` that depend on what a row holds and on nothing else.
 
   The same row gets the same ones whenever it comes and wherever it stands: a
-  split of a data set that nobody has to store.
+  split of a data set that need not be stored.
 
   Args:
     rows: float32 `[B, F]`.

@@ -38,8 +38,8 @@ class Config:
       one expert with as many hidden layers as experts are active
       (MoE-1-Deep, of equal operations where `moe.hidden` is 2d); `lstm`, LSTMs
       (4xLSTM).
-    num_layers_moe: 1, or 2 of them one behind the other.
-    moe: the mixture; also tells the others' sizes.
+    num_layers_moe: 1, or 2 of them, one after the other.
+    moe: the mixture; the other layers' sizes follow from it.
   """
 
   size: int = 512
@@ -85,7 +85,7 @@ class LanguageModel(NamedTuple):
     init: `(key) -> (params, stats)`; `stats` is what is not trained by
       gradients.
     apply: `(params, stats, tokens int32 [B, L], train, key) -> (logits float32
-      [B, L, V], aux, stats)`. Logits at a step are of the token behind it.
+      [B, L, V], aux, stats)`. Logits at a step are of the next token.
       `aux` is a tuple of `moe.Aux`, one a mixture. `key` (dropout and gates)
       may be None where `train` is False.
     plans: `(params, stats, tokens int32 [B, L]) -> ` a tuple of
@@ -248,7 +248,7 @@ class _Model(nn.Module):
     return mlp.Linear(self.vocabulary, name='softmax')(x), tuple(aux)
 
   def _middle(self, i, x, train):
-    """What stands in the mixture's place, and what it tells."""
+    """The mixture, or the layer in its place, with its `Aux` if any."""
     config, mixture, name = self.config, self.config.moe, f'layer_{i}'
     if config.layer == 'dense':
       width = mixture.make_router().active * mixture.hidden

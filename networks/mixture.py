@@ -7,13 +7,13 @@ whole or in chunks. Gates are noisy only where a random stream `gate` is given.
 A loss calls a network several times: for each unrolled step, and again for
 other observations. A `Listener` around the network's statistics goes through
 all these calls, and through `lax.scan`; it deals out the gates' keys and sums
-what the mixture tells. What comes out is balanced over all calls together, as
+the `Aux` of the mixture. What comes out is balanced over all calls together, as
 if they were one batch: that is what Shazeer 2017 (section 3.1) does with
 unrolled steps, it lets experts specialise by depth, and a step's few states
 have not to be spread evenly by themselves.
 
-What later work demands beside every curve (arXiv 2410.01930: tokens explain
-the gain, experts do not) is `control`.
+`control` makes the baseline that later work asks for (arXiv 2410.01930: tokens
+explain the gain, experts do not).
 
 Axes: `B` batch; see `networks.routing` for the others.
 """
@@ -36,12 +36,12 @@ def check(config: moe.Config, name: str, statistics: bool = True) -> None:
   Args:
     config: of the mixture.
     name: of its field, for the message.
-    statistics: whether the network keeps statistics beside its parameters.
+    statistics: whether the network keeps statistics next to its parameters.
 
   Raises:
     ValueError: no experts; a router with which a state's value depends on the
-      batch that it comes in, or a backend that drops; or statistics that
-      nobody keeps.
+      batch that it comes in, or a backend that drops; or statistics for
+      which the network has no place.
   """
   if config.num_experts < 1:
     raise ValueError(
@@ -138,7 +138,7 @@ class Regressor(nn.Module):
 
 
 def gate_key(key: jax.Array) -> jax.Array:
-  """The key of an update's gates, beside all that is drawn from `key` itself.
+  """The key of an update's gates, apart from all that `key` itself is used for.
 
   Another one than any split of it: those are what it makes of small numbers.
   """
@@ -193,7 +193,7 @@ def hear(listener: Listener, statistics: Any, aux: moe.Aux | None) -> Listener:
   Args:
     listener: before it.
     statistics: the network's after it.
-    aux: what the mixture told; None where the call did not pass it.
+    aux: of the mixture; None where the call did not pass it.
   """
   if aux is None:
     return listener._replace(statistics=statistics)

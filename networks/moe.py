@@ -3,10 +3,11 @@
   y = sum_i G(x)_i E_i(x)                       (Shazeer 2017, equation 1)
 
 `MoE` keeps the gate's parameters and all experts' parameters, stacked;
-`networks.routers` decides who works on what, and `networks.dispatch` does the
-work. What a learner needs next to the output is returned as `Aux`: there are no
-hidden collections, so layers stack, and a step may be scanned or vmapped. The
-gate's noise comes from the random stream `gate` and is drawn only with `train`.
+`networks.routers` decides which expert gets which token, and
+`networks.dispatch` does the work. What a learner needs next to the output is
+returned as `Aux`: there are no hidden collections, so layers stack, and a step
+may be scanned or vmapped. The gate's noise comes from the random stream `gate`
+and is drawn only with `train`.
 
 Acting and planning (`train` false) are deterministic, and what a state gets
 does not depend on the batch that it comes in, as long as nothing is dropped
@@ -36,7 +37,7 @@ class Config:
 
   Attributes:
     num_experts: E; 0 for no mixture where a network has one by choice.
-    router: who works on what, see `networks.routers`.
+    router: which expert gets which token, see `networks.routers`.
     hidden: width of the hidden layer of a plain expert.
     importance_weight: of the loss on importance (equation 7).
     load_weight: of the loss on the load (equation 11).
@@ -126,7 +127,7 @@ def weighted(config: Config, losses: dict[str, jax.Array]) -> jax.Array:
 
 
 def metrics(aux: Aux) -> dict[str, jax.Array]:
-  """What one looks at: coefficients of variation, fullest expert over mean.
+  """Diagnostics: coefficients of variation, the fullest expert over the mean.
 
   `cv_load` is of the smooth load where there is noise; `cv_count` of the tokens
   that experts really got, which even a perfect router leaves uneven by chance.

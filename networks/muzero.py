@@ -51,7 +51,7 @@ class NetworkConfig:
     projector: widths of SimSiam's projector, the last is `P`.
     predictor: hidden widths of SimSiam's predictor.
     action_encoding: how an action enters an image latent: one `'plane'` of
-      a / A beside the channels (EfficientZero's code) or `'one_hot'` planes.
+      a / A next to the channels (EfficientZero's code) or `'one_hot'` planes.
       A vector latent always takes a one-hot vector. One-hot actions enter by
       a layer of their own, initialised by their own fan-in: as columns beside
       a wide latent they hardly count at first.
@@ -62,7 +62,7 @@ class NetworkConfig:
       and maximum (MuZero, App. G).
     compute_dtype: of activations and matrix products; parameters,
       statistics, carries and outputs stay float32.
-    mixture: which place has a residual block of experts behind its residual
+    mixture: which place has a residual block of experts after its residual
       blocks (`blocks=0`: in their place): the `'torso'`, of represented
       states; the `'dynamics'`; or the `'heads'`, before policy and value.
     mixture_tokens: chunks that a vector latent is cut into, a token each. An
@@ -432,7 +432,7 @@ class _Module(nn.Module):
     return self._finish(x), aux
 
   def _mix(self, place, x, train):
-    """Through the mixture, if it is here, and what it tells, or None."""
+    """Through the mixture, if it is here, with its `Aux`, or None."""
     if self.config.mixture != place:
       return x, None
     return self.mixture(x, train)

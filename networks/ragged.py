@@ -29,7 +29,7 @@ def ragged_dot(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
     sizes: int32 `[E]`, rows of each group; their sum may be below N.
 
   Returns:
-    `[N, F]`; rows behind the last group mean nothing.
+    `[N, F]`; rows after the last group mean nothing.
   """
   return jax.lax.ragged_dot(x, kernel, sizes)
 
@@ -66,7 +66,7 @@ def _products(x, g, sizes):
 
   def one(i, total):
     take = lambda a: jax.lax.dynamic_slice_in_dim(a, begin[i], block)
-    # Blocks that are left over begin behind the end of the last group.
+    # Blocks that are left over begin after the end of the last group.
     real = begin[i] + jnp.arange(block) < end[i]
     own = jnp.where(real[:, None], take(x), 0)
     product = jax.lax.dot_general(

@@ -1,4 +1,4 @@
-"""Routers as values: what a gate has, and who works on what.
+"""Routers as values: a gate's parameters, and which expert gets which token.
 
 A router is a frozen config and the pure functions that its `make` returns; they
 call the functions of arrays in `networks.routing`. To add a router, add its
@@ -388,12 +388,12 @@ def _prunes(config):
 
 
 def _first_loads(config, num_experts):
-  """Average loads in shares of an even one; nothing where nobody is pruned."""
+  """Average loads in shares of an even one; nothing without pruning."""
   return {'load': jnp.ones((num_experts,))} if _prunes(config) else {}
 
 
 def _kept(config, stats):
-  """bool `[E]`, the k fullest in any case; None where nobody is pruned."""
+  """bool `[E]`, the k fullest in any case; None without pruning."""
   if 'load' not in stats:
     return None
   loads = stats['load']

@@ -1,4 +1,4 @@
-"""Routing: who works on what in a mixture of experts, as functions of arrays.
+"""Routing: which expert works on which token, as functions of arrays.
 
 A router reads logits and says which expert works on which token, with what
 weight (its plan), how balanced that is, and what a learner should add to its
@@ -76,10 +76,10 @@ Plan = ByToken | ByExpert | Mixture
 
 
 class Routing(NamedTuple):
-  """What a router decides and what it tells about it.
+  """A router's decision, and statistics of it.
 
   Attributes:
-    plan: who works on what.
+    plan: which expert works on which token.
     importance: float32 `[E]`, sums of gates over tokens, differentiable
       (Shazeer 2017, equation 6).
     load: float32 `[E]`, tokens that each expert gets; where there is noise its
@@ -327,7 +327,7 @@ def expert_choice(logits: jax.Array, capacity_factor: float) -> Routing:
       f'capacity_factor={capacity_factor}: must be above 0 and at most the '
       f'number of experts, {experts}'
     )
-  # Less a hair, lest a rounding error adds a place: 1.1 * 100 / 10 > 11.
+  # Less a hair, or a rounding error would add a place: 1.1 * 100 / 10 > 11.
   capacity = math.ceil(capacity_factor * tokens / experts - 1e-6)
   gate, token = jax.lax.top_k(jax.nn.softmax(logits).T, capacity)
   return _by_expert(token, gate, {'z': balance.z_loss(logits)})
@@ -401,7 +401,7 @@ def biased_top_k(
 def update_bias(
   bias: jax.Array, count: jax.Array, rate: float, keep: Any = None
 ) -> jax.Array:
-  """One step of the bias of `biased_top_k`: up for who gets too little.
+  """One step of the bias of `biased_top_k`: up where tokens are too few.
 
   `bias + rate * sign(mean(count) - count)`, outside of any optimiser.
 

@@ -39,7 +39,7 @@ def sampled(
     model: any, with a `distribution` or not.
     num: K, at least 1. Where the model has a distribution, the first candidate
       is its mode.
-    policy: who proposes, as in `rollout.truncated`.
+    policy: of the proposals, as in `rollout.truncated`.
 
   Returns:
     A `Model` with `actions`, whose embeddings are `SampledNode`.

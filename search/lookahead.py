@@ -193,7 +193,7 @@ def backup(
   Args:
     probability: `[N, C]`.
     output: reward and discount `[N, C]`.
-    value: `[N, C]`; not read behind discount 0 and probability 0.
+    value: `[N, C]`; not read after discount 0 and probability 0.
   """
   goes_on = output.discount != 0
   behind = jnp.where(goes_on, output.discount * value, 0)
@@ -280,7 +280,7 @@ def take(tree: Any, slot: chex.Array) -> Any:
 
 
 def pairs(actions: Any, embedding: Any) -> tuple[Any, Any]:
-  """Each action beside its node, as rows.
+  """Each action with its node, as rows.
 
   Args:
     actions: array or pytree of `[N, A, ...]`.
@@ -411,7 +411,7 @@ def _scores(stage, params, key, prior_logits, actions, embedding):
   if stage.rank == 'prior':
     if prior_logits.shape[1] != size:
       raise ValueError(
-        f"rank='prior': {size} candidates have no prior of their own beside "
+        f"rank='prior': {size} candidates have no prior of their own next to "
         f"{prior_logits.shape[1]} prior logits; rank='value' asks the model"
       )
     return prior_logits

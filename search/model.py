@@ -69,10 +69,10 @@ class Move(NamedTuple):
 
   Attributes:
     state: the position after it.
-    reward: float32 `[]`, what whoever moved gets for it.
+    reward: float32 `[]`, of the player who moved.
     discount: float32 `[]`, what the value of `state`, seen by its own mover,
-      is worth to whoever moved: 0 where the game is over, -1 where the other
-      one moves next, 1 where the same one goes on.
+      is worth to the player who moved: 0 where the game is over, -1 where the
+      other one moves next, 1 where the same one goes on.
   """
 
   state: Any

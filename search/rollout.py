@@ -63,7 +63,7 @@ def truncated(
 ) -> Model:
   """The model whose values are those of rollouts.
 
-  A rollout ends where the discount is 0; what comes behind adds nothing.
+  A rollout ends where the discount is 0; what comes after adds nothing.
 
   Args:
     model: any; gamma is in its discounts.
@@ -89,49 +89,7 @@ def truncated(
   if steps is not None:
     check_range('steps', steps, low=0)
   check_range('trials', trials, low=1)
-  act = as_policy(model, policy)
-
-  def one(params, luck, prior_logits, value, state):
-    """The return of one rollout from one node; no leading axis."""
-
-    def step(number, walk):
-      key = jax.random.fold_in(_key(luck), number)
-      policy_key, step_key = jax.random.split(key)
-      lift = lambda x: x[None]
-      node = jax.tree.map(lift, walk.state)
-      action = act(params, policy_key, walk.prior_logits[None], node)
-      after = model.step(params, step_key, action, node)
-      output, state = jax.tree.map(lambda x: x[0], after)
-      # Whoever has ended may see anything, not only zeros.
-      reward = jnp.where(walk.discount == 0, 0, walk.discount * output.reward)
-      following = _Walk(
-        state,
-        output.prior_logits,
-        output.value,
-        walk.total + reward,
-        walk.discount * output.discount,
-      )
-      return jax.tree.map(lambda x, y: y.astype(x.dtype), walk, following)
-
-    walk = _Walk(
-      state, prior_logits, value, jnp.zeros_like(value), jnp.ones_like(value)
-    )
-    if steps is None:
-      _, walk = jax.lax.while_loop(
-        lambda carry: carry[1].discount != 0,
-        lambda carry: (carry[0] + 1, step(*carry)),
-        (jnp.int32(0), walk),
-      )
-    else:
-      walk, _ = jax.lax.scan(
-        lambda walk, number: (step(number, walk), None),
-        walk,
-        jnp.arange(steps),
-      )
-    if not terminal:
-      return walk.total
-    end = jnp.where(walk.discount == 0, 0, walk.discount * walk.value)
-    return walk.total + end
+  one = _one_rollout(model, as_policy(model, policy), steps, terminal)
 
   def values(params, luck, prior_logits, value, state):
     """Means over the trials, `[N]`."""
@@ -195,6 +153,52 @@ def truncated(
   )
 
 
+def _one_rollout(model, act, steps, terminal):
+  """`(params, luck, prior_logits, value, state) -> return`, of a single row."""
+
+  def one(params, luck, prior_logits, value, state):
+    def step(number, walk):
+      key = jax.random.fold_in(_key(luck), number)
+      policy_key, step_key = jax.random.split(key)
+      lift = lambda x: x[None]
+      node = jax.tree.map(lift, walk.state)
+      action = act(params, policy_key, walk.prior_logits[None], node)
+      after = model.step(params, step_key, action, node)
+      output, state = jax.tree.map(lambda x: x[0], after)
+      # A rollout that has ended may get any reward, not only zeros.
+      reward = jnp.where(walk.discount == 0, 0, walk.discount * output.reward)
+      following = _Walk(
+        state,
+        output.prior_logits,
+        output.value,
+        walk.total + reward,
+        walk.discount * output.discount,
+      )
+      return jax.tree.map(lambda x, y: y.astype(x.dtype), walk, following)
+
+    walk = _Walk(
+      state, prior_logits, value, jnp.zeros_like(value), jnp.ones_like(value)
+    )
+    if steps is None:
+      _, walk = jax.lax.while_loop(
+        lambda carry: carry[1].discount != 0,
+        lambda carry: (carry[0] + 1, step(*carry)),
+        (jnp.int32(0), walk),
+      )
+    else:
+      walk, _ = jax.lax.scan(
+        lambda walk, number: (step(number, walk), None),
+        walk,
+        jnp.arange(steps),
+      )
+    if not terminal:
+      return walk.total
+    end = jnp.where(walk.discount == 0, 0, walk.discount * walk.value)
+    return walk.total + end
+
+  return one
+
+
 def as_policy(model: Model, policy: str | Policy) -> Policy:
   """A base policy as a function.
 
@@ -235,7 +239,7 @@ def as_policy(model: Model, policy: str | Policy) -> Policy:
     if is_valid.shape != prior_logits.shape:
       raise ValueError(
         f'policy={policy!r}: {is_valid.shape[1]} candidates have no prior of '
-        f'their own beside {prior_logits.shape[1]} prior logits; take '
+        f'their own next to {prior_logits.shape[1]} prior logits; take '
         'rollout.greedy(model) or rollout.acting'
       )
     logits = jnp.where(is_valid, prior_logits, -jnp.inf)

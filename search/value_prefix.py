@@ -3,7 +3,7 @@
 EfficientZero (Ye et al. 2021, "Mastering Atari games with limited data", 4.2)
 predicts the *sum* of rewards since the last reset by an LSTM, which is easier
 than to say at which step a reward falls. In the tree the reward of an edge is
-`prefix(child) - prefix(parent)`. The LSTM's carry is zeroed behind every node
+`prefix(child) - prefix(parent)`. The LSTM's carry is zeroed after every node
 whose depth is a multiple of the horizon, and its children's prefixes count
 from zero.
 
@@ -33,7 +33,7 @@ class PrefixStep(NamedTuple):
     prior_logits: float `[B, A]`.
     value: float `[B]`, in raw units.
     state: pytree `[B, ...]`, the next latent state.
-    carry: pytree `[B, ...]`, the LSTM's carry behind this step.
+    carry: pytree `[B, ...]`, the LSTM's carry after this step.
   """
 
   prefix: chex.Array
@@ -111,7 +111,7 @@ def recurrent_fn(
   1.0 1.0 3
   """
   if isinstance(horizon, int) and horizon < 1:
-    raise ValueError(f'horizon must be at least 1, but is {horizon}.')
+    raise ValueError(f'horizon={horizon}: must be at least 1')
 
   def step_fn(params, key, action, embedding):
     step = prefix_step(params, key, action, embedding.state, embedding.carry)

@@ -79,7 +79,7 @@ def check(mdp: MDP) -> None:
   ):
     if value.shape != shape:
       raise ValueError(
-        f'{field} has shape {value.shape}: must be {shape} beside a reward '
+        f'{field} has shape {value.shape}: must be {shape} with a reward '
         f'of shape {reward.shape}'
       )
     if not np.all(value >= 0):

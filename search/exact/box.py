@@ -33,7 +33,7 @@ def solve(quadratic: chex.Array, linear: chex.Array) -> chex.Array:
 
   Mehrotra's predictor-corrector (Nocedal and Wright 2006, algorithm 16.4). It
   stops where the complementarity is down to rounding, or where rounding
-  leaves no step: `gap` says how good the point is, whoever found it.
+  leaves no step: `gap` says how good any point is.
 
   Args:
     quadratic: Q, `[N, N]`, symmetric and positive semi-definite.

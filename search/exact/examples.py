@@ -30,7 +30,7 @@ def two_states() -> MDP:
 def continuous_control(value: chex.Array) -> chex.Array:
   """The u that attains `continuous_bellman`'s minimum at `[2]`: `[2]`.
 
-  Each is a probability, see there.
+  Each is a probability, as `continuous_bellman` says.
   """
   stay, leave = jnp.array([3.0, 9.0]), jnp.array([15.0, 1.0])
   slope = 0.9 * (value[0] - value[1])
@@ -153,7 +153,7 @@ def _stock(demands, chances):
 
 
 class Agents(NamedTuple):
-  """Several who choose together.
+  """Several agents that choose together.
 
   Attributes:
     process: its actions are joint choices, in C order of the agents'.
@@ -184,7 +184,7 @@ def agent_by_agent(problem: Agents) -> chex.Array:
   """Rollout in which each agent chooses in turn: actions int `[S]`.
 
   Agent i minimises over its own choice, those before it having chosen and
-  those behind it playing the base policy: `sum(shape)` evaluations a state
+  those after it playing the base policy: `sum(shape)` evaluations a state
   instead of `prod(shape)` (Bertsekas 2021, "Multiagent reinforcement learning:
   rollout and policy iteration").
   """

@@ -104,7 +104,7 @@ def puct(lam: chex.Numeric) -> Operator:
 
   def solve(log_prior, advantages):
     mass = lam * jnp.exp(log_prior)
-    # Z - max Q may be tiny beside its bracket: halve its logarithm.
+    # Z - max Q may be tiny compared with its bracket: halve its logarithm.
     tiny = jnp.finfo(mass.dtype).tiny
     low = jnp.maximum(jnp.max(mass + advantages), tiny)
     high = jnp.maximum(jnp.sum(mass), low)
@@ -134,7 +134,7 @@ def improve(
 
   Returns:
     The improved policy, float32 `[A]`, and its Z, float32 `[]`, in units of
-    Q. The policy is not normalised again: how far its sum is from 1 tells how
+    Q. The policy is not normalised again: how far its sum is from 1 says how
     exactly Z solves its equation.
 
   >>> policy, z = improve(mpo(1.0), jnp.log(jnp.full(2, 0.5)), jnp.arange(2.0))
@@ -192,8 +192,8 @@ def corrected_log_prior(
 
   Args:
     log_prior: float32 `[K]`, see `estimate`.
-    log_beta: float32 `[K]`, see there.
-    counts: `[K]`, see there.
+    log_beta: float32 `[K]`, as in `estimate`.
+    counts: `[K]`, as in `estimate`.
   """
   log_frequency = _log_frequency(counts)
   ratio = jnp.where(counts > 0, log_prior - log_beta, 0.0)
@@ -213,7 +213,7 @@ def uncorrected_log_prior(
 
   Args:
     log_prior: float32 `[K]`, see `estimate`.
-    counts: `[K]`, see there.
+    counts: `[K]`, as in `estimate`.
   """
   log_frequency = _log_frequency(counts)
   known = jnp.where(counts > 0, log_prior, 0.0)

@@ -229,11 +229,11 @@ def projected_gradient(
 
   Args:
     num_actions: see `exponentiated_weights`.
-    value_max: see there.
-    num_iterations: see there.
+    value_max: as in `exponentiated_weights`.
+    num_iterations: as in `exponentiated_weights`.
 
   Raises:
-    ValueError: see there.
+    ValueError: as `exponentiated_weights`.
   """
   _check_oracle(num_actions, value_max, num_iterations)
   distance = math.sqrt(1 - 1 / num_actions)

@@ -14,8 +14,8 @@ is unstable where Newton's step has no meaning (Bertsekas 2022, "Lessons from
 AlphaZero", chapter 4; Kleinman 1968).
 
 Matrices are those of `N` state variables and `M` controls: K `[N, N]`
-symmetric, L `[M, N]`. Scalar systems, the book's, have numbers for fields; K
-and L, and what is told of them below, are then arrays of any one shape. For
+symmetric, L `[M, N]`. Scalar systems, the book's, have numbers for fields; K,
+L and what is computed from them are then arrays of any one shape. For
 float64, as `search.exact.bellman`.
 """
 
