@@ -140,11 +140,7 @@ class Losses(NamedTuple):
   value: Callable[[chex.Array, chex.Array], chex.Array]
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Network:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Network:
   """The network for a spec; it has no statistics, so `reduce` is not needed.
 
   Raises:

@@ -99,11 +99,7 @@ class Losses(NamedTuple):
   termination: Callable[..., chex.Array]
 
 
-def make_networks(
-  config: Config,
-  spec: Spec,
-  reduce: Callable[[Any], Any] | None = None,
-) -> Ensemble:
+def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Ensemble:
   """The ensemble for a spec, which scales by its statistics if it has some.
 
   Raises:
