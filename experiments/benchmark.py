@@ -5,15 +5,16 @@ python -m experiments.benchmark --suite=sampled --out=sampled.csv
 python -m experiments.benchmark --suite=scale --out=scale.csv
 python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
 
-`sampled` is the search over sampled actions beside that over enumerated ones;
-`scale` is many seeds in one program and updates over devices, beside what the
-machine can do at most, with a figure beside the CSV; `compile` is what programs
-take on accelerators that need not be there, see `benchmark_compile`.
+`sampled` compares search over sampled actions with search over enumerated ones;
+`scale` compares many seeds in one program, and updates over several devices,
+with the most that the machine can do, and draws a figure next to the CSV;
+`compile` reports the memory and time of programs on accelerators that need not
+be present (`experiments.benchmarks.compilation`).
 
-What is compared is measured in turns, A B C A B C ..., in one process, and
-summarised by medians. Compiling is never in. Speeds are given by wall second
-and by CPU second of the whole process (all its threads); on a machine that
-others use, the latter is the one to trust. On an accelerator it says little.
+Alternatives are measured in turns, A B C A B C ..., in one process, and
+summarised by medians. Compile time is excluded. Speeds are given per wall
+second and per CPU second of the whole process (all its threads); on a shared
+machine trust the latter, which says little on an accelerator.
 """
 
 import pathlib
@@ -44,7 +45,7 @@ _SUITES = (
   'compile',
 )
 _PONG = (
-  # Sizes that two cores can carry; the network and the search are full-size.
+  # Sizes that two cores can handle; the network and the search are full-size.
   'env.num_envs=4',
   'run.batch_size=8',
   'agent.reanalyze_chunk=0',
@@ -58,44 +59,55 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_list(
-    'suite', ['search', 'learner', 'acting'], f'of {", ".join(_SUITES)}'
+    'suite',
+    ['search', 'learner', 'acting'],
+    f'the suites to measure, some of {", ".join(_SUITES)}',
   )
   flags.DEFINE_alias('what', 'suite')
-  flags.DEFINE_string('out', 'benchmark.csv', 'the CSV')
-  flags.DEFINE_integer('repeats', 9, 'of every measurement', 1, 10_000)
-  flags.DEFINE_bool('quick', False, 'tiny sizes, to see that it runs')
+  flags.DEFINE_string('out', 'benchmark.csv', 'the CSV file')
+  flags.DEFINE_integer(
+    'repeats', 9, 'number of repeats of each measurement', 1, 10_000
+  )
+  flags.DEFINE_bool('quick', False, 'use tiny sizes, as a smoke test')
   flags.DEFINE_string(
     'preset',
     None,
-    f'whose learner and environment; none for {presets.DEFAULT}, for those '
-    'that scale usually measures, and for all that compile can; compile takes '
-    'several, and search and experts besides',
+    'the preset whose learner and environment are measured; if left out, '
+    f'{presets.DEFAULT}, or the usual presets of scale, or all that compile '
+    'knows; compile takes several, and also the names search and experts',
   )
   flags.DEFINE_list(
     'target',
     [],
-    'of compile: machines to compile for, such as h100, h100:8, v5e:4x4, '
-    'v6e:2x2, v5p:2x2x1, cpu',
+    'with --suite=compile: machines to compile for, such as h100, h100:8, '
+    'v5e:4x4, v6e:2x2, v5p:2x2x1, cpu',
   )
   flags.DEFINE_integer(
     'rows',
     0,
-    'of compile, of batch and environments on each device; 0 for the '
-    "preset's own on one device and 8 on more",
+    'with --suite=compile: rows of the batch, and environments, on each '
+    "device; 0 for the preset's own numbers on one device and 8 on several",
     0,
     1_000_000,
   )
   flags.DEFINE_list(
-    'programs', [], f'of compile: some of {", ".join(PARTS)} only'
+    'programs',
+    [],
+    f'with --suite=compile: the programs to compile, some of '
+    f'{", ".join(PARTS)}; all if left out',
   )
   flags.DEFINE_string(
     'compilers',
     '.compilers',
-    'of compile: the folder that compilers are installed into',
+    'with --suite=compile: the folder that compilers are installed into',
   )
-  flags.DEFINE_list('seeds', [], 'of scale, in one program: 1,64,1024')
+  flags.DEFINE_list(
+    'seeds',
+    [],
+    'with --suite=scale: numbers of seeds in one program, such as 1,64,1024',
+  )
   flags.DEFINE_multi_string(
-    'set', [], 'field=value of the preset, repeatable: --set=batch_size=32'
+    'set', [], 'FIELD=VALUE of the preset, repeatable: --set=batch_size=32'
   )
 
 
@@ -113,7 +125,7 @@ def main() -> None:
 
   for suite in values.suite:
     if suite not in _SUITES:
-      raise UserError(f'suite={suite}: must be of {", ".join(_SUITES)}')
+      raise UserError(f'suite={suite}: must be one of {", ".join(_SUITES)}')
   if 'compile' in values.suite:
     _compile(values)
     return
@@ -189,7 +201,10 @@ def _compile(values) -> None:
   from experiments.benchmarks import compilation
 
   if len(values.suite) > 1:
-    raise UserError('suite=compile: writes a CSV of its own; take it alone')
+    raise UserError(
+      'suite=compile: writes a CSV with other columns; run it without other '
+      'suites'
+    )
   flag_checks.refuse(['seeds', 'set', 'repeats', 'quick'], 'on this suite')
   targets = compilation.read_targets(values.target)
   with configs.user_errors():
@@ -197,12 +212,13 @@ def _compile(values) -> None:
     names = compilation.read_names(names)
   for part in values.programs:
     if part not in PARTS:
-      raise UserError(f'programs={part}: must be of {", ".join(PARTS)}')
+      raise UserError(f'programs={part}: must be one of {", ".join(PARTS)}')
   configs.check_place('out', values.out)
   configs.check_place('compilers', values.compilers, folder=True)
   terminal.begin(
     f'compiling {", ".join(names) if len(names) < 4 else len(names)} for '
-    f'{", ".join(values.target)}; a few seconds to two minutes a program',
+    f'{", ".join(values.target)}; each program takes a few seconds to two '
+    'minutes',
     compiles=False,
   )
   compilation.run(
@@ -219,7 +235,7 @@ def _compile(values) -> None:
 def _integers(name: str, texts: list[str]) -> list[int]:
   for text in texts:
     if not text.isdecimal():
-      raise UserError(f'{name}={text}: must be integers with commas between')
+      raise UserError(f'{name}={text}: must be integers separated by commas')
   return [int(text) for text in texts]
 
 

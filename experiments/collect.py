@@ -1,24 +1,26 @@
-"""Trains SAC and keeps data sets of five qualities, as D4RL names them.
+"""Trains SAC and saves data sets of D4RL's five qualities.
 
 python -m experiments.collect --env=Pendulum-v1 --out=data/pendulum
 
-  random         actions uniform within their bounds
-  medium         of the policies before expert, the one whose evaluation came
-                 nearest to a third of the way from `ref_min` to `ref_max`
-  medium-replay  all that had been experienced by then, the random beginning
-                 included; episodes that were open are cut
-  expert         the policy of the best evaluation (the last one may be in one
-                 of SAC's dips)
+  random         actions drawn uniformly within their bounds
+  medium         the policy before expert whose evaluation came nearest to a
+                 third of the way from `ref_min` to `ref_max`
+  medium-replay  all experience up to medium, including the random actions at
+                 the start; unfinished episodes are truncated
+  expert         the policy with the best evaluation (SAC's return may have
+                 dipped at the last one)
   medium-expert  all rows of medium, then all of expert
 
-Policies sample, in evaluations as in data. `ref_min` is the mean return of
-random actions, `ref_max` that of the expert without noise, both over fresh
-episodes. D4RL's medium is the first policy to pass a third of the way; here
-learning may leap from far below to far above between two evaluations.
+Policies sample their actions, in evaluations as in the data. `ref_min` is the
+mean return of random actions, `ref_max` that of the expert without noise, both
+over fresh episodes. D4RL's medium is the first policy to pass a third of the
+way; here the return may leap from far below to far above between two
+evaluations.
 
-The folder holds `config.json`, a data set in each folder of these names, and
-`agent/`: parameters, the evaluations on the way, the references. What is there
-is not made again by the same command, which compares it with `stored.json`.
+The folder holds `config.json`, one folder per data set with its name, and
+`agent/`, with the parameters, the evaluations during training and the two
+references. The same command compares existing data sets with `stored.json`
+and makes only those that are missing.
 """
 
 import pathlib
@@ -32,21 +34,35 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string(
-    'env', 'Pendulum-v1', "envpool's name; its actions must be continuous"
+    'env',
+    'Pendulum-v1',
+    'the environment by its envpool name; its actions must be continuous',
   )
-  flags.DEFINE_string('out', None, 'the folder; data/ENV_sSEED if left out')
-  flags.DEFINE_integer(
-    'steps', None, 'decisions of the training', 1, configs.MAX_INT
+  flags.DEFINE_string(
+    'out', None, 'the folder to write; data/ENV_sSEED if left out'
   )
   flags.DEFINE_integer(
-    'transitions', 50_000, 'of random, medium and expert each', 1, 100_000_000
+    'steps',
+    None,
+    "number of decisions to train for; the environment's own if left out",
+    1,
+    configs.MAX_INT,
+  )
+  flags.DEFINE_integer(
+    'transitions',
+    50_000,
+    'number of transitions in each of random, medium and expert',
+    1,
+    100_000_000,
   )
   flags.DEFINE_multi_string(
-    'set', [], "field=value, repeatable: SAC's and this module's Collection's"
+    'set', [], 'FIELD=VALUE of SAC or of the collection, repeatable'
   )
-  flags.DEFINE_integer('seed', 0, 'of everything', 0, configs.MAX_SEED)
+  flags.DEFINE_integer(
+    'seed', 0, 'seed of all random numbers', 0, configs.MAX_SEED
+  )
   flags.DEFINE_bool(
-    'minari', False, "write Minari's folders into OUT/minari, too"
+    'minari', False, "also write the data sets in Minari's format, OUT/minari"
   )
 
 

@@ -1,7 +1,7 @@
 """Fetches a text to learn from: `python -m experiments.corpus --name=gcide`.
 
-The texts come in Debian's packages, which `apt-get download` brings into a
-temporary folder; nothing is installed, and nobody needs to be root.
+The texts come in Debian packages, which `apt-get download` brings into a
+temporary folder. Nothing is installed, and root is not needed.
 """
 
 import gzip
@@ -22,13 +22,13 @@ from experiments.runtime import config as configs
 
 
 class Package(NamedTuple):
-  """Where a text is.
+  """A text and the Debian packages that contain it.
 
   Attributes:
-    about: what it is.
-    names: of Debian's packages.
-    read: `(folder with the packages' files) -> text`.
-    licence: in a few words.
+    about: a description of the text.
+    names: the names of the packages.
+    read: `(folder with the unpacked files) -> text`.
+    licence: the licence's name.
   """
 
   about: str
@@ -41,7 +41,7 @@ def read_gcide(folder: pathlib.Path) -> str:
   """The dictionary, which dictzip keeps in gzip's format."""
   with gzip.open(folder / 'usr/share/dictd/gcide.dict.dz') as file:
     content = file.read()
-  # A few bytes are of another encoding, as Windows has it.
+  # A few bytes are in a Windows encoding.
   parts, begin = [], 0
   while begin < len(content):
     try:
@@ -56,10 +56,10 @@ def read_gcide(folder: pathlib.Path) -> str:
 
 
 def read_kjv(folder: pathlib.Path) -> str:
-  """One verse a line, with book, chapter and verse in front.
+  """The King James Bible, a verse a line after its book, chapter and number.
 
   Raises:
-    UserError: the program that prints it is missing or fails.
+    UserError: the package's program that prints it is missing or fails.
   """
   command = [folder / 'usr/bin/bible', '-p', folder / 'usr/lib', '-f']
   found = _run([*map(str, command), 'gen1:1-rev22:21'])
@@ -106,16 +106,16 @@ PACKAGES = {
 
 
 def fetch(package: Package) -> str:
-  """The text of a package.
+  """Downloads a text's packages and reads the text.
 
   Raises:
-    UserError: this is no Debian, or it does not get the packages.
+    UserError: the system is not Debian, or the download failed.
   """
   for program in ('apt-get', 'dpkg-deb'):
     if shutil.which(program) is None:
       raise UserError(
-        f'{program}: there is none, so this is no Debian or Ubuntu; any other '
-        'text will do: --text=PATH'
+        f'{program}: not found, so this is not Debian or Ubuntu; any other '
+        'text file will do: --text=PATH'
       )
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -129,10 +129,10 @@ def _run(command: list[str], folder: pathlib.Path | None = None) -> bytes:
   done = subprocess.run(command, cwd=folder, capture_output=True)
   if done.returncode:
     lines = done.stderr.decode(errors='replace').split('\n')
-    words = next((x for x in reversed(lines) if x), 'it says nothing')
+    words = next((x for x in reversed(lines) if x), 'no message')
     raise UserError(
-      f'{" ".join(command[:2])} failed: {words}; without a network, or before '
-      '"apt-get update", packages cannot be fetched'
+      f'{" ".join(command[:2])}: failed ({words}); check the network and run '
+      '"apt-get update" first'
     )
   return done.stdout
 
@@ -142,8 +142,12 @@ def define_flags() -> None:
   from absl import flags
 
   known = '; '.join(f'{n}: {p.about}' for n, p in PACKAGES.items())
-  flags.DEFINE_enum('name', 'gcide', list(PACKAGES), known)
-  flags.DEFINE_string('out', None, 'the file; data/NAME.txt if left out')
+  flags.DEFINE_enum(
+    'name', 'gcide', list(PACKAGES), f'the text to fetch: {known}'
+  )
+  flags.DEFINE_string(
+    'out', None, 'the file to write; data/NAME.txt if left out'
+  )
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Several processes of one program on this machine, watched by a parent.
+"""Runs several processes of one program on this machine and supervises them.
 
 `python -m experiments.launch --processes=2 -- python -m experiments.train ...`
 
-Every line of a process is printed behind its number. When one fails, the
-others are stopped, and the one that failed first is named. A refusal (exit
-code 2) and a stop (130, 143) are not tried again. Running the same command
-again resumes, as it does for one process.
+Every printed line begins with the number of its process. When a process fails,
+the others are stopped, and the one that failed first is named. A run that
+was refused (exit code 2) or stopped (130, 143) is not restarted. Running the
+same command again resumes the run.
 """
 
 import sys
@@ -20,27 +20,27 @@ def define_flags() -> None:
   """The flags of `python -m experiments.launch`."""
   from absl import flags
 
-  flags.DEFINE_integer('processes', 2, 'how many', 1, 1_024)
+  flags.DEFINE_integer('processes', 2, 'number of processes to start', 1, 1_024)
   flags.DEFINE_integer(
     'devices_per_process',
     None,
-    'virtual devices on the CPU; on GPUs how many each process sees; all if '
-    'left out',
+    'number of devices of each process: virtual ones on the CPU, else GPUs; '
+    'if left out, each process sees all devices',
     1,
     1_024,
   )
   flags.DEFINE_integer(
     'restarts',
     0,
-    'how often a failed run is started again; one that was refused (exit code '
-    '2) or stopped (130, 143) is not',
+    'number of times that a failed run is started again, unless it was '
+    'refused (exit code 2) or stopped (130, 143)',
     0,
     1_000_000,
   )
   flags.DEFINE_float(
     'grace',
     10,
-    'seconds from SIGTERM to SIGKILL once a process has failed',
+    'seconds between SIGTERM and SIGKILL for the others when a process fails',
     0,
     1_000_000,
   )
@@ -50,7 +50,7 @@ def main(command: Sequence[str]) -> None:
   """Runs a command as the flags say; exits with the first failure's code.
 
   Raises:
-    SystemExit: with the first failure's code, where a process failed.
+    SystemExit: a process failed; the code is that of the first failure.
   """
   from absl import flags
 

@@ -1,15 +1,15 @@
-"""Executes notebooks and writes them as Markdown with their figures.
+"""Executes notebooks and writes them as Markdown with figures.
 
 python -m experiments.notebook compose             # docs/notebooks/compose.md
 python -m experiments.notebook compose --tiny      # seconds, runs/notebooks/
 python -m experiments.notebook compose --set=NUM_SEEDS=8
 
-A notebook is a percent file of jupytext's, `experiments/notebooks/NAME.py`,
-whose first cell is prose that begins with its title. The cell with
-`tags=["parameters"]` assigns literals, first of all `TINY = False`; sizes
-depend on it, `NUM_SEEDS = 4 if TINY else 32`. A cell that draws says in its
-heading what is to be seen, `alt="Return against updates"`. Shown are figures
-and what is printed, and not the value of a last expression.
+A notebook is a jupytext percent file, `experiments/notebooks/NAME.py`, whose
+first cell is prose that begins with the title. The cell with
+`tags=["parameters"]` assigns literals. The first is `TINY = False`, on which
+the sizes depend, as in `NUM_SEEDS = 4 if TINY else 32`. The heading of a cell
+that draws describes the figure, `alt="Return against updates"`. The Markdown
+shows figures and printed text, but not the value of a cell's last expression.
 """
 
 import pathlib
@@ -28,22 +28,26 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_bool(
-    'tiny', False, 'sizes of a test: the same as --set=TINY=True'
+    'tiny', False, 'use tiny sizes, as tests do; the same as --set=TINY=True'
   )
-  flags.DEFINE_multi_string('set', [], 'PARAMETER=value, of the notebook')
+  flags.DEFINE_multi_string(
+    'set', [], 'PARAMETER=VALUE of the notebook, repeatable'
+  )
   flags.DEFINE_string(
     'out',
     None,
-    'folder of the Markdown; docs/notebooks if left out, or runs/notebooks '
-    'where parameters are set',
+    'the folder for the Markdown; docs/notebooks if left out, or '
+    'runs/notebooks if a parameter is set',
   )
   flags.DEFINE_bool(
-    'check', False, 'execute nothing: is the Markdown that of the notebook?'
+    'check',
+    False,
+    'check that the Markdown matches the notebook, without executing it',
   )
 
 
 def main(asked: Sequence[str]) -> None:
-  """Executes the notebooks that are asked for, or all of them."""
+  """Executes the named notebooks, or all if none is named."""
   from absl import flags
 
   values: Mapping[str, Any] = flags.FLAGS.flag_values_dict()
@@ -55,7 +59,7 @@ def main(asked: Sequence[str]) -> None:
   configs.check_place('out', out, folder=True)
   if values['check']:
     flag_checks.refuse(['set', 'tiny'], 'with --check')
-  for name in asked:  # before the first one takes minutes
+  for name in asked:  # Refuses wrong names before the first takes minutes.
     execute.code(name, assignments)
   for name in asked or execute.names():
     if values['check']:
@@ -67,7 +71,7 @@ def main(asked: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  # The flags come behind the names.
+  # The flags come after the names.
   split = next(
     (i for i, x in enumerate(sys.argv[1:], 1) if x.startswith('-')),
     len(sys.argv),

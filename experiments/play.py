@@ -24,7 +24,7 @@ def main() -> None:
   """Plays as the flags say.
 
   Raises:
-    UserError: there is nothing to play in.
+    UserError: the run has no environment to play in.
   """
   from absl import flags
 
@@ -38,9 +38,9 @@ def main() -> None:
         configs.check_place(name, getattr(values, name))
     if values.prompt and not experiment.is_text:
       raise configs.UserError(
-        f'prompt={values.prompt}: {experiment.agent_name} is no language '
-        f'model; leave it out, or name the run of one instead of '
-        f'{values.workdir}'
+        f'prompt={values.prompt}: {experiment.agent_name} is not a language '
+        f'model; leave the prompt out, or give the run of a language model '
+        f'instead of {values.workdir}'
       )
     if experiment.is_text:
       from experiments.playing import continuation
@@ -53,15 +53,15 @@ def main() -> None:
     flag_checks.refuse(_OF_TEXT, 'without a language model')
     if not experiment.env_name:
       raise configs.UserError(
-        f'workdir={values.workdir}: its data set names no environment, and '
-        'none was given: there is nothing to play in'
+        f'workdir={values.workdir}: its data set names no environment to play '
+        'in; give --env=NAME'
       )
     launch = _choose(experiment, values)
     use_compilation_cache()
     launch(experiment, values)
 
 
-# Flags that only some of what can be played looks at.
+# Flags that only some ways of playing read.
 _OF_TEXT = ('tokens', 'temperature')
 _OF_MATCH = ('openings', 'opening_plies')
 _OF_SEARCH = ('planner', 'simulations')
@@ -73,10 +73,10 @@ _ALL += ('players', 'record', 'frames')
 
 
 def _choose(experiment: build.Experiment, values: Any) -> Any:
-  """The function that plays what is asked for.
+  """The function that plays what the flags ask for.
 
   Raises:
-    UserError: a flag that it would ignore, named with the reason.
+    UserError: a flag was given that this function would ignore.
   """
   from experiments.playing import (
     actor_critic_play,
@@ -133,42 +133,65 @@ def define_flags() -> None:
   integer = flags.DEFINE_integer
   text = flags.DEFINE_string
   text('workdir', None, 'the folder of a run', required=True)
-  text('env', None, "the run's environment, where it brings code, as in train")
+  text(
+    'env',
+    None,
+    "the run's environment, needed if it imports code (FILE.py:NAME) or if "
+    'the run names none',
+  )
   flags.DEFINE_list(
-    'checkpoint', ['final'], 'whose parameters to play: final, best or early'
+    'checkpoint',
+    ['final'],
+    'the checkpoints whose parameters to play: final, best or early',
   )
   flags.DEFINE_list(
     'players',
     [],
     'players by name: network, gumbel=32, lookahead=1+rollout=8, ...; in a '
-    'game they meet the opponents, and the first one meets the person',
+    'game each plays the opponents, and with --human the first plays you',
   )
   flags.DEFINE_enum(
     'planner',
     None,
     ['efficientzero', 'puct', 'gumbel'],
-    "the search's rule for --simulations; the agent's own if left out",
+    "the search rule for --simulations; the agent's own rule if left out",
   )
   flags.DEFINE_list(
     'simulations',
     None,
-    'simulations a decision; 0 is the network alone; 0 and 16 if left out',
+    'numbers of simulations per decision; 0 is the network alone; 0 and 16 if '
+    'left out',
   )
   integer('episodes', 100, 'episodes for each row', 1, 1_000_000)
   integer(
-    'num_envs', 0, "simulators at once; 0 for the run's own", 0, 1_000_000
+    'num_envs',
+    0,
+    "number of simulators that run at once; 0 for the run's own number",
+    0,
+    1_000_000,
   )
   integer('seed', 0, 'seed of the simulators and planners', 0, configs.MAX_SEED)
   text(
     'dynamics',
     'exact',
-    'what an actor and a critic plan in: exact, or the folder of a run of '
-    'dynamics or combo',
+    'the dynamics that an actor and a critic plan in: exact, or the folder of '
+    'a run of the agent dynamics or combo',
   )
-  integer('candidates', 8, 'candidates of the first stage', 1, 10_000)
-  integer('later_candidates', 4, 'candidates of each later stage', 1, 10_000)
+  integer(
+    'candidates', 8, 'number of candidate actions at the first stage', 1, 10_000
+  )
+  integer(
+    'later_candidates',
+    4,
+    'number of candidate actions at each later stage',
+    1,
+    10_000,
+  )
   flags.DEFINE_enum(
-    'value', 'min', ['min', 'mean'], 'how several critics are combined'
+    'value',
+    'min',
+    ['min', 'mean'],
+    'whether a value is the minimum or the mean of the critics',
   )
   flags.DEFINE_list(
     'opponents',
@@ -176,35 +199,45 @@ def define_flags() -> None:
     'opponents in a game: random (the default), solver, pubeval, gnubg=PLIES, '
     'or any player',
   )
-  integer('openings', 64, 'openings; both sides play each', 1, 1_000_000)
-  integer('opening_plies', 4, 'random moves of an opening', 0, 10_000)
+  integer(
+    'openings',
+    64,
+    'number of openings; each is played twice, with sides swapped',
+    1,
+    1_000_000,
+  )
+  integer('opening_plies', 4, 'number of random moves in an opening', 0, 10_000)
   flags.DEFINE_boolean(
     'human', False, 'play in the terminal against the first of --players'
   )
-  flags.DEFINE_boolean('begin', True, 'whether the person moves first')
+  flags.DEFINE_boolean('begin', True, 'with --human, whether you move first')
   text(
     'record',
     None,
-    'a file to draw an episode into: .gif for an animation, .png for a strip; '
-    'the first of --players plays, or the last of --simulations',
+    'the file to draw an episode into: .gif for an animation, .png for a '
+    'strip; the first of --players plays, or the last of --simulations',
   )
   integer(
     'frames',
     0,
-    'time steps of a .gif at most (300), or shown in a .png (8)',
+    'the most time steps in a .gif (300 if left out), or the number of time '
+    'steps in a .png (8 if left out)',
     0,
     100_000,
   )
   text('prompt', None, 'the text that a language model continues')
-  integer('tokens', 100, 'tokens that a language model adds', 1, 1_000_000)
+  integer(
+    'tokens', 100, 'number of tokens that a language model adds', 1, 1_000_000
+  )
   flags.DEFINE_float(
     'temperature',
     1.0,
-    'temperature of the draws; 0 always takes the likeliest token',
+    'the temperature at which tokens are sampled; at 0 the likeliest token is '
+    'always taken',
     0.0,
     1_000_000,
   )
-  text('out', None, 'the CSV; WORKDIR/play.csv or match.csv if left out')
+  text('out', None, 'the CSV file; WORKDIR/play.csv or match.csv if left out')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
-"""Draws runs: learning curves, return against search budget, Atari scores.
+"""Plots runs: learning curves, return against search budget, Atari scores.
 
 python -m experiments.plots --workdirs='runs/a_*,runs/b_*' --out=figure.png
 
-Runs that differ in their seed alone are one group. Intervals are 95%.
+Runs that differ only in their seed form a group. Intervals are 95% intervals.
 """
 
 import pathlib
@@ -19,18 +19,29 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_list(
-    'workdirs', None, "folders of runs, or patterns of them: 'runs/a_*,runs/b'"
+    'workdirs', None, "folders of runs, or glob patterns: 'runs/a_*,runs/b'"
   )
   flags.DEFINE_string(
-    'out', 'plots.png', 'the picture; CSV files of what it shows lie beside it'
+    'out',
+    'plots.png',
+    'the picture; CSV files with its numbers are written next to it',
   )
-  flags.DEFINE_enum('x', 'decisions', ['decisions', 'step'], 'step: updates')
+  flags.DEFINE_enum(
+    'x',
+    'decisions',
+    ['decisions', 'step'],
+    'the x axis: decisions, or updates (step)',
+  )
   flags.DEFINE_list(
-    'y', ['episode_return'], 'columns of metrics.csv, a panel each'
+    'y', ['episode_return'], 'columns of metrics.csv, each in its own panel'
   )
-  flags.DEFINE_bool('together', False, 'all columns in one panel')
+  flags.DEFINE_bool('together', False, 'draw all columns in one panel')
   flags.DEFINE_integer(
-    'smooth', 1, 'mean over so many rows of metrics.csv', 1, 1_000_000
+    'smooth',
+    1,
+    'number of rows of metrics.csv that each point is the mean of',
+    1,
+    1_000_000,
   )
   flags.mark_flag_as_required('workdirs')
 
@@ -76,7 +87,7 @@ def main() -> None:
 
 
 def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
-  """What search adds over seeds: a table, a CSV, a picture a group."""
+  """Reports the gain from search: a table, a CSV, a picture per group."""
   pooled = curve_figures.aggregate_evaluations(workdirs)
   table = [['group', 'checkpoint', 'simulations', 'seeds', 'return', 'gain']]
   for row in pooled:
@@ -91,7 +102,7 @@ def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
         gain if row.simulations else '',
       ]
     )
-  _print_table('search beside the same network without it', table)
+  _print_table('search against the same network without it', table)
   tables.write_lines(
     path := out.with_name(f'{out.stem}_search.csv'),
     [curve_figures.Pooled._fields, *pooled],

@@ -23,12 +23,12 @@ OWN = {
   'connect_four_players': 'how strong AlphaZero plays with planners on top',
   'connect_four_positions': 'judges random positions by a perfect solver',
   'control': 'planners on top of actors and critics trained on data',
-  'equity': 'points that backgammon players lose a turn',
+  'equity': 'points that backgammon players lose per turn',
   'newton': "the book's worked examples, recomputed",
   'offline': 'agents that learn from data sets, side by side',
   'pruning': 'lookahead with coarse later stages',
-  'sampling_operators': 'the error of policies improved from samples',
-  'specialisation': 'which experts take which words',
+  'sampling_operators': 'the error of policy improvement from samples',
+  'specialisation': 'which experts process which words',
 }
 
 
@@ -37,7 +37,7 @@ class Study(NamedTuple):
 
   Attributes:
     define_flags: defines its absl flags.
-    main: runs it as they say.
+    main: runs it with the values of those flags.
   """
 
   define_flags: Callable[[], None]
@@ -45,10 +45,10 @@ class Study(NamedTuple):
 
 
 def find(name: str) -> Study:
-  """The study of a name.
+  """Finds a study by its name.
 
   Raises:
-    UserError: there is none.
+    UserError: no study has this name.
   """
   if name in OWN:
     module = importlib.import_module(f'experiments.studies.{name}')
@@ -57,14 +57,14 @@ def find(name: str) -> Study:
     return Study(runner.define_flags, functools.partial(runner.main, name))
   if name.startswith('-'):
     raise UserError(
-      f'{shown(name)}: the name of a study comes first: python -m '
+      f'{shown(name)}: the name of a study must come first, as in python -m '
       'experiments.study catch'
     )
   names = sorted([*OWN, *table.STUDIES])
   close = difflib.get_close_matches(name, names, 1)
   known = f'did you mean {close[0]}? ' if close else ''
   raise UserError(
-    f'no study {shown(name)}: {known}there are {", ".join(names)}'
+    f'study={shown(name)}: unknown; {known}must be one of {", ".join(names)}'
   )
 
 
@@ -75,7 +75,7 @@ def show() -> None:
   for name, about in OWN.items():
     print(f'  {name:{width}}  {about}')
   print(f'Tables of training runs:\n  {", ".join(table.STUDIES)}')
-  print('python -m experiments.study NAME --help lists the flags of one.')
+  print('python -m experiments.study NAME --help lists the flags of a study.')
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Trains everything: `python -m experiments.train [--preset=NAME] [...]`.
+"""Trains an agent: `python -m experiments.train [--preset=NAME] [...]`.
 
 Running the same command again resumes the run in its folder.
 """
@@ -22,39 +22,51 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string(
-    'preset', presets.DEFAULT, f'what to run:\n{presets.help_text()}\n'
+    'preset', presets.DEFAULT, f'the preset to run:\n{presets.help_text()}\n'
   )
-  flags.DEFINE_enum('agent', None, presets.AGENTS, 'another agent')
+  flags.DEFINE_enum(
+    'agent', None, presets.AGENTS, "an agent instead of the preset's"
+  )
   flags.DEFINE_string(
     'env',
     None,
-    "another environment: envpool's name (Catch-v0, PongNoFrameskip-v4), "
-    'gymnasium:NAME, jax:catch, jax:cartpole',
+    "an environment instead of the preset's: an envpool name (Catch-v0, "
+    'PongNoFrameskip-v4), gymnasium:NAME, jax:catch, jax:cartpole',
   )
   flags.DEFINE_string(
     'dataset',
     None,
-    'to learn from instead of from play: a folder or file of ours, D4RL (hdf5) '
-    'or Minari, or a name of theirs; --steps are then updates',
+    'a data set to learn from instead of play: a folder or file in our format, '
+    "D4RL's (hdf5) or Minari's, or a D4RL or Minari name; --steps then counts "
+    'updates',
   )
   flags.DEFINE_string(
     'text',
     None,
-    'a text file for a language model; --steps are then updates',
+    'a text file for a language model to learn from; --steps then counts '
+    'updates',
   )
   flags.DEFINE_multi_string(
-    'set', [], 'field=value, repeatable; --show lists the fields'
+    'set', [], 'FIELD=VALUE, repeatable; --show lists the fields'
   )
-  flags.DEFINE_integer('seed', 0, 'of everything', 0, configs.MAX_SEED)
   flags.DEFINE_integer(
-    'steps', None, 'decisions; the preset has its own', 1, configs.MAX_INT
+    'seed', 0, 'seed of all random numbers', 0, configs.MAX_SEED
+  )
+  flags.DEFINE_integer(
+    'steps',
+    None,
+    "number of decisions to train for; the preset's if left out",
+    1,
+    configs.MAX_INT,
   )
   flags.DEFINE_string(
     'workdir', None, "the run's folder; runs/PRESET_ENV_sSEED if left out"
   )
-  flags.DEFINE_bool('show', False, 'print the settings and their meaning; stop')
   flags.DEFINE_bool(
-    'check', False, 'refuse what is wrong, make and train nothing, and stop'
+    'show', False, 'print the settings and their meanings, and stop'
+  )
+  flags.DEFINE_bool(
+    'check', False, 'check the settings and stop; make and train nothing'
   )
   flags.DEFINE_bool(
     'plan',
@@ -72,37 +84,37 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'profile',
     0,
-    'updates to trace for the profiler into WORKDIR/profile',
+    'number of updates to trace for the profiler, into WORKDIR/profile',
     0,
     1_000_000,
   )
   flags.DEFINE_bool(
     'measure',
     False,
-    'measure the trained agent as evaluate_every does, into measured.csv',
+    'evaluate the trained agent, as evaluate_every does, into measured.csv',
   )
-  flags.DEFINE_bool('tensorboard', False, 'write TensorBoard events, too')
+  flags.DEFINE_bool('tensorboard', False, 'also write TensorBoard events')
   flags.DEFINE_string(
-    'wandb', None, 'a project of Weights & Biases to write to, too'
+    'wandb', None, 'the Weights & Biases project to also write metrics to'
   )
   flags.DEFINE_string(
     'distributed',
     None,
-    'several processes, each started with the same command: auto (a TPU pod, '
-    'Slurm or the like tells), HOST:PORT of process 0, or none; see '
-    'experiments/recipes',
+    'how several processes, each started with the same command, find each '
+    'other: auto (from a TPU pod, Slurm or similar), HOST:PORT of process 0, '
+    'or none; experiments/recipes has examples',
   )
   flags.DEFINE_integer(
     'num_processes',
     None,
-    'how many, with --distributed=HOST:PORT',
+    'number of processes, with --distributed=HOST:PORT',
     1,
     1_000_000,
   )
   flags.DEFINE_integer(
     'process_id',
     None,
-    'which of them, with --distributed=HOST:PORT',
+    "this process's number, from 0, with --distributed=HOST:PORT",
     0,
     1_000_000,
   )
@@ -159,7 +171,7 @@ def main() -> None:
 
 
 def _check(experiment: build.Experiment, workdir: str | None) -> None:
-  """Refuses what a run would, other devices and processes apart."""
+  """Refuses what a run would refuse, except for devices and processes."""
   devices.use_compilation_cache()
   if experiment.dataset:
     folder = workdir or run.default_workdir(experiment)
@@ -173,7 +185,7 @@ def _check(experiment: build.Experiment, workdir: str | None) -> None:
   if experiment.dataset:
     about |= {'dataset_checksum': dataset.checksum_of(experiment)}
   configs.check_run_config(folder, about, terminal.device(), configs.FREE)
-  print('nothing is wrong with it')
+  print('no problem found')
 
 
 def _plan(experiment: build.Experiment, values) -> None:

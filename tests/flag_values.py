@@ -263,10 +263,11 @@ ROWS = {
   'benchmark --suite=compile': 'target=: name one at least, such as h100 or v',
   'benchmark --suite=compile --target=h200': 'target=h200: must be h100, h100:',
   'benchmark --suite=compile,search --target=cpu': (
-    'suite=compile: writes a CSV of its own; take it alone'
+    'suite=compile: writes a CSV with other columns; run it without '
+    'other suites'
   ),
   'benchmark --suite=compile --target=cpu --programs=acts': (
-    'programs=acts: must be of init, act, update, refresh, interval'
+    'programs=acts: must be one of init, act, update, refresh, interval'
   ),
   'benchmark --suite=compile --target=cpu --preset=bd': (
     "preset='bd': did you mean bc?"

@@ -316,6 +316,6 @@ def test_launcher_errors_are_one_line():
   )
   assert done.returncode == 2
   assert done.stderr == (
-    'error: suite=serch: must be of search, sampled, learner, acting, scale, '
-    'offline, experts, compile\n'
+    'error: suite=serch: must be one of search, sampled, learner, acting, '
+    'scale, offline, experts, compile\n'
   )

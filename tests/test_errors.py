@@ -54,8 +54,8 @@ TABLE = {
   'sweep --workdir=new --preset=zzz': "preset='zzz': known are ... muzero",
   'sweep --workdir=new --env=zzz': "env='zzz': envpool has none; nearest",
   'benchmark --preset=zzz': "preset='zzz': known are",
-  'benchmark --suite=search,zzz': 'suite=zzz: must be of search, ',
-  'benchmark --what=zzz': 'suite=zzz: must be of search, ',
+  'benchmark --suite=search,zzz': 'suite=zzz: must be one of search, ',
+  'benchmark --what=zzz': 'suite=zzz: must be one of search, ',
   'collect --env=zzz': "env='zzz': envpool has none; nearest",
   # Settings.
   'train --set=zzz': '--set=zzz: should be field=value',
@@ -280,7 +280,7 @@ TABLE = {
   ),
   # Play.
   'play --workdir=catch --simulations=-1': 'simulations=-1: must be whole numb',
-  'play --workdir=catch --prompt=x': 'prompt=x: muzero is no language model',
+  'play --workdir=catch --prompt=x': 'prompt=x: muzero is not a language model',
   'play --workdir=catch --opponents=random': 'opponents: jax:catch is no game',
   'play --workdir=catch --players=random': 'players: jax:catch is no game with',
   'play --workdir=catch --human': 'human: jax:catch is no game with rules; run',
@@ -299,7 +299,7 @@ TABLE = {
     "player='zzz': must be network, random"
   ),
   'study connect_four_players --folder=boards --opponents=zzz': (
-    'opponents=zzz: must be of '
+    'opponents=zzz: must be one of '
   ),
   'play --workdir=pendulum --players=zzz': "player='zzz': must be network",
   'play --workdir=pendulum --players=gumbel=8': (
@@ -330,13 +330,13 @@ TABLE = {
   'study control --data=none': 'data=none: has no random; make it with pytho',
   'study control --data=. --qualities=zzz': 'data=.: has no zzz; make it',
   'study control --data=. --qualities=empty --agents=zzz': (
-    'agents=zzz: must be of '
+    'agents=zzz: must be one of '
   ),
   'study offline --study=betas --only=zzz': 'only=zzz: betas has atac',
   'study offline --study=betas --data=none': 'data=none: has no pendulum; make',
   'study offline --study=betas --data=. --envs=zzz': 'data=.: has no zzz; make',
   # Numbers in lists.
-  'benchmark --suite=scale --seeds=zzz': 'seeds=zzz: must be integers with com',
+  'benchmark --suite=scale --seeds=zzz': 'seeds=zzz: must be integers separ',
   'benchmark --suite=scale --quick --seeds=0': 'seeds=0: must be at least 1',
   'study atac_game --sizes=1': (
     'sizes=1: must be whole numbers, each at least 2'

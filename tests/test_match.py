@@ -557,7 +557,7 @@ def _row(**changes):
   'rows, names, opponents, seeds, complaint',
   [
     ([], ['netwrk'], ['third'], [0, 1], 'must be network, random'),
-    ([], ['network'], ['sovler'], [0, 1], 'opponents=sovler: must be of'),
+    ([], ['network'], ['sovler'], [0, 1], 'opponents=sovler: must be one of'),
     ([], ['network'], ['third'], [0], 'there is one run'),
     ([_row(games=4)], ['network'], ['third'], [0, 1], 'rows of 2 and 4'),
     ([_row(other=2)], ['network'], ['third'], [0, 1], 'it would meet 1'),

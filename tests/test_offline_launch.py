@@ -330,7 +330,7 @@ def test_a_data_set_without_environment(tmp_path, capsys):
   assert not (tmp_path / 'run' / 'evaluation.csv').exists()
   done = launch('play', f'--workdir={tmp_path}/run', check=False)
   assert done.returncode == 2
-  assert 'there is nothing to play in' in done.stderr
+  assert 'names no environment to play in' in done.stderr
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
   for opponent in opponents:
     if opponent not in TITLES:
       raise configs.UserError(
-        f'opponents={opponent}: must be of {", ".join(TITLES)}'
+        f'opponents={opponent}: must be one of {", ".join(TITLES)}'
       )
   if 'third' in opponents and len(seeds) < 2:
     raise configs.UserError(

@@ -250,7 +250,7 @@ def check(values: Any) -> None:
   for agent in values.agents:
     if agent not in actor_critic_runs.AGENTS:
       raise UserError(
-        f'agents={agent}: must be of {", ".join(actor_critic_runs.AGENTS)}'
+        f'agents={agent}: must be one of {", ".join(actor_critic_runs.AGENTS)}'
       )
 
 

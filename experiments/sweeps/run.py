@@ -91,7 +91,7 @@ def run(held: contextlib.ExitStack) -> None:
       content |= {'dataset_checksum': dataset.checksum_of(first)}
     configs.check_run_config(workdir, content, engine, ('dataset',))
     if values.check:
-      print('nothing is wrong with it')
+      print('no problem found')
       return
     if values.share is None:  # tasks of one sweep share its folder
       held.enter_context(locking.locked(workdir))
