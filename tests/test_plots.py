@@ -260,9 +260,9 @@ def test_final_score_is_the_most_searched_or_the_last_evaluation(tmp_path):
     (lambda f: (f / 'config.json').write_text('{}'), "no 'seed'"),
     (
       lambda f: (f / 'metrics.csv').write_text('step,loss\n1,2\n'),
-      "no column 'decisions'; there are step, loss",
+      'no column decisions; there are step, loss',
     ),
-    (lambda f: (f / 'metrics.csv').unlink(), 'metrics.csv: there is none'),
+    (lambda f: (f / 'metrics.csv').unlink(), 'metrics.csv: no such file'),
     (
       lambda f: (f / 'metrics.csv').write_text(
         'decisions,episode_return\n1,\n'
@@ -285,7 +285,7 @@ def test_evaluation_errors(tmp_path):
   (folder / 'evaluation.csv').write_text('checkpoint,planner\nfinal,puct\n')
   with pytest.raises(UserError, match='return_mean'):
     curves.budget_figure(folder / 'evaluation.csv', tmp_path / 'x.png')
-  with pytest.raises(UserError, match='there is none'):
+  with pytest.raises(UserError, match='no such file'):
     curves.budget_figure(tmp_path / 'none.csv', tmp_path / 'x.png')
 
 
@@ -294,7 +294,9 @@ def drawn(monkeypatch):
   figures = []
   save = style.save
   monkeypatch.setattr(
-    style, 'save', lambda f, path: (figures.append(f), save(f, path))
+    style,
+    'save',
+    lambda f, path, **kw: (figures.append(f), save(f, path, **kw)),
   )
   return figures
 

@@ -19,7 +19,7 @@ from agents.core.types import (
 )
 from experiments import build
 from experiments.build import agent, support
-from experiments.report import runs
+from experiments.files import tables
 from experiments.training import run
 from networks import heads
 from networks.muzero import NetworkConfig
@@ -196,6 +196,6 @@ def test_a_run_says_it_once(scale, monkeypatch, tmp_path, capsys):
     assert 'reward targets' in lines[0] and 'to about 900' in lines[0]
   # Every second time step is an episode's end: 31 rows of decisions, and the
   # 30 between them, of which 15 are there before the first update.
-  _, rows = runs.read_csv(tmp_path / 'metrics.csv')
+  _, rows = tables.read_csv(tmp_path / 'metrics.csv')
   assert float(rows[-1]['decisions']) == 124
   assert int(rows[-1]['step']) == 61 - 15 + 1

@@ -6,13 +6,17 @@ import io
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from experiments.files import reading, writing
 from experiments.files.errors import UserError, shown
 
 # What we write has tens; a file of more keys would show them all in a message.
 _MAX_COLUMNS = 4096
+
+Record = TypeVar('Record')
 
 
 def read_csv(
@@ -55,6 +59,40 @@ def read_rows(
     return read_csv(path, columns)[1]
   except reading.Missing:
     return []
+
+
+def read_records(path: str | os.PathLike, kind: type[Record]) -> list[Record]:
+  """Rows of a CSV file as NamedTuples, none where there is no file.
+
+  Args:
+    path: of the file.
+    kind: the NamedTuple; its fields are the columns, their types those of the
+      cells, and None stands for an empty cell.
+
+  Raises:
+    UserError: see `read_csv`; a cell is not of its type.
+  """
+  fields: Sequence[str] = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
+  rows = read_rows(path, fields)
+  with reading_cells(path):
+    return [
+      msgspec.convert(
+        [row[name] or None for name in fields], kind, strict=False
+      )
+      for row in rows
+    ]
+
+
+def read_numbers(path: str | os.PathLike) -> list[dict[str, float]]:
+  """Rows of a CSV file of numbers without the blank cells; see `read_rows`.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    UserError: see `read_csv` and `numbers`.
+  """
+  return [numbers(row, path) for row in read_rows(path)]
 
 
 def parse_csv(
@@ -184,3 +222,16 @@ def write_rows(
   columns = list(dict.fromkeys(name for row in rows for name in row))
   lines = ([row.get(name) for name in columns] for row in rows)
   write_lines(path, [columns, *lines], digits=9)
+
+
+def write_records(
+  path: str | os.PathLike, rows: Sequence[Any], digits: int | None = None
+) -> None:
+  """Writes NamedTuples of one kind, at least one, with a column a field.
+
+  Args:
+    path: of the file; its folder is made.
+    rows: the NamedTuples; None is an empty cell.
+    digits: significant ones of floats; None writes them whole.
+  """
+  write_lines(path, [rows[0]._fields, *rows], digits)

@@ -25,6 +25,7 @@ from agents import atac
 from experiments import build
 from experiments.build.dataset import rows_of, spec_of, told
 from experiments.data import layout
+from experiments.report import style
 from experiments.runtime import evaluate, loop, offline, sources
 from experiments.studies import atac_game_selection
 from experiments.training import collector
@@ -103,7 +104,7 @@ for kind, (_, slack, _) in tables.items():
 # %% alt="Gain, slack and distance from the behaviour against beta, random MDPs"
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout='constrained')
 titles = ('gain over μ, of the possible', 'slack', 'distance from μ')
-colours = {'relative': '#1b4f8f', 'initial': '#e08a1e'}
+colours = {'relative': style.BLUE, 'initial': style.ORANGE}
 for i, (axes, title) in enumerate(zip(panels, titles)):
   for kind, colour in colours.items():
     values = tables[kind][i]

@@ -25,7 +25,7 @@ from agents.core import losses as terms
 from agents.core import optim
 from agents.core.types import Agent, Info, Transition
 from experiments.envs import pendulum
-from experiments.report import statistics
+from experiments.report import statistics, style
 from experiments.runtime import evaluate, loop, offline
 from networks import actor_critic
 
@@ -269,7 +269,7 @@ figure, panels = plt.subplots(
   1, 2, figsize=(9, 3.8), sharey=True, layout='constrained'
 )
 updates = UPDATES * np.arange(1, POINTS + 1)
-colours = ('#5f6b73', '#e08a1e', '#1b4f8f')
+colours = (style.GREY, style.ORANGE, style.BLUE)
 middle = lambda strata: np.array([statistics.iqm(x) for x in strata[0].T])
 for axes, name, of_data in zip(panels, data, zip(*results.values())):
   for agent, returns, colour in zip(results, of_data, colours):

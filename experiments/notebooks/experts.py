@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from agents.core import optim
+from experiments.report import style
 from networks import balance, mlp, moe, routers
 
 # %% tags=["parameters"]
@@ -207,16 +208,15 @@ figure.colorbar(drawn, ax=panels, label='share of the load')
 
 # %% alt="Variation of importance and load, and test error, against updates"
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout='constrained')
-colours = ('#1b4f8f', '#e08a1e', '#3a8f4d')
 titles = {'cv_importance': 'CV of importance', 'cv_count': 'CV of load'}
 quarters = (0.25, 0.5, 0.75)
 for axes, (field, title) in zip(panels, titles.items()):
-  for name, of_variant, colour in zip(VARIANTS, metrics[field], colours):
+  for name, of_variant, colour in zip(VARIANTS, metrics[field], style.COLOURS):
     low, middle, high = np.quantile(of_variant.mean(-1), quarters, axis=0)
     axes.plot(updates, middle, color=colour, label=name)
     axes.fill_between(updates, low, high, color=colour, alpha=0.25, lw=0)
   axes.set_title(title, fontsize=11)
-for name, of_variant, colour in zip(VARIANTS, errors, colours):
+for name, of_variant, colour in zip(VARIANTS, errors, style.COLOURS):
   low, middle, high = np.quantile(of_variant, quarters, axis=0)
   panels[2].plot(updates, middle, color=colour, label=name)
   panels[2].fill_between(updates, low, high, color=colour, alpha=0.25, lw=0)

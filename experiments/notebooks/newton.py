@@ -25,18 +25,12 @@ import numpy as np
 
 from experiments import build
 from experiments.playing import match, players
+from experiments.report.style import BLUE, GREEN, GREY, ORANGE
 from experiments.runtime import loop
 from search import lookahead, policies, rollout
 from search.exact import bellman, riccati
 from search.model import TimeStep
 
-BLUE, ORANGE, GREEN, RED, GREY = (
-  '#1b4f8f',
-  '#e08a1e',
-  '#3a8f4d',
-  '#b5353a',
-  '#888888',
-)
 plt.rcParams['axes.spines.top'] = plt.rcParams['axes.spines.right'] = False
 plt.rcParams['legend.frameon'] = False
 

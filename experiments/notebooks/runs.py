@@ -46,13 +46,13 @@ import numpy as np
 from agents.core import planning
 from experiments import build
 from experiments.build import evaluation, saved
+from experiments.files import tables
 from experiments.report import runs
+from experiments.report.style import BLUE, CHECKPOINT_COLOURS, GREY, ORANGE
 from experiments.runtime import sources
 from experiments.training import run
 from search.model import Environment
 
-BLUE, ORANGE, GREEN, GREY = '#1b4f8f', '#e08a1e', '#3a8f4d', '#888888'
-COLOURS = {'early': ORANGE, 'final': BLUE, 'best': GREEN}
 plt.rcParams['axes.spines.top'] = plt.rcParams['axes.spines.right'] = False
 plt.rcParams['legend.frameon'] = False
 
@@ -106,7 +106,7 @@ print(env.spec.observation, env.spec.action)
 
 # %% alt="Return against decisions"
 figure, axes = plt.subplots(figsize=(6.4, 3.2), layout='constrained')
-columns, _ = runs.read_csv(f'{WORKDIR}/metrics.csv')
+columns, _ = tables.read_csv(f'{WORKDIR}/metrics.csv')
 for name, colour in (
   ('episode_return', GREY),
   ('network_return', ORANGE),
@@ -191,7 +191,7 @@ for t in range(len(togo) - 2, -1, -1):
 figure, axes = plt.subplots(figsize=(6.8, 2.8), layout='constrained')
 for name, params in checkpoints.items():
   values = np.asarray(opinion(params, episode).value)
-  axes.plot(values[:-1], 'o-', ms=4, color=COLOURS[name], label=name)
+  axes.plot(values[:-1], 'o-', ms=4, color=CHECKPOINT_COLOURS[name], label=name)
 axes.plot(togo[:-1], color=GREY, ls='--', label='what came')
 axes.set_xlabel('decision of the episode')
 axes.set_ylabel('value')
@@ -255,7 +255,7 @@ for name in checkpoints:
     [1.96 * row.return_se for row in own],
     fmt='o-',
     capsize=3,
-    color=COLOURS[name],
+    color=CHECKPOINT_COLOURS[name],
     label=name,
   )
 axes.set_xticks(range(len(BUDGETS)), list(map(str, BUDGETS)))
@@ -455,7 +455,7 @@ for name, params in checkpoints.items():
     range(1, UNROLL + 1),
     mean(error, same),
     'o-',
-    color=COLOURS[name],
+    color=CHECKPOINT_COLOURS[name],
     label=name,
   )
 constant = np.abs(real - mean(real, same)[:, None])

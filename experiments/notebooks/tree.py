@@ -32,6 +32,7 @@ import mctx
 import numpy as np
 
 from experiments import build
+from experiments.report import style
 from experiments.report import tree as tree_figure
 from experiments.runtime import loop
 from search import policies, sampled, value_prefix
@@ -346,7 +347,7 @@ for number, way in enumerate(WAYS):
   means = [error[depth == d].mean() for d in levels]
   axes.plot(levels, means, 'o-', label=way)
 for edge in range(HORIZON, 9, HORIZON):
-  axes.axvline(edge + 0.5, color='#bbbbbb', ls=':', lw=1)
+  axes.axvline(edge + 0.5, color=style.PALE, ls=':', lw=1)
 axes.set_xlabel('depth of the node (dotted: the prefix is reset)')
 axes.set_ylabel('mean error of its reward')
 axes.spines[['top', 'right']].set_visible(False)

@@ -70,7 +70,7 @@ def human_normalised(game: str, score: float) -> float:
 
 
 def score_table(scores: Mapping[str, Sequence[float]]) -> list[list[str]]:
-  """Human-normalised scores of one method beside published ones.
+  """Human-normalised scores of one method, next to published ones.
 
   Args:
     scores: game -> raw scores of its runs.

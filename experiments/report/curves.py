@@ -1,9 +1,4 @@
-"""Draws runs: learning curves, return against search budget, Atari scores.
-
-python -m experiments.plots --workdirs='runs/a_*,runs/b_*' --out=figure.png
-
-Runs that differ in their seed alone are one group. Intervals are 95%.
-"""
+"""Groups of runs as curves, as return against search, and as Atari scores."""
 
 import collections
 import math
@@ -17,7 +12,7 @@ import numpy as np
 from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.report import atari_scores, style
-from experiments.report.runs import Path, Run, find_runs, read_column, read_csv
+from experiments.report.runs import Path, Run, find_runs, read_column
 from experiments.report.statistics import bootstrap_interval, mean_interval
 from experiments.runtime import config as configs
 
@@ -26,7 +21,7 @@ class Curve(NamedTuple):
   """A group's mean over its seeds.
 
   Attributes:
-    x: float64 `[P]`, the shared grid: where all of its runs have numbers.
+    x: float64 `[P]`, a grid over the part that all of its runs have.
     mean: float64 `[P]`.
     low: float64 `[P]`, end of the 95% bootstrap interval over seeds.
     high: float64 `[P]`.
@@ -54,7 +49,7 @@ def learning_curves(
     workdirs: folders, or patterns of them.
     x: a column of metrics.csv: `decisions`, or `step` for updates.
     y: a column of metrics.csv.
-    smooth: each row becomes the mean of so many rows up to it.
+    smooth: rows in the moving average that ends at each row.
     points: of the grid.
 
   Raises:
@@ -113,11 +108,10 @@ def curves_figure(
   Raises:
     UserError: the file cannot be written.
   """
-  figure = style.figure(5.6 * len(curves), 4.0)
-  panels = figure.subplots(1, len(curves), squeeze=False)[0]
-  for axes, (y, groups) in zip(panels, curves.items()):
+  figure, panels = style.panels(len(curves), 5.6, 4.0)
+  for axes, (y, groups) in zip(panels[0], curves.items()):
     for i, (label, curve) in enumerate(groups.items()):
-      colour = style.COLOURS[i % len(style.COLOURS)]
+      colour = style.colour(i)
       text = f'{label} ({curve.runs} seed{"s" if curve.runs > 1 else ""})'
       # More curves than colours differ in their strokes.
       stroke = ('-', '--', ':')[i // len(style.COLOURS) % 3]
@@ -126,19 +120,17 @@ def curves_figure(
         axes.fill_between(
           curve.x, curve.low, curve.high, color=colour, alpha=0.2, lw=0
         )
-    axes.set_xlabel('updates' if x == 'step' else x.replace('_', ' '))
-    axes.set_ylabel(y.replace('_', ' '))
+    words = 'updates' if x == 'step' else x.replace('_', ' ')
+    axes.set(xlabel=words, ylabel=y.replace('_', ' '))
     # Many groups would hide the curves.
-    below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.16)}
-    where = below if len(groups) > 3 else {}
-    axes.legend(frameon=False, fontsize=8, **where)
+    style.legend(axes, below=len(groups) > 3, ncols=1, fontsize=8)
   style.save(figure, path)
 
 
 def one_panel(
   curves: Mapping[str, Mapping[str, Curve]],
 ) -> dict[str, Curve]:
-  """`{y: {label: Curve}}` as one set of curves, y told in words."""
+  """`{y: {label: Curve}}` as one set of curves, with y in the labels."""
   words = {'eval_return': 'with search', 'network_return': 'network alone'}
   return {
     f'{label}, {words.get(y, y)}': curve
@@ -245,7 +237,7 @@ def _evaluation_rows(source: Any) -> list[dict[str, Any]]:
   where = 'rows'
   if isinstance(source, str | os.PathLike):
     where = str(source)
-    source = read_csv(source)[1]
+    source = tables.read_csv(source, follow=True)[1]
   plain = []
   for row in source:
     row = row._asdict() if hasattr(row, '_asdict') else row
@@ -282,8 +274,8 @@ def budget_figure(
 
   Args:
     evaluation: evaluation.csv, its rows, or `Pooled` rows of one group.
-    path: the picture's; its ending says the format.
-    title: None takes agent, environment and seed of the config.json beside
+    path: of the picture; its suffix is the format.
+    title: None takes agent, environment and seed of the config.json next to
       the CSV.
 
   Raises:
@@ -292,9 +284,9 @@ def budget_figure(
   rows = _evaluation_rows(evaluation)
   config = {}
   if isinstance(evaluation, str | os.PathLike):
-    beside = pathlib.Path(evaluation).parent
-    if (beside / 'config.json').exists():
-      config = configs.read_run_config(beside)
+    workdir = pathlib.Path(evaluation).parent
+    if (workdir / 'config.json').exists():
+      config = configs.read_run_config(workdir)
   if title is None and config:
     title = (
       f'{config["agent_name"]} on {config["env_name"]}, seed {config["seed"]}'
@@ -330,11 +322,10 @@ def _draw_budget_lines(
   place: Callable[[int], float],
   config: Mapping[str, Any],
 ) -> None:
-  """A line with bars for each checkpoint and planner; levels without search."""
+  """Draws a line with bars a checkpoint and planner; levels without search."""
   drawn = []
   for checkpoint, planner in (lines := _budget_lines(rows)):
-    usual = style.COLOURS[len(drawn) % len(style.COLOURS)]
-    colour = style.CHECKPOINT_COLOURS.get(checkpoint, usual)
+    colour = style.CHECKPOINT_COLOURS.get(checkpoint, style.colour(len(drawn)))
     line = sorted(lines[checkpoint, planner], key=lambda r: r['simulations'])
     means = np.asarray([r['mean'] for r in line])
     ends = np.asarray([(r['low'], r['high']) for r in line]).T

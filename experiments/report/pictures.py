@@ -11,7 +11,7 @@ import numpy as np
 from experiments.files import writing
 from experiments.files.errors import UserError
 
-# Whose stones are whose: player 0 and player 1.
+# The stones of player 0 and of player 1.
 STONES = ((214, 69, 65), (244, 196, 48))
 BOARD, EMPTY = (38, 70, 110), (232, 236, 240)
 PAPER, ROD, TORQUE, INK = (255, 255, 255), (60, 90, 140), (214, 69, 65), 32
@@ -116,9 +116,9 @@ def draw_board(planes: np.ndarray, player: int) -> np.ndarray:
   """A board with stones, the first player's red and the second's yellow.
 
   Args:
-    planes: `[R, C, 2]`, the stones of whoever is to move and of the other one,
+    planes: `[R, C, 2]`, the stones of the player to move and of the other one,
       the top row first.
-    player: 0 or 1, who is to move.
+    player: 0 or 1, the one to move.
 
   Returns:
     uint8 `[40 R, 40 C, 3]`, or smaller cells on more than 9 rows.
@@ -160,7 +160,7 @@ def captioned(frame: Frame) -> np.ndarray:
 
 
 def drawing(spec: Any) -> Callable[[Any, Any], np.ndarray]:
-  """How time steps of an environment are drawn.
+  """The function that draws time steps of an environment.
 
   Args:
     spec: `agents.core.types.Spec`.
@@ -206,7 +206,7 @@ def is_drawn(spec: Any) -> bool:
 
 
 def check_board(game: Any) -> None:
-  """Refuses games whose boards are not drawn here.
+  """Refuses games whose boards cannot be drawn.
 
   Raises:
     UserError: its actions are no columns and no cells, or what it observes is
@@ -229,8 +229,8 @@ def write(path: pathlib.Path, frames: Sequence[Frame], count: int = 0) -> None:
   Args:
     path: ends in .gif or .png.
     frames: at least one, images of one size.
-    count: of a strip, how many of them; 0 for 8. The first and the last are
-      among them.
+    count: of the frames in a strip; 0 for 8. The first and the last are among
+      them.
 
   Raises:
     UserError: another ending, or a folder that cannot be written to.
@@ -270,7 +270,7 @@ def write(path: pathlib.Path, frames: Sequence[Frame], count: int = 0) -> None:
 
 
 def check_path(path: pathlib.Path) -> None:
-  """Refuses names of files that are not written here.
+  """Refuses files that are neither animations nor strips.
 
   Raises:
     UserError: it ends neither in .gif nor in .png.

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import reading, tables
-from experiments.files.errors import UserError, shown
+from experiments.files import tables
+from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 
 Path = str | os.PathLike
 
-# Follow from --steps: they make no other group.
+# These follow from --steps, and make no group of their own.
 _DERIVED = ('agent.total_updates', 'agent.total_decisions')
 
 
@@ -38,15 +38,15 @@ class Run(NamedTuple):
 
 
 def find_runs(workdirs: Iterable[Path]) -> list[Run]:
-  """Finds runs and groups them by all that differs but the seed.
+  """Finds runs and groups those that differ in their seed alone.
 
   Args:
     workdirs: folders, or patterns of them.
 
   Returns:
-    Runs in order. A label is what tells the group from the others: preset,
-    agent and environment where they differ, and each setting that is not the
-    one that most groups of these three have.
+    Runs in order. A label says how the group differs from the others: preset,
+    agent and environment where they differ, and each setting that most groups
+    with these three do not have.
 
   Raises:
     UserError: no such folder, or two folders with the same run.
@@ -114,7 +114,7 @@ def _head(settings: Mapping[str, Any]) -> tuple[str, str, str]:
 def _labels(runs: list[dict[str, Any]]) -> list[str]:
   """A label for each run's settings; equal settings have equal ones."""
   heads = [_head(s) for s in runs]
-  # The preset's name is always shown, agent and environment where they differ.
+  # The preset is always shown, agent and environment where they differ.
   shown = [0] + [i for i in (1, 2) if len({h[i] for h in heads}) > 1]
   labels = []
   for own, head in zip(runs, heads):
@@ -137,18 +137,6 @@ def _text(value: Any) -> str:
   return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
-def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-  """Columns and rows of a CSV file, all text.
-
-  Raises:
-    UserError: there is no such file, or it is no CSV file.
-  """
-  try:
-    return tables.read_csv(path, follow=True)
-  except reading.Missing as error:
-    raise UserError(f'{path}: there is none; has the run begun?') from error
-
-
 def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
   """Two columns of metrics.csv where both have numbers, float64 `[T]` each.
 
@@ -156,18 +144,14 @@ def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     UserError: no such file or column, or no numbers in it.
   """
   path = pathlib.Path(workdir) / 'metrics.csv'
-  columns, rows = read_csv(path)
-  for name in (x, y):
-    if name not in columns:
-      raise UserError(
-        f'{path} has no column {name!r}; there are '
-        f'{shown(", ".join(columns), 1000)}'
-      )
+  rows = tables.read_csv(path, (x, y), follow=True)[1]
   pairs = [(row[x], row[y]) for row in rows if row[x] and row[y]]
   try:
     values = np.asarray(pairs, np.float64).reshape(-1, 2)
   except ValueError as error:
-    raise UserError(f'{path}: {x} or {y} is no number: {error}') from error
+    raise UserError(
+      f'{path}: {x} or {y} is no number: {error}; copy it back'
+    ) from error
   values = values[np.isfinite(values).all(axis=1)]
   if not len(values):
     raise UserError(f'{path} has no row yet with {x} and {y}')

@@ -1,4 +1,4 @@
-"""How sure are we? Aggregates over runs and games, with their intervals.
+"""Aggregates over runs and games, with their intervals.
 
 Agarwal et al. 2021, Deep RL at the edge of the statistical precipice.
 """
@@ -85,9 +85,24 @@ def mean_interval(values: Any, level: float = 0.95) -> tuple[float, float]:
   values = np.asarray(values, np.float64)
   if len(values) < 2:
     return math.nan, math.nan
-  error = np.std(values, ddof=1) / math.sqrt(len(values))
+  mean, error = mean_error(values)
   half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
-  return float(np.mean(values)) - half, float(np.mean(values)) + half
+  return mean - half, mean + half
+
+
+def mean_error(values: Any, alone: float = 0.0) -> tuple[float, float]:
+  """The mean of independent values `[S]` and its standard error.
+
+  Args:
+    values: at least one.
+    alone: the error where there is one value.
+
+  >>> mean_error([1, 3])
+  (2.0, 1.0)
+  """
+  if len(values) > 1:
+    alone = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+  return float(np.mean(values)), alone
 
 
 def probability_of_improvement(

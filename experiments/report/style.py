@@ -1,16 +1,20 @@
-"""Colours, sizes and the saving of figures."""
+"""Colours, sizes and the saving of figures: the one place that decides them."""
 
 import pathlib
 from typing import Any
 
 from experiments.files import writing
-from experiments.files.errors import UserError
-from experiments.report.runs import Path
 from experiments.runtime import config as configs
 
-BLUE, ORANGE = '#1b4f8f', '#e08a1e'
-COLOURS = (BLUE, ORANGE, '#3a8f4d', '#b5353a', '#7a5aa6', '#5f6b73')
-CHECKPOINT_COLOURS = {'final': BLUE, 'early': ORANGE, 'best': COLOURS[2]}
+BLUE, ORANGE, GREEN, RED = '#1b4f8f', '#e08a1e', '#3a8f4d', '#b5353a'
+COLOURS = (BLUE, ORANGE, GREEN, RED, '#7a5aa6', '#5f6b73')
+GREY, PALE, _GRID = '#888888', '#9aa5ad', '#dddddd'
+CHECKPOINT_COLOURS = {'final': BLUE, 'early': ORANGE, 'best': GREEN}
+
+
+def colour(number: int) -> str:
+  """The colour of the line with this number; they repeat."""
+  return COLOURS[number % len(COLOURS)]
 
 
 def figure(width: float, height: float) -> Any:
@@ -21,16 +25,71 @@ def figure(width: float, height: float) -> Any:
   return Figure((width, height), layout='constrained')
 
 
-def save(figure: Any, path: Path) -> None:
-  """Writes a figure in the house style: no box, a pale grid."""
+def panels(
+  columns: int, width: float, height: float, rows: int = 1, **options: Any
+) -> tuple[Any, Any]:
+  """A figure of panels whose lines take `COLOURS` in turn.
+
+  Args:
+    columns: panels in a row.
+    width: of one panel, in inches.
+    height: of one panel.
+    rows: of panels.
+    **options: of `Figure.subplots`.
+
+  Returns:
+    The figure, and its axes in an array `[rows, columns]`.
+  """
+  import matplotlib
+  from matplotlib.rcsetup import cycler
+
+  drawn = figure(columns * width, rows * height)
+  cycle = cycler(color=COLOURS)
+  with matplotlib.rc_context({'axes.prop_cycle': cycle}):
+    return drawn, drawn.subplots(rows, columns, squeeze=False, **options)
+
+
+def label(axes: Any, title: str = '', x: str = '', y: str = '') -> None:
+  """Writes a title above a panel and names its axes."""
+  axes.set_title(title, fontsize=11)
+  axes.set(xlabel=x, ylabel=y)
+
+
+def legend(axes: Any, below: bool = False, **options: Any) -> None:
+  """Adds a legend without a frame.
+
+  Args:
+    axes: the panel.
+    below: whether it goes under the panel, where it hides no line.
+    **options: of `Axes.legend`.
+  """
+  place = {'ncols': 2, 'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.14)}
+  axes.legend(
+    **{'frameon': False, 'fontsize': 8.5} | (place if below else {}) | options
+  )
+
+
+def save(figure: Any, path: Any, dpi: int = 160, grid: str = 'y') -> None:
+  """Writes a figure in the house style: no box, a pale grid.
+
+  Args:
+    figure: from `figure` or `panels`.
+    path: of the picture; its suffix is the format.
+    dpi: dots an inch.
+    grid: lines across which axis: `x`, `y`, `both`, or '' for none.
+
+  Raises:
+    UserError: see `writing.write_figure`.
+  """
   for axes in figure.axes:
     axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#dddddd', lw=0.7)
     axes.set_axisbelow(True)
-  writing.write_figure(figure, path)
+    if grid:
+      axes.grid(axis=grid, color=_GRID, lw=0.7)
+  writing.write_figure(figure, path, dpi)
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Any) -> None:
   """Refuses a name that no picture can be written to.
 
   Raises:
@@ -41,6 +100,6 @@ def check_picture(path: Path) -> None:
   configs.check_place('out', path)
   known = FigureCanvasBase.get_supported_filetypes()
   if pathlib.Path(path).suffix[1:].lower() not in known:
-    raise UserError(
+    raise configs.UserError(
       f'out={path}: must end in one of .{", .".join(sorted(known))}'
     )

@@ -1,4 +1,4 @@
-"""What launchers say: what begins, tables, where results lie and what is next.
+"""What launchers print: what begins, tables, the results and what comes next.
 
 Standard output is for what a person reads; progress goes to standard error.
 """
@@ -24,8 +24,8 @@ def say(*lines: str, file: TextIO | None = None) -> None:
     *lines: of text, without line ends.
     file: where to; None for standard output.
   """
-  told = '\n'.join(shown(line, _LONGEST) for line in lines)
-  print(told, file=file, flush=True)
+  text = '\n'.join(shown(line, _LONGEST) for line in lines)
+  print(text, file=file, flush=True)
 
 
 def device() -> str:
@@ -44,10 +44,10 @@ def begin(what: str, *lines: str, compiles: bool = True) -> None:
     *lines: more about it.
     compiles: whether programs are compiled first; their device is named.
   """
-  told = [what, *lines]
+  lines = (what, *lines)
   if compiles:
-    told.append(f'{device()}; compiling: the first numbers take a while')
-  say(*told)
+    lines = (*lines, f'{device()}; compiling: the first numbers take a while')
+  say(*lines)
 
 
 def parameters(params: object) -> str:
@@ -75,7 +75,7 @@ def print_table(
     columns: their names.
     rows: a text for each column.
     title: above it.
-    left: so many columns are aligned at their left, the others at the right.
+    left: number of columns that are aligned left; the others are right.
   """
   from rich.table import Table
   from rich.text import Text
@@ -93,7 +93,7 @@ def print_table(
 
 
 def show(renderable: object) -> None:
-  """Prints something of rich's; without a terminal 120 columns are taken."""
+  """Prints something of rich's, 120 columns wide without a terminal."""
   from rich.console import Console
 
   known = sys.stdout.isatty() or 'COLUMNS' in os.environ
@@ -101,7 +101,7 @@ def show(renderable: object) -> None:
 
 
 def end(results: str, *commands: str) -> None:
-  """Says where results lie and what to try next.
+  """Prints the results' files and what to try next.
 
   Args:
     results: files.
@@ -119,12 +119,12 @@ def ticker(
   every_seconds: float = 10.0,
   clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[int], None]:
-  """Tells how far something is, at most one line every few seconds.
+  """Prints how far something is, at most one line every few seconds.
 
   Args:
     what: is counted.
-    total: of it; None where nobody knows.
-    every_seconds: between lines; the first comes after so long, too.
+    total: of it; None where it is unknown.
+    every_seconds: between lines, and before the first one.
     clock: seconds.
 
   Returns:

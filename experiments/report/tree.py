@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_GREY, _RED = '#888888', '#b5353a'
+from experiments.report import style
+
 _BACK = {'fc': 'white', 'ec': 'none', 'pad': 0.5, 'alpha': 0.85}
 _CENTRED = {'ha': 'center', 'va': 'center'}
 
 
 class Layout(NamedTuple):
-  """Where nodes stand.
+  """The places of nodes.
 
   Attributes:
     nodes: int `[M]`, numbers of the nodes that are shown, parents first.
@@ -30,7 +31,7 @@ class Layout(NamedTuple):
 def layout(
   parents: Any, visits: Any, order: Any = None, min_visits: int = 1
 ) -> Layout:
-  """A place for every node: leaves one apart, parents amid their children.
+  """Places every node: leaves one apart, parents centred over their children.
 
   Args:
     parents: int `[N]`, -1 at the root, which is node 0; a parent stands before
@@ -62,7 +63,7 @@ def layout(
     children[node] = []
     children[parent].append(node)
   x, free = np.full(len(parents), np.nan), 0
-  # Children stand behind their parents, so that these are placed last.
+  # Parents come before their children, and are placed after them.
   stack = [0]
   placing = []
   while stack:
@@ -92,10 +93,10 @@ def figure(
   """One tree of a batch as a picture.
 
   A circle is a node: its number is how often it was visited, its area grows
-  with that, its colour is its value. An edge tells the action and, under it,
+  with that, its colour is its value. An edge shows the action and, under it,
   its Q; the chosen (most visited) path is drawn dark. With value prefixes the
   number beneath a node is the sum that the model predicts there, and a square
-  is a node behind which it counts anew.
+  is a node after which the sum starts from zero.
 
   Args:
     tree: an `mctx.Tree`, as in `PolicyOutput.search_tree`.
@@ -109,8 +110,8 @@ def figure(
     horizon: steps between resets of the prefix; needed with `prefix`.
     min_visits: nodes with fewer are not shown.
     title: above.
-    into: an empty figure to draw in, as pyplot's `plt.figure()`, which
-      `plt.show()` shows; a new one that pyplot does not know of if None.
+    into: an empty figure to draw in, such as pyplot's `plt.figure()`; a new
+      one, unknown to pyplot, if None.
 
   Returns:
     The `matplotlib.figure.Figure`, as large as the tree needs.
@@ -119,8 +120,6 @@ def figure(
     ValueError: `actions` or `prefix` is not of the tree's size, there is no
       such row, or `prefix` comes without `horizon`.
   """
-  from matplotlib.figure import Figure
-
   parts = _parts(tree, row)
   size = parts['children_index'].shape
   names = np.arange(size[1])[None].repeat(size[0], 0)
@@ -142,8 +141,9 @@ def figure(
   best = _best_path(parts)
   wide = float(np.nanmax(places.x)) + 1
   deep = int(places.depth[places.nodes].max()) + 1
-  drawn = Figure() if into is None else into
-  drawn.set_size_inches(max(7.0, 0.72 * wide), 1.25 * deep + 0.9)
+  size = max(7.0, 0.72 * wide), 1.25 * deep + 0.9
+  drawn = style.figure(*size) if into is None else into
+  drawn.set_size_inches(*size)
   axes = drawn.subplots()
   _edges(axes, parts, places, taken, best)
   _nodes(drawn, axes, parts, places, base, horizon, best)
@@ -151,7 +151,8 @@ def figure(
   axes.set_ylim(-deep + 0.4, 0.5)
   axes.axis('off')
   axes.set_title(title, fontsize=11)
-  drawn.tight_layout()
+  if into is not None:
+    into.tight_layout()
   return drawn
 
 
@@ -206,7 +207,7 @@ def _edges(axes, parts, places, taken, best) -> None:
     axes.plot(
       x,
       y,
-      color='black' if chosen else _GREY,
+      color='black' if chosen else style.GREY,
       lw=0.6 + 3 * parts['node_visits'][node] / parts['node_visits'][0],
       zorder=1,
     )
@@ -246,7 +247,7 @@ def _nodes(drawn, axes, parts, places, base, horizon, best) -> None:
       c=values[which],
       cmap='viridis',
       marker=marker,
-      edgecolors=['black' if n in best else _GREY for n in nodes[which]],
+      edgecolors=['black' if n in best else style.GREY for n in nodes[which]],
       zorder=3,
       **span,
     )
@@ -267,7 +268,7 @@ def _nodes(drawn, axes, parts, places, base, horizon, best) -> None:
         xytext=(0, -0.5 * area[i] ** 0.5 - 6),
         textcoords='offset points',
         fontsize=6.5,
-        color=_RED,
+        color=style.RED,
         bbox=_BACK,
         zorder=4,
         **_CENTRED,

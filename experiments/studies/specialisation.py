@@ -6,7 +6,7 @@ Routes the held-out text through a trained mixture and counts which expert gets
 which token. Prints, for each expert, the tokens that come to it more often
 than to others; draws the share of the most frequent tokens that each expert
 gets, and the experts' shares through training where the run kept them
-(`--set=log_experts=true`); writes both as CSV beside the figure.
+(`--set=log_experts=true`); writes the shares as CSV next to the figure.
 """
 
 import pathlib
@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import tables, writing
+from experiments import build
+from experiments.build import saved, text
+from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.report import style, terminal
-from experiments.report.runs import read_csv
 from experiments.runtime import config as configs
 
-_FEW = 5  # occurrences below which a token characterises nobody
+_FEW = 5  # occurrences below which a token characterises no expert
 
 
 class Shares(NamedTuple):
-  """Who gets what.
+  """Which expert gets which token.
 
   Attributes:
     counts: float64 `[E, V]`, pairs of expert and token.
@@ -36,19 +37,19 @@ class Shares(NamedTuple):
 
 
 def information(counts: np.ndarray) -> float:
-  """How much a token tells of its expert, from 0 to 1.
+  """Mutual information of expert and token over the entropy of experts.
 
-  Mutual information of expert and token over the entropy of experts.
+  From 0, where tokens say nothing about their experts, to 1.
 
   Args:
     counts: `[E, V]`.
   """
+  from scipy import stats
+
   joint = counts / counts.sum()
   expert, token = joint.sum(1), joint.sum(0)
-  entropy = -np.sum(expert[expert > 0] * np.log(expert[expert > 0]))
-  some = joint > 0
-  apart = np.outer(expert, token)
-  mutual = np.sum(joint[some] * np.log(joint[some] / apart[some]))
+  mutual = stats.entropy(joint.ravel(), np.outer(expert, token).ravel())
+  entropy = stats.entropy(expert)
   return float(mutual / entropy) if entropy else 0.0
 
 
@@ -67,12 +68,10 @@ def measure(workdir: str, checkpoint: str, layer: int) -> Shares:
   """Routes a run's held-out text.
 
   Raises:
-    UserError: a run without mixture, checkpoint, or such a layer.
+    UserError: the run has no mixture, no such checkpoint or no such layer.
   """
   import jax
 
-  from experiments import build
-  from experiments.build import saved, text
   from networks.routing import ByToken
 
   experiment = saved.load_experiment(workdir)
@@ -104,7 +103,7 @@ def measure(workdir: str, checkpoint: str, layer: int) -> Shares:
 
 def through_training(workdir: str, layer: int) -> np.ndarray | None:
   """Steps and experts' shares `[n, 1 + E]` of metrics.csv; None if not kept."""
-  columns, rows = read_csv(pathlib.Path(workdir) / 'metrics.csv')
+  columns, rows = tables.read_csv(pathlib.Path(workdir) / 'metrics.csv')
   names = [n for n in columns if n.startswith(('load_', f'layer{layer}_load_'))]
   if not names:
     return None
@@ -114,7 +113,7 @@ def through_training(workdir: str, layer: int) -> np.ndarray | None:
 
 
 def write(path: pathlib.Path, shares: Shares, number: int) -> None:
-  """The most frequent tokens and where they go, as CSV."""
+  """Writes the most frequent tokens and their experts as CSV."""
   lines: list[list[Any]] = [
     ['token', 'count', *(f'expert_{e}' for e in range(len(shares.counts)))]
   ]
@@ -131,29 +130,23 @@ def _frequent(shares, number):
 
 def draw(path: pathlib.Path, shares: Shares, history: Any, number: int) -> None:
   """Two panels: where frequent tokens go; experts' shares through training."""
-  from matplotlib.figure import Figure
-
   most = _frequent(shares, number)
   table = shares.counts[:, most] / shares.counts[:, most].sum(0)
-  panels = 1 if history is None else 2
-  figure = Figure((4 + 6 * panels, 6), layout='constrained')
-  axes = np.atleast_1d(figure.subplots(1, panels))
+  figure, ((axes, *others),) = style.panels(1 + (history is not None), 8, 6)
   # Experts in the order of the tokens that they take most of.
   order = np.argsort(table.argmax(1), kind='stable')
-  image = axes[0].imshow(table[order], aspect='auto', cmap='viridis')
-  figure.colorbar(image, ax=axes[0], label="share of a token's places")
+  image = axes.imshow(table[order], aspect='auto', cmap='viridis')
+  figure.colorbar(image, ax=axes, label="share of a token's places")
   labels = [shares.words[v].replace('\n', '\\n') or ' ' for v in most]
-  axes[0].set_xticks(range(len(most)), labels, rotation=90, fontsize=7)
-  axes[0].set_ylabel('expert')
-  axes[0].set_title('specialisation by token, held-out text', fontsize=10)
+  axes.set_xticks(range(len(most)), labels, rotation=90, fontsize=7)
+  style.label(axes, 'specialisation by token, held-out text', y='expert')
   if history is not None:
-    axes[1].plot(history[:, 0], history[:, 1:], lw=0.8)
     even = 1 / (history.shape[1] - 1)
-    axes[1].axhline(even, color='black', ls='--', lw=1)
-    axes[1].set_xlabel('updates')
-    axes[1].set_ylabel("experts' shares of the work")
-    axes[1].set_title('utilisation over time (dashed: even)', fontsize=10)
-  writing.write_figure(figure, path, dpi=110)
+    others[0].plot(history[:, 0], history[:, 1:], lw=0.8)
+    others[0].axhline(even, color='black', ls='--', lw=1)
+    title = 'utilisation over time (dashed: even)'
+    style.label(others[0], title, 'updates', "experts' shares of the work")
+  style.save(figure, path, dpi=110, grid='')
 
 
 def define_flags() -> None:
@@ -161,12 +154,18 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string('workdir', None, "a run's folder", required=True)
-  flags.DEFINE_string('checkpoint', 'final', 'final or best')
-  flags.DEFINE_integer('layer', 0, 'which mixture', 0, 10_000)
+  flags.DEFINE_string('checkpoint', 'final', 'the checkpoint: final or best')
+  flags.DEFINE_integer('layer', 0, 'number of the mixture, from 0', 0, 10_000)
   flags.DEFINE_integer(
-    'tokens', 48, 'most frequent ones that are drawn', 1, 1_000_000
+    'tokens',
+    48,
+    'number of tokens that are drawn, the most frequent ones',
+    1,
+    1_000_000,
   )
-  flags.DEFINE_string('out', 'specialisation.png', 'the figure')
+  flags.DEFINE_string(
+    'out', 'specialisation.png', 'the figure; the CSV has the same name'
+  )
 
 
 def main() -> None:
@@ -182,8 +181,8 @@ def main() -> None:
   for e, words in enumerate(characteristic(shares, 8)):
     share = shares.counts[e].sum() / shares.counts.sum()
     terminal.say(f'expert {e:3d} ({share:6.1%}): {" ".join(map(repr, words))}')
-  told = information(shares.counts)
-  print(f'a token tells {told:.0%} of which experts it goes to')
+  known = information(shares.counts)
+  print(f'a token determines {known:.0%} of which expert it goes to')
   out = pathlib.Path(values.out)
   draw(out, shares, history, values.tokens)
   write(out.with_suffix('.csv'), shares, values.tokens)

@@ -193,7 +193,7 @@ def read_parts(todo: Sequence[Part], rows: Sequence[Row]) -> dict[Row, Result]:
   for part in filter(finished, todo):
     curves = collections.defaultdict(list)
     path = part.folder / 'curves.csv'
-    for line in sweep_results.read_curve(path):
+    for line in tables.read_numbers(path):
       if not {'setting', 'seed', 'step', 'finite'} <= line.keys():
         raise UserError(
           f'{shown(path)}: lacks setting, seed, step or finite in a row; copy '

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.files import writing
+from experiments.files import tables, writing
 from experiments.report import terminal
 from experiments.runtime import children, signals
 from experiments.sweeps import halving as sweep_halving
-from experiments.sweeps import results, rows
+from experiments.sweeps import rows
 from experiments.sweeps.plan import Row
 from experiments.sweeps.rows import Job
 
@@ -287,7 +287,7 @@ class _Curves:
       stamp = found.st_mtime_ns, found.st_size
       if self._read.get(row) != stamp:
         self._read[row] = stamp
-        self.known[row] = results.read_curve(path)
+        self.known[row] = tables.read_numbers(path)
         self._news.add(row)
 
   def has_news(self, row: Row) -> bool:

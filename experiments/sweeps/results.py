@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.files import tables, writing
-from experiments.report import terminal
+from experiments.files import tables
+from experiments.report import style, terminal
 from experiments.runtime import config as configs
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps.plan import Plan, Row
@@ -62,15 +62,6 @@ def from_curve(
     # Not what was known before it diverged.
     last = {n: x for n, x in curve[-1].items() if math.isfinite(x)}
   return Result(status, curve, last | dict(final or {}))
-
-
-def read_curve(path: pathlib.Path) -> list[dict[str, float]]:
-  """Rows of a CSV of numbers, without the blanks; [] if there is no file.
-
-  Raises:
-    UserError: it is no such file, or a cell is no number.
-  """
-  return [tables.numbers(row, path) for row in tables.read_rows(path)]
 
 
 def summarise(
@@ -189,18 +180,16 @@ def figure(
   they were drawn so or span a factor of ten; else the 30 best settings are
   listed.
   """
-  from matplotlib.figure import Figure
-
   shown = [s for s in summaries if s.seeds]
   xs = _numbers(plan, shown)
   words = f'{metric.replace("_", " ")} (IQM, 95% interval)'
-  style: dict[str, Any] = {'color': '#1b4f8f', 'capsize': 3, 'marker': 'o'}
+  bars: dict[str, Any] = {'color': style.BLUE, 'capsize': 3, 'marker': 'o'}
   if xs is not None:
     pairs = sorted(zip(xs, shown))
     xs, shown = [x for x, _ in pairs], [s for _, s in pairs]
-    drawing = Figure((5.6, 4.0), layout='constrained')
+    drawing = style.figure(5.6, 4.0)
     axes = drawing.subplots()
-    axes.errorbar(xs, [s.iqm for s in shown], yerr=_bars(shown), **style)
+    axes.errorbar(xs, [s.iqm for s in shown], yerr=_bars(shown), **bars)
     wide = min(xs) > 0 and max(xs) >= 10 * min(xs)
     if plan.fields[0] in plan.logarithmic or wide:
       axes.set_xscale('log')
@@ -208,17 +197,14 @@ def figure(
     axes.set_ylabel(words)
   else:
     shown = shown[:30][::-1]
-    drawing = Figure((7.0, 1.2 + 0.28 * len(shown)), layout='constrained')
+    drawing = style.figure(7.0, 1.2 + 0.28 * len(shown))
     axes = drawing.subplots()
     ys = range(len(shown))
     centres = [s.iqm for s in shown]
-    axes.errorbar(centres, ys, xerr=_bars(shown), ls='none', **style)
+    axes.errorbar(centres, ys, xerr=_bars(shown), ls='none', **bars)
     axes.set_yticks(ys, [label(plan, s.setting) for s in shown], fontsize=8)
     axes.set_xlabel(words)
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.grid(color='#dddddd', lw=0.7)
-  axes.set_axisbelow(True)
-  writing.write_figure(drawing, path)
+  style.save(drawing, path, grid='both')
 
 
 def _bars(shown: Sequence[Summary]) -> list[list[float]]:

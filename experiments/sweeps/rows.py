@@ -144,7 +144,7 @@ def is_halved(job: Job) -> bool:
 
 def updates_done(job: Job) -> int:
   """The update of a row's last line of metrics."""
-  curve = sweep_results.read_curve(job.folder / 'metrics.csv')
+  curve = tables.read_numbers(job.folder / 'metrics.csv')
   return int(curve[-1]['step']) if curve else 0
 
 
@@ -163,7 +163,7 @@ def read(todo: Sequence[Job], failed: Mapping[Row, str]) -> dict[Row, Result]:
   results = {}
   for job in todo:
     if is_halved(job):
-      curve = sweep_results.read_curve(job.folder / 'metrics.csv')
+      curve = tables.read_numbers(job.folder / 'metrics.csv')
       results[job.row] = sweep_results.from_curve(curve, 'halved')
     elif has_ended(job):
       results[job.row] = _read_one(job)
@@ -173,11 +173,11 @@ def read(todo: Sequence[Job], failed: Mapping[Row, str]) -> dict[Row, Result]:
 
 
 def _read_one(job: Job) -> Result:
-  curve = sweep_results.read_curve(job.folder / 'metrics.csv')
+  curve = tables.read_numbers(job.folder / 'metrics.csv')
   if curve and not math.isfinite(curve[-1].get('loss', 0.0)):
     return sweep_results.from_curve(curve, 'nan')
   # What one program measures at its end, in the same episodes.
-  measured = sweep_results.read_curve(job.folder / 'measured.csv')
+  measured = tables.read_numbers(job.folder / 'measured.csv')
   final = dict(measured[-1]) if measured else {}
   final.pop('step', None)
   # The launcher's own play at the end: another number of other episodes.
