@@ -20,20 +20,14 @@ machine trust the latter, which says little on an accelerator.
 import pathlib
 
 from experiments import build, presets
-from experiments.benchmarks.timing import (
-  QUICK,
-  Row,
-  Sizes,
-  machine,
-  print_rows,
-  write_rows,
-)
+from experiments.benchmarks import cases, timing
 from experiments.build.programs import PARTS
 from experiments.files.errors import UserError
 from experiments.report import terminal
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
 
+# In the order in which they are measured.
 _SUITES = (
   'search',
   'sampled',
@@ -43,14 +37,6 @@ _SUITES = (
   'offline',
   'experts',
   'compile',
-)
-_PONG = (
-  # Sizes that two cores can handle; the network and the search are full-size.
-  'env.num_envs=4',
-  'run.batch_size=8',
-  'agent.reanalyze_chunk=0',
-  'run.warmup_decisions=64',
-  'run.replay_capacity=2000',
 )
 
 
@@ -120,14 +106,22 @@ def main() -> None:
   from absl import flags
 
   values = flags.FLAGS
-  from experiments.benchmarks import agents, experts, figure, offline, searches
-  from experiments.benchmarks import scale as scaling
-
   for suite in values.suite:
     if suite not in _SUITES:
       raise UserError(f'suite={suite}: must be one of {", ".join(_SUITES)}')
+
+  from experiments.benchmarks import (
+    agents,
+    compilation,
+    experts,
+    figure,
+    offline,
+    scale,
+    searches,
+  )
+
   if 'compile' in values.suite:
-    _compile(values)
+    compilation.launch(values)
     return
   flag_checks.refuse(
     ['target', 'rows', 'programs', 'compilers'], 'without --suite=compile'
@@ -137,99 +131,49 @@ def main() -> None:
     if not {'learner', 'acting'} & set(values.suite):
       flag_checks.refuse(['preset', 'set'], 'on these suites')
   configs.check_place('out', values.out)
-  sizes = (QUICK if values.quick else Sizes())._replace(repeats=values.repeats)
+  find = lambda suite, seeds=(): cases.find(
+    suite, values.quick, values.repeats, seeds
+  )
   with configs.user_errors():
+    case = find('agent')
     experiment = build.describe(
       values.preset or presets.DEFAULT, settings=values.set
     )
     if 'scale' in values.suite:
-      seeds = _integers('seeds', values.seeds)
-      scale = scaling.sizes_here(values.quick, seeds, values.repeats)
-      chosen = scaling.cases(values.preset, values.set, scale)
-    pong = build.describe('efficientzero_atari', settings=_PONG)
-  about = machine()
+      larger = find('scale', _integers('seeds', values.seeds))
+      subjects = scale.subjects(values.preset, values.set, larger)
+
+  measure = {
+    'search': lambda: [searches.search_rows(case)],
+    'sampled': lambda: [searches.sampled_rows(case)],
+    'learner': lambda: [agents.learner_rows(experiment, case)],
+    'acting': lambda: agents.acting_suite(experiment, case, values.quick),
+    'scale': lambda: scale.scale_rows(subjects, larger),
+    'offline': lambda: timing.on_one_core(offline.rows_here, find('offline')),
+    'experts': lambda: timing.on_one_core(experts.rows_here, find('experts')),
+  }
+  about = timing.machine()
   terminal.begin(
     f'measuring {", ".join(values.suite)}, {values.repeats} repeats of each',
     compiles=False,
   )
   print(', '.join(f'{name}: {value}' for name, value in about.items()))
-  rows: list[Row] = []
-
-  def done(measured: list[Row]) -> None:
-    rows.extend(measured)
-    print_rows(measured)
-    write_rows(values.out, rows, about)
-
-  say = lambda suite: print(f'{suite}: compiling and measuring', flush=True)
-  if 'search' in values.suite:
-    say('search')
-    done(searches.search_rows(sizes))
-  if 'sampled' in values.suite:
-    say('sampled')
-    done(searches.sampled_rows(sizes))
-  if 'learner' in values.suite:
-    say('learner')
-    done(agents.learner_rows(experiment, sizes))
-  if 'acting' in values.suite:
-    say('acting')
-    done(agents.acting_rows(experiment, sizes))
-    if not values.quick:
-      done(agents.acting_rows(pong, sizes._replace(steps=100, updates=8)))
-  if 'scale' in values.suite:
-    say('scale')
-    for measured in scaling.scale_rows(chosen, scale):
-      done(measured)
-    picture = pathlib.Path(values.out).with_suffix('.png')
-    figure.scale_figure(rows, picture)
-    print(f'figure: {picture}')
-  if 'offline' in values.suite:
-    say('offline')
-    least = offline.sizes_here(values.quick, values.repeats)
-    for measured in offline.offline_rows(least):
-      done(measured)
-  if 'experts' in values.suite:
-    say('experts')
-    few = experts.sizes_here(values.quick, values.repeats)
-    for measured in experts.expert_rows(few):
-      done(measured)
+  rows: list[timing.Measurement] = []
+  for suite in measure:
+    if suite not in values.suite:
+      continue
+    print(f'{suite}: compiling and measuring', flush=True)
+    for measured in measure[suite]():
+      rows += measured
+      timing.print_rows(measured)
+      timing.write_rows(values.out, rows, about)
+    if suite == 'scale':
+      picture = pathlib.Path(values.out).with_suffix('.png')
+      figure.scale_figure(rows, picture)
+      print(f'figure: {picture}')
   terminal.end(
     values.out, 'python -m experiments.benchmark --suite=scale,offline,experts'
   )
-
-
-def _compile(values) -> None:
-  from experiments.benchmarks import compilation
-
-  if len(values.suite) > 1:
-    raise UserError(
-      'suite=compile: writes a CSV with other columns; run it without other '
-      'suites'
-    )
-  flag_checks.refuse(['seeds', 'set', 'repeats', 'quick'], 'on this suite')
-  targets = compilation.read_targets(values.target)
-  with configs.user_errors():
-    names = values.preset.split(',') if values.preset else ()
-    names = compilation.read_names(names)
-  for part in values.programs:
-    if part not in PARTS:
-      raise UserError(f'programs={part}: must be one of {", ".join(PARTS)}')
-  configs.check_place('out', values.out)
-  configs.check_place('compilers', values.compilers, folder=True)
-  terminal.begin(
-    f'compiling {", ".join(names) if len(names) < 4 else len(names)} for '
-    f'{", ".join(values.target)}; each program takes a few seconds to two '
-    'minutes',
-    compiles=False,
-  )
-  compilation.run(
-    targets,
-    names,
-    values.rows,
-    values.programs,
-    pathlib.Path(values.compilers),
-    pathlib.Path(values.out),
-  )
-  terminal.end(values.out)
 
 
 def _integers(name: str, texts: list[str]) -> list[int]:

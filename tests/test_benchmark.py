@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import build
-from experiments.benchmarks import agents, counting, searches
+from experiments.benchmarks import agents, cases, counting, searches
 from experiments.benchmarks import timing as benchmark_timing
 from experiments.files.errors import UserError
 
@@ -209,7 +209,7 @@ def test_frames_are_counted_on_atari_alone(experiment):
 def test_acting_needs_a_host_simulator():
   pure = build.describe('efficientzero_catch', env='jax:catch', settings=TINY)
   with pytest.raises(UserError, match='env=jax:catch'):
-    agents.acting_rows(pure, benchmark_timing.QUICK)
+    agents.acting_rows(pure, cases.find('agent', quick=True))
 
 
 def test_wide_embeddings_change_no_search():
@@ -238,10 +238,10 @@ def test_paths_are_counted_by_hand():
   'kind', ['table', pytest.param('network', marks=pytest.mark.slow)]
 )
 def test_sampled_searches_beside_the_plain_one(kind):
-  sizes = benchmark_timing.QUICK._replace(repeats=1)
+  case = cases.find('agent', quick=True, repeats=1)
   name = 'factored, 7 bins x 6 dimensions'
   chosen = {name: searches.families()[name]}
-  rows = searches._sampled(sizes, kind, chosen)
+  rows = searches._sampled(case, kind, chosen)
   names = ['puct, 20 enumerated actions', name, f'{name}, root evaluated']
   assert [row.name for row in rows] == names
   assert all(row.median > 0 and 'paths of' in row.note for row in rows)

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import experts
+from experiments.benchmarks import cases, experts
 
-SIZES = experts.sizes_here(quick=True, repeats=9)
+CASE = cases.find('experts', quick=True, repeats=9)
 
 
 def test_rows():
-  rows = [row for some in experts.rows_here(SIZES) for row in some]
+  rows = [row for some in experts.rows_here(CASE) for row in some]
   backends, seeds = rows[:4], rows[4:]
   assert [row.name for row in backends[1:]] == ['loop', 'capacity', 'ragged']
   assert [row.name for row in seeds] == ['one after the other', 'vmapped']
@@ -21,9 +21,10 @@ def test_rows():
 
 
 def test_backends_do_the_same_work():
-  case = experts.case(4, SIZES)
+  inputs = experts.inputs(4, CASE)
   loop, ragged = (
-    jax.jit(experts.gradient(backend))(*case) for backend in ('loop', 'ragged')
+    jax.jit(experts.gradient(backend))(*inputs)
+    for backend in ('loop', 'ragged')
   )
   for a, b in zip(jax.tree.leaves(loop), jax.tree.leaves(ragged)):
     assert np.abs(a).max() > 0

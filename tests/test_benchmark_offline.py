@@ -4,15 +4,15 @@ import math
 
 import pytest
 
-from experiments.benchmarks import offline, roofline
+from experiments.benchmarks import cases, offline, roofline
 
-WIDTH, BATCH, SIZES = 8, 16, offline._QUICK
+WIDTH, BATCH, CASE = 8, 16, cases.find('offline', quick=True)
 
 
 @pytest.fixture(scope='module')
 def program():
-  hidden, data = (WIDTH,) * 3, offline._made_up(SIZES.rows)
-  return offline._program('atac', hidden, BATCH, SIZES, data)
+  hidden, data = (WIDTH,) * 3, offline._made_up(CASE.rows)
+  return offline._program('atac', hidden, BATCH, CASE, data)
 
 
 def test_operations_of_atac_by_hand(program):
@@ -27,18 +27,17 @@ def test_operations_of_atac_by_hand(program):
 
 
 def test_the_data_set_is_no_part_of_the_program(program):
-  more = offline._made_up(10 * SIZES.rows)
-  sizes = SIZES._replace(rows=10 * SIZES.rows)
-  other = offline._program('atac', (WIDTH,) * 3, BATCH, sizes, more)
+  more = offline._made_up(10 * CASE.rows)
+  case = CASE._replace(rows=10 * CASE.rows)
+  other = offline._program('atac', (WIDTH,) * 3, BATCH, case, more)
   assert other.temporaries == program.temporaries > 0
   assert other.state == program.state
 
 
 @pytest.mark.slow
 def test_rows():
-  sizes = offline.sizes_here(quick=True, repeats=9)
-  assert sizes == SIZES
-  rows = [row for some in offline.rows_here(sizes) for row in some]
+  assert cases.find('offline', quick=True, repeats=9) == CASE
+  rows = [row for some in offline.rows_here(CASE) for row in some]
   found = {(row.what, row.name, row.unit): row for row in rows}
   assert len(found) == len(rows)
   speed = found['offline', 'atac', 'updates/s']
@@ -53,7 +52,7 @@ def test_rows():
   small = {'atac, one seed', 'atac, 2 seeds', 'td3_bc'}
   assert small < {name for _, name, _ in found}
   data = found['memory', 'atac, data set', 'MB']
-  assert data.median == 4 * SIZES.rows * (2 * 11 + 3 + 2) / 1e6
+  assert data.median == 4 * CASE.rows * (2 * 11 + 3 + 2) / 1e6
   if not math.isnan(roofline.memory_in_use()[0]):
     growth = found['memory', 'atac, growth while training', 'MB']
     assert 0 <= growth.median < 100

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from experiments import build
-from experiments.benchmarks import agents, counting, roofline, scale
-from experiments.benchmarks.timing import Row
+from experiments.benchmarks import agents, cases, counting, roofline, scale
+from experiments.benchmarks.timing import Measurement
 
 TINY = (
   'batch_size=4',
@@ -27,7 +27,7 @@ TINY = (
   'network.projector=8,8,8',
   'network.predictor=8',
 )
-SIZES = scale.ScaleSizes((2,), ())
+CASE = cases.Case(seeds=(2,), more_seeds=())
 
 
 def work(function, *args, turns=1.0):
@@ -72,16 +72,16 @@ def test_moved_bytes_by_hand():
 
 
 @pytest.fixture(scope='module')
-def case():
+def subject():
   settings = (*TINY, 'decisions_per_update=3')
   experiment = build.describe(
     'muzero_catch', env='jax:catch', settings=settings
   )
-  return scale.Case('tiny', experiment, (2,))
+  return scale.Subject('tiny', experiment, (2,))
 
 
-def test_work_of_a_whole_update_is_that_of_its_parts(case):
-  experiment = case.experiment
+def test_work_of_a_whole_update_is_that_of_its_parts(subject):
+  experiment = subject.experiment
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
   batch = agents.made_up_batch(experiment, env, agent)
@@ -98,12 +98,12 @@ def test_work_of_a_whole_update_is_that_of_its_parts(case):
     n * counting.matmul_flops(jax.make_jaxpr(f)(*args)) for f, args, n in parts
   ]
   assert all(flops)
-  assert scale.update_work(case).flops == sum(flops)
+  assert scale.update_work(subject).flops == sum(flops)
 
 
 def test_shares_of_the_roof_by_hand():
   roof = roofline.Roof(np.array([100e9, 60e9]), np.array([10e9, 5e9]))
-  speed = Row('seeds', 'x', '', 'updates/s', 4, 3, 5, 2)
+  speed = Measurement('seeds', 'x', '', 'updates/s', 4, 3, 5, 2)
   # 2 operations a byte: memory allows 20 (and 10) GFLOP/s.
   does = roofline.Work(2e9, 1e9)
   rate, traffic = roofline.roof_rows('x', 'y', does, speed, roof)
@@ -118,7 +118,7 @@ def test_shares_of_the_roof_by_hand():
 def test_peak_memory_remembers_what_was_freed():
   before, highest = roofline.memory_in_use(forget=True)
   if math.isnan(before):
-    pytest.skip('this system does not tell')
+    pytest.skip('this system does not say')
   assert highest - before < 2**22
   block = np.ones(2**26, np.uint8)
   now, _ = roofline.memory_in_use()
@@ -147,10 +147,10 @@ def test_whole_periods_are_measured(monkeypatch):
   assert calls == [4, 4]
 
 
-def test_what_needs_too_much_memory_is_not_run(case, monkeypatch):
+def test_what_needs_too_much_memory_is_not_run(subject, monkeypatch):
   started = []
 
-  def trainer(case, number):
+  def trainer(subject, number):
     train = lambda updates: started.append(number)
     memory = 1000 * (number or 1)
     return scale._Trainer(lambda: train, 0.0, memory, memory, memory)
@@ -158,8 +158,8 @@ def test_what_needs_too_much_memory_is_not_run(case, monkeypatch):
   monkeypatch.setattr(scale, '_trainer', trainer)
   monkeypatch.setattr(scale, 'free_bytes', lambda: 8001.0)
   roof = roofline.Roof(np.ones(2), np.ones(2))
-  sizes = SIZES._replace(memory_share=0.5, repeats=1, least_seconds=0.0)
-  found = scale.seed_rows(case._replace(seeds=(2, 3)), roof, sizes)
+  case = CASE._replace(memory_share=0.5, repeats=1, least_seconds=0.0)
+  found = scale.seed_rows(subject._replace(seeds=(2, 3)), roof, case)
   rows = [row for some in found for row in some]
   speeds = {row.name for row in rows if row.unit == 'updates/s'}
   assert speeds == {'one seed beside 2 seeds', '2 seeds'}
@@ -171,17 +171,17 @@ def test_what_needs_too_much_memory_is_not_run(case, monkeypatch):
 
 
 def test_cases_and_sizes():
-  sizes = scale.sizes_here(seeds=(2, 8), repeats=3)
-  assert (sizes.seeds, sizes.more_seeds, sizes.repeats) == ((2, 8), (2, 8), 3)
-  found = scale.cases(None, ('td_steps=3',), sizes)
+  case = cases.find('scale', seeds=(2, 8), repeats=3)
+  assert (case.seeds, case.more_seeds, case.repeats) == ((2, 8), (2, 8), 3)
+  found = scale.subjects(None, ('td_steps=3',), case)
   names = ['muzero_small', 'muzero_catch', 'efficientzero_catch']
   assert [one.name for one in found] == names
   assert {one.experiment.env_name for one in found} == {'jax:catch'}
   assert {one.experiment.config.td_steps for one in found} == {3}
   assert found[0].experiment.run.batch_size < found[1].experiment.run.batch_size
-  quick = scale.sizes_here(quick=True)
-  assert len(scale.cases(None, (), quick)) == 1
-  own = scale.cases('sampled_muzero_pendulum', (), sizes)
+  quick = cases.find('scale', quick=True)
+  assert len(scale.subjects(None, (), quick)) == 1
+  own = scale.subjects('sampled_muzero_pendulum', (), case)
   assert [one.experiment.env_name for one in own] == ['jax:pendulum']
 
 

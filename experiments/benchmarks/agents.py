@@ -1,16 +1,36 @@
-"""How fast an agent learns and acts, and what waits for what."""
+"""How fast an agent learns and acts, and how long the learner waits."""
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from agents.core.types import Discrete, Sample, Trajectory
 from experiments import build
 from experiments.benchmarks import counting
-from experiments.benchmarks.timing import Row, Sizes, interleaved, speed_row
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.timing import (
+  Measurement,
+  interleaved,
+  once,
+  speed_row,
+)
+from experiments.envs import envpool as ours
 from experiments.files.errors import UserError
+from experiments.runtime import host, loop, replay, sources
+from search.model import Environment
+
+_PONG = (
+  # Sizes that two cores can handle; the network and the search are full-size.
+  'env.num_envs=4',
+  'run.batch_size=8',
+  'agent.reanalyze_chunk=0',
+  'run.warmup_decisions=64',
+  'run.replay_capacity=2000',
+)
 
 
 def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
@@ -19,13 +39,6 @@ def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
   Returns:
     `Trajectory`, leaves `[B, L, ...]`: one long episode without rewards.
   """
-  import jax
-  import jax.numpy as jnp
-
-  from agents.core.types import Sample, Trajectory
-  from experiments.runtime import host, sources
-  from search.model import Environment
-
   if isinstance(env, Environment):
     source = sources.from_env(env, agent, experiment.env.num_envs)
   else:
@@ -61,15 +74,12 @@ def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
   )
 
 
-def learner_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
-  """Updates a second, and FLOP/s beside the machine's matrix products.
+def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
+  """Updates a second, and FLOP/s relative to the machine's matrix products.
 
   `update` is the gradient step alone, `reanalyze and update` with the searches
   that make its targets.
   """
-  import jax
-  import jax.numpy as jnp
-
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
   batch = made_up_batch(experiment, env, agent)
@@ -85,7 +95,7 @@ def learner_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
     state, info = update(state, batch, key)
     jax.block_until_ready((state, info))
 
-  size = sizes.matmul
+  size = case.matrix
   matrix = jnp.ones((size, size))
   product = jax.jit(jnp.matmul)
   peak = f'matrix product of {size} x {size}'
@@ -99,7 +109,7 @@ def learner_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
     both = 'reanalyze and update'
     flops[both] = flops['update'] + counting.matmul_flops(trace.jaxpr)
     tasks[both] = lambda: updated(refresh(state, batch, 0, key))
-  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
 
   setting = (
     f'{experiment.name} {experiment.env_name} batch={experiment.run.batch_size}'
@@ -124,28 +134,36 @@ def learner_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
   return rows
 
 
-def acting_rows(experiment: build.Experiment, sizes: Sizes) -> list[Row]:
+def acting_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
   """Decisions and frames a second, and how long the learner waits for them.
 
   Raises:
     UserError: the environment is no simulator on the host.
   """
-  from search.model import Environment
-
   env = build.make_env(experiment, training=True)
   if isinstance(env, Environment):
-    raise UserError(f'env={experiment.env_name}: acting is of host simulators')
+    raise UserError(
+      f'env={experiment.env_name}: acting measures simulators on the '
+      'host; take one, such as Catch-v0'
+    )
   agent = build.make_agent(experiment, env.spec)
   return [
-    *_simulator_rows(experiment, env, agent, sizes),
-    *_waiting_rows(experiment, env, agent, sizes),
+    *_simulator_rows(experiment, env, agent, case),
+    *_waiting_rows(experiment, env, agent, case),
   ]
 
 
-def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
-  import jax
+def acting_suite(
+  experiment: build.Experiment, case: Case, quick: bool
+) -> Iterator[list[Measurement]]:
+  """`acting_rows` of an experiment and, unless it must be quick, of Pong."""
+  yield acting_rows(experiment, case)
+  if not quick:
+    pong = build.describe('efficientzero_atari', settings=_PONG)
+    yield acting_rows(pong, case._replace(steps=100, updates=8))
 
-  from agents.core.types import Discrete
+
+def _simulator_rows(experiment, env, agent, case: Case) -> list[Measurement]:
 
   key = jax.random.key(0)
   params = jax.jit(agent.init)(key).params
@@ -153,10 +171,10 @@ def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
   kind = env.spec.action
   assert isinstance(kind, Discrete)
   rng = np.random.default_rng(0)
-  actions = rng.integers(kind.num_actions, size=(sizes.steps, env.num_envs))
+  actions = rng.integers(kind.num_actions, size=(case.steps, env.num_envs))
   simulator = env.start(0)
   timestep = simulator.reset()
-  few = max(sizes.steps // 10, 1)
+  few = max(case.steps // 10, 1)
 
   def alone():
     for action in actions:
@@ -183,13 +201,13 @@ def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
         'network and search': decided,
         'simulator, network and search': together,
       },
-      sizes.repeats,
+      case.repeats,
     )
   finally:
     simulator.close()
   rows, frames = [], frames_per_decision(experiment)
   for name, timing in timings.items():
-    steps = sizes.steps if name == 'simulator alone' else few
+    steps = case.steps if name == 'simulator alone' else few
     amount = steps * env.num_envs
     rows.append(
       speed_row('acting', name, setting, 'decisions/s', amount, timing)
@@ -203,8 +221,6 @@ def _simulator_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
 
 def frames_per_decision(experiment: build.Experiment) -> int:
   """Frames of the simulator a decision: the frame skip on Atari, else 1."""
-  from experiments.envs import envpool as ours
-
   if ':' in experiment.env_name:
     return 1
   task = ours.resolve_id(experiment.env_name)
@@ -229,22 +245,20 @@ def timed(source: Any, waits: list[float]) -> Any:
   return source._replace(next=next_)
 
 
-def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
-  import jax
-
+def _waiting_rows(experiment, env, agent, case: Case) -> list[Measurement]:
   compiled = jax.jit(agent.update, donate_argnums=0)
 
   def update(state, batch, key):
-    # Else the learner's own work would show as waiting for the actor.
+    # Otherwise the learner's own work would count as waiting for the actor.
     return jax.block_until_ready(compiled(state, batch, key))
 
   # Not in turns: an actor would fill its queue while the other's learner
-  # works, and its own would find rows that it should have waited for.
+  # works, and its own learner would find rows without having waited.
   timings, waited = {}, {}
   for mode in ('synchronous', 'asynchronous'):
-    learner = _learner(experiment, env, agent, update, mode, sizes.updates)
+    learner = _learner(experiment, env, agent, update, mode, case.updates)
     try:
-      timings |= interleaved({mode: learner.work}, sizes.repeats)
+      timings |= interleaved({mode: learner.work}, case.repeats)
     finally:
       learner.close()
     # The first entry is of the call that compiled.
@@ -263,23 +277,16 @@ def _waiting_rows(experiment, env, agent, sizes: Sizes) -> list[Row]:
       name,
       setting,
       'updates/s',
-      sizes.updates,
+      case.updates,
       timing,
       timings['synchronous'],
       '' if mode == 'synchronous' else 'ratio to synchronous, measured before',
     )
     rows.append(row)
+    unit = 'of wall time, waiting for experience'
+    middle = once('acting', name, setting, unit, float(np.median(share)))
     rows.append(
-      Row(
-        'acting',
-        name,
-        setting,
-        'of wall time, waiting for experience',
-        float(np.median(share)),
-        float(share.min()),
-        float(share.max()),
-        math.nan,
-      )
+      middle._replace(low=float(share.min()), high=float(share.max()))
     )
   return rows
 
@@ -293,9 +300,6 @@ class _Learner(NamedTuple):
 
 
 def _learner(experiment, env, agent, update, mode: Any, updates: int):
-  import jax
-
-  from experiments.runtime import host, loop, replay, sources
 
   run, waits, waited = experiment.run, [], []
   inner = host.from_host(

@@ -1,4 +1,4 @@
-"""What programs take on machines that are not there, by their real compilers.
+"""What programs take on machines that are not here, by their real compilers.
 
     python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
     python -m experiments.benchmark --suite=compile --target=v5e:4x4 \\
@@ -7,8 +7,8 @@
 Compiles init, act, update, refresh and the scanned interval of presets, every
 search and every backend of the mixture, for each target in a process of its
 own, and writes a line for each program: memory, operations and bytes a device,
-loops, kernels, questions to the host, collectives, seconds of compiling. No
-time of running is known.
+loops, kernels, calls of the host, collectives, seconds of compiling. Running
+times are not measured.
 """
 
 import json
@@ -25,7 +25,10 @@ from experiments.benchmarks import compile_programs, counting
 from experiments.build import programs
 from experiments.files import tables
 from experiments.files.errors import UserError
+from experiments.report import terminal
 from experiments.runtime import compile_targets, compiled
+from experiments.runtime import config as configs
+from experiments.runtime import flags as flag_checks
 
 # What a row is of, and what was counted; bytes and operations of one device.
 KEY = ('target', 'jax', 'what', 'name', 'part', 'setting')
@@ -61,6 +64,39 @@ def read_targets(names: Sequence[str]) -> list[compile_targets.Target]:
   if not names:
     raise UserError('target=: name one at least, such as h100 or v5e:4x4')
   return [compile_targets.parse(name) for name in names]
+
+
+def launch(values: Any) -> None:
+  """Compiles as the flags of `experiments.benchmark` say.
+
+  Raises:
+    UserError: a flag is wrong, or a compiler cannot be installed.
+  """
+  if len(values.suite) > 1:
+    raise UserError(
+      'suite=compile: writes a CSV with other columns; run it without other '
+      'suites'
+    )
+  flag_checks.refuse(['seeds', 'set', 'repeats', 'quick'], 'on this suite')
+  targets = read_targets(values.target)
+  with configs.user_errors():
+    names = read_names(values.preset.split(',') if values.preset else ())
+  for part in values.programs:
+    if part not in programs.PARTS:
+      raise UserError(
+        f'programs={part}: must be one of {", ".join(programs.PARTS)}'
+      )
+  configs.check_place('out', values.out)
+  configs.check_place('compilers', values.compilers, folder=True)
+  terminal.begin(
+    f'compiling {", ".join(names) if len(names) < 4 else len(names)} for '
+    f'{", ".join(values.target)}; each program takes a few seconds to two '
+    'minutes',
+    compiles=False,
+  )
+  folders = pathlib.Path(values.compilers), pathlib.Path(values.out)
+  run(targets, names, values.rows, values.programs, *folders)
+  terminal.end(values.out)
 
 
 def read_names(names: Sequence[str]) -> list[str]:
@@ -102,7 +138,7 @@ def run(
     Its rows.
 
   Raises:
-    UserError: a compiler that cannot be had, or ends without a word.
+    UserError: a compiler that cannot be installed, or ends without a message.
   """
   found: list[dict[str, Any]] = list(tables.read_rows(out, (*KEY, *COUNTED)))
   for target in targets:
@@ -124,7 +160,7 @@ def run(
 
 
 def line(row: dict[str, Any]) -> str:
-  """A row for people."""
+  """A row as a sentence."""
   begin = f'{row["target"]:>9}  {row["name"]} {row["part"]} {row["setting"]}'
   if row['error']:
     return f'{begin}: {row["error"]}'

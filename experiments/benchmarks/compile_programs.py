@@ -2,8 +2,14 @@
 
 from typing import Any
 
+import jax
+
 from experiments.benchmarks import experts, searches
+from experiments.benchmarks.cases import Case
 from experiments.build import programs
+from experiments.runtime import mesh as meshes
+from networks import actions, dispatch
+from search import policies, sampled
 
 RULES = ('puct', 'efficientzero', 'gumbel', 'sampled')
 BACKENDS = ('auto', 'loop', 'capacity', 'ragged')
@@ -21,12 +27,6 @@ def of_search(
     rows: trees on each device; 0 for 64 on one, `ROWS` on more.
     simulations: a search.
   """
-  import jax
-
-  from experiments.runtime import mesh as meshes
-  from networks import actions
-  from search import policies, sampled
-
   rows = (rows or (64 if mesh.size == 1 else programs.ROWS)) * mesh.size
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, root, step = searches.table_model(0, rows, 6, 64)
@@ -72,28 +72,23 @@ def of_experts(backend: str, number: int, mesh: Any) -> programs.Program:
     number: experts.
     mesh: whose first device it is compiled for.
   """
-  import jax
-
-  from experiments.runtime import mesh as meshes
-  from networks import dispatch
-
-  sizes = experts.ExpertSizes(tokens=16_384, features=512, hidden=2048)
+  case = Case(tokens=16_384, features=512, hidden=2048)
   devices = mesh.devices.flatten()[:1]
   one, taken, note = meshes.make_mesh(devices), backend, ''
   if backend == 'auto':
     grouped = dispatch.Expert(lambda p, x: x, lambda p, x, sizes: x)
     taken = dispatch.exact_backend(grouped, devices[0])
     note = f' takes={taken}'
-  case = jax.eval_shape(lambda: experts.case(number, sizes))
+  inputs = jax.eval_shape(lambda: experts.inputs(number, case))
   whole = meshes.replicated(one)
   return programs.Program(
     'experts',
     backend,
     f'{number} experts',
-    f'tokens={sizes.tokens} {sizes.features}x{sizes.hidden} k={sizes.k}{note}',
+    f'tokens={case.tokens} {case.features}x{case.hidden} k={case.k}{note}',
     lambda: jax.jit(
       experts.gradient(taken),
       in_shardings=whole,
       out_shardings=whole,
-    ).trace(*case),
+    ).trace(*inputs),
   )

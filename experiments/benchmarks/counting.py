@@ -8,7 +8,7 @@ def matmul_flops(jaxpr: Any) -> int:
   """Operations of all matrix products and convolutions of a traced program.
 
   A multiplication and an addition are two. Loops count as often as they turn
-  (XLA's own analysis counts them once), of branches the dearest counts.
+  (XLA's own analysis counts them once), of branches the most expensive counts.
   Element-wise work is left out; zeros of padding are counted as work.
 
   Args:

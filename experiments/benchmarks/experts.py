@@ -1,4 +1,4 @@
-"""How fast a mixture's experts work, beside one dense expert as active.
+"""How fast a mixture's experts work, relative to a dense layer.
 
 Forward and backward of a layer of ReLU experts by every dispatch that is exact,
 measured in turns with a dense layer of the same operations a token: hidden
@@ -7,119 +7,59 @@ a CPU all of it runs on one core in a process of its own.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from experiments.benchmarks import timing
-from experiments.benchmarks.timing import Row, interleaved, speed_row
+import jax
+import jax.numpy as jnp
 
-
-class ExpertSizes(NamedTuple):
-  """How much is measured.
-
-  Attributes:
-    tokens: T.
-    features: D.
-    hidden: of an expert.
-    k: experts of a token.
-    experts: E, one comparison each.
-    ragged: E up to which `ragged_dot` is measured, which is dense on a CPU.
-    seeds: vmapped in one program, beside one after the other.
-    seed_tokens: T of each seed.
-    repeats: of everything.
-    least_seconds: that one measurement takes, about.
-  """
-
-  tokens: int = 4096
-  features: int = 256
-  hidden: int = 1024
-  k: int = 2
-  experts: tuple[int, ...] = (8, 32, 128)
-  ragged: int = 8
-  seeds: int = 4
-  seed_tokens: int = 1024
-  repeats: int = 5
-  least_seconds: float = 0.3
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.timing import Measurement, interleaved, speed_row
+from networks import dispatch, moe
+from networks.routing import ByToken
 
 
-_QUICK = ExpertSizes(16, 4, 8, 2, (4,), 4, 2, 8, 2, 0.0)
-
-
-def sizes_here(quick: bool = False, repeats: int = 5) -> ExpertSizes:
-  """The sizes for this machine's devices; two minutes on a CPU core.
-
-  Args:
-    quick: tiny, to see that it runs.
-    repeats: at most 5 are made.
-  """
-  import jax
-
-  sizes = _QUICK if quick else ExpertSizes()
-  if jax.default_backend() != 'cpu' and not quick:
-    sizes = sizes._replace(tokens=16384, ragged=128)
-  return sizes._replace(repeats=min(repeats, sizes.repeats))
-
-
-def expert_rows(sizes: ExpertSizes) -> Iterator[list[Row]]:
-  """All rows; on a CPU in a process of one core, on an accelerator here."""
-  import jax
-
-  if jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):
-    yield from rows_here(sizes)
-    return
-  # How many threads there are is settled before the first use of jax.
-  with timing.process(timing.one_core) as pool:
-    yield pool.submit(_rows_of_one_core, sizes).result()
-
-
-def _rows_of_one_core(sizes: ExpertSizes) -> list[Row]:
-  rows = [row for some in rows_here(sizes) for row in some]
-  return [row._replace(setting=f'{row.setting}, one core') for row in rows]
-
-
-def rows_here(sizes: ExpertSizes) -> Iterator[list[Row]]:
+def rows_here(case: Case) -> Iterator[list[Measurement]]:
   """All rows, measured in this process."""
-  for number in sizes.experts:
-    yield _backend_rows(number, sizes)
-  yield _seed_rows(sizes.experts[0], sizes)
+  for number in case.experts:
+    yield _backend_rows(number, case)
+  yield _seed_rows(case.experts[0], case)
 
 
-def _backend_rows(number: int, sizes: ExpertSizes) -> list[Row]:
-  one = case(number, sizes)
-  tasks = {'dense layer, as many operations': _dense(sizes)}
+def _backend_rows(number: int, case: Case) -> list[Measurement]:
+  one = inputs(number, case)
+  tasks = {'dense layer, as many operations': _dense(case)}
   backends = ['loop', 'capacity']
-  backends += ['ragged'] if number <= sizes.ragged else []
+  backends += ['ragged'] if number <= case.ragged else []
   for backend in backends:
     tasks[backend] = _ready(gradient(backend), one)
-  times = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+  times = interleaved(tasks, case.repeats, case.least_seconds)
   first, *_ = times.values()
   setting = (
-    f'{number} experts of {sizes.features}x{sizes.hidden}, k={sizes.k}, '
-    f'{sizes.tokens} tokens'
+    f'{number} experts of {case.features}x{case.hidden}, k={case.k}, '
+    f'{case.tokens} tokens'
   )
   return [
-    speed_row('experts', name, setting, 'tokens/s', sizes.tokens, timing, first)
+    speed_row('experts', name, setting, 'tokens/s', case.tokens, timing, first)
     for name, timing in times.items()
   ]
 
 
-def _seed_rows(number: int, sizes: ExpertSizes) -> list[Row]:
-  """Seeds vmapped, beside the same one after the other in one program."""
-  import jax
-
+def _seed_rows(number: int, case: Case) -> list[Measurement]:
+  """Seeds vmapped, and the same ones after each other in one program."""
   step = gradient('loop')
-  cases = [
-    case(number, sizes._replace(tokens=sizes.seed_tokens), seed)
-    for seed in range(sizes.seeds)
-  ]
-  stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *cases)
+  (seeds,) = case.seeds
+  smaller = case._replace(tokens=case.seed_tokens)
+  each = [inputs(number, smaller, seed) for seed in range(seeds)]
+  stacked = jax.tree.map(lambda *x: jax.numpy.stack(x), *each)
   together = _ready(jax.vmap(step), stacked)
-  apart = _ready(lambda *case: jax.lax.map(lambda c: step(*c), case), stacked)
+  apart = _ready(
+    lambda *all_: jax.lax.map(lambda one: step(*one), all_), stacked
+  )
   tasks = {'one after the other': apart, 'vmapped': together}
-  times = interleaved(tasks, sizes.repeats, sizes.least_seconds)
-  setting = f'{sizes.seeds} seeds of {number} experts, loop'
-  amount = sizes.seeds * sizes.seed_tokens
+  times = interleaved(tasks, case.repeats, case.least_seconds)
+  setting = f'{seeds} seeds of {number} experts, loop'
+  amount = seeds * case.seed_tokens
   first, *_ = times.values()
   return [
     speed_row('experts', name, setting, 'tokens/s', amount, timing, first)
@@ -127,30 +67,26 @@ def _seed_rows(number: int, sizes: ExpertSizes) -> list[Row]:
   ]
 
 
-def case(number: int, sizes: ExpertSizes, seed: int = 0) -> Any:
+def inputs(number: int, case: Case, seed: int = 0) -> Any:
   """A mixture's inputs.
 
   Args:
     number: E.
-    sizes: T, D, the hidden width and k.
+    case: T, D, the hidden width and k.
     seed: of all numbers.
 
   Returns:
     `(params, tokens [T, D], gates [T, k], experts [T, k])`.
   """
-  import jax
-
   key = jax.random.key(seed)
-  params = _weights(key, (number,), sizes.features, sizes.hidden)
-  x = jax.random.normal(key, (sizes.tokens, sizes.features))
-  scores = jax.random.normal(jax.random.fold_in(key, 1), (sizes.tokens, number))
-  values, chosen = jax.lax.top_k(scores, sizes.k)
+  params = _weights(key, (number,), case.features, case.hidden)
+  x = jax.random.normal(key, (case.tokens, case.features))
+  scores = jax.random.normal(jax.random.fold_in(key, 1), (case.tokens, number))
+  values, chosen = jax.lax.top_k(scores, case.k)
   return params, x, jax.nn.softmax(values), chosen
 
 
 def _weights(key, leading, features, hidden):
-  import jax
-
   keys = jax.random.split(key)
   shapes = {'in': (features, hidden), 'out': (hidden, features)}
   return {
@@ -166,13 +102,8 @@ def gradient(backend: Any) -> Callable:
     backend: of `networks.dispatch.BACKENDS`.
 
   Returns:
-    A function of what `case` returns.
+    A function of what `inputs` returns.
   """
-  import jax
-  import jax.numpy as jnp
-
-  from networks import dispatch, moe
-  from networks.routing import ByToken
 
   def loss(params, x, gate, chosen):
     hidden, features = params['out']['kernel'].shape[-2:]
@@ -187,13 +118,10 @@ def gradient(backend: Any) -> Callable:
   return jax.grad(loss, (0, 1, 2))
 
 
-def _dense(sizes: ExpertSizes) -> Callable[[], None]:
-  import jax
-  import jax.numpy as jnp
-
+def _dense(case: Case) -> Callable[[], None]:
   key = jax.random.key(0)
-  params = _weights(key, (), sizes.features, sizes.k * sizes.hidden)
-  x = jax.random.normal(key, (sizes.tokens, sizes.features))
+  params = _weights(key, (), case.features, case.k * case.hidden)
+  x = jax.random.normal(key, (case.tokens, case.features))
 
   def loss(params, x):
     hidden = jax.nn.relu(x @ params['in']['kernel'])
@@ -204,7 +132,5 @@ def _dense(sizes: ExpertSizes) -> Callable[[], None]:
 
 def _ready(function: Callable, arguments: Any) -> Callable[[], None]:
   """A task that runs the compiled function and waits for it."""
-  import jax
-
   compiled = functools.partial(jax.jit(function), *arguments)
   return lambda: jax.block_until_ready(compiled()) and None

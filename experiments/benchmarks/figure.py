@@ -3,24 +3,23 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from experiments.benchmarks.timing import Row
+from experiments.benchmarks.timing import Measurement
 from experiments.report import style
 
 
-def scale_figure(rows: Sequence[Row], path: Any) -> None:
+def scale_figure(rows: Sequence[Measurement], path: Any) -> None:
   """Speed-up, memory, devices and the roofline, a panel each.
 
   Args:
     rows: from `scale.scale_rows`.
     path: of the picture.
   """
-  import jax
-
   on_cpu = jax.default_backend() == 'cpu'
-  canvas = style.figure(10.4, 7.6)
-  (speed, memory), (devices, roof) = canvas.subplots(2, 2)
+  canvas, panels = style.panels(2, 5.2, 3.8, rows=2)
+  (speed, memory), (devices, roof) = panels
   a_second = 'CPU second' if on_cpu else 'second'
   ratio = lambda row: row.ratio_cpu if on_cpu else row.ratio
   many = [r for r in rows if r.name[0].isdigit()]
@@ -49,7 +48,7 @@ def scale_figure(rows: Sequence[Row], path: Any) -> None:
 def _label(axes, x: str, y: str) -> None:
   axes.set(xlabel=x, ylabel=y)
   if axes.lines:
-    axes.legend(fontsize='x-small', frameon=False)
+    style.legend(axes, fontsize='x-small')
 
 
 def _lines(axes, rows, y: Callable, label: Callable) -> None:
@@ -66,7 +65,7 @@ def _lines(axes, rows, y: Callable, label: Callable) -> None:
     axes.set_xticks(ticks, map(str, ticks))
 
 
-def _roofline(axes, rows: Sequence[Row]) -> None:
+def _roofline(axes, rows: Sequence[Measurement]) -> None:
   """FLOP/s over FLOP a byte, by wall second."""
   roofs: dict[str, list[float]] = {}
   for row in rows:

@@ -1,99 +1,44 @@
-"""How fast agents learn from a data set, beside what the machine can do.
+"""How fast agents learn from a data set, relative to what the machine can do.
 
 Updates are scanned in one program: draw rows, update, again. The data set is
 made up, of Hopper's sizes, and an argument of the program. On a CPU all of it
-runs on one core in a process of its own, as in `benchmark_scale`; what is
+runs on one core in a process of its own, as in `benchmarks.scale`; what is
 compared is measured in turns.
 """
 
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import counting, timing
+from agents.core.types import ArraySpec, Continuous, Spec, Transition
+from experiments.benchmarks import counting
+from experiments.benchmarks.cases import Case
 from experiments.benchmarks.roofline import memory_in_use
-from experiments.benchmarks.timing import Row, Timing, interleaved, speed_row
+from experiments.benchmarks.timing import (
+  Measurement,
+  interleaved,
+  once,
+  scaled,
+  speed_row,
+)
 
 # Hopper's.
 _OBSERVATION, _ACTION = 11, 3
 _PRODUCTS = 100
 
 
-class OfflineSizes(NamedTuple):
-  """How much is measured.
-
-  Attributes:
-    rows: of the data set.
-    width: of the hidden layers of the large networks.
-    batch: of the large ones.
-    small_width: of the small ones.
-    small_batch: of the small ones.
-    seeds: N of each program of the small ones, besides one without `vmap`.
-    updates: in one call.
-    repeats: of everything.
-    least_seconds: that one measurement takes, about.
-  """
-
-  rows: int = 200_000
-  width: int = 256
-  batch: int = 256
-  small_width: int = 64
-  small_batch: int = 128
-  seeds: tuple[int, ...] = (8,)
-  updates: int = 50
-  repeats: int = 5
-  least_seconds: float = 1.0
-
-
-_QUICK = OfflineSizes(500, 8, 16, 4, 8, (2,), 2, 2, 0.0)
-
-
-def sizes_here(quick: bool = False, repeats: int = 5) -> OfflineSizes:
-  """The sizes for this machine's devices; about a minute on a CPU core.
-
-  Args:
-    quick: tiny, to see that it runs.
-    repeats: at most 5 are made.
-  """
-  import jax
-
-  sizes = _QUICK if quick else OfflineSizes()
-  if jax.default_backend() != 'cpu' and not quick:
-    sizes = sizes._replace(seeds=(8, 64, 256))
-  return sizes._replace(repeats=min(repeats, sizes.repeats))
-
-
-def offline_rows(sizes: OfflineSizes) -> Iterator[list[Row]]:
-  """All rows: large networks beside products of matrices, small ones, memory.
-
-  On a CPU in a process of one core, on an accelerator here.
-  """
-  import jax
-
-  if jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):
-    yield from rows_here(sizes)
-    return
-  # How many threads there are is settled before the first use of jax.
-  with timing.process(timing.one_core) as pool:
-    yield pool.submit(_rows_of_one_core, sizes).result()
-
-
-def _rows_of_one_core(sizes: OfflineSizes) -> list[Row]:
-  rows = [row for some in rows_here(sizes) for row in some]
-  return [row._replace(setting=f'{row.setting}, one core') for row in rows]
-
-
 class _Program(NamedTuple):
-  """A compiled program that trains, and what is known of it.
+  """A compiled program that trains, and what it takes.
 
   Attributes:
     start: `(data) -> work`, where `work()` trains on and waits.
     flops: of the matrix products of one update of one seed.
     state: bytes of the state of all seeds.
-    temporaries: bytes that the program needs besides, as its compiler says.
+    temporaries: bytes that the program needs in addition, says its compiler.
   """
 
   start: Callable[[Any], Callable[[], None]]
@@ -102,25 +47,25 @@ class _Program(NamedTuple):
   temporaries: int
 
 
-def rows_here(sizes: OfflineSizes) -> Iterator[list[Row]]:
+def rows_here(case: Case) -> Iterator[list[Measurement]]:
   """All rows, measured in this process.
 
   The share of the machine's limit is that of the products of a chain of `[3 B,
   W] x [W, W]`, the largest in an update of ATAC with batch B and width W.
   """
-  data = _made_up(sizes.rows)
-  large = {'atac': (sizes.width,) * 3, 'td3_bc': (sizes.width,) * 2}
+  data = _made_up(case.rows)
+  large = {'atac': (case.width,) * 3, 'td3_bc': (case.width,) * 2}
   programs = {
-    name: _program(name, hidden, sizes.batch, sizes, data)
+    name: _program(name, hidden, case.batch, case, data)
     for name, hidden in large.items()
   }
-  yield _memory_rows(programs['atac'], data, sizes)
-  product, operations = _product(3 * sizes.batch, sizes.width)
+  yield _memory_rows(programs['atac'], data, case)
+  product, operations = _product(3 * case.batch, case.width)
   tasks = {'product': product} | {
     name: program.start(data) for name, program in programs.items()
   }
-  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
-  shape = f'{3 * sizes.batch} x {sizes.width} x {sizes.width}'
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
+  shape = f'{3 * case.batch} x {case.width} x {case.width}'
   rows = [
     speed_row(
       'offline',
@@ -132,17 +77,15 @@ def rows_here(sizes: OfflineSizes) -> Iterator[list[Row]]:
     )
   ]
   for name, program in programs.items():
-    setting = f'{_layers(large[name])} batch={sizes.batch}'
+    setting = f'{_layers(large[name])} batch={case.batch}'
     timing = timings[name]
     rows.append(
-      speed_row('offline', name, setting, 'updates/s', sizes.updates, timing)
+      speed_row('offline', name, setting, 'updates/s', case.updates, timing)
     )
     if name == 'atac':
-      done = program.flops * sizes.updates
+      done = program.flops * case.updates
       # The time that products alone would take for as many operations.
-      least = Timing(
-        *(np.asarray(t) * done / operations for t in timings['product'])
-      )
+      least = scaled(timings['product'], done / operations)
       note = f'{program.flops / 1e9:.3g} GFLOP an update; ratio to {shape}'
       rows.append(
         speed_row(
@@ -150,34 +93,31 @@ def rows_here(sizes: OfflineSizes) -> Iterator[list[Row]]:
         )
       )
   yield rows
-  yield _small_rows(sizes, data)
+  yield _small_rows(case, data)
 
 
-def _small_rows(sizes: OfflineSizes, data: Any) -> list[Row]:
-  hidden = (sizes.small_width,) * 2
+def _small_rows(case: Case, data: Any) -> list[Measurement]:
+  hidden = (case.small_width,) * 2
   make = lambda seeds: _program(
-    'atac', hidden, sizes.small_batch, sizes, data, seeds
+    'atac', hidden, case.small_batch, case, data, seeds
   )
-  tasks = {n: make(n).start(data) for n in (None, *sizes.seeds)}
+  tasks = {n: make(n).start(data) for n in (None, *case.seeds)}
   timings = interleaved(
     {str(n): task for n, task in tasks.items()},
-    sizes.repeats,
-    sizes.least_seconds,
+    case.repeats,
+    case.least_seconds,
   )
   rows = []
   for n in tasks:
     number = n or 1
-    timing, one = (
-      Timing(*(np.asarray(t) / k for t in timings[str(i)]))
-      for i, k in ((n, number), (None, 1))
-    )
+    timing, one = scaled(timings[str(n)], 1 / number), timings[str(None)]
     rows.append(
       speed_row(
         'offline',
         'atac, one seed' if n is None else f'atac, {n} seeds',
-        f'{_layers(hidden)} batch={sizes.small_batch}',
+        f'{_layers(hidden)} batch={case.small_batch}',
         'updates/s',
-        sizes.updates,
+        case.updates,
         timing,
         one,
         'of all seeds; ratio to one seed without vmap',
@@ -190,15 +130,13 @@ def _layers(hidden: tuple[int, ...]) -> str:
   return f'{len(hidden)}x{hidden[0]}'
 
 
-def _memory_rows(
-  program: _Program, data: Any, sizes: OfflineSizes
-) -> list[Row]:
-  """What training takes besides the data set, which is there before it."""
+def _memory_rows(program: _Program, data: Any, case: Case) -> list[Measurement]:
+  """The memory of training, in addition to the data set that is there first."""
   before, highest = memory_in_use(forget=True)
   work = program.start(data)
   work()
   peak = memory_in_use()[1]
-  setting = f'{sizes.rows} rows, {_layers((sizes.width,) * 3)}'
+  setting = f'{case.rows} rows, {_layers((case.width,) * 3)}'
   rows = []
   for name, size, note in (
     ('data set', _bytes(data), 'an argument of the program'),
@@ -211,26 +149,17 @@ def _memory_rows(
       'a CPU without what the process had freed and could use again',
     ),
   ):
-    mega = size / 1e6
-    row = Row(
-      'memory', f'atac, {name}', setting, 'MB', mega, mega, mega, np.nan
-    )
-    rows.append(row._replace(note=note))
+    name = f'atac, {name}'
+    rows.append(once('memory', name, setting, 'MB', size / 1e6, note))
   return rows
 
 
 def _bytes(tree: Any) -> int:
-  import jax
-
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _made_up(rows: int) -> Any:
   """Transitions of Hopper's sizes."""
-  import jax
-  import jax.numpy as jnp
-
-  from agents.core.types import Transition
 
   @jax.jit
   def draw(key):
@@ -251,15 +180,11 @@ def _program(
   name: str,
   hidden: tuple[int, ...],
   batch_size: int,
-  sizes: OfflineSizes,
+  case: Case,
   data: Any,
   seeds: int | None = None,
 ) -> _Program:
   """The compiled program of one or N seeds of an agent under `vmap`."""
-  import jax
-
-  from agents.core.types import ArraySpec, Continuous, Spec
-
   module = importlib.import_module(f'agents.{name}')
   bound = np.ones(_ACTION, np.float32)
   spec = Spec(
@@ -274,11 +199,11 @@ def _program(
   def train(state, data, key):
     def step(state, key):
       row_key, update_key = jax.random.split(key)
-      row = jax.random.randint(row_key, (batch_size,), 0, sizes.rows)
+      row = jax.random.randint(row_key, (batch_size,), 0, case.rows)
       batch = jax.tree.map(lambda x: x[row], data)
       return agent.update(state, batch, update_key)
 
-    return jax.lax.scan(step, state, jax.random.split(key, sizes.updates))
+    return jax.lax.scan(step, state, jax.random.split(key, case.updates))
 
   init, key = agent.init, jax.random.key(1)
   batch = jax.tree.map(lambda x: x[:batch_size], data)
@@ -315,9 +240,6 @@ def _program(
 
 def _product(rows: int, width: int) -> tuple[Callable[[], None], int]:
   """A chain of products of matrices, and its operations."""
-  import jax
-  import jax.numpy as jnp
-
   # So that all products are of ones.
   matrix = jnp.full((width, width), 1 / width)
 

@@ -1,4 +1,4 @@
-"""What a machine can do at most, and how near programs come to it.
+"""The largest rates of a machine, and how near programs come to them.
 
 The roofline (Williams 2009): a program that does I operations for each byte it
 moves reaches at most min(peak, I * bandwidth) operations a second. Both are
@@ -11,10 +11,13 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import counting
-from experiments.benchmarks.timing import Row, interleaved, speed_row
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.timing import Measurement, interleaved, speed_row
 
 
 class Roof(NamedTuple):
@@ -50,7 +53,8 @@ def work(jaxpr: Any, turns: float = 1.0) -> Work:
   Args:
     jaxpr: of `jax.make_jaxpr(...)`.
     turns: mean turns of loops of unknown length that hold matrix products;
-      others (the walk down a tree) count once. Of branches the dearest counts.
+      others (the walk down a tree) count once. Of branches the most expensive
+      counts.
   """
   flops, moved = 0.0, 0.0
   for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
@@ -87,20 +91,13 @@ def _moved(name: str, equation: Any) -> int:
   return 0
 
 
-def measure_roof(
-  size: int, length: int, repeats: int, least_seconds: float
-) -> tuple[Roof, list[Row]]:
+def measure_roof(case: Case) -> tuple[Roof, list[Measurement]]:
   """Large matrix products (bfloat16 too on accelerators) and a large triad.
 
   Args:
-    size: rows of the square matrices.
-    length: float32 numbers of each of the triad's three arrays.
-    repeats: see `timing.interleaved`.
-    least_seconds: likewise.
+    case: its sizes of both, and for how long they are measured.
   """
-  import jax
-  import jax.numpy as jnp
-
+  size, length = case.matrix, case.triad
   kinds = ['float32'] + ['bfloat16'] * (jax.default_backend() != 'cpu')
   product = jax.jit(jnp.matmul)
   triad = jax.jit(lambda x, y: x + 3.0 * y)
@@ -112,7 +109,7 @@ def measure_roof(
   x = jnp.ones(length)
   y, moved = x + 1, 3 * 4 * length
   tasks['triad'] = lambda: triad(x, y).block_until_ready()
-  timings = interleaved(tasks, repeats, least_seconds)
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
   giga = 2 * size**3 / 1e9
   rows = [
     speed_row('roofline', names[kind], kind, 'GFLOP/s', giga, timings[kind])
@@ -134,9 +131,9 @@ def measure_roof(
 
 
 def roof_rows(
-  name: str, setting: str, does: Work, speed: Row, roof: Roof
-) -> list[Row]:
-  """A program's rates beside the roof's.
+  name: str, setting: str, does: Work, speed: Measurement, roof: Roof
+) -> list[Measurement]:
+  """A program's rates, as shares of the roof's.
 
   Args:
     name: of the program.
@@ -171,20 +168,20 @@ def roof_rows(
   ):
     giga = amount / 1e9
     rates = np.array([speed.median, speed.per_cpu_second]) * amount
-    shares = rates / top
+    by_wall, by_cpu = map(float, rates / top)
     rows.append(
-      Row(
-        'roofline',
-        name,
-        setting,
-        unit,
-        speed.median * giga,
-        speed.low * giga,
-        speed.high * giga,
-        speed.per_cpu_second * giga,
-        float(shares[0]),
-        float(shares[1]),
-        note,
+      speed._replace(
+        what='roofline',
+        name=name,
+        setting=setting,
+        unit=unit,
+        median=speed.median * giga,
+        low=speed.low * giga,
+        high=speed.high * giga,
+        per_cpu_second=speed.per_cpu_second * giga,
+        ratio=by_wall,
+        ratio_cpu=by_cpu,
+        note=note,
       )
     )
   return rows
@@ -192,14 +189,12 @@ def roof_rows(
 
 def free_bytes() -> float:
   """Memory that a program may take, of the accelerator or of this machine."""
-  import jax
-
   stats = _accelerator_stats(jax.devices()[0])
   if stats:
     return stats['bytes_limit'] - stats['bytes_in_use']
   try:
     return float(os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-  except (ValueError, OSError):  # not every system tells
+  except (ValueError, OSError):  # Some systems do not say.
     return math.inf
 
 
@@ -211,10 +206,8 @@ def memory_in_use(forget: bool = False) -> tuple[float, float]:
       can forget, so let programs that need more come later.
 
   Returns:
-    Both; NaN where the system does not tell.
+    Both; NaN where the system does not say.
   """
-  import jax
-
   stats = _accelerator_stats(jax.devices()[0])
   if stats:
     return stats['bytes_in_use'], stats['peak_bytes_in_use']

@@ -1,14 +1,14 @@
 """How training scales: seeds in one program, devices, and the machine's roof.
 
-Seeds: one program that trains N seeds, beside the program of one seed. Agent
+Seeds: one program that trains N seeds, and the program of one seed. Agent
 updates a second count those of all seeds. On a CPU this is done on one core:
-with more, the program of one seed spends a varying share of its CPU time in
-waiting for work (from none to half of it), and a ratio says little. Devices:
+with more, the program of one seed spends a varying share of its CPU time (up
+to half of it) in waiting for work, and a ratio says little. Devices:
 the data-parallel update with the batch fixed (strong) and with the batch a
 device fixed (weak). Where there are only CPUs the devices are virtual ones of
 one machine, and measure what dividing the work costs, not what it gains.
-Roofline: every program's operations and bytes beside the largest rates that
-were measured in the same process (Williams 2009).
+Roofline: every program's operations and bytes relative to the largest rates
+measured in the same process (Williams 2009).
 """
 
 import dataclasses
@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments import build, presets
 from experiments.benchmarks import agents, timing
+from experiments.benchmarks.cases import Case
 from experiments.benchmarks.roofline import (
   Roof,
   Work,
@@ -32,9 +34,17 @@ from experiments.benchmarks.roofline import (
   roof_rows,
   work,
 )
-from experiments.benchmarks.timing import Row, Timing, interleaved, speed_row
+from experiments.benchmarks.timing import (
+  Measurement,
+  interleaved,
+  once,
+  scaled,
+  speed_row,
+)
+from experiments.runtime import loop
+from experiments.runtime import mesh as meshes
 
-# So small that a large part of an update is overhead; larger ones gain less.
+# So small that most of an update is overhead; larger networks gain less.
 SMALL = (
   'batch_size=4',
   'env.num_envs=4',
@@ -47,78 +57,11 @@ SMALL = (
 )
 
 
-class ScaleSizes(NamedTuple):
-  """How much is measured.
-
-  Attributes:
-    seeds: N of each program of a small network.
-    more_seeds: N of each program of the presets' networks; () leaves those
-      presets out.
-    devices: how many share an update.
-    repeats: of everything.
-    least_seconds: that one measurement takes, about.
-    matrix: rows of the square matrices of the peak.
-    triad: float32 numbers of each of the triad's three arrays.
-    memory_share: of the free memory that a program may need; one that needs
-      more is not run.
-  """
-
-  seeds: tuple[int, ...] = (1, 4, 16, 64, 256)
-  more_seeds: tuple[int, ...] = (64,)
-  devices: tuple[int, ...] = (1, 2, 4, 8)
-  repeats: int = 5
-  least_seconds: float = 0.5
-  matrix: int = 2048
-  triad: int = 2**24
-  memory_share: float = 0.6
-
-
-_LARGE = ScaleSizes(matrix=8192, triad=2**26)
-_SIZES = {
-  ('cpu', 'full'): ScaleSizes(),
-  ('cpu', 'quick'): ScaleSizes((2,), (), (1, 2), 2, 0.0, 64, 2**12),
-  ('accelerator', 'full'): _LARGE._replace(
-    seeds=(1, 4, 16, 64, 256, 1024), more_seeds=(1, 16, 64, 256)
-  ),
-  ('accelerator', 'quick'): _LARGE._replace(seeds=(1, 64, 1024), more_seeds=()),
-}
-
-
-def sizes_here(
-  quick: bool = False, seeds: Sequence[int] = (), repeats: int = 5
-) -> ScaleSizes:
-  """The sizes for this machine's devices.
-
-  On two CPU cores they take ten minutes, or with `quick` just show that it
-  runs; on a GPU `quick` takes about three minutes.
-
-  Args:
-    quick: fewer or smaller.
-    seeds: the numbers of seeds; () for the usual.
-    repeats: at most 5 are made.
-
-  Raises:
-    ValueError: a number of seeds below 1.
-  """
-  import jax
-
-  for number in seeds:
-    if number < 1:
-      raise ValueError(f'seeds={number}: must be at least 1')
-  kind = 'cpu' if jax.default_backend() == 'cpu' else 'accelerator'
-  sizes = _SIZES[kind, 'quick' if quick else 'full']
-  sizes = sizes._replace(repeats=min(repeats, sizes.repeats))
-  if seeds:
-    more = tuple(seeds) if sizes.more_seeds else ()
-    sizes = sizes._replace(seeds=tuple(seeds), more_seeds=more)
-  return sizes
-
-
-class Case(NamedTuple):
+class Subject(NamedTuple):
   """What is trained.
 
   Attributes:
-    name: of it in the results.
+    name: in the results.
     experiment: on an environment in JAX.
     seeds: N of each program.
   """
@@ -128,71 +71,71 @@ class Case(NamedTuple):
   seeds: tuple[int, ...]
 
 
-def cases(
-  preset: str | None, settings: Sequence[str], sizes: ScaleSizes
-) -> list[Case]:
+def subjects(
+  preset: str | None, settings: Sequence[str], case: Case
+) -> list[Subject]:
   """What is trained, on Catch in JAX.
 
   Args:
     preset: this one alone, on its own environment where that is in JAX; None
       for a small MuZero and the presets of MuZero and EfficientZero.
     settings: `field=value`, for all.
-    sizes: how many seeds of which.
+    case: how many seeds of which.
 
   Raises:
     ValueError: see `build.describe`.
   """
 
-  def case(name, preset, seeds, own=()):
+  def subject(name, preset, seeds, own=()):
     env = presets.find(preset).env
     experiment = build.describe(
       preset,
       env=env if env.startswith('jax:') else 'jax:catch',
-      # So many that no program comes to its end.
+      # More than any program takes.
       steps=10**8,
       settings=(*own, *settings),
     )
-    return Case(name, experiment, seeds)
+    return Subject(name, experiment, seeds)
 
   if preset is not None:
-    return [case(preset, preset, sizes.seeds)]
-  small = case('muzero_small', 'muzero_catch', sizes.seeds, SMALL)
-  if not sizes.more_seeds:
+    return [subject(preset, preset, case.seeds)]
+  small = subject('muzero_small', 'muzero_catch', case.seeds, SMALL)
+  if not case.more_seeds:
     return [small]
   names = ('muzero_catch', 'efficientzero_catch')
-  return [small, *(case(name, name, sizes.more_seeds) for name in names)]
+  return [small, *(subject(name, name, case.more_seeds) for name in names)]
 
 
 def scale_rows(
-  chosen: Sequence[Case], sizes: ScaleSizes
-) -> Iterator[list[Row]]:
-  """All of it, as soon as it is measured: the roof, seeds, devices.
+  chosen: Sequence[Subject], case: Case
+) -> Iterator[list[Measurement]]:
+  """Yields rows as soon as they are measured: the roof, seeds, devices.
 
   Args:
-    chosen: from `cases`; the update of the second, or else of the first, is
+    chosen: from `subjects`; the update of the second, or else of the first, is
       the one that is divided over devices.
-    sizes: how much.
+    case: how much.
   """
-  roof, rows = measure_roof(
-    sizes.matrix, sizes.triad, sizes.repeats, sizes.least_seconds
-  )
+  roof, rows = measure_roof(case)
   yield rows
-  for case in chosen:
-    yield from seed_rows_here(case, roof, sizes)
-  yield scaling_rows(chosen[min(1, len(chosen) - 1)], roof, sizes)
+  # A process of one core has a roof of its own.
+  own = None if jax.default_backend() == 'cpu' else roof
+  for subject in chosen:
+    yield from timing.on_one_core(seed_rows, subject, own, case)
+  yield scaling_rows(chosen[min(1, len(chosen) - 1)], roof, case)
 
 
 # --- seeds
 
 
 class _Trainer(NamedTuple):
-  """A compiled program of one or N seeds, and what is known of it.
+  """A compiled program of one or N seeds, and what it takes.
 
   Attributes:
     start: `() -> work`, where `work(updates)` trains all seeds on.
     seconds: of compiling.
     carry: bytes of the seeds' state.
-    temporaries: bytes that the program needs besides, as its compiler says.
+    temporaries: bytes that the program needs in addition, says its compiler.
     donated: bytes of the state that are written in place.
   """
 
@@ -203,13 +146,9 @@ class _Trainer(NamedTuple):
   donated: int
 
 
-def _trainer(case: Case, number: int | None) -> _Trainer:
-  """The program of so many seeds under `vmap`; None for one without."""
-  import jax
-
-  from experiments.runtime import loop
-
-  agent, source = _made(case)
+def _trainer(subject: Subject, number: int | None) -> _Trainer:
+  """The program of some seeds under `vmap`, or of one without for None."""
+  agent, source = _made(subject)
   init = functools.partial(loop.init, agent, source)
   interval = loop.compile_interval(agent, source)
   key = jax.random.key(0)
@@ -244,76 +183,59 @@ def _trainer(case: Case, number: int | None) -> _Trainer:
   )
 
 
-def _made(case: Case) -> tuple[Any, Any]:
-  experiment = case.experiment
+def _made(subject: Subject) -> tuple[Any, Any]:
+  experiment = subject.experiment
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
   return agent, build.make_source(experiment, env, agent)
 
 
-def update_work(case: Case) -> Work:
-  """Of one whole update of one seed: acting, drawing, searching, learning."""
-  import jax
-
-  from experiments.runtime import loop
-
-  agent, source = _made(case)
+def update_work(subject: Subject) -> Work:
+  """The work of an update of one seed: acting, drawing, searching, learning."""
+  agent, source = _made(subject)
   key = jax.random.key(0)
   carry = jax.eval_shape(functools.partial(loop.init, agent, source), key)
   jaxpr = jax.make_jaxpr(functools.partial(loop.step, agent, source))(
     carry, key
   )
-  pace = case.experiment.pace
+  pace = subject.experiment.pace
   return work(jaxpr, float(pace.decisions_per_update / pace.num_envs))
 
 
-def seed_rows_here(
-  case: Case, roof: Roof, sizes: ScaleSizes
-) -> Iterator[list[Row]]:
-  """`seed_rows` on an accelerator, or else on one core of the CPU."""
-  import jax
-
-  if jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):
-    yield from seed_rows(case, roof, sizes)
-    return
-  # How many threads there are is settled before the first use of jax.
-  with timing.process(timing.one_core) as pool:
-    yield pool.submit(_seed_rows_of_one_core, case, sizes).result()
-
-
-def _seed_rows_of_one_core(case: Case, sizes: ScaleSizes) -> list[Row]:
-  roof, rows = measure_roof(
-    sizes.matrix, sizes.triad, sizes.repeats, sizes.least_seconds
-  )
-  for some in seed_rows(case, roof, sizes):
-    rows += some
-  return [row._replace(setting=f'{row.setting}, one core') for row in rows]
-
-
-def seed_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> Iterator[list[Row]]:
+def seed_rows(
+  subject: Subject, roof: Roof | None, case: Case
+) -> Iterator[list[Measurement]]:
   """Updates a second of N seeds in one program, and its memory.
 
   Each program is measured in turns with that of one seed without `vmap`. A
   measurement is of whole periods of acting and learning, after the replay has
   been filled to where learning begins.
+
+  Args:
+    subject: what is trained.
+    roof: of these devices; None measures it first.
+    case: how much.
   """
-  experiment = case.experiment
+  if roof is None:
+    roof, rows = measure_roof(case)
+    yield rows
+  experiment = subject.experiment
   setting = (
-    f'{case.name} {experiment.env_name} batch={experiment.run.batch_size}'
+    f'{subject.name} {experiment.env_name} batch={experiment.run.batch_size}'
   )
-  does = update_work(case)
+  does = update_work(subject)
   pace = experiment.pace
   period = (pace.decisions_per_update / pace.num_envs).denominator
-  alone = _trainer(case, None)
+  alone = _trainer(subject, None)
   single = alone.start()
   yield [
     _compile_row('one seed', setting, alone.seconds),
     *_memory_rows('one seed', setting, 1, alone, math.nan),
   ]
-  for number in case.seeds:
+  for number in subject.seeds:
     name = f'{number} seeds'
-    trainer = _trainer(case, number)
-    bound = sizes.memory_share * free_bytes()
+    trainer = _trainer(subject, number)
+    bound = case.memory_share * free_bytes()
     needed = trainer.carry + trainer.temporaries
     memory = functools.partial(_memory_rows, name, setting, number, trainer)
     if needed > bound:
@@ -323,21 +245,18 @@ def seed_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> Iterator[list[Row]]:
     train = trainer.start()
     tasks = {'one seed': single, name: train}
     updates = {
-      n: _enough(task, period, sizes.least_seconds) for n, task in tasks.items()
+      n: _enough(task, period, case.least_seconds) for n, task in tasks.items()
     }
     timings = interleaved(
       {n: functools.partial(task, updates[n]) for n, task in tasks.items()},
-      sizes.repeats,
+      case.repeats,
     )
     peak = memory_in_use()[1]
-    # Else something before needed more, and this one's peak is not known.
+    # Otherwise something before needed more, and this peak is not known.
     growth = peak - before if peak > highest else math.nan
     del train, tasks
-    each = {
-      n: Timing(*(np.asarray(t) / updates[n] for t in timing))
-      for n, timing in timings.items()
-    }
-    each[name] = Timing(*(t / number for t in each[name]))
+    each = {n: scaled(t, 1 / updates[n]) for n, t in timings.items()}
+    each[name] = scaled(each[name], 1 / number)
     speed = speed_row(
       'seeds',
       name,
@@ -359,11 +278,11 @@ def seed_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> Iterator[list[Row]]:
     )
     yield [of_one, speed, _compile_row(name, setting, trainer.seconds)]
     yield memory(growth)
-    yield roof_rows(f'{case.name}, {name}', 'one update', does, speed, roof)
+    yield roof_rows(f'{subject.name}, {name}', 'one update', does, speed, roof)
 
 
 def _enough(task: Callable[[int], None], period: int, least: float) -> int:
-  """Updates that take as long, in whole periods; the task has then begun."""
+  """How many updates take that long, in whole periods; this starts the task."""
   task(period)
   start = time.perf_counter()
   task(period)
@@ -371,13 +290,15 @@ def _enough(task: Callable[[int], None], period: int, least: float) -> int:
   return period * max(math.ceil(least / taken), 1)
 
 
-def _compile_row(name: str, setting: str, seconds: float) -> Row:
+def _compile_row(name: str, setting: str, seconds: float) -> Measurement:
   unit = 'seconds to compile'
-  row = Row('seeds', name, setting, unit, seconds, seconds, seconds, math.nan)
-  return row._replace(note='not in the speeds; less from a warm cache')
+  note = 'not in the speeds; less from a warm cache'
+  return once('seeds', name, setting, unit, seconds, note)
 
 
-def _memory_rows(name, setting, number, trainer, peak, note='') -> list[Row]:
+def _memory_rows(
+  name, setting, number, trainer, peak, note=''
+) -> list[Measurement]:
   donated = f'{trainer.donated / trainer.carry:.0%} written in place'
   rows = []
   for what, size, about in (
@@ -394,68 +315,59 @@ def _memory_rows(name, setting, number, trainer, peak, note='') -> list[Row]:
       continue
     each = size / number / 1e6
     about = '; '.join(text for text in (about, note) if text)
-    told = f'{name}, {what}'
-    row = Row('memory', told, setting, 'MB a seed', each, each, each, math.nan)
-    rows.append(row._replace(note=about))
+    row = f'{name}, {what}', setting, 'MB a seed'
+    rows.append(once('memory', *row, each, about))
   return rows
 
 
 # --- devices
 
 
-def scaling_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> list[Row]:
+def scaling_rows(subject: Subject, roof: Roof, case: Case) -> list[Measurement]:
   """`device_rows` of the accelerators here, or else of virtual devices."""
-  import jax
-
   if jax.default_backend() != 'cpu':
-    return device_rows(case, roof, sizes)
+    return device_rows(subject, roof, case)
   # How many CPU devices there are is settled before the first use of jax.
-  with timing.process(_make_virtual, max(sizes.devices)) as pool:
-    return pool.submit(device_rows, case, roof, sizes).result()
+  with timing.process(_make_virtual, max(case.devices)) as pool:
+    return pool.submit(device_rows, subject, roof, case).result()
 
 
 def _make_virtual(number: int) -> None:
-  import jax
-
   jax.config.update('jax_num_cpu_devices', number)
 
 
-def device_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> list[Row]:
+def device_rows(subject: Subject, roof: Roof, case: Case) -> list[Measurement]:
   """The data-parallel update over the first devices of this process.
 
   All are measured in turns. Ratios are to one device: by wall second the
   speed-up, n on n devices at best; by CPU second, on virtual devices, 1 at
   best, and what is missing is what dividing the work costs.
   """
-  import jax
-
   rows = []
   devices = jax.devices()
-  counts = [n for n in sizes.devices if n <= len(devices)]
+  counts = [n for n in case.devices if n <= len(devices)]
   virtual = devices[0].platform == 'cpu'
-  size = case.experiment.run.batch_size
+  size = subject.experiment.run.batch_size
   for mode in ('strong', 'weak'):
     tasks = {
-      n: _update_task(case, devices[:n], size * (n if mode == 'weak' else 1))
+      n: _update_task(subject, devices[:n], size * (n if mode == 'weak' else 1))
       for n in counts
     }
     timings = interleaved(
       {str(n): task for n, task in tasks.items()},
-      sizes.repeats,
-      sizes.least_seconds,
+      case.repeats,
+      case.least_seconds,
     )
     shared = 'a device' if mode == 'weak' else 'in all'
     for n in counts:
       factor = n if mode == 'weak' else 1
       # Seconds for as much as one device does in its update.
-      one, many = (
-        Timing(*(np.asarray(t) / k for t in timings[str(i)]))
-        for i, k in ((counts[0], 1), (n, factor))
-      )
+      one = timings[str(counts[0])]
+      many = scaled(timings[str(n)], 1 / factor)
       row = speed_row(
         'devices',
         f'{n} devices',
-        f'{case.name} update, {mode}: batch={size} {shared}',
+        f'{subject.name} update, {mode}: batch={size} {shared}',
         'batches/s',
         1,
         many,
@@ -469,18 +381,14 @@ def device_rows(case: Case, roof: Roof, sizes: ScaleSizes) -> list[Row]:
       )
       rows.append(row)
       if mode == 'strong' and n == 1:
-        does = _update_count(case)
-        rows += roof_rows(f'{case.name}, update', 'alone', does, row, roof)
+        does = _update_count(subject)
+        rows += roof_rows(f'{subject.name}, update', 'alone', does, row, roof)
   return rows
 
 
-def _update_task(case: Case, devices: Sequence[Any], batch_size: int):
+def _update_task(subject: Subject, devices: Sequence[Any], batch_size: int):
   """An update of the batch over these devices, again at each call."""
-  import jax
-
-  from experiments.runtime import mesh as meshes
-
-  agent, batch = _agent_and_batch(case, batch_size)
+  agent, batch = _agent_and_batch(subject, batch_size)
   mesh = meshes.make_mesh(devices)
   update = meshes.compile_update(agent, mesh)
   key = jax.random.key(0)
@@ -495,8 +403,8 @@ def _update_task(case: Case, devices: Sequence[Any], batch_size: int):
   return task
 
 
-def _agent_and_batch(case: Case, batch_size: int) -> tuple[Any, Any]:
-  experiment = case.experiment
+def _agent_and_batch(subject: Subject, batch_size: int) -> tuple[Any, Any]:
+  experiment = subject.experiment
   run = dataclasses.replace(experiment.run, batch_size=batch_size)
   experiment = experiment._replace(run=run)
   env = build.make_env(experiment, training=True)
@@ -504,10 +412,8 @@ def _agent_and_batch(case: Case, batch_size: int) -> tuple[Any, Any]:
   return agent, agents.made_up_batch(experiment, env, agent)
 
 
-def _update_count(case: Case) -> Work:
-  import jax
-
-  agent, batch = _agent_and_batch(case, case.experiment.run.batch_size)
+def _update_count(subject: Subject) -> Work:
+  agent, batch = _agent_and_batch(subject, subject.experiment.run.batch_size)
   key = jax.random.key(0)
   state = jax.eval_shape(agent.init, key)
   return work(jax.make_jaxpr(agent.update)(state, batch, key))

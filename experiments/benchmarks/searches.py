@@ -1,16 +1,26 @@
 """How fast the searches are.
 
-`search`: ours beside mctx's, over a trivial network. `sampled`: over K = 20
-sampled actions beside our plain search over 20 enumerated ones.
+`search`: ours and mctx's, over a trivial network. `sampled`: over K = 20
+sampled actions, and our plain search over 20 enumerated ones.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import mctx
 import numpy as np
 
-from experiments.benchmarks.timing import Row, Sizes, interleaved, speed_row
+from agents import muzero, sampled_muzero
+from agents.core import unroll
+from agents.core.types import ArraySpec, Continuous, Discrete, Spec
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.timing import Measurement, interleaved, speed_row
+from networks.muzero import NetworkConfig
+from search import _mctx, policies, sampled
+from search.model import TimeStep
 
 
 def table_model(
@@ -24,16 +34,13 @@ def table_model(
     seed: of the table.
     batch: roots.
     actions: `A`.
-    width: float32 numbers that each embedding carries besides its state;
-      every step writes all of them anew.
+    width: float32 numbers that each embedding carries in addition to its
+      state; every step writes all of them.
     states: rows of the table.
 
   Returns:
     `(params, root, recurrent_fn)` for a search.
   """
-  import jax.numpy as jnp
-  import mctx
-
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   params = {
@@ -41,7 +48,7 @@ def table_model(
     'reward': normal(states, actions),
     'logits': normal(states, actions),
     'value': normal(states),
-    # Makes outputs depend on the wide embedding, which else were left out.
+    # Makes outputs depend on the wide embedding, which would be left out.
     'zero': jnp.zeros(()),
   }
 
@@ -74,9 +81,6 @@ ALONE = 'embeddings alone'
 
 def policies_in_turn(num_simulations: int) -> dict[str, Callable]:
   """Our searches and mctx's, `(params, key, root, recurrent_fn) -> visits`."""
-  import mctx
-
-  from search import policies
 
   def visits(policy):
     def search(*args):
@@ -96,10 +100,6 @@ def policies_in_turn(num_simulations: int) -> dict[str, Callable]:
 
 def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
   """`mctx.search` and ours with the same selection functions of mctx."""
-  import mctx
-
-  from search import _mctx
-
   select = mctx.muzero_action_selection
 
   def visits(search_fn):
@@ -124,12 +124,10 @@ def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
 
 
 def embeddings_alone(num_simulations: int) -> Callable:
-  """No search: only what any must move, one embedding read and written.
+  """No search: one embedding read and written a simulation.
 
-  The bound of what a faster search can reach with such embeddings.
+  No search can be faster with such embeddings.
   """
-  import jax
-  import jax.numpy as jnp
 
   def move(params, key, root, recurrent_fn):
     del recurrent_fn
@@ -152,7 +150,7 @@ def embeddings_alone(num_simulations: int) -> Callable:
   return move
 
 
-# Whose rule is whose: these must visit alike.
+# Searches with the same rule, which must visit the same nodes.
 _SAME_RULE = {
   'puct': 'mctx.muzero_policy',
   'gumbel': 'mctx.gumbel_muzero_policy',
@@ -160,27 +158,25 @@ _SAME_RULE = {
 }
 
 
-def search_rows(sizes: Sizes) -> list[Row]:
-  """Simulations a second, ours beside mctx's."""
+def search_rows(case: Case) -> list[Measurement]:
+  """Simulations a second, ours and mctx's."""
   rows = []
-  for width in sizes.embeddings:
-    contenders = policies_in_turn(sizes.simulations)
+  for width in case.embeddings:
+    contenders = policies_in_turn(case.simulations)
     if width:
-      contenders[ALONE] = embeddings_alone(sizes.simulations)
-    rows += _searches(sizes, sizes.simulations, width, contenders)
-  for number in sizes.deep:
+      contenders[ALONE] = embeddings_alone(case.simulations)
+    rows += _searches(case, case.simulations, width, contenders)
+  for number in case.deep:
     # mctx's takes minutes there.
-    few = sizes._replace(repeats=min(sizes.repeats, 3), least_seconds=0.0)
+    few = case._replace(repeats=min(case.repeats, 3), least_seconds=0.0)
     rows += _searches(few, number, 0, searches_in_turn(number))
   return rows
 
 
 def _searches(
-  sizes: Sizes, number: int, width: int, contenders: dict[str, Callable]
-) -> list[Row]:
-  import jax
-
-  params, root, recurrent_fn = table_model(0, sizes.batch, sizes.actions, width)
+  case: Case, number: int, width: int, contenders: dict[str, Callable]
+) -> list[Measurement]:
+  params, root, recurrent_fn = table_model(0, case.batch, case.actions, width)
   key = jax.random.key(0)
   found, tasks = {}, {}
   for name, contender in contenders.items():
@@ -192,9 +188,9 @@ def _searches(
       found[name] = jax.block_until_ready(compiled(params, key, root))
 
     tasks[name] = task
-  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
   setting = (
-    f'B={sizes.batch} N={number} A={sizes.actions} '
+    f'B={case.batch} N={number} A={case.actions} '
     f'embedding={4 * width + 4} bytes'
   )
   first = next(iter(contenders))
@@ -207,9 +203,9 @@ def _searches(
       theirs = np.asarray(found[_SAME_RULE[name]])
       same = np.sum(np.all(np.asarray(found[name]) == theirs, axis=-1))
       note += (
-        f'; visits equal {_SAME_RULE[name]} at {same} of {sizes.batch} roots'
+        f'; visits equal {_SAME_RULE[name]} at {same} of {case.batch} roots'
       )
-    amount = sizes.batch * number
+    amount = case.batch * number
     baseline = timings[first]
     rows.append(
       speed_row(
@@ -222,14 +218,14 @@ def _searches(
 _SAMPLES = 20
 _PLAIN = f'puct, {_SAMPLES} enumerated actions'
 _LATENT = 128
-# Models a measurement: how deep one's trees are is up to chance.
+# Models a measurement, since the depth of one model's trees is random.
 _TREES = 4
-# Which actions of a sampled set the table model tells apart.
-_TOLD_APART = 256
+# Actions of a sampled set that the table model distinguishes.
+_DISTINGUISHED = 256
 
 
 class Family(NamedTuple):
-  """A policy over actions of a kind, as `agents.sampled_muzero` names it.
+  """A policy over a kind of actions, in the words of `agents.sampled_muzero`.
 
   Attributes:
     policy: a `Config.policy`.
@@ -241,9 +237,7 @@ class Family(NamedTuple):
 
 
 def families() -> dict[str, Family]:
-  """What is measured: 6 dimensions, and sets too large to enumerate."""
-  from agents.core.types import Continuous, Discrete
-
+  """The families: 6 dimensions, and sets too large to enumerate."""
   high = np.ones(6, np.float32)
   box = Continuous((6,), -high, high)
   return {
@@ -259,7 +253,7 @@ def families() -> dict[str, Family]:
 def sampled_table(
   seed: int, batch: int, distribution: Any = None
 ) -> tuple[Any, Any, Callable]:
-  """`table_model` over sampled actions, whose trees are shaped alike.
+  """`table_model` over sampled actions, with trees of the same shape.
 
   Rewards and children are drawn independently for each state and action, as
   they are in the plain model. Where actions are enumerated the priors are
@@ -274,9 +268,7 @@ def sampled_table(
   Returns:
     `(params, root, recurrent_fn)` for a search.
   """
-  import jax.numpy as jnp
-
-  columns = _SAMPLES if distribution is None else _TOLD_APART
+  columns = _SAMPLES if distribution is None else _DISTINGUISHED
   params, root, inner = table_model(seed, batch, columns, 0)
   if distribution is None:
     logits = jnp.zeros_like(params['logits'])
@@ -309,15 +301,6 @@ def sampled_network(
   Returns:
     `(params, root, recurrent_fn)` for a search.
   """
-  import jax
-  import jax.numpy as jnp
-
-  from agents import muzero, sampled_muzero
-  from agents.core import unroll
-  from agents.core.types import ArraySpec, Discrete, Spec
-  from networks.muzero import NetworkConfig
-  from search.model import TimeStep
-
   network = NetworkConfig(
     torso='vector',
     latent='vector',
@@ -363,34 +346,32 @@ def mean_path(parents: np.ndarray) -> float:
   return float(depth[:, 1:].mean())
 
 
-def sampled_rows(sizes: Sizes) -> list[Row]:
-  """Simulations a second over sampled actions, beside enumerated ones.
+def sampled_rows(case: Case) -> list[Measurement]:
+  """Simulations a second over sampled and over enumerated actions.
 
-  Evaluating the root's actions beforehand is K more calls of the model a root
-  in one batch; it counts as no simulation and is measured apart.
+  Evaluating the root's actions beforehand takes K more calls of the model a
+  root in one batch; it counts as no simulation and is measured separately.
   """
   rows = []
   for kind in ('table', 'network'):
-    rows += _sampled(sizes, kind, families())
+    rows += _sampled(case, kind, families())
   return rows
 
 
 def _sampled(
-  sizes: Sizes, kind: str, chosen: Mapping[str, Family]
-) -> list[Row]:
-  from search import policies, sampled
-
+  case: Case, kind: str, chosen: Mapping[str, Family]
+) -> list[Measurement]:
   def models(family, distribution):
     if kind == 'network':
       make = functools.partial(sampled_network, family=family)
     else:
       make = functools.partial(sampled_table, distribution=distribution)
-    return [make(seed, sizes.batch) for seed in range(_TREES)]
+    return [make(seed, case.batch) for seed in range(_TREES)]
 
   paths, tasks = {}, {}
 
   def add(name, search, models):
-    tasks[name] = _several(search, models, sizes.simulations, name, paths)
+    tasks[name] = _several(search, models, case.simulations, name, paths)
 
   add(_PLAIN, policies.puct, models(None, None))
   for name, family in chosen.items():
@@ -404,10 +385,10 @@ def _sampled(
         evaluate_root=evaluates,
       )
       add(name + suffix, search, its)
-  timings = interleaved(tasks, sizes.repeats, sizes.least_seconds)
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
   what = 'a table' if kind == 'table' else f'networks of latent {_LATENT}'
-  setting = f'B={sizes.batch} N={sizes.simulations} K={_SAMPLES}, {what}'
-  amount = _TREES * sizes.batch * sizes.simulations
+  setting = f'B={case.batch} N={case.simulations} K={_SAMPLES}, {what}'
+  amount = _TREES * case.batch * case.simulations
   rows = []
   for name, timing in timings.items():
     length = np.mean([mean_path(x) for x in paths[name]])
@@ -423,8 +404,6 @@ def _sampled(
 
 def _several(search, models, number, name, paths):
   """A task that searches each model once and leaves its trees' parents."""
-  import jax
-
   recurrent_fn = models[0][2]
 
   def whole(params, key, root):
@@ -444,10 +423,7 @@ def _several(search, models, number, name, paths):
 
 
 def _distribution(family: Family) -> Any:
-  """What the sampled agent would draw from."""
-  from agents import sampled_muzero
-  from agents.core.types import ArraySpec, Spec
-
+  """The distribution that the sampled agent draws from."""
   config = sampled_muzero.Config(policy=family.policy)
   return sampled_muzero.make_distribution(
     config, Spec(ArraySpec((1,)), family.action)

@@ -1,4 +1,4 @@
-"""Measuring in turns, and what was measured as a table and as CSV."""
+"""Measuring in turns; measurements as a table and as CSV."""
 
 import concurrent.futures
 import importlib.metadata
@@ -8,7 +8,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,36 @@ def process(initializer: Callable, *args: Any):
   )
 
 
+def on_one_core(
+  measure: Callable[..., Iterable[list[Any]]], *args: Any
+) -> Iterator[list[Any]]:
+  """Measures here on an accelerator, or else in a process of one CPU core.
+
+  With more cores a program spends a varying share of its CPU time in waiting
+  for work, and a ratio says little.
+
+  Args:
+    measure: returns or yields lists of `Measurement`; of a module's top level.
+    *args: of `measure`, which can be pickled.
+
+  Yields:
+    The lists; one with all, their settings marked, where there is a process.
+  """
+  import jax
+
+  if jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):
+    yield from measure(*args)
+    return
+  # How many threads there are is settled before the first use of jax.
+  with process(one_core) as pool:
+    rows = pool.submit(_together, measure, *args).result()
+  yield [row._replace(setting=f'{row.setting}, one core') for row in rows]
+
+
+def _together(measure: Callable, *args: Any) -> list[Any]:
+  return [row for some in measure(*args) for row in some]
+
+
 class Timing(NamedTuple):
   """Seconds a call.
 
@@ -43,13 +73,13 @@ class Timing(NamedTuple):
   cpu: np.ndarray
 
 
-class Row(NamedTuple):
-  """One line of the results.
+class Measurement(NamedTuple):
+  """What was measured of one thing: a line of the results.
 
   Attributes:
     what: `search`, `learner`, `acting`, `seeds`, `devices`, `memory` or
       `roofline`.
-    name: what was measured.
+    name: of the thing.
     setting: its sizes.
     unit: of the next numbers.
     median: over repeats, by wall second where it is a speed.
@@ -58,7 +88,7 @@ class Row(NamedTuple):
     per_cpu_second: median by CPU second.
     ratio: median over the baseline's median, by wall second.
     ratio_cpu: the same by CPU second.
-    note: what it is compared with, and what was checked.
+    note: the baseline of the ratios, and what was checked.
   """
 
   what: str
@@ -74,44 +104,17 @@ class Row(NamedTuple):
   note: str = ''
 
 
-class Sizes(NamedTuple):
-  """How much is measured.
-
-  Attributes:
-    repeats: of everything.
-    least_seconds: calls are repeated until one measurement takes as long.
-    batch: roots.
-    actions: of the table model.
-    simulations: a search.
-    deep: simulations of the deep searches.
-    embeddings: float32 numbers in an embedding, besides the state.
-    matmul: rows of the square matrices of the peak.
-    steps: steps of a simulator in one measurement.
-    updates: updates in one measurement of waiting.
-  """
-
-  repeats: int = 9
-  least_seconds: float = 0.3
-  batch: int = 64
-  actions: int = 6
-  simulations: int = 50
-  deep: tuple[int, ...] = (200, 800)
-  embeddings: tuple[int, ...] = (0, 3328)
-  matmul: int = 2048
-  steps: int = 200
-  updates: int = 100
+def once(
+  what: str, name: str, setting: str, unit: str, number: float, note: str = ''
+) -> Measurement:
+  """A number that was measured once, and is no speed."""
+  each = number, number, number, math.nan
+  return Measurement(what, name, setting, unit, *each, note=note)
 
 
-QUICK = Sizes(
-  least_seconds=0.0,
-  batch=4,
-  simulations=8,
-  deep=(12,),
-  embeddings=(0,),
-  matmul=64,
-  steps=5,
-  updates=4,
-)
+def scaled(timing: Timing, factor: float) -> Timing:
+  """The seconds times a factor."""
+  return Timing(timing.wall * factor, timing.cpu * factor)
 
 
 def interleaved(
@@ -126,11 +129,11 @@ def interleaved(
   """Times tasks in turns, so that a change of load meets all of them.
 
   Args:
-    tasks: each is called once before (which compiles), and must not return
-      before its work is done.
+    tasks: each is called once first, to compile, and must return only when
+      its work is done.
     repeats: rounds.
-    least_seconds: a task is called so often in a row that a measurement
-      takes about as long.
+    least_seconds: a task is called in a row until a measurement takes about
+      this long.
     clocks: wall and CPU time, in seconds.
 
   Returns:
@@ -164,8 +167,8 @@ def speed_row(
   timing: Timing,
   baseline: Timing | None = None,
   note: str = '',
-) -> Row:
-  """A `Row` for `amount` units a call, beside a baseline of as many."""
+) -> Measurement:
+  """The speed of `amount` units a call, and its ratio to a baseline's."""
   speed = amount / timing.wall
   # A CPU clock may stand still over a very short measurement.
   cpu = np.median(timing.cpu)
@@ -175,7 +178,7 @@ def speed_row(
       float(np.median(speed) / np.median(amount / baseline.wall)),
       float(np.median(baseline.cpu) / cpu) if cpu else math.nan,
     )
-  return Row(
+  return Measurement(
     what,
     name,
     setting,
@@ -190,7 +193,7 @@ def speed_row(
 
 
 def machine() -> dict[str, str]:
-  """What the numbers depend on, for the results' last columns."""
+  """What the numbers depend on, in the last columns of the results."""
   import jax
 
   packages = ('jax', 'jaxlib', 'mctx', 'envpool', 'numpy')
@@ -216,21 +219,23 @@ def _processor() -> str:
   return names[0].partition(':')[2].strip() if names else platform.processor()
 
 
-def write_rows(path: Any, rows: Sequence[Row], about: dict[str, str]) -> None:
-  """Writes the results, atomically; each line says on what machine."""
-  lines: list[list[Any]] = [[*Row._fields, *about]]
+def write_rows(
+  path: Any, rows: Sequence[Measurement], about: dict[str, str]
+) -> None:
+  """Writes the results with the machine in each line, atomically."""
+  lines: list[list[Any]] = [[*Measurement._fields, *about]]
   for row in rows:
     lines.append([*('' if x != x else x for x in row), *about.values()])
   tables.write_lines(pathlib.Path(path), lines, digits=6)
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-  """A table for people, for each setting and unit."""
+def print_rows(rows: Sequence[Measurement]) -> None:
+  """Prints a table for each setting and unit."""
   from rich.table import Table
 
   from experiments.report import terminal
 
-  groups: dict[str, list[Row]] = {}
+  groups: dict[str, list[Measurement]] = {}
   for row in rows:
     title = f'{row.what}: {row.unit}, {row.setting}'
     groups.setdefault(title, []).append(row)
@@ -254,7 +259,7 @@ def short(number: float) -> str:
     return ''
   size, letter = 1.0, ''
   for larger, its in ((1e3, 'k'), (1e6, 'M')):
-    # What would be rounded up to the next size is of the next size.
+    # A number that is rounded up to the next size takes its letter.
     if abs(number) >= 0.9995 * larger:
       size, letter = larger, its
   digits = f'{number / size:#.3g}' if letter else f'{number:.3g}'

@@ -1,0 +1,167 @@
+"""How much each suite of `experiments.benchmark` measures, by machine."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+  """How much is measured; every suite reads the fields that it needs.
+
+  Attributes:
+    repeats: of every measurement, at most.
+    least_seconds: calls are repeated until one measurement takes as long.
+    seeds: N of each program that trains, or applies, several seeds.
+    batch: roots of a search; rows of an update of large networks.
+    matrix: rows of the square matrices whose product is the peak.
+    updates: updates in one measurement.
+    actions: of the table model that is searched.
+    simulations: of a search.
+    deep: simulations of the deep searches.
+    embeddings: float32 numbers in an embedding, in addition to the state.
+    steps: of a simulator in one measurement.
+    more_seeds: N of each program of the presets' networks; () leaves those
+      presets out.
+    devices: numbers of devices that share an update.
+    triad: float32 numbers of each of the triad's three arrays.
+    memory_share: of the free memory; a program that needs more is not run.
+    rows: of the data set.
+    width: of the hidden layers of large networks.
+    small_width: of those of small ones.
+    small_batch: rows of an update of small networks.
+    tokens: T.
+    features: D.
+    hidden: width of an expert.
+    k: experts of a token.
+    experts: E, one comparison each.
+    ragged: E up to which `ragged_dot` is measured, which is dense on a CPU.
+    seed_tokens: T of each of several seeds.
+  """
+
+  repeats: int = 5
+  least_seconds: float = 0.3
+  seeds: tuple[int, ...] = ()
+  batch: int = 64
+  matrix: int = 2048
+  updates: int = 100
+  # Searches, and the simulator.
+  actions: int = 6
+  simulations: int = 50
+  deep: tuple[int, ...] = (200, 800)
+  embeddings: tuple[int, ...] = (0, 3328)
+  steps: int = 200
+  # Seeds and devices.
+  more_seeds: tuple[int, ...] = (64,)
+  devices: tuple[int, ...] = (1, 2, 4, 8)
+  triad: int = 2**24
+  memory_share: float = 0.6
+  # Learning from a data set.
+  rows: int = 200_000
+  width: int = 256
+  small_width: int = 64
+  small_batch: int = 128
+  # Experts.
+  tokens: int = 4096
+  features: int = 256
+  hidden: int = 1024
+  k: int = 2
+  experts: tuple[int, ...] = (8, 32, 128)
+  ragged: int = 8
+  seed_tokens: int = 1024
+
+
+_AGENT = Case(repeats=10_000)
+_SCALE = Case(seeds=(1, 4, 16, 64, 256), least_seconds=0.5)
+_LARGE = _SCALE._replace(matrix=8192, triad=2**26)
+_OFFLINE = Case(seeds=(8,), batch=256, updates=50, least_seconds=1.0)
+_EXPERTS = Case(seeds=(4,))
+# By suite, machine and amount; a machine that is left out takes the CPU's.
+CASES = {
+  ('agent', 'cpu', 'full'): _AGENT,
+  ('agent', 'cpu', 'quick'): _AGENT._replace(
+    least_seconds=0.0,
+    batch=4,
+    simulations=8,
+    deep=(12,),
+    embeddings=(0,),
+    matrix=64,
+    steps=5,
+    updates=4,
+  ),
+  # Ten minutes on two cores.
+  ('scale', 'cpu', 'full'): _SCALE,
+  ('scale', 'cpu', 'quick'): Case(
+    repeats=2,
+    least_seconds=0.0,
+    seeds=(2,),
+    more_seeds=(),
+    devices=(1, 2),
+    matrix=64,
+    triad=2**12,
+  ),
+  ('scale', 'accelerator', 'full'): _LARGE._replace(
+    seeds=(1, 4, 16, 64, 256, 1024), more_seeds=(1, 16, 64, 256)
+  ),
+  # Three minutes on a GPU.
+  ('scale', 'accelerator', 'quick'): _LARGE._replace(
+    seeds=(1, 64, 1024), more_seeds=()
+  ),
+  # A minute on a core.
+  ('offline', 'cpu', 'full'): _OFFLINE,
+  ('offline', 'accelerator', 'full'): _OFFLINE._replace(seeds=(8, 64, 256)),
+  ('offline', 'cpu', 'quick'): Case(
+    repeats=2,
+    least_seconds=0.0,
+    seeds=(2,),
+    batch=16,
+    updates=2,
+    rows=500,
+    width=8,
+    small_width=4,
+    small_batch=8,
+  ),
+  # Two minutes on a core.
+  ('experts', 'cpu', 'full'): _EXPERTS,
+  ('experts', 'accelerator', 'full'): _EXPERTS._replace(
+    tokens=16384, ragged=128
+  ),
+  ('experts', 'cpu', 'quick'): Case(
+    repeats=2,
+    least_seconds=0.0,
+    seeds=(2,),
+    tokens=16,
+    features=4,
+    hidden=8,
+    experts=(4,),
+    ragged=4,
+    seed_tokens=8,
+  ),
+}
+
+
+def find(
+  suite: str, quick: bool = False, repeats: int = 5, seeds: Sequence[int] = ()
+) -> Case:
+  """The case of a suite on this machine's devices.
+
+  Args:
+    suite: `agent` (searches, learner, acting), `scale`, `offline`, `experts`.
+    quick: fewer or smaller: on a CPU just enough to see that it runs.
+    repeats: of every measurement; the case's are the most that are made.
+    seeds: in place of the case's; () keeps those.
+
+  Raises:
+    ValueError: a number of seeds below 1.
+  """
+  import jax
+
+  for number in seeds:
+    if number < 1:
+      raise ValueError(f'seeds={number}: must be at least 1')
+  machine = 'cpu' if jax.default_backend() == 'cpu' else 'accelerator'
+  amount = 'quick' if quick else 'full'
+  case = CASES.get((suite, machine, amount), CASES[suite, 'cpu', amount])
+  case = case._replace(repeats=min(repeats, case.repeats))
+  if seeds:
+    more = tuple(seeds) if case.more_seeds else ()
+    case = case._replace(seeds=tuple(seeds), more_seeds=more)
+  return case
