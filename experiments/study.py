@@ -1,4 +1,4 @@
-"""Runs one of the studies behind the results.
+"""Runs one of the studies that the results rest on.
 
 python -m experiments.study                # lists them
 python -m experiments.study catch          # a table of training runs
@@ -21,7 +21,7 @@ OWN = {
   'atac_game': "ATAC's game in random tables, and its inequality",
   'backgammon_players': 'how strong TD-Gammon plays with planners on top',
   'connect_four_players': 'how strong AlphaZero plays with planners on top',
-  'connect_four_positions': 'judges random positions by a perfect solver',
+  'connect_four_positions': 'random positions, judged by a perfect solver',
   'control': 'planners on top of actors and critics trained on data',
   'equity': 'points that backgammon players lose per turn',
   'newton': "the book's worked examples, recomputed",

@@ -18,6 +18,7 @@ from experiments import build
 from experiments.build import saved
 from experiments.envs.pendulum import PendulumState, make_pendulum
 from experiments.envs.swingup import SwingupState, make_swingup
+from experiments.files import tables
 from experiments.playing import (
   actor_critic_model,
   actor_critic_play,
@@ -314,7 +315,7 @@ def test_a_finished_run_is_played(runs, model):
     np.testing.assert_allclose(
       row.gain, row.return_mean - rows[0].return_mean, atol=1e-9
     )
-  written = study_control.read(pathlib.Path(runs['iql'], 'play.csv'))
+  written = tables.read_rows(pathlib.Path(runs['iql'], 'play.csv'))
   assert [row['planner'] for row in written] == ['actor', 'lookahead=1']
   np.testing.assert_allclose(
     [float(row['return_mean']) for row in written],
@@ -364,16 +365,23 @@ def test_the_command_that_it_was_names_the_one_it_is():
 def test_seeds_are_summarised_and_drawn(tmp_path):
   returns = {0: -210, 1: -190}
   rows = [
-    {
-      'quality': 'random',
-      'agent': 'iql',
-      'seed': str(seed),
-      'dynamics': kind,
-      'planner': planner,
-      'return_mean': str(mean + better),
-      'gain': str(better),
-      'model_steps': '8',
-    }
+    study_control.Played(
+      quality='random',
+      agent='iql',
+      seed=seed,
+      planner=planner,
+      dynamics=kind,
+      candidates=8,
+      episodes=64,
+      return_mean=mean + better,
+      return_se=1.0,
+      gain=better,
+      gain_se=1.0,
+      model_steps=8,
+      depth=1,
+      rollout=0,
+      score=None,
+    )
     for seed, mean in returns.items()
     for planner, kind, better in (
       ('actor', 'none', 0),

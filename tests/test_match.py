@@ -10,6 +10,7 @@ import pytest
 
 from agents.core.types import ArraySpec, Discrete, Spec
 from experiments.envs import connect_four, games, tic_tac_toe
+from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.playing import (
   boards,
@@ -547,7 +548,7 @@ def test_an_interval_ends_where_all_is_won():
 
 
 def _row(**changes):
-  row = connect_four_players.Row(
+  row = connect_four_players.Strength(
     0, 'network', 'third', 8, 0.5, 0.1, None, 1, 0.1, 1, 4
   )
   return row._replace(**changes)
@@ -573,5 +574,10 @@ def test_a_study_refuses_before_it_plays(
 
 def test_rows_of_a_study_are_read_as_written(tmp_path):
   rows = [_row(), _row(seed=1, optimal=0.25, evaluations=None, other=None)]
-  connect_four_players.write(tmp_path / 'rows.csv', rows)
-  assert connect_four_players.read(tmp_path / 'rows.csv') == rows
+  path = tmp_path / 'rows.csv'
+  assert tables.read_records(path, connect_four_players.Strength) == []
+  tables.write_records(path, rows, digits=5)
+  assert tables.read_records(path, connect_four_players.Strength) == rows
+  path.write_text(path.read_text().replace('0.25', 'x'))
+  with pytest.raises(UserError, match=r'rows\.csv: is damaged'):
+    tables.read_records(path, connect_four_players.Strength)

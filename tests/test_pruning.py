@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from experiments.files import tables
 from experiments.studies import pruning
 
 
@@ -31,8 +32,8 @@ def test_a_wrong_first_stage_hurts_the_most(rows):
 
 
 def test_rows_are_written_and_drawn(rows, tmp_path):
-  pruned = [pruning.Row('pruning', s, 1, 2, 0.5, 0.1, 9) for s in (0, 1)]
-  pruning.write(tmp_path / 'rows.csv', [*rows, *pruned])
+  pruned = [pruning.Coarsened('pruning', s, 1, 2, 0.5, 0.1, 9) for s in (0, 1)]
+  tables.write_records(tmp_path / 'rows.csv', [*rows, *pruned], digits=5)
   with (tmp_path / 'rows.csv').open(newline='') as file:
     read = list(csv.DictReader(file))
   assert len(read) == len(rows) + 2

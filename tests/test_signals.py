@@ -281,20 +281,19 @@ def test_memory_of_a_child_and_what_it_starts():
 STUDY = """
 import sys
 from experiments import study
-from experiments.runtime import config
+from experiments.runtime import children
 train = [sys.executable, '-c', sys.argv.pop(1)]
 def run(command, stopping, **options):
   return study_run(train, stopping, **options)
-study_run, study.children.run = study.children.run, run
-study.define_flags()
-config.run_main(study.main)
+study_run, children.run = children.run, run
+study.main(sys.argv)
 """
 
 
 def test_a_study_stops_with_its_runs(tmp_path):
   with (tmp_path / 'log').open('w') as log:
     process = subprocess.Popen(
-      [sys.executable, '-c', STUDY, CHILD, '--study=catch', '--at_once=2']
+      [sys.executable, '-c', STUDY, CHILD, 'catch', '--at_once=2']
       + [f'--folder={tmp_path}/runs', f'--results={tmp_path}/results'],
       env=ENVIRONMENT,
       stdout=log,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import build
+from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.playing import gnubg, match, planners, players
 from experiments.runtime import checkpoint
@@ -15,7 +16,7 @@ from experiments.studies import backgammon_players, equity
 
 
 def _row(**changes):
-  row = backgammon_players.Row(40, 0, 'lookahead=1', 'pubeval', 8, 0.5, 0.1)
+  row = backgammon_players.Points(40, 0, 'lookahead=1', 'pubeval', 8, 0.5, 0.1)
   return row._replace(**changes)
 
 
@@ -31,9 +32,8 @@ def test_rows_are_read_as_written(tmp_path):
     _row(hidden=None, seed=None, opponent='judge', gain=0.0, gain_se=0.0),
   ]
   path = tmp_path / 'rows.csv'
-  assert backgammon_players.read(path) == []
-  backgammon_players.write(path, rows)
-  assert backgammon_players.read(path) == rows
+  tables.write_records(path, rows, digits=5)
+  assert tables.read_records(path, backgammon_players.Points) == rows
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,14 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
   assert first[2].points != first[3].points
   monkeypatch.setattr(backgammon_players, '_losses', None)  # nothing is judged
   rows = backgammon_players.run(workdirs, plan, out)
-  assert rows[:4] == backgammon_players.read(out)[:4]
+  read = lambda: tables.read_records(out, backgammon_players.Points)
+  assert rows[:4] == read()[:4]
   assert [(r.hidden, r.opponent, r.games) for r in rows[4:]] == [
     (2, 'pubeval', 4),
     (3, 'pubeval', 4),
   ]
   assert all(abs(r.points) <= 3 and r.points_se >= 0 for r in rows[4:])
-  assert backgammon_players.run(workdirs, plan, out) == backgammon_players.read(
-    out
-  )
+  assert backgammon_players.run(workdirs, plan, out) == read()
 
 
 @pytest.mark.skipif(

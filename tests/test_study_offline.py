@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -91,13 +92,13 @@ def test_a_cell_is_left_alone_while_it_is_the_same(
 ):
   finished(tmp_path / 'runs', ['1', '2'], data, **changes)
   started = []
-  real = offline.subprocess.Popen
+  real = subprocess.Popen
 
   def popen(command, **options):
     started.append(command)
     return real(['true'], **options)
 
-  monkeypatch.setattr(offline.subprocess, 'Popen', popen)
+  monkeypatch.setattr(subprocess, 'Popen', popen)
   assert offline.run_one(CELL, data, tmp_path / 'runs', 2)
   assert len(started) == runs
   mark = json.loads((tmp_path / 'runs/bc_medium/cell.json').read_text())
@@ -109,7 +110,7 @@ def test_a_cell_without_all_its_rows_has_not_finished(
   data, tmp_path, monkeypatch
 ):
   finished(tmp_path / 'runs', ['1'], data, done=False)
-  real = offline.subprocess.Popen
+  real = subprocess.Popen
   popen = lambda command, **options: real(['true'], **options)
-  monkeypatch.setattr(offline.subprocess, 'Popen', popen)
+  monkeypatch.setattr(subprocess, 'Popen', popen)
   assert not offline.run_one(CELL, data, tmp_path / 'runs', 2)

@@ -3,8 +3,8 @@
 python -m experiments.study atac_game --out=experiments/results/atac_game.csv
 
 `search.exact.offline_game` has the theory. Writes the CSV named by --out (a
-line for each MDP, coverage, pessimism, oracle and beta), the same name with
-_selection.csv (what rules that choose beta from data are worth; see
+line for each MDP, coverage, pessimism, oracle and beta), one whose name ends in
+_selection.csv (how good rules are that choose beta from data; see
 `experiments.studies.atac_game_selection`) and a figure, .png.
 """
 
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import tables, writing
+from experiments.files import tables
 from experiments.files.errors import UserError
-from experiments.report import terminal
+from experiments.report import style, terminal
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
+from experiments.runtime.devices import use_compilation_cache
 from experiments.studies import atac_game_selection
 from experiments.studies.atac_game_selection import BETAS, COVERAGE
 
@@ -26,18 +27,18 @@ from experiments.studies.atac_game_selection import BETAS, COVERAGE
 VALUE_MAX = 10.0
 ORACLES = ('exponentiated_weights', 'projected_gradient')
 PESSIMISM = ('relative', 'initial')
-_COLOURS = {'relative': '#1b4f8f', 'initial': '#e08a1e'}
+_COLOURS = {'relative': style.BLUE, 'initial': style.ORANGE}
 _LINES = {'full': ('-', 'o'), 'partial': ('--', 's')}
 _RULES = {
-  'fqe': '#b5353a',
-  'fqe - sd': '#e08a1e',
-  'gain - sd': '#1b4f8f',
-  'held-out': '#3a8f4d',
+  'fqe': style.RED,
+  'fqe - sd': style.ORANGE,
+  'gain - sd': style.BLUE,
+  'held-out': style.GREEN,
 }
 
 
-class Row(NamedTuple):
-  """A line of the CSV: one play. J are discounted returns.
+class Play(NamedTuple):
+  """One play of the game: a line of the CSV. J are discounted returns.
 
   Attributes:
     mdp: its number.
@@ -56,8 +57,9 @@ class Row(NamedTuple):
     slack: `mixture - behaviour + regret / (1 - g)`; the guarantee says that
       it is not negative where the pessimism is relative.
     identity_error: largest error of the performance difference.
-    gap: no critic was farther from its minimum.
-    num_q: how many critics were replaced by Q of the policy, being worse.
+    gap: largest distance of a critic from its minimum.
+    num_q: how many critics were worse than Q of the policy, which replaced
+      them.
   """
 
   mdp: int
@@ -80,7 +82,7 @@ class Row(NamedTuple):
 
 def measure(
   *, mdps: int, states: int, actions: int, iterations: int, seed: int
-) -> list[Row]:
+) -> list[Play]:
   """Plays all games in float64, each oracle and pessimism as one program.
 
   Args:
@@ -130,33 +132,27 @@ def _compiled(oracle: Any, pessimism: str, iterations: int) -> Any:
 
 def _rows(
   outcome: Any, optimum: np.ndarray, pessimism: str, oracle: str, bound: float
-) -> Iterable[Row]:
+) -> Iterable[Play]:
   for where in np.ndindex(optimum.shape):
-    o = type(outcome)(*(field[where].item() for field in outcome))
+    found = {n: field[where].item() for n, field in outcome._asdict().items()}
     best = optimum[where].item()
     mdp, coverage, beta = where
-    yield Row(
+    over_mu = best - found['behaviour']
+    yield Play(
       mdp=mdp,
       coverage=COVERAGE[coverage],
       pessimism=pessimism,
       oracle=oracle,
       beta=BETAS[beta],
-      mixture=o.mixture,
-      last=o.last,
-      behaviour=o.behaviour,
       optimum=best,
-      gain=(o.mixture - o.behaviour) / (best - o.behaviour),
-      regret=o.regret,
+      gain=(found['mixture'] - found['behaviour']) / over_mu,
       bound=bound,
-      slack=o.slack,
-      identity_error=o.identity_error,
-      gap=o.gap,
-      num_q=o.num_q,
+      **found,
     )
 
 
-def summary(rows: Sequence[Row]) -> str:
-  """What the rows say of the theory, some lines."""
+def summary(rows: Sequence[Play]) -> str:
+  """Compares the rows with the theory, in a few lines."""
   relative = [row for row in rows if row.pessimism == 'relative']
   initial = [row for row in rows if row.pessimism == 'initial']
   least = lambda rows: min(row.slack for row in rows)
@@ -176,8 +172,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def figure(
-  rows: Sequence[Row],
-  chosen: Sequence[atac_game_selection.Row],
+  rows: Sequence[Play],
+  chosen: Sequence[atac_game_selection.Choice],
   path: pathlib.Path,
 ) -> None:
   """Draws gain and slack against beta, and what choosing beta costs.
@@ -187,100 +183,68 @@ def figure(
     chosen: see `atac_game_selection.study`; none leaves its panel out.
     path: the picture's.
   """
-  # Not pyplot: its figures are global state.
-  from matplotlib.figure import Figure
-
-  panels = 3 if chosen else 2
-  picture = Figure((5 * panels, 4.6), layout='constrained')
-  axes = picture.subplots(1, panels)
+  picture, axes = style.panels(3 if chosen else 2, 5, 4.6)
   rows = [row for row in rows if row.oracle == ORACLES[0]]
-  _draw(axes[0], rows, 'gain', np.mean)
-  axes[0].set_ylabel("(J − J(μ)) / (J* − J(μ)), the MDPs' mean")
-  axes[0].set_title('Gain over the behaviour policy', fontsize=11)
-  _draw(axes[1], rows, 'slack', np.min)
-  axes[1].set_yscale('symlog', linthresh=0.01)
-  axes[1].set_ylabel("slack of the guarantee, the MDPs' least")
-  axes[1].set_title('J(mixture) ≥ J(μ) − Reg / (K (1 − γ))', fontsize=11)
+  gain, slack, *others = axes[0]
+  _draw(gain, rows, 'gain', np.mean)
+  title, y = 'Gain over the behaviour policy', '(J − J(μ)) / (J* − J(μ)), '
+  style.label(gain, title, 'β', f"{y}the MDPs' mean")
+  _draw(slack, rows, 'slack', np.min)
+  slack.set_yscale('symlog', linthresh=0.01)
+  title = 'J(mixture) ≥ J(μ) − Reg / (K (1 − γ))'
+  style.label(slack, title, 'β', "slack of the guarantee, the MDPs' least")
   if chosen:
-    _draw_selection(axes[2], chosen)
-  for panel in axes:
-    panel.spines[['top', 'right']].set_visible(False)
-    panel.grid(axis='y', color='#dddddd', lw=0.7)
-    panel.set_axisbelow(True)
-    panel.legend(
-      frameon=False,
-      fontsize=8.5,
-      ncols=2,
-      loc='upper center',
-      bbox_to_anchor=(0.5, -0.14),
-    )
-  writing.write_figure(picture, path)
+    _draw_selection(others[0], chosen)
+  for panel in axes[0]:
+    style.legend(panel, below=True)
+  style.save(picture, path)
 
 
-def _draw(axes: Any, rows: Sequence[Row], field: str, statistic: Any) -> None:
+_MARKED = {'ms': 5, 'lw': 1.8}
+
+
+def _draw(axes: Any, rows: Sequence[Play], field: str, statistic: Any) -> None:
   betas = sorted({row.beta for row in rows})
   axes.axhline(0, color='black', lw=0.9)
   for pessimism, colour in _COLOURS.items():
-    for coverage, (style, marker) in _LINES.items():
-      values = [
-        statistic(
-          [
-            getattr(row, field)
-            for row in rows
-            if (row.pessimism, row.coverage, row.beta)
-            == (pessimism, coverage, beta)
-          ]
-        )
-        for beta in betas
-      ]
-      axes.plot(
-        range(len(betas)),
-        values,
-        color=colour,
-        ls=style,
-        marker=marker,
-        ms=5,
-        lw=1.8,
-        label=f'{pessimism}, {coverage} coverage',
-      )
+    for coverage, (stroke, marker) in _LINES.items():
+      groups: dict[float, list[float]] = {beta: [] for beta in betas}
+      for row in rows:
+        if (row.pessimism, row.coverage) == (pessimism, coverage):
+          groups[row.beta].append(getattr(row, field))
+      values = [statistic(group) for group in groups.values()]
+      text = f'{pessimism}, {coverage} coverage'
+      line = {'color': colour, 'ls': stroke, 'marker': marker, 'label': text}
+      axes.plot(range(len(betas)), values, **line, **_MARKED)
   texts = [f'1/{1 / b:.0f}' if 0 < b < 1 else f'{b:.0f}' for b in betas]
   axes.set_xticks(range(len(betas)), texts)
-  axes.set_xlabel('β')
 
 
 def _draw_selection(
-  axes: Any, chosen: Sequence[atac_game_selection.Row]
+  axes: Any, chosen: Sequence[atac_game_selection.Choice]
 ) -> None:
   sizes = sorted({row.transitions for row in chosen})
   rows = {(r.coverage, r.transitions, r.rule): r for r in chosen}
-  for coverage, (style, marker) in _LINES.items():
-    lines = {
-      rule: ([rows[coverage, n, rule].regret for n in sizes], colour)
-      for rule, colour in _RULES.items()
+  fixed = {row.rule for row in chosen if row.rule.startswith('beta=')}
+  for coverage, (stroke, marker) in _LINES.items():
+    regrets = {
+      rule: [rows[coverage, n, rule].regret for n in sizes]
+      for rule in (*_RULES, *fixed)
     }
-    fixed = {rule for _, _, rule in rows if rule.startswith('beta=')}
-    best = [
-      min(rows[coverage, n, rule].regret for rule in fixed) for n in sizes
+    regrets['best fixed beta'] = [
+      min(at) for at in zip(*(regrets[rule] for rule in fixed))
     ]
-    lines['best fixed beta'] = (best, '#5f6b73')
-    for rule, (values, colour) in lines.items():
-      axes.plot(
-        sizes,
-        values,
-        color=colour,
-        ls=style,
-        marker=marker,
-        ms=5,
-        lw=1.8,
-        label=rule.replace('beta', 'β') if coverage == 'full' else None,
-      )
+    for rule, colour in (_RULES | {'best fixed beta': style.GREY}).items():
+      text = rule.replace('beta', 'β') if coverage == 'full' else None
+      line = {'color': colour, 'ls': stroke, 'marker': marker, 'label': text}
+      axes.plot(sizes, regrets[rule], **line, **_MARKED)
   axes.set_xscale('log')
   axes.set_xticks(sizes, map(str, sizes))
   axes.minorticks_off()
   axes.set_ylim(bottom=0)
-  axes.set_xlabel('transitions in the data set')
-  axes.set_ylabel('regret / (J* − J(μ)), mean')
-  axes.set_title('Choosing β from data (dashed: partial)', fontsize=11)
+  title = 'Choosing β from data (dashed: partial)'
+  y = 'regret / (J* − J(μ)), mean'
+  style.label(axes, title, 'transitions in the data set', y)
 
 
 def define_flags() -> None:
@@ -288,22 +252,30 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string(
-    'out', 'experiments/results/atac_game.csv', 'the CSV; others lie beside it'
+    'out',
+    'experiments/results/atac_game.csv',
+    'the CSV; the other files are named after it',
   )
   flags.DEFINE_integer('mdps', 6, 'random MDPs', 1, 100_000)
-  flags.DEFINE_integer('states', 5, 'of each MDP', 1, 1_000)
-  flags.DEFINE_integer('actions', 3, 'of each MDP; mu may lack one', 3, 1_000)
-  flags.DEFINE_integer('iterations', 300, 'K of each play', 1, 10_000_000)
-  flags.DEFINE_integer('seed', 0, 'of MDPs and data', 0, configs.MAX_SEED)
+  flags.DEFINE_integer('states', 5, 'states of each MDP', 1, 1_000)
+  flags.DEFINE_integer(
+    'actions', 3, 'actions of each MDP; mu may lack one', 3, 1_000
+  )
+  flags.DEFINE_integer(
+    'iterations', 300, 'iterations of each play', 1, 10_000_000
+  )
+  flags.DEFINE_integer('seed', 0, 'seed of MDPs and data', 0, configs.MAX_SEED)
   flags.DEFINE_integer(
     'datasets',
     60,
-    'MDPs that beta is chosen for from data; 0: none',
+    'MDPs for which beta is chosen from data; 0 for none',
     0,
     100_000,
   )
   flags.DEFINE_list(
-    'sizes', ['30', '100', '300', '1000'], 'transitions in their data sets'
+    'sizes',
+    ['30', '100', '300', '1000'],
+    'transitions in each of their data sets',
   )
 
 
@@ -323,7 +295,7 @@ def main() -> None:
   """Plays as the flags say.
 
   Raises:
-    UserError: the name of the file, or sizes.
+    UserError: the name of the CSV or a size is wrong.
   """
   from absl import flags
 
@@ -334,8 +306,6 @@ def main() -> None:
   if out.suffix != '.csv':
     raise UserError(f'out={out}: must end in .csv')
   configs.check_place('out', out)
-
-  from experiments.runtime.devices import use_compilation_cache
 
   use_compilation_cache()
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -348,7 +318,7 @@ def main() -> None:
     f'{len(BETAS)} betas'
   )
   rows = measure(mdps=values.mdps, seed=values.seed, **settings)
-  tables.write_lines(out, [Row._fields, *rows], digits=6)
+  tables.write_records(out, rows, digits=6)
   print(summary(rows))
   chosen = []
   if values.datasets:
@@ -356,9 +326,7 @@ def main() -> None:
       values.seed, sizes, mdps=values.datasets, **settings
     )
     selection = out.with_name(f'{out.stem}_selection.csv')
-    tables.write_lines(
-      selection, [atac_game_selection.Row._fields, *chosen], digits=6
-    )
+    tables.write_records(selection, chosen, digits=6)
     print(f'results: {selection}')
   figure(rows, chosen, out.with_suffix('.png'))
   terminal.end(

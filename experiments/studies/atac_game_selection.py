@@ -1,9 +1,9 @@
-"""Which beta, without a simulator? Rules that see the data only, on trial.
+"""Which beta, without a simulator? Compares rules that see the data only.
 
 For many random MDPs a data set is drawn, ATAC's Algorithm 1 is played on it
 for each beta, and a rule chooses one of the results by fitted Q evaluation
-(FQE), which in a finite MDP is an exact least squares. The truth, known here,
-says what the choice cost.
+(FQE), which in a finite MDP is an exact least squares. The true returns, known
+here, give the regret of the choice.
 """
 
 import math
@@ -21,7 +21,7 @@ _RESAMPLES = 20
 
 
 class Evidence(NamedTuple):
-  """What is known of each data set; float64 `[M, F, ...]`: MDPs, coverages.
+  """Estimates on each data set; float64 `[M, F, ...]`: MDPs, coverages.
 
   Attributes:
     truth: `[..., betas]`, J of each result.
@@ -45,8 +45,8 @@ class Evidence(NamedTuple):
   held_out: Any
 
 
-class Row(NamedTuple):
-  """A line of atac_game_selection.csv.
+class Choice(NamedTuple):
+  """How good the choices of a rule are: a line of atac_game_selection.csv.
 
   Returns are in units of `J* - J(mu)`.
 
@@ -241,8 +241,8 @@ def choose(evidence: Evidence) -> dict[str, np.ndarray]:
   return chosen | fixed
 
 
-def table(evidence: Evidence, transitions: int) -> list[Row]:
-  """What each rule's choices are worth.
+def table(evidence: Evidence, transitions: int) -> list[Choice]:
+  """Evaluates the choices of each rule.
 
   Args:
     evidence: of at least one MDP.
@@ -259,7 +259,7 @@ def table(evidence: Evidence, transitions: int) -> list[Row]:
       low, high = mean_interval(regret)
       worst = np.sort(gain)[: max(1, len(gain) // 10)]
       rows.append(
-        Row(
+        Choice(
           coverage=coverage,
           transitions=transitions,
           rule=rule,
@@ -276,7 +276,7 @@ def table(evidence: Evidence, transitions: int) -> list[Row]:
   return rows
 
 
-def study(seed: int, sizes: Sequence[int], **settings: Any) -> list[Row]:
+def study(seed: int, sizes: Sequence[int], **settings: Any) -> list[Choice]:
   """The table of all sizes of data sets; see `collect` for the settings."""
   import jax
 

@@ -1,35 +1,35 @@
-"""Backgammon before and after planning, over training seeds and sizes.
+"""Backgammon with and without planning, over training seeds and sizes.
 
-python -m experiments.study backgammon       # trains, resumes
-python -m experiments.study backgammon_players               # plays, resumes
+python -m experiments.study backgammon           # trains, resumes
+python -m experiments.study backgammon_players   # plays, resumes
 
-Every player of `--players` is made of every network, and meets everyone of
-`--opponents`: `judge`, GNU Backgammon one ply deeper than its choices, which
-says how many points a turn loses (Tesauro and Galperin 1996, Table 3), and
-opponents whom it plays games with. A row is written as it comes.
+Every player of `--players` is made of every network and meets each of
+`--opponents`: `judge`, GNU Backgammon looking one ply beyond each choice,
+which gives the points lost a turn (Tesauro and Galperin 1996, Table 3), and
+opponents to play games against. Each row is written as soon as it is there.
 """
 
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.files import tables, writing
-from experiments.playing import arena, match, planners
-from experiments.report import terminal
+from experiments import build
+from experiments.build import saved
+from experiments.files import tables
+from experiments.playing import arena, gnubg, match, planners
+from experiments.report import statistics, style, terminal
 from experiments.runtime import config as configs
-from experiments.studies import equity
+from experiments.studies import equity, runner
 
-# One stage and two; the five best turns rolled out for each of 21 rolls, in so
-# many trials each, for so many turns.
+# One stage and two; the five best turns, each rolled out after each of the 21
+# rolls, in four trials of four turns.
 PLAYERS = ('lookahead=1', 'lookahead=2', 'rollout=4x4')
 OUTSIDERS = ('pubeval', 'gnubg=0')
 JUDGE = 'judge'
-_RUN = re.compile(r'hidden_(\d+)_s(\d+)')
 
 
-class Row(NamedTuple):
-  """One line of td_gammon_strength.csv.
+class Points(NamedTuple):
+  """What a player wins or loses: a line of td_gammon_strength.csv.
 
   Attributes:
     hidden: units of the network; None for players without.
@@ -65,48 +65,23 @@ class Row(NamedTuple):
   plies: int | None = None
 
 
-def read(path: pathlib.Path) -> list[Row]:
-  """Rows that a study has written so far."""
-  kinds: dict[str, Any] = dict.fromkeys(Row._fields, float)
-  kinds |= dict.fromkeys(('player', 'opponent'), str)
-  kinds |= dict.fromkeys(
-    ('hidden', 'seed', 'games', 'evaluations', 'plies'), int
-  )
-
-  def cell(name: str, text: str) -> Any:
-    return kinds[name](text) if text else None
-
-  with tables.reading_cells(path):
-    return [
-      Row(**{n: cell(n, row[n]) for n in Row._fields})
-      for row in tables.read_rows(path)
-    ]
+# What makes a cell of the table.
+CELL = ('opponent', 'hidden', 'seed', 'player')
 
 
-def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes rows, atomically."""
-  tables.write_lines(path, [Row._fields, *rows], digits=5)
-
-
-def finished(folder: pathlib.Path) -> dict[tuple[int, int], str]:
+def finished(folder: pathlib.Path) -> dict[tuple[int, ...], str]:
   """Folders of finished runs by units and seed.
 
   Raises:
     UserError: there are none.
   """
-  matching = (_RUN.fullmatch(path.name) for path in folder.glob('*/'))
-  found = {
-    (int(m[1]), int(m[2])): str(folder / m[0])
-    for m in matching
-    # Written last: parameters are there before the end.
-    if m and (folder / m[0] / 'evaluation.csv').exists()
-  }
+  found = runner.finished(folder, r'hidden_(\d+)_s(\d+)')
   if not found:
     raise configs.UserError(
       f'folder={folder}: no finished runs hidden_*_s*; train them with '
       'python -m experiments.study backgammon'
     )
-  return dict(sorted(found.items()))
+  return found
 
 
 class Plan(NamedTuple):
@@ -128,8 +103,8 @@ class Plan(NamedTuple):
 
 
 def run(
-  workdirs: Mapping[tuple[int, int], str], plan: Plan, out: pathlib.Path
-) -> list[Row]:
+  workdirs: Mapping[tuple[int, ...], str], plan: Plan, out: pathlib.Path
+) -> list[Points]:
   """Plays what has not been played yet.
 
   Args:
@@ -141,36 +116,23 @@ def run(
     UserError: a run cannot be read, a name is unknown, gnubg-nn is not
       installed, or what has been played was played otherwise.
   """
-  from rich.progress import Progress
-
-  rows = read(out)
+  rows = tables.read_records(out, Points)
   _check(rows, plan)
-  done = {(row.hidden, row.seed, row.player, row.opponent) for row in rows}
-  missing = [
-    (opponent, key, name)
+  cells = [
+    (opponent, *key, name)
     for opponent in plan.opponents
     for key in workdirs
     for name in plan.players
-    if (*key, name, opponent) not in done
   ]
+  others = [(JUDGE, None, None, name) for name in OUTSIDERS]
+  cells = runner.missing(rows, CELL, cells)
   arenas = _Arenas(workdirs, plan)
-  for _, key, name in missing:  # before the first one takes minutes
-    arenas.find(key, name)
-  if any(opponent == JUDGE for opponent, _, _ in missing):
-    judged = arenas.listen()
-    for name in OUTSIDERS:
-      if (None, None, name, JUDGE) not in done:
-        row = outsider(arenas.find(None, name), judged)
-        rows.append(row._replace(plies=plan.plies))
-  with Progress() as bar:
-    task = bar.add_task('players', total=len(missing))
-    for opponent, key, name in missing:
-      where = f'{key[0]} units, seed {key[1]}'
-      bar.update(task, description=f'{opponent}: {where}, {name}')
-      play = arenas.judge if opponent == JUDGE else arenas.meet
-      rows.append(play(key, name, opponent))
-      write(out, rows)
-      bar.advance(task)
+  for _, *key, name in cells:  # Before the first one takes minutes.
+    arenas.find(tuple(key), name)
+  if any(opponent == JUDGE for opponent, *_ in cells):
+    arenas.listen()
+    cells = runner.missing(rows, CELL, others) + cells
+  runner.fill(out, rows, cells, arenas.play, digits=5)
   return rows
 
 
@@ -178,9 +140,6 @@ class _Arenas:
   """Plays rows, with what several of them need."""
 
   def __init__(self, workdirs, plan: Plan):
-    from experiments import build
-    from experiments.build import saved
-
     self._workdirs, self._plan = workdirs, plan
     first = next(iter(workdirs.values()))
     own = saved.load_experiment(first)
@@ -199,9 +158,7 @@ class _Arenas:
     self._others = {n: self.find(None, n) for n in plan.opponents if n != JUDGE}
 
   def find(self, key, name: str) -> Any:
-    """A player; of no run for those without."""
-    from experiments.build import saved
-
+    """A player, made of the run of a key, or of none where it is None."""
     if key is None:
       found = self._host(name)
       if found is None:
@@ -218,13 +175,22 @@ class _Arenas:
       self._made[key, name] = player._replace(decide=first)
     return self._made[key, name]
 
-  def listen(self) -> Sequence[Any]:
+  def listen(self) -> None:
     """Asks the judge about all turns, and remembers."""
     self._judged = equity.judged(self._plan.positions, self._plan.plies)
-    return self._judged
 
-  def judge(self, key, name: str, opponent: str) -> Row:
-    """What a player loses a turn."""
+  def play(
+    self, opponent: str, hidden: int | None, seed: int | None, name: str
+  ) -> Points:
+    """Plays a cell, whose parts are named by `CELL`."""
+    if hidden is None:
+      row = outsider(self.find(None, name), self._judged)
+      return row._replace(plies=self._plan.plies)
+    meet = self._lose if opponent == JUDGE else self._meet
+    return meet((hidden, seed), name, opponent)
+
+  def _lose(self, key, name: str, opponent: str) -> Points:
+    """The points that a player loses a turn."""
     del opponent
     player = self.find(key, name)
     if key not in self._first:
@@ -232,7 +198,7 @@ class _Arenas:
       self._first[key] = _losses(first, self._judged)
     losses = _losses(player, self._judged)
     found = equity.compare(name, losses, self._first[key])
-    return _judged_row(found)._replace(
+    return _points(found)._replace(
       hidden=key[0],
       seed=key[1],
       gain=found.less,
@@ -241,8 +207,8 @@ class _Arenas:
       plies=self._plan.plies,
     )
 
-  def meet(self, key, name: str, opponent: str) -> Row:
-    """Games with an opponent."""
+  def _meet(self, key, name: str, opponent: str) -> Points:
+    """The points of games against an opponent."""
     player, other = self.find(key, name), self._others[opponent]
     if self._starts is None:
       self._starts = match.openings(self._game, self._plan.games // 2, 0)
@@ -255,7 +221,7 @@ class _Arenas:
       self._game, player, other, starts, seed=key[1], progress=tick
     )
     result = match.summarise(player, other, games, speed)
-    return Row(
+    return Points(
       key[0],
       key[1],
       name,
@@ -269,37 +235,28 @@ class _Arenas:
     )
 
 
-def outsider(player: Any, judged: Sequence[Any]) -> Row:
-  """What a player without a network loses a turn.
+def outsider(player: Any, judged: Sequence[Any]) -> Points:
+  """The points that a player without a network loses a turn.
 
   Args:
     player: a `players.Player`.
     judged: from `equity.judged`.
   """
   losses = _losses(player, judged)
-  return _judged_row(equity.compare(player.name, losses, losses))
+  return _points(equity.compare(player.name, losses, losses))
 
 
 def _losses(player, judged) -> Any:
-  from experiments.playing import gnubg
-
   return gnubg.equity_loss(equity.planned(player), judged)
 
 
-def _judged_row(found: equity.Row) -> Row:
-  return Row(
-    None,
-    None,
-    found.player,
-    JUDGE,
-    found.positions,
-    found.loss,
-    found.loss_se,
-  )
+def _points(found: equity.Lost) -> Points:
+  loss = found.positions, found.loss, found.loss_se
+  return Points(None, None, found.player, JUDGE, *loss)
 
 
-def _check(rows: Sequence[Row], plan: Plan) -> None:
-  """Refuses what would only fail after the rows before it have been played."""
+def _check(rows: Sequence[Points], plan: Plan) -> None:
+  """Refuses at once what would fail only after the first rows are played."""
   for name in plan.players:
     planners.parse(name)
   if plan.games % 2:
@@ -343,74 +300,65 @@ class Mean(NamedTuple):
   seeds: int
 
 
-def means(rows: Sequence[Row]) -> list[Mean]:
-  """Over seeds."""
-  import numpy as np
-
-  keys = dict.fromkeys((r.hidden, r.player, r.opponent) for r in rows)
+def means(rows: Sequence[Points]) -> list[Mean]:
+  """Averages over seeds."""
+  groups: dict[tuple[int | None, str, str], list[Points]] = {}
+  for row in rows:
+    groups.setdefault((row.hidden, row.player, row.opponent), []).append(row)
   found = []
-  for key in keys:
-    some = [r for r in rows if (r.hidden, r.player, r.opponent) == key]
-    points = [r.points for r in some]
-    error = some[0].points_se
-    if len(some) > 1:
-      error = float(np.std(points, ddof=1) / np.sqrt(len(some)))
-    found.append(Mean(*key, float(np.mean(points)), error, len(some)))
+  for key, own in groups.items():
+    points = [row.points for row in own]
+    mean, error = statistics.mean_error(points, alone=own[0].points_se)
+    found.append(Mean(*key, mean, error, len(own)))
   return found
 
 
-def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
-  """A panel for each opponent, bars for players, colours for sizes.
+def draw(rows: Sequence[Points], out: pathlib.Path) -> None:
+  """Draws a panel for each opponent, bars for players, colours for sizes.
 
   Args:
     rows: of the study.
     out: a picture.
   """
-  # Not pyplot: its figures are global state.
-  from matplotlib.figure import Figure
-
   found = means(rows)
   opponents = list(dict.fromkeys(row.opponent for row in rows))
-  sizes = [h for h in dict.fromkeys(m.hidden for m in found) if h is not None]
-  figure = Figure((4.2 * len(opponents), 3.4), layout='constrained')
-  panels = figure.subplots(1, len(opponents), squeeze=False)[0]
-  for axes, opponent in zip(panels, opponents):
-    some = [m for m in found if m.opponent == opponent]
-    names = list(dict.fromkeys(m.player for m in some if m.hidden is not None))
-    for number, hidden in enumerate(sizes):
-      bars = [m for m in some if m.hidden == hidden]
-      width = 0.8 / len(sizes)
-      axes.bar(
-        [names.index(m.player) + (number + 0.5) * width - 0.4 for m in bars],
-        [m.points for m in bars],
-        width,
-        yerr=[m.points_se for m in bars],
-        capsize=2,
-        color=f'C{number}',
-        label=f'{hidden} units',
-      )
-    for number, mean in enumerate(m for m in some if m.hidden is None):
-      axes.axhline(
-        mean.points, color='#888888', lw=1, ls=('--', ':')[number % 2]
-      )
-      axes.text(
-        0.99,
-        mean.points,
-        mean.player,
-        fontsize=7,
-        ha='right',
-        va='bottom',
-        transform=axes.get_yaxis_transform(),
-      )
+  figure, panels = style.panels(len(opponents), 4.2, 3.4)
+  for axes, opponent in zip(panels[0], opponents):
+    _panel(axes, [mean for mean in found if mean.opponent == opponent])
     title = f'points a game against {opponent}'
-    axes.set_title(
-      'points lost a turn' if opponent == JUDGE else title, fontsize=9
+    style.label(axes, 'points lost a turn' if opponent == JUDGE else title)
+  style.legend(figure.axes[0], fontsize=7)
+  style.save(figure, out, dpi=140)
+
+
+def _panel(axes: Any, found: Sequence[Mean]) -> None:
+  """Draws bars of players with a network, and lines of those without."""
+  own = [mean for mean in found if mean.hidden is not None]
+  names = list(dict.fromkeys(mean.player for mean in own))
+  sizes = list(dict.fromkeys(mean.hidden for mean in own))
+  width = 0.8 / max(len(sizes), 1)
+  for number, hidden in enumerate(sizes):
+    bars = [mean for mean in own if mean.hidden == hidden]
+    axes.bar(
+      [names.index(m.player) + (number + 0.5) * width - 0.4 for m in bars],
+      [m.points for m in bars],
+      width,
+      yerr=[m.points_se for m in bars],
+      capsize=2,
+      label=f'{hidden} units',
     )
-    axes.set_xticks(range(len(names)), names, fontsize=7, rotation=15)
-    axes.axhline(0, color='black', lw=0.7)
-    axes.spines[['top', 'right']].set_visible(False)
-  figure.axes[0].legend(fontsize=7)
-  writing.write_figure(figure, out, dpi=140)
+  for number, mean in enumerate(m for m in found if m.hidden is None):
+    stroke = ('--', ':')[number % 2]
+    axes.axhline(mean.points, color=style.GREY, lw=1, ls=stroke)
+    axes.text(
+      *(0.99, mean.points, mean.player),
+      fontsize=7,
+      ha='right',
+      va='bottom',
+      transform=axes.get_yaxis_transform(),
+    )
+  axes.set_xticks(range(len(names)), names, fontsize=7, rotation=15)
+  axes.axhline(0, color='black', lw=0.7)
 
 
 def main() -> None:
@@ -465,10 +413,14 @@ def define_flags() -> None:
   """The flags of `python -m experiments.study backgammon_players`."""
   from absl import flags
 
-  flags.DEFINE_string('folder', 'runs/studies/backgammon', 'where its runs are')
-  flags.DEFINE_list('players', list(PLAYERS), 'who plays')
-  flags.DEFINE_list('opponents', [JUDGE, *OUTSIDERS], 'who scores them')
-  flags.DEFINE_integer('games', 100, 'with each opponent', 4, 1_000_000)
+  flags.DEFINE_string(
+    'folder', 'runs/studies/backgammon', 'the folder of the runs'
+  )
+  flags.DEFINE_list('players', list(PLAYERS), 'the players that are measured')
+  flags.DEFINE_list(
+    'opponents', [JUDGE, *OUTSIDERS], 'what the players are measured against'
+  )
+  flags.DEFINE_integer('games', 100, 'games with each opponent', 4, 1_000_000)
   flags.DEFINE_integer('positions', 300, 'judged turns', 2, 1_000_000)
-  flags.DEFINE_integer('plies', 1, 'that the judge looks ahead', 0, 7)
-  flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')
+  flags.DEFINE_integer('plies', 1, 'plies that the judge looks ahead', 0, 7)
+  runner.define_results()

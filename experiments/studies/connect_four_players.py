@@ -4,10 +4,10 @@ python -m experiments.study connect_four           # trains, resumes
 python -m experiments.study connect_four_players   # plays, resumes
 
 Every player of `PLAYERS` is made of every seed's network. In Connect Four it
-is scored by three: perfect play (the share of judged positions in which it
+has three opponents: perfect play (the share of judged positions in which it
 keeps the game's value, and games against the solver), a third party (the next
-seed's network under a search), and, as the score that misleads, its own
-network alone. A row is written as it comes.
+seed's network under a search), and, for the score that misleads, its own
+network alone. Each row is written as soon as it has been played.
 """
 
 import pathlib
@@ -15,7 +15,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.files import tables, writing
+import numpy as np
+
+from experiments import build
+from experiments.build import saved
+from experiments.files import tables
 from experiments.playing import (
   arena,
   connect_four_solver,
@@ -23,8 +27,9 @@ from experiments.playing import (
   planners,
   players,
 )
-from experiments.report import terminal
+from experiments.report import statistics, style, terminal
 from experiments.runtime import config as configs
+from experiments.studies import runner
 
 # Stages, rollouts and simulations, and both together.
 PLAYERS = (
@@ -43,10 +48,8 @@ PLAYERS = (
   'gumbel=256',
   'gumbel=32+rollout=8',
 )
-# Who every player meets: a search with another seed's network.
+# The third party is this search with another seed's network.
 THIRD = 'gumbel=32'
-
-
 TITLES = {
   'judge': 'value kept in judged positions',
   'third': f"score against another seed's {THIRD}",
@@ -55,8 +58,8 @@ TITLES = {
 }
 
 
-class Row(NamedTuple):
-  """One line of the study's CSV.
+class Strength(NamedTuple):
+  """How well a player does against an opponent: a line of the CSV.
 
   Attributes:
     seed: of training.
@@ -85,31 +88,8 @@ class Row(NamedTuple):
   opening_plies: int | None = None
 
 
-def read(path: pathlib.Path) -> list[Row]:
-  """Rows that a study has written so far."""
-  whole = lambda text: int(text) if text else None
-  with tables.reading_cells(path):
-    return [
-      Row(
-        int(row['seed']),
-        row['player'],
-        row['opponent'],
-        int(row['games']),
-        float(row['score']),
-        float(row['score_se']),
-        float(row['optimal']) if row['optimal'] else None,
-        whole(row['evaluations']),
-        float(row['ms_per_decision']),
-        whole(row['other']),
-        whole(row['opening_plies']),
-      )
-      for row in tables.read_rows(path)
-    ]
-
-
-def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes rows, atomically."""
-  tables.write_lines(path, [Row._fields, *rows], digits=5)
+# What makes a cell of the table.
+CELL = ('opponent', 'seed', 'player')
 
 
 def run(
@@ -120,13 +100,13 @@ def run(
   *,
   openings: int,
   opening_plies: int,
-) -> list[Row]:
+) -> list[Strength]:
   """Plays what has not been played yet.
 
   Args:
     workdirs: a finished run for each seed.
     names: of players.
-    opponents: of `Row.opponent`.
+    opponents: of `Strength.opponent`.
     out: the CSV.
     openings: each played from both sides.
     opening_plies: random moves before a game.
@@ -135,14 +115,8 @@ def run(
     UserError: a run cannot be read, a name is unknown, the solver is not
       installed, or what has been played was played otherwise.
   """
-  from rich.progress import Progress
-
-  from experiments import build
-  from experiments.build import saved
-
-  rows, seeds = read(out), list(workdirs)
+  rows, seeds = tables.read_records(out, Strength), list(workdirs)
   _check(rows, names, opponents, seeds, openings, opening_plies)
-  done = {(row.seed, row.player, row.opponent) for row in rows}
   own = saved.load_experiment(workdirs[seeds[0]])
   game = build.make_env(own, training=False, num_envs=1).spec.game
   if game.spec.name != 'ConnectFour' and {'judge', 'solver'} & {*opponents}:
@@ -153,45 +127,46 @@ def run(
   starts = match.openings(game, openings, opening_plies)
   solver = connect_four_solver.solver() if 'solver' in opponents else None
   judged = connect_four_solver.read() if 'judge' in opponents else None
-  missing = [
+  made: dict[tuple[int, str], players.Player] = {}
+
+  def find(seed: int, name: str) -> players.Player:
+    if (seed, name) not in made:
+      made[seed, name] = arena.make_player(name, workdirs[seed], own, game)
+    return made[seed, name]
+
+  def play(opponent: str, seed: int, name: str) -> Strength:
+    player = find(seed, name)
+    if opponent == 'judge':
+      return _judged(seed, player, game, judged)
+    if opponent == 'solver':
+      whose, other = None, solver
+    elif opponent == 'third':
+      whose = _after(seeds, seed)
+      other = find(whose, THIRD)
+    else:
+      whose, other = seed, find(seed, 'network')
+    row = _met(seed, player, opponent, other, game, starts)
+    return row._replace(other=whose, opening_plies=opening_plies)
+
+  cells = [
     (opponent, seed, name)
     for opponent in opponents
     for seed in seeds
     for name in names
-    if (seed, name, opponent) not in done
-    and not (opponent == 'network' and name == 'network')
+    if not opponent == name == 'network'
   ]
-  with Progress() as bar:
-    task = bar.add_task('players', total=len(missing))
-    made: dict[tuple[int, str], players.Player] = {}
-
-    def find(seed, name):
-      if (seed, name) not in made:
-        made[seed, name] = arena.make_player(name, workdirs[seed], own, game)
-      return made[seed, name]
-
-    for opponent, seed, name in missing:
-      player = find(seed, name)
-      bar.update(task, description=f'{opponent}: seed {seed}, {name}')
-      if opponent == 'judge':
-        assert judged is not None
-        row = _judge(seed, player, game, judged)
-      else:
-        after = seeds[(seeds.index(seed) + 1) % len(seeds)]
-        whose = {'solver': None, 'network': seed, 'third': after}[opponent]
-        other = solver
-        if whose is not None:
-          other = find(whose, THIRD if opponent == 'third' else 'network')
-        row = _meet(seed, player, opponent, other, game, starts)
-        row = row._replace(other=whose, opening_plies=opening_plies)
-      rows.append(row)
-      write(out, rows)
-      bar.advance(task)
+  left = runner.missing(rows, CELL, cells)
+  runner.fill(out, rows, left, play, digits=5)
   return rows
 
 
+def _after(seeds: Sequence[int], seed: int) -> int:
+  """The seed whose network is the third party."""
+  return seeds[(seeds.index(seed) + 1) % len(seeds)]
+
+
 def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
-  """Refuses what would only fail after the rows before it have been played."""
+  """Refuses at once what would fail only after the first rows are played."""
   for name in names:
     planners.parse(name)
   for opponent in opponents:
@@ -213,7 +188,7 @@ def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
           f'hold rows of {row.games // 2} and {row.opening_plies}; take those, '
           'or other results'
         )
-      after = seeds[(seeds.index(row.seed) + 1) % len(seeds)]
+      after = _after(seeds, row.seed)
       if row.opponent == 'third' and row.other != after:
         raise configs.UserError(
           f'opponents=third: seed {row.seed} has met seed {row.other}, and of '
@@ -221,15 +196,14 @@ def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
         )
 
 
-def _judge(seed, player, game, judged) -> Row:
+def _judged(seed, player, game, judged) -> Strength:
   import jax
-  import numpy as np
 
   positions = connect_four_solver.positions(judged.moves)
   timestep = match.time_step(game, positions)
   output = player.decide(player.params, jax.random.key(seed), timestep)
   verdict = connect_four_solver.judge(np.asarray(output.action), judged)
-  return Row(
+  return Strength(
     seed,
     player.name,
     'judge',
@@ -242,11 +216,11 @@ def _judge(seed, player, game, judged) -> Row:
   )
 
 
-def _meet(seed, player, opponent, other, game, starts) -> Row:
+def _met(seed, player, opponent, other, game, starts) -> Strength:
   games = match.play(game, player, other, starts, seed=seed)
   speed = match.measure(game, player, starts)
   result = match.summarise(player, other, games, speed)
-  return Row(
+  return Strength(
     seed,
     player.name,
     opponent,
@@ -269,80 +243,61 @@ def kind(name: str) -> str:
   return search
 
 
-def draw(rows: Sequence[Row], out: pathlib.Path) -> None:
-  """A panel for each opponent: score against network evaluations.
+def draw(rows: Sequence[Strength], out: pathlib.Path) -> None:
+  """Draws score against network evaluations, a panel for each opponent.
 
   Args:
     rows: of the study; a point is the mean over seeds, a bar its standard
       error over them.
     out: a picture.
   """
-  # Not pyplot: its figures are global state.
-  from matplotlib.figure import Figure
-
   opponents = [n for n in TITLES if any(r.opponent == n for r in rows)]
   lines = list(dict.fromkeys(kind(row.player) for row in rows))
-  figure = Figure((4.6 * len(opponents), 3.8), layout='constrained')
-  for axes, opponent in zip(
-    figure.subplots(1, len(opponents), squeeze=False)[0], opponents
-  ):
+  figure, panels = style.panels(len(opponents), 4.6, 3.8)
+  for axes, opponent in zip(panels[0], opponents):
     for number, line in enumerate(lines):
-      some = [r for r in rows if r.opponent == opponent]
       points = sorted(
         (p['evaluations'], p[opponent], p[f'{opponent}_se'], p['player'])
-        for p in table(some)
+        for p in table([r for r in rows if r.opponent == opponent])
         if kind(p['player']) == line and p['evaluations'] is not None
       )
-      if not points:
-        continue
-      x, y, error, names = zip(*points)
-      axes.errorbar(
-        x,
-        y,
-        error,
-        marker='o',
-        ms=4,
-        lw=1.2,
-        capsize=2,
-        label=line,
-        color=f'C{number}',
-      )
-      for at, height, name in zip(x, y, names):
-        short = name.replace('lookahead=', 'l=').replace('rollout=', 'm=')
-        axes.annotate(
-          short.replace('gumbel=', ''),
-          (at, height),
-          fontsize=6,
-          xytext=(3, 3),
-          textcoords='offset points',
-        )
-    axes.set(
-      xscale='log',
-      title=TITLES[opponent],
-      xlabel='network evaluations a decision',
+      if points:
+        x, y, error, names = zip(*points)
+        bars = {'marker': 'o', 'ms': 4, 'lw': 1.2, 'capsize': 2}
+        colour = style.colour(number)
+        axes.errorbar(x, y, error, label=line, color=colour, **bars)
+        _annotate(axes, x, y, names)
+    style.label(axes, TITLES[opponent], 'network evaluations a decision')
+    axes.set_xscale('log')
+  style.legend(figure.axes[0], fontsize=7)
+  style.save(figure, out)
+
+
+def _annotate(axes: Any, x, y, names) -> None:
+  for at, height, name in zip(x, y, names):
+    short = name.replace('lookahead=', 'l=').replace('rollout=', 'm=')
+    axes.annotate(
+      short.replace('gumbel=', ''),
+      (at, height),
+      fontsize=6,
+      xytext=(3, 3),
+      textcoords='offset points',
     )
-    axes.title.set_fontsize(9)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#dddddd', lw=0.7)
-  figure.axes[0].legend(fontsize=7)
-  writing.write_figure(figure, out)
 
 
-def draw_search(rows: Sequence[Row], out: pathlib.Path) -> None:
-  """The network alone beside the same network with tree search.
+def draw_search(rows: Sequence[Strength], out: pathlib.Path) -> None:
+  """Draws the network alone and the same network with tree search as bars.
 
   Args:
     rows: of the study, with `judge` and `third` among the opponents.
     out: a picture, with mean and standard error over seeds.
   """
-  from matplotlib.figure import Figure
-
-  panels = {
+  titles = {
     'judge': "moves that keep the game's value",
     'third': 'score against a third party',
   }
-  figure = Figure((8, 3.2), layout='constrained')
-  for axes, (opponent, title) in zip(figure.subplots(1, 2), panels.items()):
+  figure, panels = style.panels(2, 4, 3.2)
+  for axes, (opponent, title) in zip(panels[0], titles.items()):
     lines = table([r for r in rows if r.opponent == opponent])
     trees = [x for x in lines if kind(x['player']) == 'tree search']
     some = [x for x in lines if x['player'] == 'network'] + trees
@@ -351,31 +306,25 @@ def draw_search(rows: Sequence[Row], out: pathlib.Path) -> None:
       names,
       [x[opponent] for x in some],
       yerr=[x[f'{opponent}_se'] for x in some],
-      color=['#9aa5ad'] + len(trees) * ['#1b4f8f'],
+      color=[style.PALE] + len(trees) * [style.BLUE],
       capsize=3,
     )
     axes.bar_label(bars, fmt='%.2f', fontsize=9, padding=2)
-    axes.set(ylim=(0, 1), title=title, xlabel='simulations a move')
-    axes.spines[['top', 'right']].set_visible(False)
-  writing.write_figure(figure, out, dpi=130)
+    axes.set_ylim(0, 1)
+    style.label(axes, title, 'simulations a move')
+  style.save(figure, out, dpi=130)
 
 
-def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def table(rows: Sequence[Strength]) -> list[dict[str, Any]]:
   """Means over seeds, one dict a player, with `_se` over seeds."""
-  import numpy as np
-
   lines = []
   for name in dict.fromkeys(row.player for row in rows):
+    own = [row for row in rows if row.player == name]
     line: dict[str, Any] = {'player': name}
-    for opponent in dict.fromkeys(row.opponent for row in rows):
-      some = [
-        r.score for r in rows if (r.player, r.opponent) == (name, opponent)
-      ]
-      if some:
-        line[opponent] = float(np.mean(some))
-        spread = np.std(some, ddof=1) if len(some) > 1 else 0.0
-        line[f'{opponent}_se'] = float(spread / np.sqrt(len(some)))
-    line['evaluations'] = next(r.evaluations for r in rows if r.player == name)
+    for opponent in dict.fromkeys(row.opponent for row in own):
+      some = [row.score for row in own if row.opponent == opponent]
+      line[opponent], line[f'{opponent}_se'] = statistics.mean_error(some)
+    line['evaluations'] = own[0].evaluations
     lines.append(line)
   return lines
 
@@ -393,12 +342,9 @@ def main() -> None:
   out = results / f'{values.name}_strength.csv'
   with configs.user_errors():
     configs.check_place('results', results, folder=True)
-    pattern = re.compile(rf'{re.escape(values.name)}_s(\d+)')
-    matching = [pattern.fullmatch(p.name) for p in folder.glob('*/')]
+    names = rf'{re.escape(values.name)}_s(\d+)'
     found = {
-      int(m[1]): str(folder / m[0])
-      for m in sorted(filter(None, matching), key=lambda m: int(m[1]))
-      if (folder / m[0] / 'evaluation.csv').exists()
+      seed: path for (seed,), path in runner.finished(folder, names).items()
     }
     if not found:
       raise configs.UserError(
@@ -442,18 +388,20 @@ def define_flags() -> None:
   """The flags of `python -m experiments.study connect_four_players`."""
   from absl import flags
 
-  flags.DEFINE_string('name', 'connect_four', 'the study that trained')
+  flags.DEFINE_string('name', 'connect_four', 'the study that trained the runs')
   flags.DEFINE_string(
-    'folder', 'runs/studies/connect_four', 'where its runs are'
+    'folder', 'runs/studies/connect_four', 'the folder of its runs'
   )
-  flags.DEFINE_list('players', list(PLAYERS), 'who plays')
+  flags.DEFINE_list('players', list(PLAYERS), 'the players that are measured')
   flags.DEFINE_list(
-    'opponents', ['judge', 'third', 'solver', 'network'], 'who scores them'
+    'opponents',
+    ['judge', 'third', 'solver', 'network'],
+    'what the players are measured against',
   )
   flags.DEFINE_integer(
-    'openings', 64, 'each played from both sides', 1, 1_000_000
+    'openings', 64, 'openings, each played from both sides', 1, 1_000_000
   )
   flags.DEFINE_integer(
     'opening_plies', 4, 'random moves before a game', 0, 10_000
   )
-  flags.DEFINE_string('results', 'experiments/results', 'where the CSV goes')
+  runner.define_results()

@@ -4,7 +4,6 @@ python -m experiments.study connect_four_positions --positions=300
 """
 
 import pathlib
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +18,7 @@ def make_positions(number: int, seed: int = 0) -> connect_four_solver.Judged:
 
   Args:
     number: P, at least 1.
-    seed: of the moves that lead there, of 8 to 26 stones, as many of each
-      length as chance will have it.
+    seed: of the moves that lead there, 8 to 26 of them.
 
   Raises:
     UserError: the solver is not installed.
@@ -48,23 +46,13 @@ def make_positions(number: int, seed: int = 0) -> connect_four_solver.Judged:
   return connect_four_solver.Judged(tuple(found), np.sign(score), score)
 
 
-def write(judged: connect_four_solver.Judged, path: pathlib.Path) -> None:
-  """Writes judged positions, atomically."""
-  lines: list[list[Any]] = [
-    ['moves', *(f'score_{c}' for c in range(connect_four_solver.COLUMNS))]
-  ]
-  for moves, scores in zip(judged.moves, judged.score):
-    lines.append([moves, *('' if np.isnan(s) else int(s) for s in scores)])
-  tables.write_lines(path, lines)
-
-
 def define_flags() -> None:
   """The flags of `python -m experiments.study connect_four_positions`."""
   from absl import flags
 
-  flags.DEFINE_integer('positions', 300, 'how many', 1, 1_000_000)
+  flags.DEFINE_integer('positions', 300, 'number of positions', 1, 1_000_000)
   flags.DEFINE_integer(
-    'seed', 0, 'of the moves that lead there', 0, configs.MAX_SEED
+    'seed', 0, 'seed of the moves that lead to them', 0, configs.MAX_SEED
   )
   flags.DEFINE_string('out', str(connect_four_solver.POSITIONS), 'the CSV')
 
@@ -85,5 +73,10 @@ def main() -> None:
   )
   with configs.user_errors():
     judged = make_positions(values.positions, values.seed)
-  write(judged, pathlib.Path(values.out))
+  columns = [f'score_{c}' for c in range(connect_four_solver.COLUMNS)]
+  lines = [
+    [moves, *(None if np.isnan(x) else int(x) for x in scores)]
+    for moves, scores in zip(judged.moves, judged.score)
+  ]
+  tables.write_lines(pathlib.Path(values.out), [['moves', *columns], *lines])
   terminal.end(values.out, 'python -m experiments.study connect_four_players')

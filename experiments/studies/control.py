@@ -1,21 +1,21 @@
-"""What planning adds to agents that were trained off-line, as table and figure.
+"""What planning adds to agents trained offline, as a table and a figure.
 
 python -m experiments.study control --data=data/pendulum
 
 For each quality of data and each seed it trains, by `experiments.train` in
 folders of its own, the agents and an ensemble of dynamics, all on the same
-rows. Then every planner plays the same
-episodes in the simulator, over the exact and over the learned model. What has
-been trained or played is not done again.
+rows. Then every planner plays the same episodes in the simulator, over the
+exact and over the learned model. What has been trained or played is not done
+again.
 """
 
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.build import evaluation
+import numpy as np
+
+from experiments.build import dataset, evaluation
 from experiments.files import tables, writing
 from experiments.files.errors import UserError, shown
 from experiments.playing import (
@@ -24,11 +24,13 @@ from experiments.playing import (
   actor_critic_runs,
   planners,
 )
-from experiments.report import terminal
-from experiments.runtime import children, signals
+from experiments.report import statistics, style, terminal
 from experiments.runtime import config as configs
+from experiments.runtime import signals
+from experiments.runtime.devices import use_compilation_cache
+from experiments.studies import runner
 
-# Needed by no model.
+# These need no model.
 BARE = ('actor', 'critic', 'critic+box')
 DEPTHS, STEPS = (1, 2), (0, 4, 16)
 PLANNERS = (
@@ -51,24 +53,52 @@ _RUN = (
 )
 
 
-class Cell(NamedTuple):
-  """One agent of one seed on one data set.
+class Played(NamedTuple):
+  """A planner on one trained agent: a line of the CSV.
 
   Attributes:
     quality: of the data.
     agent: its name.
     seed: of its training.
+    planner: its name, one of `BARE` or `PLANNERS`.
+    dynamics: `none`, `exact` or `learned`.
+    candidates: K of the first stage.
+    episodes: whole ones played.
+    return_mean: mean return.
+    return_se: standard error over episodes.
+    gain: of the return over the actor's own, from the same starts.
+    gain_se: standard error of the paired differences.
+    model_steps: steps of the dynamics a decision.
+    depth: stages; -1 for the actor.
+    rollout: steps of rollout.
+    score: normalised return; None where the data set has no references.
   """
 
   quality: str
   agent: str
   seed: int
+  planner: str
+  dynamics: str
+  candidates: int | None
+  episodes: int
+  return_mean: float
+  return_se: float
+  gain: float
+  gain_se: float
+  model_steps: int
+  depth: int
+  rollout: int
+  score: float | None
+
+
+# What makes a cell of the table.
+CELL = ('quality', 'agent', 'seed', 'dynamics', 'planner')
 
 
 def train(
   name: str, quality: str, seed: int, data: pathlib.Path, folder: pathlib.Path
 ) -> pathlib.Path:
-  """Trains one run, unless it has been, and says where it lies.
+  """Trains one run unless it has been trained, and returns its folder.
 
   Args:
     name: of the agent; `dynamics` for an ensemble alone.
@@ -79,36 +109,33 @@ def train(
 
   Raises:
     UserError: it did not finish.
-    KeyboardInterrupt: a signal has stopped it; it has saved.
+    KeyboardInterrupt: a signal has stopped it; its state is saved.
   """
   workdir = folder / f'{name}_{quality}_s{seed}'
   mark = workdir.with_suffix('.done')
   if mark.exists():
     return workdir
-  folder.mkdir(parents=True, exist_ok=True)
-  command = [
-    *(sys.executable, '-m', 'experiments.train', f'--preset={name}_small'),
+  arguments = (
+    f'--preset={name}_small',
     *_RUN,
     f'--dataset={data / quality}',
     f'--seed={seed}',
-    f'--workdir={workdir}',
-  ]
-  log = workdir.with_suffix('.log')
-  with writing.open_append(log) as output, signals.graceful_exit() as stopping:
-    code, _ = children.run(
-      command, stopping, stdout=output, stderr=subprocess.STDOUT
-    )
+  )
+  with signals.graceful_exit() as stopping:
+    code = runner.run_command('train', arguments, workdir, stopping).code
     if stopping():
       raise KeyboardInterrupt
   if code:
-    what = signals.explain(code)
-    raise UserError(f'{shown(workdir)}: training failed: {what}, see {log}')
+    raise UserError(
+      f'{shown(workdir)}: training failed: {signals.explain(code)}, see '
+      f'{runner.log_of(workdir)}'
+    )
   writing.write_text(mark, '')
   return workdir
 
 
 class _Players:
-  """Plays cells; whoever can share a compiled program does."""
+  """Plays cells; those that differ in parameters alone share a program."""
 
   def __init__(self, values: Any):
     self._values = values
@@ -117,7 +144,7 @@ class _Players:
     self._budget = actor_critic_play.Budget(
       values.candidates, values.later_candidates
     )
-    self._runs, self._programs, self._actors = {}, {}, {}
+    self._runs, self._programs, self._actors, self._about = {}, {}, {}, {}
     self._env = self._exact = None
 
   def _run(self, name: str, quality: str, seed: int) -> Any:
@@ -151,18 +178,20 @@ class _Players:
   def _first(self, agent: str) -> Any:
     return next(run for key, run in self._runs.items() if key[0] == agent)
 
-  def played(self, cell: Cell, kind: str, planner: str) -> Any:
-    """What has been played, from `evaluation.run`."""
-    run = self._run(cell.agent, cell.quality, cell.seed)
+  def _played(
+    self, quality: str, agent: str, seed: int, kind: str, planner: str
+  ) -> Any:
+    """Plays the episodes of a cell, as `evaluation.run` does."""
+    run = self._run(agent, quality, seed)
     env = self._simulator(run)
     dynamics, own = self._exact, None
     if kind == 'learned':
-      found = self._run('dynamics', cell.quality, cell.seed)
+      found = self._run('dynamics', quality, seed)
       dynamics, own = found.dynamics, found.params
-    play = self._program(cell.agent, kind, planner, dynamics)
+    play = self._program(agent, kind, planner, dynamics)
     params = actor_critic_model.Params(run.params, own)
-    # Every seed of training has other episodes, the same for all who play.
-    return evaluation.run(env, play, params, self._values.episodes, cell.seed)
+    # Each training seed has its own episodes, the same for all its planners.
+    return evaluation.run(env, play, params, self._values.episodes, seed)
 
   def _simulator(self, run: Any) -> Any:
     if self._env is None:
@@ -170,14 +199,22 @@ class _Players:
       self._exact = actor_critic_model.exact(self._env)
     return self._env
 
-  def row(self, cell: Cell, kind: str, planner: str) -> dict[str, Any]:
-    """A line of the table."""
-    from experiments.build import dataset
+  def _score(self, quality: str, mean: float) -> float | None:
+    if quality not in self._about:
+      self._about[quality] = dataset.opened(str(self._data / quality)).about
+    score = dataset.score(self._about[quality], mean)
+    return None if score is None else float(score)
 
-    if cell not in self._actors:
-      self._actors[cell] = self.played(cell, 'none', 'actor')
-    actor = self._actors[cell]
-    found = actor if planner == 'actor' else self.played(cell, kind, planner)
+  def row(
+    self, quality: str, agent: str, seed: int, kind: str, planner: str
+  ) -> Played:
+    """Plays a cell, whose parts are named by `CELL`."""
+    which = quality, agent, seed
+    if which not in self._actors:
+      self._actors[which] = self._played(*which, 'none', 'actor')
+    actor = found = self._actors[which]
+    if planner != 'actor':
+      found = self._played(*which, kind, planner)
     strategy = planners.parse(planner)
     row = actor_critic_play.compare(
       evaluation.summarise('final', planner, None, found),
@@ -187,56 +224,36 @@ class _Players:
       found.returns,
       actor.returns,
     )
-    about = dataset.opened(str(self._data / cell.quality)).about
-    score = dataset.score(about, row.return_mean)
-    return {
-      **cell._asdict(),
-      **{name: getattr(row, name) for name in _KEPT},
-      'depth': strategy.depth,
-      'rollout': strategy.steps or 0,
-      'score': '' if score is None else float(score),
-    }
+    own = {n: getattr(row, n) for n in Played._fields if hasattr(row, n)}
+    return Played(
+      *which,
+      **own,
+      depth=strategy.depth,
+      rollout=strategy.steps or 0,
+      score=self._score(quality, row.return_mean),
+    )
 
 
-# Of a row, in the order of the CSV.
-_KEPT = (
-  'planner',
-  'dynamics',
-  'candidates',
-  'episodes',
-  'return_mean',
-  'return_se',
-  'gain',
-  'gain_se',
-  'model_steps',
-)
-_KEY = ('quality', 'agent', 'seed', 'dynamics', 'planner')
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-  return tuple(str(row[name]) for name in _KEY)
-
-
-def work(values: Any) -> Iterator[tuple[Cell, str, str]]:
-  """What is to be played: cell, dynamics and planner, the cheap ones first."""
+def work(values: Any) -> Iterator[tuple[str, str, int, str, str]]:
+  """The cells, by the parts that `CELL` names, the cheap ones first."""
   for seed in range(values.seeds):
     for quality in values.qualities:
       for agent in values.agents:
         for planner in BARE:
-          yield Cell(quality, agent, seed), 'none', planner
+          yield quality, agent, seed, 'none', planner
   for planner in PLANNERS:
     for agent in values.agents:
       for kind in ('exact', 'learned'):
         for seed in range(values.seeds):
           for quality in values.qualities:
-            yield Cell(quality, agent, seed), kind, planner
+            yield quality, agent, seed, kind, planner
 
 
 def check(values: Any) -> None:
-  """Refuses flags under which nothing could be trained.
+  """Refuses data sets that do not exist and agents that have no critic.
 
   Raises:
-    UserError: a data set is not there, or an agent has no critic.
+    UserError: there is such a one.
   """
   for field in ('folder', 'results'):
     configs.check_place(field, getattr(values, field), folder=True)
@@ -244,7 +261,7 @@ def check(values: Any) -> None:
   for quality in values.qualities:
     if not (data / quality).is_dir():
       raise UserError(
-        f'data={data}: has no {quality}; make it with python -m '
+        f'data={data}: has no {quality}; collect it with python -m '
         f'experiments.collect --out={data}'
       )
   for agent in values.agents:
@@ -262,66 +279,42 @@ def launch(values: Any) -> None:
   """
   data, results = pathlib.Path(values.data), pathlib.Path(values.results)
   path = results / f'control_{data.name}.csv'
-  rows = read(path)
-  done = {_key(row) for row in rows}
-  players = _Players(values)
+  rows = tables.read_records(path, Played)
   tasks = list(work(values))
-  terminal.begin(f'{len(tasks)} planners of trained runs on {data}')
-  for number, (cell, kind, planner) in enumerate(tasks, start=1):
-    task = cell._asdict() | {'dynamics': kind, 'planner': planner}
-    if _key(task) in done:
-      continue
-    row = players.row(cell, kind, planner)
-    rows.append(row)
-    tables.write_rows(path, rows)
-    where = f'{cell.quality} {cell.agent} s{cell.seed} {kind}'
-    terminal.say(
-      f'{number} of {len(tasks)}: {where} {planner}: '
-      f'{row["return_mean"]:.1f} ± {row["return_se"]:.1f}'
-    )
-  # All as text, those of earlier runs and of this one.
-  summary = summarised(read(path))
+  left = runner.missing(rows, CELL, tasks)
+  terminal.begin(f'{len(left)} of {len(tasks)} planners on {data}')
+  runner.fill(path, rows, left, _Players(values).row, digits=9)
+  # Rounded as they are written, whether an earlier run has played them or not.
+  summary = summarised(tables.read_records(path, Played))
   tables.write_rows(path.with_name(f'{path.stem}_summary.csv'), summary)
   draw(summary, path.with_suffix('.png'))
   terminal.end(f'{path}, {path.stem}_summary.csv and {path.stem}.png')
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Rows of a CSV that `launch` wrote; none where there is no file."""
-  return tables.read_rows(path)
-
-
-def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarised(rows: Sequence[Played]) -> list[dict[str, Any]]:
   """Means over training seeds with Student's 95% intervals.
 
   Of returns, and of what they gain over the actor's own; a row for each
   quality, agent, dynamics and planner. One seed alone has no interval.
   """
-  import numpy as np
-
-  from experiments.report import statistics
-
-  groups: dict[tuple, list] = {}
+  groups: dict[tuple, list[Played]] = {}
   names = ('quality', 'agent', 'dynamics', 'planner', 'model_steps')
   for row in rows:
-    groups.setdefault(tuple(row[n] for n in names), []).append(row)
+    groups.setdefault(tuple(getattr(row, n) for n in names), []).append(row)
   found = []
   for key, own in groups.items():
     summary = dict(zip(names, key)) | {'seeds': len(own)}
     for name, column in (('return', 'return_mean'), ('gain', 'gain')):
-      values = [float(row[column]) for row in own]
-      low, high = ('', '')
-      if len(own) > 1:
-        low, high = map(float, statistics.mean_interval(values))
-      mean = float(np.mean(values))
-      ends = {f'{name}_mean': mean, f'{name}_low': low, f'{name}_high': high}
-      summary |= ends
+      values = [getattr(row, column) for row in own]
+      ends = statistics.mean_interval(values) if len(own) > 1 else ('', '')
+      summary[f'{name}_mean'] = float(np.mean(values))
+      summary[f'{name}_low'], summary[f'{name}_high'] = ends
     found.append(summary)
   return found
 
 
 def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """Return against the length of rollouts, a row of panels an agent.
+  """Draws return against the length of rollouts, a row of panels an agent.
 
   Columns are quality and dynamics; points are means over training seeds with
   their intervals.
@@ -330,8 +323,6 @@ def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     summary: from `summarised`.
     path: of the figure.
   """
-  from experiments.report import style
-
   agents = list(dict.fromkeys(row['agent'] for row in summary))
   columns = [
     (quality, kind)
@@ -340,9 +331,8 @@ def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   ]
   if not summary:
     return
-  figure = style.figure(2.9 * len(columns), 2.5 * len(agents))
-  panels = figure.subplots(
-    len(agents), len(columns), squeeze=False, sharey='row'
+  figure, panels = style.panels(
+    len(columns), 2.9, 2.5, len(agents), sharey='row'
   )
   for agent, line in zip(agents, panels):
     for (quality, kind), axes in zip(columns, line):
@@ -372,12 +362,10 @@ def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
 def _panel(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
   """One agent on one data set over one model, by planner."""
-  import numpy as np
-
-  for planner, style in (('actor', '-'), ('critic', ':')):
+  for planner, stroke in (('actor', '-'), ('critic', ':')):
     if planner in rows:
       mean = rows[planner]['return_mean']
-      axes.axhline(mean, color='black', lw=1, ls=style, label=planner)
+      axes.axhline(mean, color='black', lw=1, ls=stroke, label=planner)
   lines = [(f'lookahead {depth}', depth, '') for depth in DEPTHS]
   lines += [
     ('lookahead 1, no critic', 1, '+no_critic'),
@@ -404,8 +392,8 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string('data', 'data/pendulum', 'the folder of its data sets')
-  flags.DEFINE_string('folder', 'runs/control', 'where the runs are kept')
-  flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
+  flags.DEFINE_string('folder', 'runs/control', 'the folder for the runs')
+  runner.define_results()
   flags.DEFINE_list(
     'qualities', ['random', 'medium'], 'the data sets to learn from'
   )
@@ -428,8 +416,6 @@ def define_flags() -> None:
 def main() -> None:
   """Runs the study as the flags say."""
   from absl import flags
-
-  from experiments.runtime.devices import use_compilation_cache
 
   values = flags.FLAGS
   with configs.user_errors():

@@ -5,23 +5,25 @@ python -m experiments.study equity --workdir=runs/td \
 
 The table is that of Tesauro and Galperin 1996 (Table 3): turns with contact
 and a choice, what the best choice is worth and what the player's is. gnubg
-looks `--plies` ahead of each choice. Pubeval and a random player stand beside.
+looks `--plies` beyond each choice. Pubeval and a random player are judged, too.
 """
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from experiments import build
+from experiments.build import saved
 from experiments.files import tables
-from experiments.report import terminal
+from experiments.playing import arena, gnubg
+from experiments.report import statistics, terminal
 from experiments.runtime import config as configs
 
 # Turns decided on together.
 _BATCH = 8
 
 
-class Row(NamedTuple):
-  """One line of equity.csv.
+class Lost(NamedTuple):
+  """What a player loses a turn: a line of equity.csv.
 
   Attributes:
     player: its name.
@@ -52,8 +54,6 @@ def judged(positions: int, plies: int) -> list[Any]:
   """
   from rich.progress import track
 
-  from experiments.playing import gnubg
-
   boards, dice = gnubg.contact_positions(positions, seed=1)
   found = []
   for i in track(range(positions), description='gnubg judges'):
@@ -61,60 +61,25 @@ def judged(positions: int, plies: int) -> list[Any]:
   return found
 
 
-def compare(name: str, losses: Any, first: Any) -> Row:
-  """The line of a player.
+def compare(name: str, losses: Any, first: Any) -> Lost:
+  """Compares a player's losses with another's in the same turns.
 
   Args:
-    name: its name.
+    name: of the player.
     losses: its `gnubg.Loss`.
-    first: that of whom it is compared with, in the same turns.
+    first: the other's.
   """
-  import numpy as np
-
   less = first.each - losses.each
-  number = len(less)
-  return Row(
-    name,
-    number,
-    losses.mean,
-    losses.standard_error,
-    float(less.mean()),
-    float(np.std(less, ddof=1) / np.sqrt(number)),
-  )
+  loss = losses.mean, losses.standard_error
+  return Lost(name, len(less), *loss, *statistics.mean_error(less))
 
 
 def planned(player: Any) -> Any:
   """A `players.Player` as a `gnubg.Player`, a few turns at a time."""
-  from experiments.playing import gnubg
-
   return gnubg.planned(
     lambda key, timestep: player.decide(player.params, key, timestep).action,
     _BATCH,
   )
-
-
-def measure(players: dict[str, Any], positions: int, plies: int) -> list[Row]:
-  """Judges every player on the same turns.
-
-  Args:
-    players: name to `gnubg.Player`.
-    positions: how many turns, at least 2.
-    plies: of the judge.
-
-  Raises:
-    UserError: gnubg-nn is not installed.
-  """
-  from experiments.playing import gnubg
-
-  turns = judged(positions, plies)
-  losses = {n: gnubg.equity_loss(p, turns) for n, p in players.items()}
-  first = next(iter(losses.values()))
-  return [compare(name, each, first) for name, each in losses.items()]
-
-
-def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes equity.csv, atomically."""
-  tables.write_lines(path, [Row._fields, *rows], digits=5)
 
 
 def main() -> None:
@@ -134,7 +99,10 @@ def main() -> None:
       f'gnubg, {values.plies} plies deep, judges {values.positions} turns of '
       f'{", ".join(players)}'
     )
-    rows = measure(players, values.positions, values.plies)
+    turns = judged(values.positions, values.plies)
+    losses = {n: gnubg.equity_loss(p, turns) for n, p in players.items()}
+  first = next(iter(losses.values()))
+  rows = [compare(name, each, first) for name, each in losses.items()]
   terminal.print_table(
     ('player', 'points lost a turn', 'less than the first'),
     [
@@ -147,18 +115,14 @@ def main() -> None:
     ],
   )
   out = pathlib.Path(values.out or f'{values.workdir}/equity.csv')
-  write(out, rows)
+  tables.write_records(out, rows, digits=5)
   terminal.end(
     str(out), f'python -m experiments.play --workdir={values.workdir} --human'
   )
 
 
 def _players(values) -> dict[str, Any]:
-  """Those of the flags, pubeval and a random one."""
-  from experiments import build
-  from experiments.build import saved
-  from experiments.playing import arena, gnubg
-
+  """The players that the flags name, pubeval and a random one."""
   experiment = saved.load_experiment(values.workdir)
   game = build.make_env(experiment, training=False, num_envs=1).spec.game
   if game is None or game.spec.name != 'backgammon':
@@ -179,7 +143,9 @@ def define_flags() -> None:
   from absl import flags
 
   flags.DEFINE_string('workdir', None, 'the folder of a run', required=True)
-  flags.DEFINE_list('players', ['lookahead=1', 'lookahead=2'], 'who is judged')
-  flags.DEFINE_integer('positions', 200, 'turns', 2, 1_000_000)
-  flags.DEFINE_integer('plies', 1, 'that gnubg looks ahead', 0, 7)
+  flags.DEFINE_list(
+    'players', ['lookahead=1', 'lookahead=2'], 'the players that are judged'
+  )
+  flags.DEFINE_integer('positions', 200, 'judged turns', 2, 1_000_000)
+  flags.DEFINE_integer('plies', 1, 'plies that gnubg looks ahead', 0, 7)
   flags.DEFINE_string('out', None, 'the CSV; WORKDIR/equity.csv if left out')

@@ -1,4 +1,4 @@
-"""The numbers behind the rows and figures of `experiments.studies.newton`.
+"""The numbers of the rows and figures of `experiments.studies.newton`.
 
 In float64: inside `jax.enable_x64(True)`.
 """
@@ -6,7 +6,11 @@ In float64: inside `jax.enable_x64(True)`.
 import functools
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from search.exact import bellman, examples, riccati
 
 # a, b, q, r of the book's two scalar systems.
 MILD, STEEP = (1.0, 2.0, 1.0, 0.5), (2.0, 2.0, 1.0, 5.0)
@@ -18,13 +22,11 @@ STARTS = {'I': 0.5, 'II': 2.0, 'III': 6.0, 'IV': 20.0}
 
 def system(which: tuple[float, float, Any, Any]) -> Any:
   """A `search.exact.riccati.System` of a, b, q and r."""
-  from search.exact import riccati
-
   return riccati.System(*which)
 
 
 def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """What policies cost and what look-ahead on them costs, beside K*.
+  """What policies cost and what look-ahead on them costs, relative to K*.
 
   Args:
     policies: L of `MILD`, float64 `[n]`.
@@ -32,8 +34,6 @@ def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     `K_L - K*` and `K_L~ - K*`, float64 `[n]` each.
   """
-  from search.exact import riccati
-
   of = system(MILD)
   cost = np.asarray(riccati.policy_cost(of, policies))
   ahead = riccati.policy_cost(of, riccati.gain(of, cost))
@@ -43,8 +43,6 @@ def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def rollout_errors(start: float, depth: int = 1) -> np.ndarray:
   """`K_L~ - K*` in `STEEP` after rollouts of `STEPS` steps from K~, `[m]`."""
-  from search.exact import riccati
-
   of = system(STEEP)
   cost = lambda m: riccati.lookahead_cost(of, np.asarray(start), depth, BASE, m)
   return np.array([cost(m) for m in STEPS]) - float(riccati.optimal(of))
@@ -60,8 +58,6 @@ def replanned(b: Any, r: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Optimal, of the old policy, and of one step of Newton's method from it,
     each of the shape of `b` and `r`.
   """
-  from search.exact import riccati
-
   of, nominal = system((MILD[0], b, MILD[2], r)), system(MILD)
   old = riccati.gain(nominal, riccati.optimal(nominal))
   cost = riccati.policy_cost(of, old)
@@ -79,8 +75,6 @@ def sensitivity(start: np.ndarray, width: float) -> np.ndarray:
   Returns:
     `[n]`, by quadrature; inf where some K2 is unstable.
   """
-  from search.exact import riccati
-
   of = system(MILD)
   first = start[:, None] + float(riccati.optimal(of))
   # Midpoints of equal parts.
@@ -90,7 +84,7 @@ def sensitivity(start: np.ndarray, width: float) -> np.ndarray:
 
 
 def approximate(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Approximate policy iteration in `STEEP`: what an error leaves for ever.
+  """Approximate policy iteration in `STEEP`: errors that never go away.
 
   Args:
     delta: `[n]`, the error of each evaluation; all are low, the worse sign.
@@ -99,8 +93,6 @@ def approximate(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Limits of `K_mu - K*`, what the policies lose, and of `|K - K*|`, how far
     their evaluations are, `[n]` each.
   """
-  from search.exact import riccati
-
   of = system(STEEP)
   best = float(riccati.optimal(of))
   cost = value = best + 0 * delta
@@ -112,8 +104,6 @@ def approximate(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def newton_errors(which: tuple, start: float, number: int) -> np.ndarray:
   """`|K_k - K*|` of a scalar system's policy iteration, `[number + 1]`."""
-  from search.exact import riccati
-
   of = system(which)
   costs = [np.asarray(start)]
   for _ in range(number):
@@ -144,10 +134,6 @@ def stability(seed: int, number: int) -> Stability:
     seed: of the draws.
     number: how many.
   """
-  import jax
-
-  from search.exact import riccati
-
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal((number, *shape))
 
@@ -174,7 +160,7 @@ class Certainty(NamedTuple):
 
   Attributes:
     exact: float64 `[l]`, every step plans with chance.
-    after_first: float64 `[l]`, the first one does, those behind it are
+    after_first: float64 `[l]`, the first one does, the later ones are
       certain.
     throughout: float64 `[l]`, none does.
   """
@@ -187,11 +173,6 @@ class Certainty(NamedTuple):
 @functools.cache
 def certainty_equivalence(depth: int) -> Certainty:
   """Look-ahead in `examples.inventory` up to `depth` steps, J~ = 0."""
-  import jax
-  import jax.numpy as jnp
-
-  from search.exact import bellman, examples
-
   true, certain = examples.inventory()
   best = bellman.optimal(true)[1]
 
@@ -224,11 +205,6 @@ class InTurn(NamedTuple):
 
 def in_turn(seed: int) -> InTurn:
   """Both kinds of rollout in `search.exact.examples.agents`."""
-  import jax
-  import jax.numpy as jnp
-
-  from search.exact import bellman, examples
-
   problem = examples.agents(seed)
 
   @jax.jit
@@ -251,10 +227,6 @@ def in_turn(seed: int) -> InTurn:
 
 def games(seed: int, number: int, steps: int) -> np.ndarray:
   """Newton's iterates in random Markov games, `[number, steps + 1]`."""
-  import jax
-  import jax.numpy as jnp
-
-  from search.exact import examples
 
   def iterates(game):
     operator = functools.partial(examples.markov_bellman, game)
@@ -267,11 +239,6 @@ def games(seed: int, number: int, steps: int) -> np.ndarray:
 @functools.cache
 def cycle(steps: int) -> tuple[np.ndarray, float]:
   """Newton's iterates in the game that cycles, `[steps + 1]`, and its J*."""
-  import jax
-  import jax.numpy as jnp
-
-  from search.exact import examples
-
   operator = functools.partial(examples.markov_bellman, examples.cycling_game())
   zero = jnp.zeros(())
   iterates = examples.newton_iterates(operator, zero, steps)
@@ -290,9 +257,6 @@ def identities(seed: int, number: int) -> tuple[float, float]:
   Returns:
     Largest differences: absolute in processes, relative in systems.
   """
-  import jax
-
-  from search.exact import bellman, riccati
 
   def tabular(mdp, value):
     played = bellman.policy_value(mdp, bellman.greedy(mdp, value))

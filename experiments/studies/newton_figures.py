@@ -2,15 +2,15 @@
 
 import functools
 import pathlib
-from typing import Any
 
+import jax
 import numpy as np
 
-from experiments.files import writing
+from experiments.report import style
 from experiments.studies import newton_cases as cases
+from search.exact import examples, riccati
 
-_COLOURS = ('#1b4f8f', '#e08a1e', '#3a8f4d', '#b5353a')
-_GREY = '#888888'
+_COLOURS, _GREY = style.COLOURS, style.GREY
 
 
 def draw(out: pathlib.Path) -> None:
@@ -35,29 +35,15 @@ def draw(out: pathlib.Path) -> None:
 
 
 def _page(path, panels):
-  # Not pyplot: its figures are global state.
-  from matplotlib.figure import Figure
-
-  figure = Figure((15, 8.4), layout='constrained')
-  for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
+  figure, grid = style.panels(3, 5, 4.2, rows=2)
+  for axes, panel in zip(grid.flat, panels, strict=True):
     panel(axes)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(color='#dddddd', lw=0.7)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8.5)
-  writing.write_figure(figure, path, dpi=110)
-
-
-def _label(axes: Any, title: str, x: str, y: str) -> None:
-  axes.set_title(title, fontsize=11)
-  axes.set_xlabel(x)
-  axes.set_ylabel(y)
+    style.legend(axes)
+  style.save(figure, path, dpi=110, grid='both')
 
 
 def _tangent(axes):
   """F, its tangent at K~, and where that meets the diagonal."""
-  from search.exact import riccati
-
   of = cases.system(cases.STEEP)
   start = np.asarray(2.0)
   gain = riccati.gain(of, start)
@@ -77,7 +63,9 @@ def _tangent(axes):
   ticks[reached] = r'$K_{\tilde L}$'
   axes.set_xticks(list(ticks), list(ticks.values()))
   axes.set_ylim(0, 8.2)
-  _label(axes, 'One-step look-ahead is a step of Newton', 'terminal cost K', '')
+  style.label(
+    axes, 'One-step look-ahead is a step of Newton', 'terminal cost K', ''
+  )
 
 
 def _policies(axes):
@@ -90,13 +78,11 @@ def _policies(axes):
   axes.plot(policies, after, color=_COLOURS[0], label=text)
   axes.set_yscale('log')
   axes.set_ylim(1e-7, 20)
-  _label(axes, 'Rollout of every linear policy', 'L', 'cost above K*')
+  style.label(axes, 'Rollout of every linear policy', 'L', 'cost above K*')
 
 
 def _regions(axes):
   """K~ to K_L~ for l steps, and where each becomes stable."""
-  from search.exact import riccati
-
   of = cases.system(cases.STEEP)
   best = float(riccati.optimal(of))
   for depth, colour in zip((1, 2, 3), _COLOURS):
@@ -110,13 +96,11 @@ def _regions(axes):
   axes.set_ylim(1e-9, 1e3)
   axes.set_xlim(-0.5, 10)
   title = 'Look-ahead of l steps: a larger region of stability'
-  _label(axes, title, r'terminal cost $\tilde K$', r'$K_{\tilde L} - K^*$')
+  style.label(axes, title, r'terminal cost $\tilde K$', r'$K_{\tilde L} - K^*$')
 
 
 def _steps(axes):
   """S_l against l."""
-  from search.exact import riccati
-
   of = cases.system(cases.STEEP)
   depths = np.arange(1, 8)
   edges = [float(riccati.stability_boundary(of, int(n))) for n in depths]
@@ -124,7 +108,7 @@ def _steps(axes):
   axes.plot(depths, edges, 'o-', color=_COLOURS[0], label='$S_l$')
   axes.axhline(lower, color=_GREY, ls='--', label=r'$\bar K$, where it ends')
   axes.fill_between(depths, edges, 1.5, color=_COLOURS[0], alpha=0.1, lw=0)
-  _label(axes, 'The region of stability grows with l', 'l', r'$\tilde K$')
+  style.label(axes, 'The region of stability grows with l', 'l', r'$\tilde K$')
 
 
 def _rollout(axes):
@@ -138,7 +122,9 @@ def _rollout(axes):
   axes.set_xticks(range(len(cases.STEPS)), map(str, cases.STEPS))
   axes.set_yscale('log')
   title = 'Truncated rollout: more steps may hurt'
-  _label(axes, title, 'steps m of the base policy', r'$K_{\tilde L} - K^*$')
+  style.label(
+    axes, title, 'steps m of the base policy', r'$K_{\tilde L} - K^*$'
+  )
 
 
 def _rate(axes):
@@ -155,7 +141,7 @@ def _rate(axes):
   axes.set_yscale('log')
   axes.set_ylim(top=1e5)
   title = 'Policy iteration is Newton repeated: quadratic'
-  _label(axes, title, 'k', '$|K_k - K^*|$')
+  style.label(axes, title, 'k', '$|K_k - K^*|$')
 
 
 def _replanned(axes, field):
@@ -168,10 +154,10 @@ def _replanned(axes, field):
   texts = 'optimal, $K^*$', 'old policy, $K_L$', r'replanned, $K_{\tilde L}$'
   colours = 'black', _COLOURS[1], _COLOURS[0]
   for costs, text, colour in zip(cases.replanned(*changed), texts, colours):
-    style = '--' if colour == 'black' else '-'
-    axes.plot(span, costs, color=colour, label=text, ls=style)
+    stroke = '--' if colour == 'black' else '-'
+    axes.plot(span, costs, color=colour, label=text, ls=stroke)
   axes.set_ylim(1, top)
-  _label(axes, f'Adaptive control: {name} changes', name, 'cost')
+  style.label(axes, f'Adaptive control: {name} changes', name, 'cost')
 
 
 def _approximate(axes):
@@ -186,7 +172,7 @@ def _approximate(axes):
   axes.plot(delta, lost, color=_COLOURS[0], label=text)
   axes.set_yscale('log')
   title = 'Approximate policy iteration: errors are squared'
-  _label(axes, title, 'error δ of each evaluation', 'error in the limit')
+  style.label(axes, title, 'error δ of each evaluation', 'error in the limit')
 
 
 def _sensitivity(axes):
@@ -197,7 +183,7 @@ def _sensitivity(axes):
     axes.plot(start, mean, color=colour, label=f'ε = {width:g}')
   axes.set_ylim(0, 0.25)
   title = 'Sensitivity to the terminal cost, $K_2 \\sim U[K_1 ± ε]$'
-  _label(axes, title, '$K_1 - K^*$', r'$E |K_{L_1} - K_{L_2}|$')
+  style.label(axes, title, '$K_1 - K^*$', r'$E |K_{L_1} - K_{L_2}|$')
 
 
 def _certainty(axes):
@@ -208,26 +194,22 @@ def _certainty(axes):
   for errors, text, colour in zip(found, texts, _COLOURS):
     axes.plot(range(1, depth + 1), errors, 'o-', color=colour, label=text)
   title = 'Inventory: the first step is the one to plan exactly'
-  _label(axes, title, 'look-ahead l', r'$\max_x\, J_\mu - J^*$')
+  style.label(axes, title, 'look-ahead l', r'$\max_x\, J_\mu - J^*$')
 
 
 def _cycle(axes):
   """Newton's method in a Markov game."""
-  import jax
-
-  from search.exact import examples
-
   iterates, best = cases.cycle(20)
   operator = functools.partial(examples.markov_bellman, examples.cycling_game())
   value = np.linspace(-40, 35, 400)
   applied = np.asarray(jax.vmap(operator)(value))
   axes.plot(value, value, color=_GREY, lw=1, label='J')
   axes.plot(value, applied, color=_COLOURS[0], label='TJ')
-  text = 'Newton: back and forth for ever'
+  text = 'Newton: back and forth, without end'
   for here, there in ((1, 2), (2, 1)):
     x, y = iterates[here], iterates[there]
     at = np.interp(x, value, applied)
     label = text if here == 1 else None
     axes.plot([x, y], [at, y], 'o--', color=_COLOURS[1], ms=4, label=label)
   axes.plot(best, best, 'o', color=_COLOURS[0], ms=6, label='$J^*$')
-  _label(axes, 'A Markov game in which Newton cycles', 'J', '')
+  style.label(axes, 'A Markov game in which Newton cycles', 'J', '')

@@ -1,12 +1,11 @@
-"""Runs a table of sweeps on data sets, and keeps the figures.
+"""Runs a table of sweeps on data sets, and draws what comes out.
 
   python -m experiments.study offline --study=agents --data=data
 
 `DATA/ENV/QUALITY` are folders of `experiments.collect`. Every cell, one agent
 on one data set with all seeds in one program, is `python -m experiments.sweep`
-in a folder of its own: finished ones are not run again, one that was cut goes
-on. After each cell the study's CSV and figure are written anew under
-experiments/results/.
+in a folder of its own: finished ones are not run again, one that was stopped
+goes on. After each cell the study's CSV and figure are written again.
 
   agents    all agents on all qualities, the small presets: 20,000 updates,
             ATAC 30,000 (10,000 of them warm start), COMBO 25,000 (5,000 of
@@ -16,20 +15,20 @@ experiments/results/.
   hopper    the cheap agents on medium data of a larger task (--envs=hopper)
 """
 
-import concurrent.futures
 import json
 import math
 import pathlib
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from experiments.build import dataset as datasets
 from experiments.files import reading, tables, writing
-from experiments.report import terminal
-from experiments.runtime import children, signals
+from experiments.report import statistics, style, terminal
 from experiments.runtime import config as configs
+from experiments.studies import runner
 
 QUALITIES = ('random', 'medium', 'medium-replay', 'medium-expert', 'expert')
 
@@ -38,7 +37,7 @@ class Cell(NamedTuple):
   """One sweep of a study.
 
   Attributes:
-    agent: its label.
+    agent: its name.
     quality: of the data set.
     arguments: of `experiments.sweep`, but for data set, seeds and folder.
   """
@@ -100,16 +99,14 @@ def run_one(
   data: pathlib.Path,
   folder: pathlib.Path,
   seeds: int,
-  stopping: Callable[[], bool] = lambda: False,
+  stopping: runner.Stopping = lambda: False,
 ) -> bool:
   """Runs or resumes one cell; whether it finished.
 
-  What has finished is left alone as long as it is asked for with the same
-  arguments, seeds and rows; else the sweep itself adds seeds, or refuses.
-  `stopping` is polled: True stops the sweep, or lets none begin.
+  A finished cell is left alone while its arguments, seeds and rows are the
+  same; otherwise the sweep itself adds seeds, or refuses. `stopping` is polled:
+  True stops the sweep, or lets none begin.
   """
-  from experiments.build import dataset as datasets
-
   workdir = folder / f'{cell.agent}_{cell.quality}'
   mark, place = workdir / 'cell.json', data / cell.quality
   wanted = {
@@ -121,31 +118,20 @@ def run_one(
   if before.get('done') and all(before[n] == x for n, x in wanted.items()):
     return True
   workdir.mkdir(parents=True, exist_ok=True)
-  command = [
-    *(sys.executable, '-m', 'experiments.sweep', *cell.arguments),
-    f'--dataset={place}',
-    f'--seeds={seeds}',
-    '--max_rows=128',
-    f'--workdir={workdir}',
-  ]
-  log = workdir.parent / f'{workdir.name}.log'
-  start = time.perf_counter()
-  with writing.open_append(log) as output:
-    code, usage = children.run(
-      command, stopping, stdout=output, stderr=subprocess.STDOUT
-    )
-  if usage is None:
+  own = (f'--dataset={place}', f'--seeds={seeds}', '--max_rows=128')
+  code, wall, cpu = runner.run_command(
+    'sweep', (*cell.arguments, *own), workdir, stopping
+  )
+  if cpu is None:
     return False
   # Of all attempts together.
-  spent = {
-    'wall_seconds': time.perf_counter() - start,
-    'cpu_seconds': usage.ru_utime + usage.ru_stime,
-  }
+  spent = {'wall_seconds': wall, 'cpu_seconds': cpu}
   spent = {n: round(x + before.get(n, 0.0), 1) for n, x in spent.items()}
   done = not code and _is_whole(cell, workdir, seeds)
   content = json.dumps(wanted | spent | {'done': done}) + '\n'
   writing.write_text(mark, content)
   if not done and not stopping():
+    log = runner.log_of(workdir)
     terminal.say(f'{workdir} did not finish, see {log}', file=sys.stderr)
   return done
 
@@ -164,7 +150,6 @@ def collected(
   cells: Sequence[Cell], data: pathlib.Path, folder: pathlib.Path
 ) -> list[dict[str, Any]]:
   """A row a seed of every finished cell, and of the behaviour itself."""
-  from experiments.build import dataset as datasets
   from experiments.data import layout
 
   rows, seen = [], {}
@@ -197,7 +182,7 @@ def collected(
 
 
 def _read_mark(path: pathlib.Path) -> dict[str, Any]:
-  """What is noted of a cell; nothing of one that has not begun."""
+  """What is noted about a cell; nothing about one that has not begun."""
   try:
     return reading.read_json(path)
   except reading.Missing:
@@ -208,8 +193,6 @@ _RESULTS = ('eval_return', 'network_return', 'eval_return_mean', 'status')
 
 
 def _scored(about, mean: float | None) -> dict[str, str]:
-  from experiments.build import dataset as datasets
-
   if mean is None:
     return {'return': '', 'score': ''}
   score = datasets.score(about, mean)
@@ -224,10 +207,6 @@ def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
   `lost` counts seeds without a finite return; `worst` is the least score.
   """
-  import numpy as np
-
-  from experiments.report import statistics
-
   groups: dict[tuple, list[str]] = {}
   behaviour = {}
   skipped = {'seed', 'return', 'score', 'cell_cpu_seconds'}
@@ -261,78 +240,71 @@ def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """A panel an environment: IQM and intervals beside behaviour's mean."""
-  import numpy as np
+  """Draws a panel an environment: IQM and intervals, and the behaviour's mean.
 
-  from experiments.report import style
-
+  Args:
+    summary: from `summarised`; nothing is drawn where no row has an IQM.
+    path: of the figure.
+  """
   summary = [row for row in summary if row['iqm']]
   if not summary:
     return
-  if any('beta' in row for row in summary):
-    _draw_betas(summary, path)
-    return
+  betas = any('beta' in row for row in summary)
   envs = list(dict.fromkeys(row['env'] for row in summary))
-  swept = ['residual_weight'] if 'residual_weight' in summary[0] else []
-  figure = style.figure(5.6 * len(envs), 3.6)
-  for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
+  figure, panels = style.panels(len(envs), 5.6, 3.6)
+  for env, axes in zip(envs, panels[0]):
     rows = [row for row in summary if row['env'] == env]
-    label = (
-      (lambda row: f'{swept[0]} {float(row[swept[0]]):.3g}')
-      if swept
-      else (lambda row: row['agent'])
-    )
-    lines = list(dict.fromkeys(map(label, rows)))
-    kinds = [q for q in QUALITIES if any(r['quality'] == q for r in rows)]
-    for i, line in enumerate(lines):
-      own = {r['quality']: r for r in rows if label(r) == line}
-      at = [kinds.index(q) for q in own]
-      x = np.array(at) + 0.8 * ((i + 0.5) / len(lines) - 0.5)
-      mean, low, high = (
-        np.array([float(r[n]) for r in own.values()])
-        for n in ('iqm', 'low', 'high')
-      )
-      axes.errorbar(
-        x, mean, [mean - low, high - mean], fmt='o', ms=3, lw=1, label=line
-      )
-    for k, kind in enumerate(kinds):
-      own = next(r['behaviour'] for r in rows if r['quality'] == kind)
-      if own:
-        axes.plot([k - 0.45, k + 0.45], [float(own)] * 2, color='black', lw=1)
-    axes.set_xticks(range(len(kinds)), kinds, rotation=15)
-    axes.set(title=env, ylabel='score; line: the policy of the data, sampling')
-    axes.legend(fontsize='x-small', frameon=False, ncols=2)
+    (_draw_betas if betas else _draw_agents)(axes, rows)
+    axes.set_title(env)
+    style.legend(axes, fontsize='x-small', ncols=1 if betas else 2)
   style.save(figure, path)
 
 
-def _draw_betas(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """A panel an environment, a line a data set; dashed, the data itself."""
-  import numpy as np
+def _measured(rows: Sequence[dict[str, Any]]) -> Any:
+  """IQM and the ends of its interval, float64 `[3, rows]`."""
+  names = ('iqm', 'low', 'high')
+  return np.array([[float(row[n]) for row in rows] for n in names])
 
-  from experiments.report import style
 
-  envs = list(dict.fromkeys(row['env'] for row in summary))
-  figure = style.figure(5.6 * len(envs), 3.6)
-  for env, axes in zip(envs, figure.subplots(1, len(envs), squeeze=False)[0]):
-    rows = [row for row in summary if row['env'] == env]
-    ticks = list(dict.fromkeys(row['beta'] for row in rows))
-    for kind in QUALITIES:
-      own = [row for row in rows if row['quality'] == kind]
-      if not own:
-        continue
-      x = [ticks.index(row['beta']) for row in own]
-      middle, low, high = (
-        np.array([float(row[n]) for row in own]) for n in ('iqm', 'low', 'high')
-      )
-      line, *_ = axes.plot(x, middle, marker='o', ms=3, label=kind)
-      axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
-      if own[0]['behaviour']:
-        behaviour = float(own[0]['behaviour'])
-        axes.axhline(behaviour, color=line.get_color(), lw=1, ls='--')
-    axes.set_xticks(range(len(ticks)), [f'{float(t):.3g}' for t in ticks])
-    axes.set(title=env, xlabel='β', ylabel='score; dashed: the data, sampling')
-    axes.legend(fontsize='x-small', frameon=False)
-  style.save(figure, path)
+def _draw_agents(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+  """Points at each quality of data, one colour an agent or a swept value."""
+  swept = 'residual_weight'
+  label = lambda row: (
+    f'{swept} {float(row[swept]):.3g}' if swept in row else row['agent']
+  )
+  lines = list(dict.fromkeys(map(label, rows)))
+  kinds = [q for q in QUALITIES if any(r['quality'] == q for r in rows)]
+  for i, line in enumerate(lines):
+    own = [row for row in rows if label(row) == line]
+    at = np.array([kinds.index(row['quality']) for row in own])
+    x = at + 0.8 * ((i + 0.5) / len(lines) - 0.5)
+    mean, low, high = _measured(own)
+    bars = mean - low, high - mean
+    axes.errorbar(x, mean, bars, fmt='o', ms=3, lw=1, label=line)
+  for k, kind in enumerate(kinds):
+    own = next(r['behaviour'] for r in rows if r['quality'] == kind)
+    if own:
+      axes.plot([k - 0.45, k + 0.45], [float(own)] * 2, color='black', lw=1)
+  axes.set_xticks(range(len(kinds)), kinds, rotation=15)
+  axes.set_ylabel('score; line: the policy of the data, sampling')
+
+
+def _draw_betas(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+  """A line a data set over beta; the data's own policy is dashed."""
+  ticks = list(dict.fromkeys(row['beta'] for row in rows))
+  for kind in QUALITIES:
+    own = [row for row in rows if row['quality'] == kind]
+    if not own:
+      continue
+    x = [ticks.index(row['beta']) for row in own]
+    middle, low, high = _measured(own)
+    line, *_ = axes.plot(x, middle, marker='o', ms=3, label=kind)
+    colour = line.get_color()
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    if own[0]['behaviour']:
+      axes.axhline(float(own[0]['behaviour']), color=colour, lw=1, ls='--')
+  axes.set_xticks(range(len(ticks)), [f'{float(t):.3g}' for t in ticks])
+  axes.set(xlabel='β', ylabel='score; dashed: the data, sampling')
 
 
 def main() -> None:
@@ -344,17 +316,14 @@ def main() -> None:
   from absl import flags
 
   values = flags.FLAGS
-  cells = [
-    cell
-    for cell in STUDIES[values.study]()
-    if not values.only or cell.agent in values.only
-  ]
-  known = dict.fromkeys(cell.agent for cell in STUDIES[values.study]())
+  everything = STUDIES[values.study]()
+  known = list(dict.fromkeys(cell.agent for cell in everything))
   for agent in values.only:
     if agent not in known:
       raise configs.UserError(
         f'only={agent}: {values.study} has {", ".join(known)}'
       )
+  only = values.only or known
   for field in ('folder', 'results'):
     configs.check_place(field, getattr(values, field), folder=True)
   results = pathlib.Path(values.results)
@@ -362,20 +331,31 @@ def main() -> None:
   for place in places:
     if not place.is_dir():
       raise configs.UserError(
-        f'data={values.data}: has no {place.name}; make it with python -m '
+        f'data={values.data}: has no {place.name}; collect it with python -m '
         f'experiments.collect --out={place}'
       )
-  work = [(cell, place) for cell in cells for place in places]
-  everything = STUDIES[values.study]()
+  folders = {
+    place: pathlib.Path(values.folder) / values.study / place.name
+    for place in places
+  }
 
-  def folder(place):
-    return pathlib.Path(values.folder) / values.study / place.name
+  def run(cell: Cell, place: pathlib.Path) -> Callable[[runner.Stopping], bool]:
+    return lambda stopping: run_one(
+      cell, place, folders[place], values.seeds, stopping
+    )
+
+  work = [
+    run(cell, place)
+    for cell in everything
+    for place in places
+    if cell.agent in only
+  ]
 
   def write():
     rows = [
       row
       for place in places
-      for row in collected(everything, place, folder(place))
+      for row in collected(everything, place, folders[place])
     ]
     if not rows:
       return
@@ -392,25 +372,9 @@ def main() -> None:
     f'folders and logs: {values.folder}',
     compiles=False,
   )
-  failed = 0
-  with (
-    signals.graceful_exit() as stopping,
-    concurrent.futures.ThreadPoolExecutor(values.at_once) as pool,
-  ):
-    futures = [
-      pool.submit(run_one, cell, place, folder(place), values.seeds, stopping)
-      for cell, place in work
-    ]
-    for done, future in enumerate(
-      concurrent.futures.as_completed(futures), start=1
-    ):
-      failed += not future.result()
-      write()
-      if not stopping():
-        print(f'{done} of {len(work)} cells', flush=True)
-    if stopping():
-      print(f'{failed} cells are left; the same command goes on from here')
-      return
+  failed = runner.run_all('cells', work, values.at_once, write)
+  if failed is None:
+    return
   if failed:
     raise configs.UserError(f'{failed} of {len(work)} cells did not finish')
   terminal.end(
@@ -424,13 +388,13 @@ def define_flags() -> None:
   """The flags of `python -m experiments.study offline`."""
   from absl import flags
 
-  flags.DEFINE_enum('study', None, list(STUDIES), 'which', required=True)
-  flags.DEFINE_string('data', 'data', 'folder of the collected data sets')
+  flags.DEFINE_enum('study', None, list(STUDIES), 'the table', required=True)
+  flags.DEFINE_string('data', 'data', 'the folder of the collected data sets')
   flags.DEFINE_list(
     'envs', ['pendulum', 'double_pendulum'], 'folders in it, one a task'
   )
-  flags.DEFINE_list('only', [], 'agents; all if left out')
-  flags.DEFINE_integer('seeds', 5, 'of each setting', 1, 10_000)
+  flags.DEFINE_list('only', [], 'agents to train; all if left out')
+  flags.DEFINE_integer('seeds', 5, 'seeds of each setting', 1, 10_000)
   flags.DEFINE_integer('at_once', 1, 'cells at the same time', 1, 1_024)
-  flags.DEFINE_string('folder', 'runs/offline', 'where the sweeps are kept')
-  flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
+  flags.DEFINE_string('folder', 'runs/offline', 'the folder for the sweeps')
+  runner.define_results()

@@ -5,22 +5,32 @@ python -m experiments.study pruning --folder=runs/studies/connect_four
 The first stage of l-step lookahead is Newton's step on Bellman's equation; the
 later ones only prepare the point where it is taken (Bertsekas 2022, "Lessons
 from AlphaZero", 3.3 and 3.4). So coarsening the first must hurt, and
-coarsening a later one hardly. Two ways to be coarse, each at one stage of
-three while the other two are exact:
+coarsening a later one hardly. There are two ways to be coarse, each at one
+stage of three while the other two are exact:
 
 - a wrong model: random processes whose transitions are mixed, at that stage,
   with those of another process; what the resulting policy loses, exactly;
 - pruning: Connect Four by a trained network, where that stage keeps the w moves
-  that the prior likes best; how often the game's value is kept, judged by
-  perfect play. Equal w are equal network evaluations at the leaves, whichever
-  stage is pruned.
+  with the largest priors; how often the game's value is kept, judged by
+  perfect play. For a given w the leaves take as many network evaluations,
+  whichever stage is pruned.
 """
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from experiments.files import tables, writing
+import numpy as np
+
+from experiments import build
+from experiments.build import saved
+from experiments.files import tables
+from experiments.files.errors import UserError
+from experiments.playing import connect_four_solver, match
+from experiments.report import statistics, style, terminal
+from experiments.runtime import config as configs
+from experiments.studies import runner
 
 STAGES = 3
 MIXED = (0.0, 0.1, 0.2, 0.4, 0.8)
@@ -28,17 +38,16 @@ KEPT = (1, 2, 3, 5)
 COLUMNS = 7
 
 
-class Row(NamedTuple):
-  """One line of the CSV.
+class Coarsened(NamedTuple):
+  """A lookahead with one coarse stage: a line of the CSV.
 
   Attributes:
     case: `model` or `pruning`.
     seed: of the network's training; 0 for processes.
     stage: which is coarse, from 1.
     coarse: the share of the wrong transitions, or how many moves are kept.
-    score: what is not lost of the loss of a policy that is greedy by the same
-      terminal values under an all wrong model, as a share; or the share of
-      judged positions whose value is kept.
+    score: `1 - loss / loss_0`, see `models`; or the share of judged positions
+      whose value is kept.
     score_se: standard error over processes or positions.
     number: of them.
   """
@@ -54,7 +63,7 @@ class Row(NamedTuple):
 
 def models(
   number: int, seed: int = 0, num_states: int = 20, num_actions: int = 4
-) -> list[Row]:
+) -> list[Coarsened]:
   """A wrong model at one stage of three, on random processes.
 
   The terminal values are J* plus normal noise of J*'s own deviation. A
@@ -70,7 +79,6 @@ def models(
   """
   import jax
   import jax.numpy as jnp
-  import numpy as np
 
   from search.exact import bellman
 
@@ -106,13 +114,13 @@ def models(
   spread = (loss - ratio * worst[:, None, None]) / worst.mean()
   error = spread.std(0, ddof=1) / np.sqrt(number)
   return [
-    Row('model', 0, s + 1, share, 1 - ratio[s, m], error[s, m], number)
+    Coarsened('model', 0, s + 1, share, 1 - ratio[s, m], error[s, m], number)
     for s in range(STAGES)
     for m, share in enumerate(MIXED)
   ]
 
 
-def moves(workdirs: Sequence[str]) -> list[Row]:
+def moves(workdirs: Sequence[str]) -> list[Coarsened]:
   """Pruned moves at one stage of three, in Connect Four.
 
   Args:
@@ -122,13 +130,8 @@ def moves(workdirs: Sequence[str]) -> list[Row]:
     UserError: a run cannot be read, or is of another game.
   """
   import jax
-  import numpy as np
   from rich.progress import track
 
-  from experiments import build
-  from experiments.build import saved
-  from experiments.files.errors import UserError
-  from experiments.playing import connect_four_solver, match
   from search import lookahead
 
   judged = connect_four_solver.read()
@@ -145,16 +148,13 @@ def moves(workdirs: Sequence[str]) -> list[Row]:
     env.spec.game, connect_four_solver.positions(judged.moves)
   )
   rows = []
-  full = {(1, COLUMNS): (None,) * STAGES}
-  pruned = {
-    (stage, kept): tuple(
-      kept if at == stage else None for at in range(1, STAGES + 1)
-    )
-    for kept in KEPT
-    for stage in range(1, STAGES + 1)
-  }
-  for (stage, kept), widths in track((full | pruned).items(), 'lookahead'):
-    planner = lookahead.lookahead(STAGES, widths=widths)
+  # Where all columns are kept the stage makes no difference.
+  pairs = [(1, COLUMNS), *itertools.product(range(1, STAGES + 1), KEPT)]
+  for stage, kept in track(pairs, 'lookahead'):
+    widths: list[int | None] = [None] * STAGES
+    if kept < COLUMNS:
+      widths[stage - 1] = kept
+    planner = lookahead.lookahead(STAGES, widths=tuple(widths))
 
     @jax.jit
     def decide(params, timestep, planner=planner):
@@ -164,67 +164,42 @@ def moves(workdirs: Sequence[str]) -> list[Row]:
       verdict = connect_four_solver.judge(
         np.asarray(decide(each, timestep)), judged
       )
-      # Nothing is pruned: the same of every stage.
       for at in (stage,) if kept < COLUMNS else range(1, STAGES + 1):
-        rows.append(
-          Row(
-            'pruning',
-            seed,
-            at,
-            kept,
-            verdict.kept,
-            verdict.kept_se,
-            len(judged.moves),
-          )
-        )
+        score = verdict.kept, verdict.kept_se, len(judged.moves)
+        rows.append(Coarsened('pruning', seed, at, kept, *score))
   return rows
 
 
-def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes rows, atomically."""
-
-  tables.write_lines(path, [Row._fields, *rows], digits=5)
-
-
-def draw(rows: Sequence[Row]) -> Any:
-  """A panel a case, a line a stage; returns a matplotlib `Figure`.
+def draw(rows: Sequence[Coarsened]) -> Any:
+  """Draws a panel a case with a line a stage; returns the matplotlib `Figure`.
 
   Points are means over seeds; bars are standard errors, over seeds where there
   are several and over processes otherwise.
   """
-  import numpy as np
-
-  # Not pyplot: its figures are global state.
-  from matplotlib.figure import Figure
-
   titles = {
     'model': ('random processes', 'share of wrong transitions', 'loss avoided'),
     'pruning': ('Connect Four', 'moves kept', "game's value kept"),
   }
   cases = [case for case in titles if any(r.case == case for r in rows)]
-  figure = Figure((4.6 * len(cases), 3.6), layout='constrained')
-  panels = figure.subplots(1, len(cases), squeeze=False)[0]
-  for axes, case in zip(panels, cases):
-    for stage in range(1, STAGES + 1):
-      some = [r for r in rows if r.case == case and r.stage == stage]
-      x = sorted({r.coarse for r in some})
-      groups = [[r for r in some if r.coarse == at] for at in x]
-      y = [np.mean([r.score for r in group]) for group in groups]
-      error = [
-        np.std([r.score for r in g], ddof=1) / np.sqrt(len(g))
-        if len(g) > 1
-        else g[0].score_se
-        for g in groups
+  figure, panels = style.panels(len(cases), 4.6, 3.6)
+  for axes, case in zip(panels[0], cases):
+    for stage, label in enumerate(('first', 'second', 'third'), start=1):
+      groups: dict[float, list[Coarsened]] = {}
+      for row in rows:
+        if (row.case, row.stage) == (case, stage):
+          groups.setdefault(row.coarse, []).append(row)
+      x = sorted(groups)
+      means = [
+        statistics.mean_error(
+          [r.score for r in groups[at]], groups[at][0].score_se
+        )
+        for at in x
       ]
-      label = ('first', 'second', 'third')[stage - 1]
-      axes.errorbar(
-        x, y, error, marker='o', ms=4, lw=1.3, capsize=2, label=label
-      )
-    title, xlabel, ylabel = titles[case]
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#dddddd', lw=0.7)
-  panels[0].legend(title='coarse stage of three', fontsize=8)
+      y, error = np.reshape(means, (-1, 2)).T
+      bars = {'marker': 'o', 'ms': 4, 'lw': 1.3, 'capsize': 2}
+      axes.errorbar(x, y, error, label=label, **bars)
+    style.label(axes, *titles[case])
+  style.legend(panels[0][0], title='coarse stage of three', fontsize=8)
   return figure
 
 
@@ -232,13 +207,11 @@ def define_flags() -> None:
   """The flags of `python -m experiments.study pruning`."""
   from absl import flags
 
-  flags.DEFINE_integer('processes', 2000, 'random ones', 2, 1_000_000)
+  flags.DEFINE_integer('processes', 2000, 'random processes', 2, 1_000_000)
   flags.DEFINE_string(
-    'folder', 'runs/studies/connect_four', 'where the trained runs lie'
+    'folder', 'runs/studies/connect_four', 'the folder of the trained runs'
   )
-  flags.DEFINE_string(
-    'results', 'experiments/results', 'where CSV and figure go'
-  )
+  runner.define_results()
 
 
 def main() -> None:
@@ -247,12 +220,7 @@ def main() -> None:
   Raises:
     UserError: a run cannot be read.
   """
-  import re
-
   from absl import flags
-
-  from experiments.report import terminal
-  from experiments.runtime import config as configs
 
   values = flags.FLAGS
   out = pathlib.Path(values.results) / 'lookahead_stages.csv'
@@ -263,20 +231,15 @@ def main() -> None:
       'processes, then Connect Four'
     )
     rows = models(values.processes)
-    folder = pathlib.Path(values.folder)
-    found = [
-      str(path)
-      for path in sorted(folder.glob('*/'))
-      if re.fullmatch(r'connect_four_s\d+', path.name)
-      and (path / 'final').is_dir()
-    ]
+    found = runner.finished(values.folder, r'connect_four_s(\d+)')
     if found:
-      rows += moves(found)
+      rows += moves(list(found.values()))
     else:
       terminal.say(
-        f'no finished runs connect_four_s* in {folder}: without Connect Four; '
+        f'no finished runs connect_four_s* in {values.folder}: Connect Four '
+        'is left out; '
         'train them with python -m experiments.study connect_four'
       )
-  write(out, rows)
-  writing.write_figure(draw(rows), out.with_suffix('.png'), dpi=140)
+  tables.write_records(out, rows, digits=5)
+  style.save(draw(rows), out.with_suffix('.png'), dpi=140)
   terminal.end(f'{out} and .png')

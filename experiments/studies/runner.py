@@ -1,77 +1,221 @@
-"""Runs a table of runs, one by one or several at once, and keeps the figures.
+"""What studies share: cells that are run once, and noted as soon as they are.
+
+A cell is a command with a folder and a log of its own, or a row of a CSV that
+grows row by row. What is there is not done again; a signal stops the study
+where the same command goes on. `main` runs the tables of `studies.table`:
 
   python -m experiments.study catch
 
-Every run is `python -m experiments.train` in a folder of its own; a run that
-has finished is not run again, one that was cut goes on. After each run the
-study's CSVs are written anew under experiments/results/.
+Every run is `python -m experiments.train` in a folder of its own. After each
+run the study's CSVs are written again.
 """
 
 import concurrent.futures
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from experiments.files import tables, writing
+from experiments.report import curves as curve_figures
 from experiments.report import terminal
 from experiments.runtime import children, signals
 from experiments.runtime import config as configs
 from experiments.studies import table
+
+Stopping = Callable[[], bool]
+
+
+class Ended(NamedTuple):
+  """How a command ended.
+
+  Attributes:
+    code: its `Popen.returncode`.
+    wall_seconds: that it took.
+    cpu_seconds: of it and what it started; None if it never began.
+  """
+
+  code: int
+  wall_seconds: float
+  cpu_seconds: float | None
+
+
+def run_command(
+  module: str,
+  arguments: Sequence[str],
+  workdir: pathlib.Path,
+  stopping: Stopping,
+  **options: Any,
+) -> Ended:
+  """Runs a command of ours and appends what it prints to `WORKDIR.log`.
+
+  Args:
+    module: of `experiments`.
+    arguments: its flags, but for `--workdir`.
+    workdir: its folder.
+    stopping: polled; True asks the command to save and to leave.
+    **options: of `subprocess.Popen`.
+  """
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  command = [sys.executable, '-m', f'experiments.{module}', *arguments]
+  start = time.perf_counter()
+  with writing.open_append(log_of(workdir)) as output:
+    code, usage = children.run(
+      [*command, f'--workdir={workdir}'],
+      stopping,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+      **options,
+    )
+  cpu = None if usage is None else usage.ru_utime + usage.ru_stime
+  return Ended(code, time.perf_counter() - start, cpu)
+
+
+def log_of(workdir: pathlib.Path) -> pathlib.Path:
+  """The log of a command by its folder."""
+  return workdir.parent / f'{workdir.name}.log'
+
+
+def run_all(
+  what: str,
+  cells: Sequence[Callable[[Stopping], bool]],
+  at_once: int,
+  after: Callable[[], None],
+) -> int | None:
+  """Runs cells, several at a time; a signal stops them with their state saved.
+
+  Args:
+    what: the cells are, in the plural.
+    cells: each takes `stopping` and returns whether it has finished.
+    at_once: how many run at the same time.
+    after: called after each.
+
+  Returns:
+    How many did not finish; None where a signal has stopped the study.
+  """
+  failed = 0
+  with (
+    signals.graceful_exit() as stopping,
+    concurrent.futures.ThreadPoolExecutor(at_once) as pool,
+  ):
+    futures = [pool.submit(cell, stopping) for cell in cells]
+    for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+      failed += not future.result()
+      after()
+      if not stopping():
+        print(f'{done} of {len(cells)} {what}', flush=True)
+    if stopping():
+      print(f'{failed} {what} are left; the same command goes on from here')
+      return None
+  return failed
+
+
+def missing(
+  rows: Iterable[Any], fields: Sequence[str], cells: Iterable[Hashable]
+) -> list[Any]:
+  """The cells that no row is of.
+
+  Args:
+    rows: NamedTuples.
+    fields: of a row, that make its cell.
+    cells: tuples of these fields.
+  """
+  done = {tuple(getattr(row, name) for name in fields) for row in rows}
+  return [cell for cell in cells if cell not in done]
+
+
+def fill(
+  path: pathlib.Path,
+  rows: list[Any],
+  cells: Sequence[Any],
+  measure: Callable[..., Any],
+  digits: int,
+) -> None:
+  """Measures cells one by one, and writes the CSV after each.
+
+  Args:
+    path: of the CSV.
+    rows: NamedTuples that it has; the new ones are added.
+    cells: tuples, from `missing`.
+    measure: of the parts of a cell; its row.
+    digits: significant ones of floats.
+  """
+  for number, cell in enumerate(cells, start=1):
+    words = ', '.join(str(part) for part in cell)
+    terminal.say(f'{number} of {len(cells)}: {words}')
+    rows.append(measure(*cell))
+    tables.write_records(path, rows, digits)
+
+
+def finished(
+  folder: str | os.PathLike, pattern: str
+) -> dict[tuple[int, ...], str]:
+  """Folders of finished runs, sorted by the numbers in their names.
+
+  Args:
+    folder: that they are in.
+    pattern: of a whole name, a regular expression whose groups are integers.
+  """
+  folder = pathlib.Path(folder)
+  matching = (re.fullmatch(pattern, path.name) for path in folder.glob('*/'))
+  found = {
+    tuple(map(int, match.groups())): str(folder / match[0])
+    for match in matching
+    # Written last: parameters are there before the end.
+    if match and (folder / match[0] / 'evaluation.csv').exists()
+  }
+  return dict(sorted(found.items()))
+
+
+# Studies that are a table of training runs.
+
+
+def workdir_of(run: table.Run, folder: pathlib.Path) -> pathlib.Path:
+  """The folder of a run in that of all runs."""
+  return folder / f'{run.variant}_s{run.seed}'
 
 
 def run_one(
   study: table.Study,
   run: table.Run,
   folder: pathlib.Path,
-  stopping: Callable[[], bool] = lambda: False,
+  stopping: Stopping = lambda: False,
 ) -> bool:
   """Runs or resumes one run; whether it finished.
 
   Args:
-    study: whose run it is.
-    run: which.
+    study: that the run belongs to.
+    run: the run.
     folder: of all runs.
     stopping: polled; True stops it with a checkpoint, or lets none begin.
   """
-  workdir = folder / f'{run.variant}_s{run.seed}'
+  workdir = workdir_of(run, folder)
   timing = workdir / 'timing.csv'
   if timing.exists():
     return True
   if stopping():
     return False
   environment = dict(os.environ)
-  command = [sys.executable, '-m', 'experiments.train']
-  command += [*run.arguments, f'--seed={run.seed}', f'--workdir={workdir}']
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  log = workdir.parent / f'{workdir.name}.log'
-  with (
-    tempfile.TemporaryDirectory() as empty,
-    writing.open_append(log) as output,
-  ):
+  with tempfile.TemporaryDirectory() as empty:
     if study.cold:
       environment['JAX_COMPILATION_CACHE_DIR'] = empty
-    start = time.perf_counter()
-    code, usage = children.run(
-      command,
-      stopping,
-      env=environment,
-      stdout=output,
-      stderr=subprocess.STDOUT,
-    )
-  if code:
+    arguments = [*run.arguments, f'--seed={run.seed}']
+    ended = run_command('train', arguments, workdir, stopping, env=environment)
+  if ended.code:
     if not stopping():
-      what = signals.explain(code)
-      terminal.say(f'{workdir} failed: {what}, see {log}', file=sys.stderr)
+      why = signals.explain(ended.code)
+      log = log_of(workdir)
+      terminal.say(f'{workdir} failed: {why}, see {log}', file=sys.stderr)
     return False
-  seconds = time.perf_counter() - start
-  cpu = usage.ru_utime + usage.ru_stime
-  writing.write_text(
-    timing, f'wall_seconds,cpu_seconds\n{seconds:.1f},{cpu:.1f}\n'
-  )
+  seconds = f'{ended.wall_seconds:.1f},{ended.cpu_seconds or 0.0:.1f}'
+  writing.write_text(timing, f'wall_seconds,cpu_seconds\n{seconds}\n')
   return True
 
 
@@ -79,27 +223,20 @@ def collect(
   name: str, study: table.Study, folder: pathlib.Path, results: pathlib.Path
 ) -> None:
   """Writes `NAME_{evaluation,curves,timing,held_out}.csv`."""
-  evaluations, curves, timings, held = [], [], [], []
+  kinds = ('evaluation', 'timing', 'held_out')
+  found = {kind: [] for kind in (*kinds, 'curves')}
   for run in study.runs:
-    workdir = folder / f'{run.variant}_s{run.seed}'
+    workdir = workdir_of(run, folder)
     if not (workdir / 'timing.csv').exists():
       continue
     tag = {'variant': run.variant, 'seed': run.seed}
-    evaluations += [
-      tag | row for row in tables.read_rows(workdir / 'evaluation.csv')
-    ]
-    timings += [tag | row for row in tables.read_rows(workdir / 'timing.csv')]
-    held += [tag | row for row in tables.read_rows(workdir / 'held_out.csv')]
+    for kind in kinds:
+      rows = tables.read_rows(workdir / f'{kind}.csv')
+      found[kind] += [tag | row for row in rows]
     for row in tables.read_rows(workdir / 'metrics.csv'):
       kept = {n: row[n] for n in study.curves if row.get(n)}
       if len(kept) > 1:
-        curves.append(tag | {'step': row['step']} | kept)
-  found = {
-    'evaluation': evaluations,
-    'curves': curves,
-    'timing': timings,
-    'held_out': held,
-  }
+        found['curves'].append(tag | {'step': row['step']} | kept)
   for kind, rows in found.items():
     if rows:
       tables.write_rows(results / f'{name}_{kind}.csv', rows)
@@ -107,16 +244,11 @@ def collect(
 
 def _lines(curves: pathlib.Path, column: str) -> dict:
   """`{variant: Curve}` of a column of a curves' CSV."""
-  import numpy as np
-
-  from experiments.report import curves as curve_figures
-
   runs: dict[str, dict[str, list]] = {}
   for row in tables.read_rows(curves):
     if row.get(column):
       seeds = runs.setdefault(row['variant'], {})
-      x = row.get('decisions') or row['step']
-      point = float(x), float(row[column])
+      point = float(row.get('decisions') or row['step']), float(row[column])
       seeds.setdefault(row['seed'], []).append(point)
   lines = {
     variant: curve_figures.mean_curve(
@@ -130,18 +262,17 @@ def _lines(curves: pathlib.Path, column: str) -> dict:
 def draw(
   curves: pathlib.Path, out: pathlib.Path, columns: Sequence[str]
 ) -> None:
-  """A panel for each of `columns` of a curves' CSV, a line for each variant."""
-  from experiments.report import curves as curve_figures
-
+  """Draws a panel for each of `columns`, with a line for each variant."""
   panels = {column: _lines(curves, column) for column in columns}
   acts = any(row.get('decisions') for row in tables.read_rows(curves))
   curve_figures.curves_figure(panels, out, x='decisions' if acts else 'step')
 
 
-def draw_beside(curves: pathlib.Path, out: pathlib.Path) -> None:
-  """A panel for each task: SAC, and Sampled MuZero with search and without."""
-  from experiments.report import curves as curve_figures
+def draw_with_muzero(curves: pathlib.Path, out: pathlib.Path) -> None:
+  """Draws SAC and Sampled MuZero, with search and without, a panel a task.
 
+  The curves of Sampled MuZero come from `TASK_curves.csv` in the same folder.
+  """
   panels = {}
   for task, line in _lines(curves, 'eval_return').items():
     path = curves.with_name(f'{task}_curves.csv')
@@ -182,30 +313,27 @@ def main(name: str) -> None:
     f'folders and logs: {folder}',
     compiles=False,
   )
-  failed = 0
-  with (
-    signals.graceful_exit() as stopping,
-    concurrent.futures.ThreadPoolExecutor(values.at_once) as pool,
-  ):
-    futures = [
-      pool.submit(run_one, study, run, folder, stopping) for run in study.runs
-    ]
-    for done, future in enumerate(
-      concurrent.futures.as_completed(futures), start=1
-    ):
-      failed += not future.result()
-      collect(name, study, folder, results)
-      if not stopping():
-        print(f'{done} of {len(study.runs)} runs', flush=True)
-    if stopping():
-      print(f'{failed} runs are left; the same command goes on from here')
-      return
-  shown = ('held_perplexity', 'cv_load')
-  returns = [n for n in study.curves if n.endswith('_return') or n in shown]
+
+  def train(run: table.Run) -> Callable[[Stopping], bool]:
+    return lambda stopping: run_one(study, run, folder, stopping)
+
+  failed = run_all(
+    'runs',
+    [train(run) for run in study.runs],
+    values.at_once,
+    lambda: collect(name, study, folder, results),
+  )
+  if failed is None:
+    return
+  others = ('held_perplexity', 'cv_load')
+  drawn = [n for n in study.curves if n.endswith('_return') or n in others]
   curves = results / f'{name}_curves.csv'
-  if curves.exists() and returns:
-    out = results / f'{name}_curves.png'
-    draw_beside(curves, out) if study.beside else draw(curves, out, returns)
+  if curves.exists() and drawn:
+    out = curves.with_suffix('.png')
+    if study.with_muzero:
+      draw_with_muzero(curves, out)
+    else:
+      draw(curves, out, drawn)
     terminal.say(f'figure: {out}')
   terminal.end(
     f'{results}/{name}_*.csv',
@@ -219,7 +347,20 @@ def define_flags() -> None:
   """The flags of `python -m experiments.study NAME`, of a name in the table."""
   from absl import flags
 
-  flags.DEFINE_integer('seeds', 0, "how many; 0 for the study's own", 0, 10_000)
+  flags.DEFINE_integer(
+    'seeds', 0, "number of seeds; 0 for the study's own", 0, 10_000
+  )
   flags.DEFINE_integer('at_once', 1, 'runs at the same time', 1, 1_024)
-  flags.DEFINE_string('folder', 'runs/studies', 'where the runs are kept')
-  flags.DEFINE_string('results', 'experiments/results', 'where the CSVs go')
+  flags.DEFINE_string(
+    'folder', 'runs/studies', 'the folder that the runs are kept in'
+  )
+  define_results()
+
+
+def define_results() -> None:
+  """The flag of the folder that a study writes its CSVs and figures to."""
+  from absl import flags
+
+  flags.DEFINE_string(
+    'results', 'experiments/results', 'the folder for CSVs and figures'
+  )

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import tables, writing
+from experiments.files import tables
 from experiments.files.errors import UserError
-from experiments.report import terminal
+from experiments.report import style, terminal
 from experiments.runtime import config as configs
 
 ETA, LAM = 0.2, 1.0
-# Fewer samples are not yet on the line.
+# The asymptote does not hold for fewer samples yet.
 _FIT_FROM = 32
-_COLOURS = {'mpo': '#1b4f8f', 'puct': '#e08a1e'}
+_COLOURS = {'mpo': style.BLUE, 'puct': style.ORANGE}
 _NAMES = {'mpo': 'MPO-like', 'puct': 'PUCT-like'}
-# What the estimate's prior is on the sampled actions, and how that is drawn.
+# The prior of the estimate on the sampled actions: stroke, marker and label.
 _STYLES = {
   'beta_hat/beta': ('-', 'o', r'prior $\hat\beta/\beta\;\pi$'),
   'none': ('--', 's', r'prior $\pi$'),
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(actions: int = 1001) -> Problem:
-  """The state that all is measured in.
+  """The state in which everything is measured.
 
   Args:
     actions: `A`, of the grid.
@@ -75,8 +75,8 @@ def make_problem(actions: int = 1001) -> Problem:
   )
 
 
-class Row(NamedTuple):
-  """A line of operators_convergence.csv: errors of `sum_a I_hat(a) Q(a)`.
+class Estimate(NamedTuple):
+  """Errors of `sum_a I_hat(a) Q(a)`: a line of operators_convergence.csv.
 
   Attributes:
     operator: `mpo` or `puct`.
@@ -91,9 +91,9 @@ class Row(NamedTuple):
     bias_limit: exact, for K to infinity.
     rmse: root of the mean squared error.
     variance_times_k: of the trials.
-    sigma_squared: predicted limit of the former; as the next two, for the
+    sigma_squared: predicted limit of the former; like the next two, for the
       corrected estimate alone.
-    variance_if_z_known: what would be predicted if Z were not estimated.
+    variance_if_z_known: the prediction if Z were not estimated.
     kolmogorov: largest distance between the distribution functions of
       `sqrt(k / sigma_squared) error` and of the standard normal.
   """
@@ -115,7 +115,7 @@ class Row(NamedTuple):
 
 
 class Prediction(NamedTuple):
-  """What theory says of an operator and a beta; see `Row`."""
+  """The predictions for an operator and a beta; see `Estimate`."""
 
   truth: float
   sigma_squared: float
@@ -131,7 +131,7 @@ def _operators() -> dict[str, Any]:
 
 
 def predict(problem: Problem) -> dict[tuple[str, str], Prediction]:
-  """What theory says of each operator and beta, all actions enumerated."""
+  """The predictions for each operator and beta, all actions enumerated."""
   return {
     (name, beta): prediction
     for name, operator in _operators().items()
@@ -216,7 +216,7 @@ def measure(
   k: int,
   trials: int,
   seed: int,
-) -> Iterator[tuple[Row, np.ndarray]]:
+) -> Iterator[tuple[Estimate, np.ndarray]]:
   """Draws K actions many times, for each beta, operator and correction.
 
   Args:
@@ -258,7 +258,7 @@ def _row(
   beta: str,
   correction: str,
   k: int,
-) -> Row:
+) -> Estimate:
   import scipy.stats
 
   sigma_squared = known = kolmogorov = float('nan')
@@ -268,7 +268,7 @@ def _row(
     known = prediction.variance_if_z_known
     scaled = error * np.sqrt(k / sigma_squared)
     kolmogorov = scipy.stats.kstest(scaled, 'norm').statistic
-  return Row(
+  return Estimate(
     operator=operator,
     beta=beta,
     correction=correction,
@@ -286,7 +286,7 @@ def _row(
   )
 
 
-def slopes(rows: Sequence[Row]) -> list[tuple[str, str, str, float]]:
+def slopes(rows: Sequence[Estimate]) -> list[tuple[str, str, str, float]]:
   """Slope of log rmse against log K, for K from 32.
 
   Args:
@@ -295,7 +295,7 @@ def slopes(rows: Sequence[Row]) -> list[tuple[str, str, str, float]]:
   Returns:
     `(operator, beta, correction, slope)` of each.
   """
-  groups: dict[tuple[str, str, str], list[Row]] = {}
+  groups: dict[tuple[str, str, str], list[Estimate]] = {}
   for row in rows:
     if row.k >= _FIT_FROM:
       what = (row.operator, row.beta, row.correction)
@@ -307,7 +307,7 @@ def slopes(rows: Sequence[Row]) -> list[tuple[str, str, str, float]]:
 
 
 def figure(
-  rows: Sequence[Row],
+  rows: Sequence[Estimate],
   errors: dict[str, np.ndarray],
   path: pathlib.Path,
 ) -> None:
@@ -319,75 +319,43 @@ def figure(
       at the largest K.
     path: the picture's.
   """
-  # Not pyplot: its figures are global state.
-  from matplotlib.figure import Figure
-
   rows = [row for row in rows if row.beta == _SHOWN_BETA]
-  picture = Figure((11.6, 4.9), layout='constrained')
-  left, right = picture.subplots(1, 2)
+  picture, ((left, right),) = style.panels(2, 5.8, 4.9)
   _draw_rmse(left, rows)
   _draw_histograms(right, rows, errors)
   for axes in (left, right):
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#dddddd', lw=0.7)
-    axes.set_axisbelow(True)
-  writing.write_figure(picture, path)
+    style.legend(axes, below=True)
+  style.save(picture, path)
 
 
-def _draw_rmse(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_rmse(axes: Any, rows: Sequence[Estimate]) -> None:
   ks = np.asarray(sorted({row.k for row in rows}))
+  found = {(row.operator, row.correction, row.k): row for row in rows}
   for operator, colour in _COLOURS.items():
-    for correction, (style, marker, text) in _STYLES.items():
-      axes.plot(
-        ks,
-        [
-          row.rmse
-          for row in rows
-          if (row.operator, row.correction) == (operator, correction)
-        ],
-        color=colour,
-        ls=style,
-        marker=marker,
-        ms=5,
-        lw=1.8,
-        label=f'{_NAMES[operator]}, {text}',
-      )
-    predicted = next(
-      row.sigma_squared
-      for row in rows
-      if (row.operator, row.correction) == (operator, 'beta_hat/beta')
-    )
+    for correction, (stroke, marker, text) in _STYLES.items():
+      rmse = [found[operator, correction, k].rmse for k in ks]
+      line = {'color': colour, 'ls': stroke, 'marker': marker, 'ms': 5}
+      label = f'{_NAMES[operator]}, {text}'
+      axes.plot(ks, rmse, **line, lw=1.8, label=label)
+    predicted = found[operator, 'beta_hat/beta', ks[0]].sigma_squared
     first = operator == next(iter(_COLOURS))
-    axes.plot(
-      ks,
-      np.sqrt(predicted / ks),
-      color='black',
-      lw=0.9,
-      zorder=3,
-      label=r'predicted $\sigma K^{-1/2}$' if first else None,
-    )
+    label = r'predicted $\sigma K^{-1/2}$' if first else None
+    height = np.sqrt(predicted / ks)
+    axes.plot(ks, height, color='black', lw=0.9, zorder=3, label=label)
   axes.set_xscale('log', base=2)
   axes.set_yscale('log')
   axes.set_xticks(ks, map(str, ks))
-  axes.set_xlabel('sampled actions K')
-  axes.set_ylabel("rmse of the improved policy's value")
-  axes.set_title(r'Error against K, $\beta \propto \pi^{1/2}$', fontsize=11)
-  axes.legend(
-    frameon=False,
-    fontsize=8.5,
-    ncols=2,
-    loc='upper center',
-    bbox_to_anchor=(0.5, -0.14),
-  )
+  title = r'Error against K, $\beta \propto \pi^{1/2}$'
+  y = "rmse of the improved policy's value"
+  style.label(axes, title, 'sampled actions K', y)
 
 
 def _draw_histograms(
-  axes: Any, rows: Sequence[Row], errors: dict[str, np.ndarray]
+  axes: Any, rows: Sequence[Estimate], errors: dict[str, np.ndarray]
 ) -> None:
+  from scipy import stats
+
   k = max(row.k for row in rows)
-  normal = lambda x, variance: (
-    np.exp(-0.5 * x**2 / variance) / np.sqrt(2 * np.pi * variance)
-  )
   lines = {
     row.operator: row for row in rows if row.k == k and row.sigma_squared > 0
   }
@@ -404,40 +372,28 @@ def _draw_histograms(
       alpha=0.3,
       label=f'{_NAMES[operator]}: K × variance {row.variance_times_k:.3g}',
     )
-    axes.plot(
-      x,
-      normal(x, row.sigma_squared),
-      color=colour,
-      lw=2,
-      label=rf'predicted, $\sigma^2$ = {row.sigma_squared:.3g}',
-    )
-    axes.plot(
-      x,
-      normal(x, row.variance_if_z_known),
-      color=colour,
-      lw=1.2,
-      ls=':',
-      label=f'if Z were known, {row.variance_if_z_known:.3g}',
-    )
-  axes.set_xlabel(r'$\sqrt{K}$ (estimate − truth)')
-  axes.set_ylabel('density')
-  axes.set_title(f'The limit is normal: K = {k}', fontsize=11)
-  axes.legend(
-    frameon=False,
-    fontsize=8.5,
-    ncols=2,
-    loc='upper center',
-    bbox_to_anchor=(0.5, -0.14),
-  )
+    for variance, stroke, width, text in (
+      (row.sigma_squared, '-', 2, r'predicted, $\sigma^2$ = '),
+      (row.variance_if_z_known, ':', 1.2, 'if Z were known, '),
+    ):
+      density = stats.norm.pdf(x, scale=np.sqrt(variance))
+      label = f'{text}{variance:.3g}'
+      axes.plot(x, density, stroke, color=colour, lw=width, label=label)
+  title = f'The limit is normal: K = {k}'
+  style.label(axes, title, r'$\sqrt{K}$ (estimate − truth)', 'density')
 
 
 def define_flags() -> None:
   """The flags of `python -m experiments.study sampling_operators`."""
   from absl import flags
 
-  flags.DEFINE_string('out', 'experiments/results', 'where the files go')
-  flags.DEFINE_integer('trials', 20_000, 'of each estimate', 2, 10_000_000)
-  flags.DEFINE_integer('seed', 0, 'of the draws', 0, configs.MAX_SEED)
+  flags.DEFINE_string(
+    'out', 'experiments/results', 'the folder for CSVs and figure'
+  )
+  flags.DEFINE_integer(
+    'trials', 20_000, 'trials of each estimate', 2, 10_000_000
+  )
+  flags.DEFINE_integer('seed', 0, 'seed of the draws', 0, configs.MAX_SEED)
   flags.DEFINE_list(
     'ks',
     [str(2**i) for i in range(2, 11)],
@@ -462,7 +418,7 @@ def main() -> None:
   """Measures as the flags say.
 
   Raises:
-    UserError: numbers of samples that are none.
+    UserError: wrong numbers of sampled actions.
   """
   from absl import flags
 
@@ -488,7 +444,7 @@ def main() -> None:
   for operator, beta, correction, slope in fitted:
     print(f'{operator:5} {beta:9} {correction:14} rmse ~ K^{slope:.3f}')
   stem = out / 'operators_convergence'
-  tables.write_lines(stem.with_suffix('.csv'), [Row._fields, *rows], digits=6)
+  tables.write_records(stem.with_suffix('.csv'), rows, digits=6)
   tables.write_lines(
     out / 'operators_slopes.csv',
     [('operator', 'beta', 'correction', 'slope'), *fitted],

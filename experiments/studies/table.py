@@ -1,6 +1,7 @@
 """The studies that consist of runs of one command: what they run."""
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -23,268 +24,224 @@ class Study(NamedTuple):
 
   Attributes:
     runs: in the order in which they are run.
+    curves: columns of metrics.csv that are kept for every run.
     cold: whether each run compiles everything itself, so that its wall time
       is that of a first run.
-    curves: columns of metrics.csv that are kept for every run.
-    beside: whether each variant is a task, drawn beside what Sampled MuZero
-      did on it (`TASK_curves.csv`).
+    with_muzero: whether each variant is a task, drawn together with Sampled
+      MuZero's curves on it (`TASK_curves.csv`).
   """
 
   runs: tuple[Run, ...]
-  cold: bool
   curves: tuple[str, ...]
-  beside: bool = False
+  cold: bool = False
+  with_muzero: bool = False
+
+
+def _runs(
+  seeds: int,
+  variants: Mapping[str, tuple[str, ...]],
+  shared: tuple[str, ...] = (),
+) -> tuple[Run, ...]:
+  """All variants of the first seed, then of the second, and so on."""
+  return tuple(
+    Run(name, seed, (*shared, *arguments))
+    for seed in range(seeds)
+    for name, arguments in variants.items()
+  )
+
+
+def _set(*settings: str) -> tuple[str, ...]:
+  """Settings as flags."""
+  return tuple(f'--set={setting}' for setting in settings)
+
+
+_RETURN = ('decisions', 'eval_return')
+_BOTH = (*_RETURN, 'network_return')
+_POLICY = (*_BOTH, 'entropy')
+_MIXTURE = (
+  *('perplexity', 'held_perplexity', 'cv_importance', 'cv_load'),
+  'max_over_mean_load',
+)
+_WATCHED = (
+  'acting=synchronous',
+  'evaluate_every=100',
+  'evaluate_episodes=64',
+  'early_update=0',
+)
+_FINAL = ('final_episodes=100', 'final_simulations=32')
 
 
 def _catch(seeds: int) -> Study:
-  runs = [Run('efficientzero', s, ()) for s in range(seeds)]
-  return Study(tuple(runs), True, ('decisions', 'episode_return'))
+  """EfficientZero on Catch, timed from a cold start."""
+  runs = _runs(seeds, {'efficientzero': ()})
+  return Study(runs, ('decisions', 'episode_return'), cold=True)
 
 
 def _ablation(seeds: int) -> Study:
-  """EfficientZero on Catch, one ingredient less each, and MuZero."""
-  shared = (
-    '--steps=5776',
-    '--set=acting=synchronous',
-    '--set=evaluate_every=100',
-    '--set=evaluate_episodes=64',
-    '--set=early_update=0',
-    '--set=final_simulations=8',
-  )
+  """EfficientZero on Catch, each time without one ingredient, and MuZero."""
+  shared = ('--steps=5776', *_set(*_WATCHED, 'final_simulations=8'))
   variants = {
     'efficientzero': (),
-    'minus_consistency': ('--set=consistency=false',),
-    'minus_value_prefix': ('--set=value_prefix=false',),
-    'minus_off_policy_correction': ('--set=off_policy_correction=false',),
-    'minus_reanalyze': ('--set=reanalyze_fraction=0',),
+    'minus_consistency': _set('consistency=false'),
+    'minus_value_prefix': _set('value_prefix=false'),
+    'minus_off_policy_correction': _set('off_policy_correction=false'),
+    'minus_reanalyze': _set('reanalyze_fraction=0'),
     'muzero': ('--preset=muzero_catch',),
   }
-  runs = [
-    Run(name, seed, shared + arguments)
-    for seed in range(seeds)
-    for name, arguments in variants.items()
-  ]
-  return Study(tuple(runs), False, ('decisions', 'eval_return'))
+  return Study(_runs(seeds, variants, shared), _RETURN)
 
 
 def _catch_search(seeds: int) -> Study:
   """The same network with and without search, all through training."""
-  arguments = (
-    '--steps=4688',
-    '--set=acting=synchronous',
-    '--set=evaluate_every=100',
-    '--set=evaluate_episodes=64',
-    '--set=early_update=0',
-    '--set=final_episodes=0',
-  )
-  runs = [Run('efficientzero', seed, arguments) for seed in range(seeds)]
-  columns = ('decisions', 'eval_return', 'network_return')
-  return Study(tuple(runs), False, columns)
+  arguments = ('--steps=4688', *_set(*_WATCHED, 'final_episodes=0'))
+  return Study(_runs(seeds, {'efficientzero': arguments}), _BOTH)
 
 
 def _atari(seeds: int) -> Study:
   """The paper's network and protocol, a few hundred smaller updates."""
   shared = (
     '--preset=efficientzero_atari',
-    '--set=env.num_envs=4',
-    '--set=warmup_decisions=400',
-    '--set=decisions_per_update=4',
-    '--set=extra_updates=0',
-    '--set=batch_size=32',
-    '--set=num_simulations=8',
-    '--set=reanalyze_chunk=0',
-    '--set=warmup_updates=100',
-    '--set=target_period=50',
-    '--set=log_every=10',
-    '--set=checkpoint_every=100',
-    '--set=evaluate_every=0',
-    '--set=hold_out=32',
-    '--set=env.options=max_episode_steps=3000',
-    '--set=final_episodes=0',
+    *_set(
+      'env.num_envs=4',
+      'warmup_decisions=400',
+      'decisions_per_update=4',
+      'extra_updates=0',
+      'batch_size=32',
+      'num_simulations=8',
+      'reanalyze_chunk=0',
+      'warmup_updates=100',
+      'target_period=50',
+      'log_every=10',
+      'checkpoint_every=100',
+      'evaluate_every=0',
+      'hold_out=32',
+      'env.options=max_episode_steps=3000',
+      'final_episodes=0',
+    ),
   )
   # Decisions in 200 updates, whose 1,200 time steps hold lost lives, too.
   games = {'PongNoFrameskip-v4': 1196, 'BreakoutNoFrameskip-v4': 1163}
-  runs = [
-    Run(game, seed, (*shared, f'--env={game}', f'--steps={steps}'))
-    for seed in range(seeds)
-    for game, steps in games.items()
-  ]
+  variants = {n: (f'--env={n}', f'--steps={s}') for n, s in games.items()}
   losses = ('policy', 'value', 'reward', 'consistency')
   columns = [f'{when}loss_{x}' for when in ('', 'held_') for x in losses]
-  return Study(tuple(runs), False, ('decisions', 'episode_return', *columns))
+  curves = ('decisions', 'episode_return', *columns)
+  return Study(_runs(seeds, variants, shared), curves)
 
 
 def _heads(preset: str, seeds: int) -> Study:
   """Sampled MuZero with each policy head and few or many sampled actions."""
-  shared = (
-    f'--preset={preset}',
-    '--set=final_episodes=100',
-    '--set=final_simulations=32',
-  )
-  runs = [
-    Run(
-      f'{head}_k{samples}',
-      seed,
-      (*shared, f'--set=policy={head}', f'--set=num_samples={samples}'),
-    )
-    for seed in range(seeds)
+  variants = {
+    f'{head}_k{samples}': _set(f'policy={head}', f'num_samples={samples}')
     for head in ('gaussian', 'factored')
     for samples in (20, 5)
-  ]
-  columns = ('decisions', 'eval_return', 'network_return', 'entropy')
-  return Study(tuple(runs), False, columns)
+  }
+  shared = (f'--preset={preset}', *_set(*_FINAL))
+  return Study(_runs(seeds, variants, shared), _POLICY)
 
 
 def _samples(seeds: int) -> Study:
-  """How many of 51 torques need be sampled; all of them at the end."""
+  """How many of 51 torques need to be sampled; the last variant takes all."""
   shared = (
     '--preset=sampled_muzero_pendulum',
     '--steps=9792',
-    '--set=env.action_bins=51',
-    '--set=policy=flat',
-    '--set=final_episodes=100',
-    '--set=final_simulations=32',
+    *_set('env.action_bins=51', 'policy=flat', *_FINAL),
   )
-  variants: dict[str, tuple[str, ...]] = {
-    f'k{samples}': (f'--set=num_samples={samples}',)
-    for samples in (2, 5, 10, 20, 50)
-  }
-  variants['all'] = ('--set=num_samples=51', '--set=replacement=false')
-  runs = [
-    Run(name, seed, (*shared, *arguments))
-    for seed in range(seeds)
-    for name, arguments in variants.items()
-  ]
-  columns = ('decisions', 'eval_return', 'network_return', 'entropy')
-  return Study(tuple(runs), False, columns)
+  variants = {f'k{k}': _set(f'num_samples={k}') for k in (2, 5, 10, 20, 50)}
+  variants['all'] = _set('num_samples=51', 'replacement=false')
+  return Study(_runs(seeds, variants, shared), _POLICY)
 
 
 def _sac(seeds: int) -> Study:
   """SAC on the three tasks of Sampled MuZero's study, as many decisions."""
   shared = (
     '--preset=sac_pendulum',
-    '--set=evaluate_every=500',
-    '--set=evaluate_episodes=20',
+    *_set('evaluate_every=500', 'evaluate_episodes=20'),
   )
   control = (
     '--steps=19852',
-    '--set=env.options=action_repeat=8',
-    '--set=gamma=0.98',
-    '--set=replay_capacity=20000',
-    '--set=warmup_decisions=1000',
+    *_set(
+      'env.options=action_repeat=8',
+      'gamma=0.98',
+      'replay_capacity=20000',
+      'warmup_decisions=1000',
+    ),
   )
   tasks = {
     'pendulum': (
       '--env=jax:pendulum',
       '--steps=11764',
-      '--set=env.options=action_repeat=4',
-      '--set=gamma=0.97',
+      *_set('env.options=action_repeat=4', 'gamma=0.97'),
     ),
     'swingup': ('--env=CartpoleSwingup-v1', *control),
     'ball_in_cup': ('--env=BallInCupCatch-v1', *control),
   }
-  runs = [
-    Run(task, seed, (*shared, *arguments))
-    for seed in range(seeds)
-    for task, arguments in tasks.items()
-  ]
-  return Study(tuple(runs), False, ('decisions', 'eval_return'), beside=True)
+  return Study(_runs(seeds, tasks, shared), _RETURN, with_muzero=True)
 
 
-_MIXTURE = ('perplexity', 'held_perplexity', 'cv_importance', 'cv_load')
+_EXPERT = 'network.moe.'
 
 
 def _experts(seeds: int) -> Study:
   """Perplexity at about equal active operations (Shazeer 2017, Table 7)."""
   shared = ('--preset=moe_language_small', '--text=data/gcide.txt')
-  expert = 'network.moe.'
-  variants = {
-    'dense': ('network.layer=dense',),
-    'moe_32': (),
-    'deep': ('network.layer=deep',),
-    'lstm': ('network.layer=lstm',),
-    'moe_4': (f'{expert}num_experts=4',),
-    'moe_128': (f'{expert}num_experts=128',),
+  first = {'dense': _set('network.layer=dense'), 'moe_32': ()}
+  others = {
+    'deep': _set('network.layer=deep'),
+    'lstm': _set('network.layer=lstm'),
+    'moe_4': _set(f'{_EXPERT}num_experts=4'),
+    'moe_128': _set(f'{_EXPERT}num_experts=128'),
     # Two of two levels are four experts, each half as wide.
-    'moe_256_h': (
-      f'{expert}num_experts=256',
-      f'{expert}groups=16',
-      f'{expert}hidden=128',
+    'moe_256_h': _set(
+      f'{_EXPERT}num_experts=256', f'{_EXPERT}groups=16', f'{_EXPERT}hidden=128'
     ),
-    'moe_32_twice': ('network.num_layers_moe=2',),
+    'moe_32_twice': _set('network.num_layers_moe=2'),
   }
-  first = ('dense', 'moe_32')
-  order = [(n, s) for s in range(seeds) for n in first]
-  order += [(n, s) for s in range(seeds) for n in variants if n not in first]
-  runs = [
-    Run(name, seed, (*shared, *(f'--set={x}' for x in variants[name])))
-    for name, seed in order
-  ]
-  return Study(tuple(runs), False, (*_MIXTURE, 'max_over_mean_load'))
+  runs = _runs(seeds, first, shared) + _runs(seeds, others, shared)
+  return Study(runs, _MIXTURE)
 
 
 def _connect_four(seeds: int) -> Study:
   """AlphaZero's networks, for `studies.connect_four_players` to play with."""
-  arguments = ('--preset=alphazero_connect_four',)
-  runs = [Run('connect_four', seed, arguments) for seed in range(seeds)]
-  return Study(tuple(runs), False, ('decisions', 'eval_return'))
+  variants = {'connect_four': ('--preset=alphazero_connect_four',)}
+  return Study(_runs(seeds, variants), _RETURN)
 
 
 def _othello(seeds: int) -> Study:
   """Sampled AlphaZero by K at equal simulations (Hubert 2021, on Go)."""
   shared = ('--preset=alphazero_othello', '--steps=294650')
-  runs = [
-    Run(f'k{k}', seed, (*shared, f'--set=num_samples={k}'))
-    for seed in range(seeds)
-    for k in (65, 4, 16, 8, 32)
-  ]
-  return Study(tuple(runs), False, ('decisions', 'eval_return'))
+  variants = {f'k{k}': _set(f'num_samples={k}') for k in (65, 4, 16, 8, 32)}
+  return Study(_runs(seeds, variants, shared), _RETURN)
 
 
 def _backgammon(seeds: int) -> Study:
   """TD-Gammon's networks, for `studies.backgammon_players` to play with."""
   runs = [
-    Run(
-      f'hidden_{units}', seed, ('--preset=td_gammon', f'--set=hidden={units}')
-    )
-    for units in (40, 80)
+    Run(f'hidden_{n}', seed, ('--preset=td_gammon', *_set(f'hidden={n}')))
+    for n in (40, 80)
     for seed in range(seeds)
   ]
-  return Study(tuple(runs), False, ('decisions', 'loss', 'win'))
+  return Study(tuple(runs), ('decisions', 'loss', 'win'))
 
 
 def _balance(seeds: int) -> Study:
-  """Balance losses on and off (Shazeer 2017, Table 6), and experts' fight."""
+  """Balance losses on and off (Shazeer 2017, Table 6), and other remedies."""
   shared = (
     '--preset=moe_language_small',
     '--text=data/gcide.txt',
     '--steps=400',
-    '--set=log_experts=true',
+    *_set('log_experts=true'),
   )
-  expert = 'network.moe.'
+  weights = lambda importance, load: _set(
+    f'{_EXPERT}importance_weight={importance}', f'{_EXPERT}load_weight={load}'
+  )
   pairs = ((0, 0), (0.2, 0), (0, 0.2), (0.1, 0.1), (0.01, 0.01), (1, 1))
-  variants = {
-    f'importance_{i}_load_{j}': (
-      f'{expert}importance_weight={i}',
-      f'{expert}load_weight={j}',
-    )
-    for i, j in pairs
-  }
+  variants = {f'importance_{i}_load_{j}': weights(i, j) for i, j in pairs}
   variants |= {
-    'balanced': (f'{expert}router=balanced',),
-    'biased': (f'{expert}router=biased_top_k',),
-    'pruned': (
-      f'{expert}importance_weight=0',
-      f'{expert}load_weight=0',
-      f'{expert}prune_below=0.1',
-    ),
+    'balanced': _set(f'{_EXPERT}router=balanced'),
+    'biased': _set(f'{_EXPERT}router=biased_top_k'),
+    'pruned': (*weights(0, 0), *_set(f'{_EXPERT}prune_below=0.1')),
   }
-  runs = [
-    Run(name, seed, (*shared, *(f'--set={x}' for x in settings)))
-    for seed in range(seeds)
-    for name, settings in variants.items()
-  ]
-  return Study(tuple(runs), False, (*_MIXTURE, 'max_over_mean_load'))
+  return Study(_runs(seeds, variants, shared), _MIXTURE)
 
 
 STUDIES = {
