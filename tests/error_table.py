@@ -247,7 +247,7 @@ TABLE = {
   'play --workdir=catch --simulations=-1': 'simulations=-1: must be whole numb',
   'play --workdir=catch --prompt=x': 'prompt=x: muzero is not a language model',
   'play --workdir=catch --opponents=random': 'opponents: jax:catch is no game',
-  'play --workdir=catch --players=random': 'players: jax:catch is no game with',
+  'play --workdir=catch --players=random': 'player=random: ... take network',
   'play --workdir=catch --human': 'human: jax:catch is no game with rules; run',
   'play --workdir=board --players=zzz': "player='zzz': must be network, random",
   'play --workdir=board --players=solver': 'player=solver: plays ConnectFour',
@@ -268,7 +268,7 @@ TABLE = {
   ),
   'play --workdir=pendulum --players=zzz': "player='zzz': must be network",
   'play --workdir=pendulum --players=gumbel=8': (
-    'player=gumbel=8: iql has an actor ... take actor'
+    'player=gumbel=8: sac has an actor ... take actor'
   ),
   'play --workdir=pendulum --players=actor --dynamics=catch': (
     'dynamics=catch: muzero learns no ensemble of dynamics; dynamics and'

@@ -188,7 +188,7 @@ ROWS = {
   ),
   'play --workdir=pendulum --players=lookahead=11': 'lookahead must be at ',
   'play --workdir=pendulum --players=lookahead=1+rollout=9999999': (
-    'numbers must be below 1000000'
+    'rollout must be at most 100000'
   ),
   'train --preset=bc --dataset=/': 'dataset=/: is a folder of more than',
   'launch --grace=inf': 'flag --grace=inf: must be a number in the range',

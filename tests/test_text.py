@@ -15,7 +15,7 @@ from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import build, corpus, play, presets
+from experiments import build, corpus, play, presets, train
 from experiments.build import saved, text
 from experiments.data import text as texts
 from experiments.runtime import config as configs
@@ -310,7 +310,7 @@ def whole(path, tmp_path_factory):
     # Set, it is left as it is.
     patch.setenv('JAX_COMPILATION_CACHE_DIR', 'unused')
     by_flags(
-      run,
+      train,
       f'--preset={PRESET}',
       f'--text={path}',
       f'--steps={STEPS}',
