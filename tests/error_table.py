@@ -218,7 +218,7 @@ TABLE = {
   'plots --workdirs=none': 'workdirs=none: there is none; name folders',
   'plots --workdirs=empty': "workdirs=empty: holds no run's config.json; name",
   'plots --workdirs=typed': 'typed/metrics.csv: there is none; has the run',
-  'plots --workdirs=catch --y=zzz': "no column 'zzz'; there are step",
+  'plots --workdirs=catch --y=zzz': 'has no column zzz; there are step',
   'plots --workdirs=catch --y=loss': 'loss is no number',
   'plots --workdirs=words': 'words/config.json: seed is no number',
   'study connect_four_players --folder=none': (
@@ -292,14 +292,14 @@ TABLE = {
   'train --preset=moe_language_small --text=latin.txt': (
     'text=latin.txt: byte 3 (line 1) is not utf-8; ... encoding=latin-1'
   ),
-  'study control --data=none': 'data=none: has no random; make it with pytho',
-  'study control --data=. --qualities=zzz': 'data=.: has no zzz; make it',
+  'study control --data=none': 'data=none: has no random; collect it with py',
+  'study control --data=. --qualities=zzz': 'data=.: has no zzz; collect it',
   'study control --data=. --qualities=empty --agents=zzz': (
     'agents=zzz: must be one of '
   ),
   'study offline --study=betas --only=zzz': 'only=zzz: betas has atac',
-  'study offline --study=betas --data=none': 'data=none: has no pendulum; make',
-  'study offline --study=betas --data=. --envs=zzz': 'data=.: has no zzz; make',
+  'study offline --study=betas --data=none': 'data=none: has no pendulum; coll',
+  'study offline --study=betas --data=. --envs=zzz': 'data=.: has no zzz; coll',
   # Numbers in lists.
   'benchmark --suite=scale --seeds=zzz': 'seeds=zzz: must be integers separ',
   'benchmark --suite=scale --quick --seeds=0': 'seeds=0: must be at least 1',

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.files import tables
-from experiments.files.errors import UserError
+from experiments.files.errors import Missing, UserError
 from experiments.runtime import config as configs
 
 Path = str | os.PathLike
@@ -144,13 +144,16 @@ def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     UserError: no such file or column, or no numbers in it.
   """
   path = pathlib.Path(workdir) / 'metrics.csv'
-  rows = tables.read_csv(path, (x, y), follow=True)[1]
+  try:
+    rows = tables.read_csv(path, (x, y), follow=True)[1]
+  except Missing as error:
+    raise UserError(f'{path}: there is none; has the run begun?') from error
   pairs = [(row[x], row[y]) for row in rows if row[x] and row[y]]
   try:
     values = np.asarray(pairs, np.float64).reshape(-1, 2)
   except ValueError as error:
     raise UserError(
-      f'{path}: {x} or {y} is no number: {error}; copy it back'
+      f'{path}: {x} or {y} is no number: {error}; put back a copy of the file'
     ) from error
   values = values[np.isfinite(values).all(axis=1)]
   if not len(values):
