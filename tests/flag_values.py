@@ -254,7 +254,7 @@ ROWS = {
     'queue_size=1: a run on data does not act and has no replay; leave it out'
   ),
   'play --workdir=catch --num_envs=1000000': (
-    'num_envs=1000000: is more than there are episodes; take at most 100'
+    'num_envs=1000000: exceeds the number of episodes; must be at most 100'
   ),
   'collect --env=Humanoid-v4 --out=new --transitions=99999999': (
     'transitions=99999999: takes ... of memory at least'

@@ -256,7 +256,7 @@ def test_players_must_play_turns():
   def thief(boards, dice, generator):
     return np.concatenate([boards[:, :, :1], boards[:, :, 1:] * 0], -1)
 
-  with pytest.raises(ValueError, match='lost stones'):
+  with pytest.raises(ValueError, match='without 15 stones'):
     gnubg.match(thief, thief, 2)
   with pytest.raises(ValueError, match='games=0: must be at least 1'):
     gnubg.match(thief, thief, 0)

@@ -335,14 +335,14 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
   for workdir, message in (
     (str(tmp_path / 'nowhere'), "no run's folder"),
     (catch, 'jax:catch has discrete actions; python -m experiments.play'),
-    (cloned, 'bc has no actor with a critic; atac, combo, cql, iql'),
+    (cloned, 'bc has no actor with a critic; give a run of atac, combo, cql'),
   ):
     with pytest.raises(configs.UserError, match=message):
       actor_critic_runs.load(workdir)
   run = actor_critic_runs.load(runs['iql'])
   far = run._replace(experiment=run.experiment._replace(env_name='Hopper-v4'))
   for name, own, message in (
-    ('exact', far, 'env=Hopper-v4: there is no exact model .* jax:swingup'),
+    ('exact', far, 'env=Hopper-v4: has no exact model .* jax:swingup'),
     (runs['iql'], run, 'iql learns no ensemble'),
     (runs['combo'], far, 'learned from jax:pendulum, but .* of Hopper-v4'),
   ):

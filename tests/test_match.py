@@ -274,8 +274,8 @@ def test_a_person_plays_and_leaves():
   assert points == 1
   assert told[0].startswith('you are X, and last is O; a move')
   assert told[2] == 'legal moves: 0, 1, 2, 3, 4, 5, 6, 7, 8'
-  assert told[3] == 'not legal: 9; "moves" lists what is'
-  assert told[4] == 'undo: you have not moved yet'
+  assert told[3] == '9: not legal; "moves" lists the legal moves'
+  assert told[4] == 'undo: there is no move of yours to take back'
   assert told[5] == '0  . . .\n3  X . .\n6  . . .'
   assert told[6] == 'last plays 8'
   # Back to the empty board, the opponent's answer gone, too.
@@ -316,7 +316,7 @@ def test_an_agent_tells_what_it_thinks(searcher):
   assert told[-1].startswith(('you win', 'you lose', 'a draw'))
   begins = lambda words: [text for text in told if text.startswith(words)]
   hints, turns = begins('it would play'), begins('puct=32 plays')
-  assert len(begins('for you it expects')) == len(hints) >= 2
+  assert len(begins('it expects you to score')) == len(hints) >= 2
   assert len(turns) - len(hints) in (0, 1)
   assert '; it expects' in turns[0] and '  share ' in turns[0]
   # The move itself and four more, each with what it is worth.
@@ -389,9 +389,9 @@ def test_a_turn_may_be_said_in_other_words(text, meant):
 @pytest.mark.parametrize(
   'text, complaint',
   [
-    ('8/7', 'not legal: 8/7; "moves" lists what is'),
-    ('8-7', 'not legal: 8-7'),
-    ('13/6', '13/6: which one, 13/6 hits 7 or 13/6 hits 8\\?'),
+    ('8/7', '8/7: not legal; "moves" lists the legal moves'),
+    ('8-7', '8-7: not legal'),
+    ('13/6', '13/6: ambiguous; type 13/6 hits 7 or 13/6 hits 8'),
   ],
 )
 def test_what_is_no_turn_is_said_in_a_line(text, complaint):
@@ -473,8 +473,11 @@ def test_players_of_candidates(backgammon_model, name, evaluations):
   'name, complaint',
   [
     ('gumbel=4', 'take lookahead=1 or lookahead=2'),
-    ('lookahead=2+rollout=4', r'comes after one stage; take lookahead=1\+roll'),
-    ('lookahead=3', 'two stages deep; take lookahead=2'),
+    (
+      'lookahead=2+rollout=4',
+      r'one stage of lookahead; take lookahead=1\+roll',
+    ),
+    ('lookahead=3', 'limited to two stages; take lookahead=2'),
   ],
 )
 def test_what_candidates_cannot_do_is_refused(

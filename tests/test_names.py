@@ -335,7 +335,7 @@ def test_the_users_own_flag_brings_code(trained, planted, tmp_path, launch):
     if name == 'control':
       # There is no exact model of it, and it says so after it was asked.
       code, _, message = launch(launcher, *flags, f'--env={planted.env}')
-      assert code == 2 and 'there is no exact model' in message
+      assert code == 2 and 'has no exact model' in message
       continue
     code, out, message = launch(launcher, *flags, f'--env={planted.env}')
     assert code == 0, message

@@ -232,9 +232,9 @@ def test_flags_let_a_person_play(
   told = capsys.readouterr().out
   assert told.startswith(f'ConnectFour against gumbel=2 of {tmp_path}\n')
   for words in (
-    'for you it expects',
+    'it expects you to score',
     'it would play',
-    'not legal: 9; "moves" lists what is\n',
+    '9: not legal; "moves" lists the legal moves\n',
     'gumbel=2 plays',
   ):
     assert words in told

@@ -1,18 +1,18 @@
-"""From an actor, a critic and a dynamics to a model that planners plan in.
+"""Builds a model for planners from an actor, a critic and dynamics.
 
-What was trained off-line becomes the ingredients of model predictive control
+Networks that were trained offline become the parts of model predictive control
 (Bertsekas 2022, "Lessons from AlphaZero", chapter 5): the actor proposes
-candidate actions and is the base policy of rollouts, the critic is the cost at
-the end, and what lies between them is stepped by a dynamics, which is the exact
-simulator's or was learned from the same data:
+candidate actions and is the base policy of rollouts, the critic is the terminal
+cost, and the dynamics, the exact simulator's or learned from the same data,
+step from one to the other:
 
   planner = lookahead.lookahead(1)
   inner = planning_model(agent, q, exact(env), spec, gamma=0.99)
   model = rollout.truncated(inner, base_policy(agent), steps=8)
   planner(model, Params(agent_params, None), key, timestep).action
 
-Embeddings are observations, so the exact dynamics needs to find the simulator's
-state in them: `STATES` lists the simulators for which it can.
+Embeddings are observations, so the exact dynamics must recover the simulator's
+state from them; `STATES` lists the simulators where that is possible.
 
 Axes: `B` batch, `K` candidates, `D` components of an action.
 """
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 
 class Params(NamedTuple):
-  """What a planner's model is parametrised by.
+  """The parameters of a planner's model.
 
   Attributes:
-    agent: of actor and critic, an agent's `state.params`.
-    dynamics: of the dynamics; None for the exact one.
+    agent: the parameters of actor and critic, an agent's `state.params`.
+    dynamics: the parameters of the dynamics; None for exact dynamics.
   """
 
   agent: Any
@@ -34,12 +34,13 @@ class Params(NamedTuple):
 
 
 class Change(NamedTuple):
-  """What an action leads to.
+  """The result of an action.
 
   Attributes:
     observation: pytree `[B, ...]`, float32.
     reward: float32 `[B]`, in the simulator's or the data set's units.
-    discount: float32 `[B]`, 0 at termination, or the chance that it goes on.
+    discount: float32 `[B]`, 0 at termination, or the probability that the
+      episode continues.
   """
 
   observation: Any
@@ -70,11 +71,11 @@ def _swingup(observation):
   return SwingupState(jnp.stack([x, angle, v, spin]), jnp.int32(0))
 
 
-# By the simulator's name: `(observation) -> state`, unbatched, at its first
-# step, because no observation tells the time.
+# By the simulator's name: `(observation) -> state`, unbatched. The time step is
+# 0, because no observation contains the time.
 STATES = {'Pendulum': _pendulum, 'Swingup': _swingup}
-# Environments that a simulator of ours moves exactly like (the control suite's
-# cart-pole but for the tolerances of MuJoCo's solver).
+# Environments, and our simulator with the same dynamics (for the control
+# suite's cart-pole, up to the tolerances of MuJoCo's solver).
 EXACT = {
   'jax:pendulum': 'jax:pendulum',
   'Pendulum-v1': 'jax:pendulum',
@@ -85,28 +86,28 @@ EXACT = {
 
 
 def exact(env: Any) -> Dynamics:
-  """The dynamics of a simulator, found again from what is observed.
+  """The dynamics of a simulator, with its state recovered from observations.
 
-  Time limits are not part of it: nothing is ever truncated.
+  Time limits are left out: nothing is ever truncated.
 
   Args:
     env: an unbatched `search.model.Environment` without chance, whose
       observation determines its state.
 
   Raises:
-    ValueError: no way from its observation to its state is known.
+    ValueError: its state cannot be recovered from its observation.
   """
   import jax
 
   if env.spec.name not in STATES:
     raise ValueError(
-      f'env={env.spec.name}: no state is known from its observation; there is '
-      f'one of {", ".join(STATES)}'
+      f'env={env.spec.name}: its state cannot be recovered from an '
+      f'observation; must be one of {", ".join(STATES)}'
     )
   restore = STATES[env.spec.name]
 
   def one(observation, action):
-    # Its step draws nothing, so one key serves all.
+    # Its step draws no random numbers, so any key will do.
     state = restore(observation)
     _, timestep = env.step(state, action, jax.random.key(0))
     return Change(timestep.observation, timestep.reward, timestep.discount)
@@ -119,13 +120,13 @@ def exact(env: Any) -> Dynamics:
 
 
 def learned(ensemble: Any, reward_factor: float = 1.0) -> Dynamics:
-  """The dynamics that the elites of an ensemble expect on average.
+  """The mean prediction of an ensemble's elites, as dynamics.
 
   Args:
     ensemble: a `networks.ensemble.Ensemble`; its parameters are
       `agents.core.rollout.ModelParams`.
-    reward_factor: what the rewards that it learned from had been multiplied
-      by; it is divided out.
+    reward_factor: the factor of the rewards in its training data, which is
+      divided out.
   """
   from agents.core import rollout
 
@@ -137,15 +138,14 @@ def learned(ensemble: Any, reward_factor: float = 1.0) -> Dynamics:
 
 
 def critic_value(networks: Any, value: str = 'min') -> Callable[..., Any]:
-  """The critics of an agent as one: `(agent_params, o, a [B, D]) -> [B]`.
+  """Reduces an agent's critics to one: `(agent_params, o, a [B, D]) -> [B]`.
 
   Args:
     networks: with `critic.apply(params.critic, o, a) -> [E, B]`.
-    value: the `'min'` of the E critics, as the agents' own targets take it, or
-      their `'mean'`.
+    value: `'min'` of the E critics, as in the agents' own targets, or `'mean'`.
 
   Raises:
-    ValueError: another word, or no critic.
+    ValueError: `value` is neither, or the networks have no critic.
   """
   import jax.numpy as jnp
 
@@ -153,7 +153,7 @@ def critic_value(networks: Any, value: str = 'min') -> Callable[..., Any]:
   if value not in reductions:
     raise ValueError(f"value={value!r}: must be 'min' or 'mean'")
   if not hasattr(networks, 'critic'):
-    raise ValueError('networks have no critic, which values the states')
+    raise ValueError('networks: have no critic; must have one to value states')
 
   def q(params, observation, action):
     each = networks.critic.apply(params.critic, observation, action)
@@ -175,19 +175,19 @@ def planning_model(
 ) -> Any:
   """The model of a planner, over `Params`.
 
-  A state is worth what the critic says of the actor's mode in it, in the
+  The value of a state is the critic's value of the actor's mode there, in the
   critic's units: rewards are multiplied by `reward_factor`.
 
   Args:
-    agent: with `act` and `exploit`, which look at observations alone.
+    agent: an agent whose `act` and `exploit` read observations only.
     q: from `critic_value`.
     dynamics: from `exact` or `learned`.
-    spec: of the environment.
-    gamma: discount a decision.
-    reward_factor: what the critic's rewards had been multiplied by.
-    num: K, candidates a state: the actor's mode, then others.
-    proposal: where these come from: draws of the `'actor'` (how it explores),
-      or uniformly from the `'box'` of all actions.
+    spec: the environment's spec.
+    gamma: discount per decision.
+    reward_factor: the factor of the rewards in the critic's training data.
+    num: K, number of candidates per state: the actor's mode and K - 1 more.
+    proposal: where these come from: drawn from the exploring `'actor'`, or
+      uniformly from the `'box'` of all actions.
 
   Returns:
     A `search.model.Model` with `actions`; its prior logits are all 0.
@@ -251,7 +251,7 @@ def planning_model(
 
 
 def base_policy(agent: Any) -> Callable[..., Any]:
-  """The actor's mode, as `rollout.truncated` wants its policy."""
+  """The actor's mode as a policy for `rollout.truncated`."""
   mode = _chosen(agent.exploit)
 
   def policy(params, key, prior_logits, embedding):
@@ -262,7 +262,7 @@ def base_policy(agent: Any) -> Callable[..., Any]:
 
 
 def actor_planner(agent: Any) -> Callable[..., Any]:
-  """The planner that does not plan: the actor's mode."""
+  """A planner that does not plan: it takes the actor's mode."""
 
   def planner(model, params, key, timestep):
     import jax.numpy as jnp
@@ -277,7 +277,7 @@ def actor_planner(agent: Any) -> Callable[..., Any]:
 
 
 def critic_planner(q: Callable[..., Any]) -> Callable[..., Any]:
-  """The planner without a model, l = 0: the candidate of the highest Q."""
+  """A planner without a model, l = 0: it takes the candidate of highest Q."""
 
   def planner(model, params, key, timestep):
     import jax

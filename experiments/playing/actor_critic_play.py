@@ -1,10 +1,10 @@
-"""Plays an agent that was trained off-line with a planner on top of it.
+"""Plays an agent that was trained offline with a planner on top of it.
 
-The agent's actor proposes actions and rolls out, its critic is the cost at the
-end (`actor_critic_model`), and each decision is made anew from what the real
-simulator shows: model predictive control. The model between them is the exact
+This is model predictive control: at every decision, the planner starts from the
+real simulator's observation. The actor proposes actions and rolls out, and the
+critic gives the terminal cost (`actor_critic_model`). The model is the exact
 simulator, or the ensemble that a run of `dynamics` or COMBO learned from data.
-`planners` has the names.
+`planners` describes the names of players.
 """
 
 import pathlib
@@ -21,11 +21,11 @@ from experiments.report import terminal
 
 
 class Budget(NamedTuple):
-  """How many actions are looked at.
+  """Numbers of candidate actions.
 
   Attributes:
-    candidates: K of the first stage.
-    later: of each later one.
+    candidates: K at the first stage.
+    later: K at each later stage.
   """
 
   candidates: int = 8
@@ -44,10 +44,10 @@ def make_player(
 
   Args:
     strategy: from `planners.parse`.
-    trained: from `actor_critic_runs.load`; its parameters are not looked at.
-    dynamics: a `actor_critic_model.Dynamics`.
+    trained: from `actor_critic_runs.load`; its parameters are not read.
+    dynamics: an `actor_critic_model.Dynamics`.
     budget: numbers of candidates.
-    value: of several critics, see `actor_critic_model.critic_value`.
+    value: how critics are reduced, as in `actor_critic_model.critic_value`.
 
   Returns:
     `(actor_critic_model.Params, key, timestep) -> action [B, D]`, not
@@ -91,7 +91,7 @@ def make_player(
     planner = actor_critic_model.critic_planner(q)
   else:
     if strategy.refined:
-      # With a slope of 1 the first step goes across half of the box.
+      # With a slope of 1, the first step crosses half of the box.
       rate = float(np.mean(high - low)) / 2
       model = candidates.refined(model, strategy.refined, rate, low, high)
     later = make_model(budget.later)
@@ -104,7 +104,7 @@ def make_player(
 
 
 def model_steps(strategy: planners.Strategy, budget: Budget) -> int:
-  """Steps of the dynamics that one decision takes."""
+  """The number of dynamics steps in one decision."""
   if strategy.depth < 1:
     return 0
   total, nodes, steps = 0, 1, strategy.steps or 0
@@ -123,15 +123,15 @@ def compare(
   returns: Any,
   policy: Any,
 ) -> evaluation.Row:
-  """A row with what a planner gains, and what it looks at.
+  """Adds a planner's gain over the policy, and its cost, to its row.
 
   Args:
-    row: of the planner's episodes.
+    row: the summary of the planner's episodes.
     strategy: the planner.
     dynamics: `exact` or `learned`.
     budget: numbers of candidates.
-    returns: of its episodes, `[episodes]`.
-    policy: of the policy's own, from the same starts, `[episodes]`.
+    returns: the planner's returns, `[episodes]`.
+    policy: the policy's returns from the same initial states, `[episodes]`.
   """
   import numpy as np
 
@@ -147,7 +147,7 @@ def compare(
 
 
 class _Table(NamedTuple):
-  """What all players of a run share: the run, its model and its parameters."""
+  """What all players of a run share: its networks, model and parameters."""
 
   trained: actor_critic_runs.Trained
   dynamics: Any
@@ -191,15 +191,15 @@ def _strategy(name: str, experiment: Any) -> planners.Strategy:
 
 
 def decider(name: str, experiment: Any, values: Any) -> tuple[Any, Any]:
-  """A player as `acting.make_decider` has it, without a value, and its params.
+  """A player like `acting.make_decider`'s, with no value, and its parameters.
 
   Args:
-    name: see `planners`.
-    experiment: what was run.
+    name: the player's name, in the grammar of `planners`.
+    experiment: the run's experiment.
     values: the flags of `experiments.play`.
 
   Raises:
-    UserError: the run, the player or the dynamics is wrong.
+    UserError: the run, the player or the dynamics cannot be used.
   """
   strategy = _strategy(name, experiment)
   table = _load(values)
@@ -211,7 +211,7 @@ def launch(experiment: Any, values: Any) -> list[evaluation.Row]:
   """Plays as the flags of `experiments.play` say.
 
   Raises:
-    UserError: a run, a player or a dynamics is wrong.
+    UserError: the run, a player or the dynamics cannot be used.
   """
   from experiments import build
   from experiments.build import saved
@@ -225,7 +225,7 @@ def launch(experiment: Any, values: Any) -> list[evaluation.Row]:
   terminal.begin(
     f'{experiment.agent_name} of {values.workdir} on {experiment.env_name}, '
     f'{kind} dynamics: {", ".join(strategies)}; {values.episodes} episodes '
-    'each',
+    'per player',
     terminal.parameters(table.trained.params),
   )
 

@@ -1,23 +1,23 @@
-"""What finished runs bring to planning: actors and critics, and dynamics."""
+"""Loads actors, critics and dynamics from finished runs, for planning."""
 
 from typing import Any, NamedTuple
 
 from experiments.files.errors import UserError
 from experiments.playing import actor_critic_model
 
-# Those with an actor and a critic on vectors.
+# The agents that have an actor and a critic, on vector observations.
 AGENTS = ('atac', 'combo', 'cql', 'iql', 'sac', 'td3_bc')
 
 
 class Trained(NamedTuple):
-  """A finished run of an actor and a critic.
+  """A finished run of an agent with an actor and a critic.
 
   Attributes:
-    experiment: what was run.
+    experiment: the run's experiment.
     agent: its agent.
-    networks: its networks.
-    params: of the agent.
-    spec: of its environment.
+    networks: the agent's networks.
+    params: the agent's parameters.
+    spec: the environment's spec.
   """
 
   experiment: Any
@@ -28,19 +28,19 @@ class Trained(NamedTuple):
 
   @property
   def reward_factor(self) -> float:
-    """What rewards were multiplied by when it was trained."""
+    """The factor by which rewards were multiplied in training."""
     experiment = self.experiment
     return experiment.run.reward_factor if experiment.dataset else 1.0
 
 
 class Learned(NamedTuple):
-  """A finished run that learned a model.
+  """The model of a finished run.
 
   Attributes:
-    dynamics: a `actor_critic_model.Dynamics`.
+    dynamics: an `actor_critic_model.Dynamics`.
     params: its parameters.
-    spec: of its environment.
-    env_name: the environment's.
+    spec: the environment's spec.
+    env_name: the environment's name.
   """
 
   dynamics: Any
@@ -52,15 +52,15 @@ class Learned(NamedTuple):
 def load(
   workdir: str, checkpoint: str = 'final', env: str | None = None
 ) -> Trained:
-  """The actor and critic of a run.
+  """Loads the actor and critic of a run.
 
   Args:
     workdir: the run's folder.
-    checkpoint: which parameters.
-    env: see `saved.load_experiment`.
+    checkpoint: the name of the checkpoint.
+    env: the environment that the user named, as in `saved.load_experiment`.
 
   Raises:
-    UserError: there is no such run, or its agent is of another kind.
+    UserError: no such run, or its agent has no actor with a critic.
   """
   from agents.core.types import Continuous
   from experiments import build
@@ -69,21 +69,22 @@ def load(
   experiment = saved.load_experiment(workdir, env)
   if not experiment.env_name:
     raise UserError(
-      f'workdir={workdir}: its data set names no environment to play in'
+      f'workdir={workdir}: its data set names no environment to play in; '
+      'give --env=NAME'
     )
   simulators = build.make_env(experiment, training=False, num_envs=1)
   spec = saved.load_spec(workdir, simulators.spec)
   if not isinstance(spec.action, Continuous):
     raise UserError(
       f'workdir={workdir}: {experiment.env_name} has discrete actions; '
-      'python -m experiments.play plans there'
+      'use python -m experiments.play with --simulations'
     )
   agent = build.make_agent(experiment, spec)
   networks = build.make_networks(experiment, spec)
   if agent.exploit is None or not hasattr(networks, 'critic'):
     raise UserError(
       f'workdir={workdir}: {experiment.agent_name} has no actor with a critic; '
-      f'{", ".join(AGENTS)} have'
+      f'give a run of {", ".join(AGENTS)}'
     )
   params = saved.load_params(workdir, agent, [checkpoint])[checkpoint]
   return Trained(experiment, agent, networks, params, spec)
@@ -92,15 +93,15 @@ def load(
 def load_dynamics(
   workdir: str, checkpoint: str = 'final', env: str | None = None
 ) -> Learned:
-  """The ensemble of a run of COMBO, or of `dynamics` alone.
+  """Loads the ensemble of a run of COMBO or of `dynamics`.
 
   Args:
     workdir: the run's folder.
-    checkpoint: which parameters.
-    env: see `saved.load_experiment`.
+    checkpoint: the name of the checkpoint.
+    env: the environment that the user named, as in `saved.load_experiment`.
 
   Raises:
-    UserError: there is no such run, or it has learned no ensemble.
+    UserError: no such run, or it has learned no ensemble.
   """
   from experiments import build
   from experiments.build import saved
@@ -109,7 +110,7 @@ def load_dynamics(
   if experiment.agent_name not in ('combo', 'dynamics'):
     raise UserError(
       f'dynamics={workdir}: {experiment.agent_name} learns no ensemble of '
-      'dynamics; dynamics and combo do'
+      'dynamics; give a run of dynamics or combo'
     )
   simulators = build.make_env(experiment, training=False, num_envs=1)
   spec = saved.load_spec(workdir, simulators.spec)
@@ -124,18 +125,18 @@ def load_dynamics(
 
 
 def simulator(experiment: Any) -> Any:
-  """The simulator of ours that moves like an experiment's environment.
+  """Our simulator with the dynamics of an experiment's environment.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no such simulator.
   """
   from experiments import build
 
   known = actor_critic_model.EXACT
   if experiment.env_name not in known:
     raise UserError(
-      f'env={experiment.env_name}: there is no exact model of it; there is one '
-      f'of {", ".join(known)}; give --dynamics=RUN of a dynamics or combo run'
+      f'env={experiment.env_name}: has no exact model, as {", ".join(known)} '
+      'have; give --dynamics=RUN of a dynamics or combo run'
     )
   ours = experiment._replace(env_name=known[experiment.env_name])
   return build.make_env(ours, training=False)
@@ -144,15 +145,15 @@ def simulator(experiment: Any) -> Any:
 def find_dynamics(
   name: str, trained: Trained, env: str | None = None
 ) -> tuple[Any, Any]:
-  """The dynamics of a name, and its parameters.
+  """Finds dynamics and their parameters by name.
 
   Args:
     name: `exact`, or the folder of a run.
-    trained: who is to plan in it.
-    env: see `saved.load_experiment`.
+    trained: the actor and critic that will plan in them.
+    env: the environment that the user named, as in `saved.load_experiment`.
 
   Raises:
-    UserError: there is none, or it is one of another environment.
+    UserError: not found, or they belong to another environment.
   """
   if name == 'exact':
     return actor_critic_model.exact(simulator(trained.experiment)), None
@@ -160,6 +161,7 @@ def find_dynamics(
   own, other = trained.experiment.env_name, found.env_name
   if own != other or trained.spec.observation != found.spec.observation:
     raise UserError(
-      f'dynamics={name}: learned from {other}, but the agent is of {own}'
+      f'dynamics={name}: were learned from {other}; must be from {own}, as the '
+      'agent is'
     )
   return found.dynamics, found.params

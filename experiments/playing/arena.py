@@ -1,7 +1,6 @@
-"""Games of a finished run's agent: matches with a table, and against a person.
+"""Plays games with a finished run's agent: matches, or against a person.
 
-`experiments.play` comes here with the flags `players`, `opponents` and
-`human`.
+`experiments.play` calls this for the flags `players`, `opponents` and `human`.
 """
 
 import pathlib
@@ -22,19 +21,18 @@ def make_player(
   host: Any = None,
   usual: str = 'final',
 ) -> players.Player:
-  """A player by its name, with the parameters of its run.
+  """Makes a player from its name, with the parameters of its run.
 
   Args:
-    name: see `playing.planners`; `solver`, `pubeval` and `gnubg=PLIES` are not
-      players of ours.
-    workdir: the run that a name without one means.
+    name: a name in the grammar of `playing.planners`, or one known to `host`.
+    workdir: the run of a name that does not contain one.
     own: that run's `build.Experiment`.
     game: the rules of the run's environment.
-    host: `(name) -> Player` of further opponents; None for none.
-    usual: the checkpoint of a name that has no run in front.
+    host: `(name) -> Player`, from `other_players`; None if there are none.
+    usual: the checkpoint for a name that does not contain a run.
 
   Raises:
-    UserError: an unknown name or run, or one of another game.
+    UserError: an unknown name or run, or a run of another game.
   """
   from experiments import build
   from experiments.build import saved
@@ -52,13 +50,16 @@ def make_player(
   experiment = own if not run else saved.load_experiment(folder)
   if experiment.env_name != own.env_name:
     raise UserError(
-      f'player={name}: {folder} plays {experiment.env_name}, and this is '
-      f'{own.env_name}'
+      f'player={name}: {folder} plays {experiment.env_name}; must be a run '
+      f'on {own.env_name}'
     )
   env = build.make_env(experiment, training=False, num_envs=1)
   agent = build.make_agent(experiment, env.spec)
   if agent.model is None:
-    raise UserError(f'player={name}: {experiment.agent_name} has no model')
+    raise UserError(
+      f'player={name}: {experiment.agent_name} has no model to plan in; take '
+      'an agent that has one'
+    )
   params = saved.load_params(folder, agent, [checkpoint])[checkpoint]
   search = getattr(experiment.config, 'search', None)
   return players.make(
@@ -67,17 +68,17 @@ def make_player(
 
 
 def other_players(game: Any) -> Callable[[str], players.Player | None]:
-  """Opponents that are not of this suite, by their names.
+  """Finds opponents from outside this suite: `solver`, `pubeval`, `gnubg=N`.
 
   Args:
     game: the rules.
 
   Returns:
-    `(name) -> Player`, None for a name that is none of theirs.
+    `(name) -> Player`, None for any other name. It raises `UserError` for an
+    opponent that does not play this game or is not installed.
 
   Raises:
-    UserError: by what it returns, for one that does not play this game, or is
-      not installed.
+    UserError: raised by the returned function only.
   """
 
   def find(name):
@@ -88,7 +89,8 @@ def other_players(game: Any) -> Callable[[str], players.Player | None]:
       return None
     if game.spec.name.lower() != plays[planner].lower():
       raise UserError(
-        f'player={name}: plays {plays[planner]}, and this is {game.spec.name}'
+        f'player={name}: plays {plays[planner]} only; take a player of '
+        f'{game.spec.name}'
       )
     if planner == 'solver':
       from experiments.playing import connect_four_solver
@@ -111,24 +113,24 @@ def matches(
   seed: int = 0,
   report: Callable[[match.Result], None] = lambda result: None,
 ) -> list[match.Result]:
-  """Every player against every opponent, on the same openings.
+  """Plays every player against every opponent, on the same openings.
 
   Args:
     game: the rules.
-    ours: whose scores are told.
-    others: whom they meet.
-    openings: how many; each is played twice.
-    opening_plies: random moves before a game.
-    seed: of openings, chance and whoever draws.
-    report: told every result as it comes.
+    ours: the players whose scores are reported.
+    others: their opponents.
+    openings: number of openings; each is played twice.
+    opening_plies: number of random moves before a game.
+    seed: seed of openings, chance and players that draw their moves.
+    report: called with each result as soon as it is known.
 
   Raises:
-    ValueError: see `match.openings`.
+    ValueError: `openings` or `opening_plies` is out of range for this game.
   """
   starts = match.openings(game, openings, opening_plies, seed)
   results = []
   for player in ours:
-    # Who has no network is timed on what it has seen before, if at all.
+    # Players without a network cache positions, so their times say nothing.
     speed = None
     if player.params is not None:
       speed = match.measure(game, player, starts)
@@ -146,8 +148,8 @@ def write(path: pathlib.Path, results: Sequence[match.Result]) -> None:
 
 
 def print_results(results: Sequence[match.Result]) -> None:
-  """A table for people."""
-  # Where all wins count one, points say nothing that scores do not.
+  """Prints results as a table."""
+  # If every win counts one point, points add nothing to scores.
   counts = any(abs(row.points - 2 * row.score + 1) > 1e-9 for row in results)
   columns = ('player', 'opponent', 'points' if counts else 'score', 'Elo')
   lines = []
@@ -172,7 +174,7 @@ def launch(experiment: Any, values: Any) -> None:
   """Plays as the flags of `experiments.play` say.
 
   Raises:
-    UserError: the run's environment is no game, or a player is none.
+    UserError: the run's environment is not a game, or a player is wrong.
   """
   from experiments import build
   from experiments.build import saved
@@ -182,8 +184,8 @@ def launch(experiment: Any, values: Any) -> None:
     kinds = ('human', 'opponents', 'players')
     asked = next((n for n in kinds if getattr(values, n)), 'opponents')
     raise UserError(
-      f'{asked}: {experiment.env_name} is no game with rules; runs on '
-      'self_play:NAME are'
+      f'{asked}: {experiment.env_name} is not a game with rules; give a run on '
+      'self_play:NAME'
     )
   host = other_players(game)
   usual = values.checkpoint[0] if values.checkpoint else 'final'
@@ -218,8 +220,8 @@ def launch(experiment: Any, values: Any) -> None:
   others = list(values.opponents) or ['random']
   ours = [find(name) for name in names]
   terminal.begin(
-    f'{game.spec.name}, {2 * values.openings} games each: {", ".join(names)} '
-    f'against {", ".join(others)}',
+    f'{game.spec.name}, {2 * values.openings} games per match: '
+    f'{", ".join(names)} against {", ".join(others)}',
     *[terminal.parameters(p.params) for p in ours[:1] if p.params is not None],
   )
   matches(

@@ -1,4 +1,4 @@
-"""Boards as text, and moves as people name them, for play in a terminal."""
+"""Prints boards as text and reads moves, for play in a terminal."""
 
 import functools
 import itertools
@@ -15,11 +15,11 @@ def show(game: Any, state: Any, side: int = 0) -> str:
   """A position as text, `X` for player 0 and `O` for player 1.
 
   Args:
-    game: the rules; what it observes is `[rows, columns, planes]`, one's own
-      stones in the first plane and the other one's in the second, or it is
-      backgammon.
+    game: the rules of backgammon, or of a game whose observation is
+      `[rows, columns, planes]`, with the mover's stones in the first plane and
+      the opponent's in the second.
     state: one position.
-    side: the player from whose side backgammon is seen.
+    side: the player from whose side a backgammon board is shown.
   """
   if hasattr(state, 'dice'):
     return _backgammon(state, side)
@@ -35,22 +35,23 @@ def show(game: Any, state: Any, side: int = 0) -> str:
   if width > 3:
     named = [f'{i + 1:>2} {row}' for i, row in enumerate(rows)]
     return '\n'.join([f'   {" ".join(_LETTERS[:width])}', *named])
-  # A cell's number is its row's first one and its place.
+  # Each row is labelled with the number of its first cell.
   label = len(str(planes.shape[0] * width - 1))
   return '\n'.join(f'{i * width:>{label}}  {row}' for i, row in enumerate(rows))
 
 
 def legal_moves(game: Any, state: Any) -> dict[str, Any]:
-  """What may be done in a position: what is typed for it, and the action.
+  """The legal actions in a position, by the name that a person types.
 
   Args:
     game: the rules.
     state: one position.
 
   Returns:
-    Of columns and of small boards the actions' numbers; of larger boards
-    cells, `d3` in column d and row 3; of turns of backgammon where stones go,
-    as the mover counts points, and where they hit. `pass` where there is one.
+    Names and actions. The name is the action's number where actions are columns
+    or the board is small; `d3` for column d and row 3 of a larger board; for a
+    turn of backgammon the moves of its stones, in the mover's numbering of the
+    points, and the points where they hit; or `pass`.
   """
   if game.candidates is None:
     invalid = np.asarray(game.invalid_actions(state))
@@ -58,7 +59,7 @@ def legal_moves(game: Any, state: Any) -> dict[str, Any]:
     return {name(n): np.int32(n) for n in np.flatnonzero(~invalid).tolist()}
   actions = np.asarray(_compiled(game.candidates)(state))
   board, dice = np.asarray(state.board), np.asarray(state.dice)
-  # In the places that are left the first one is repeated.
+  # Unused rows repeat the first action.
   again = (actions[1:] == actions[0]).all((1, 2))
   some = [actions[0], *actions[1:][~again]]
   return {_change(board, action, dice): action for action in some}
@@ -72,7 +73,7 @@ def _compiled(function):
 
 
 def _namer(game):
-  """`(action) -> str` of actions with numbers."""
+  """`(action) -> str` for games with numbered actions."""
   shape, number = game.spec.observation.shape, game.spec.action.num_actions
   if len(shape) != 3 or number - shape[0] * shape[1] not in (0, 1):
     return str
@@ -80,7 +81,7 @@ def _namer(game):
 
   def name(action):
     if action == cells:
-      # Hex has no pass: its second player may take over the first stone.
+      # Hex has no pass; its second player may take over the first stone.
       return 'swap' if game.spec.name.lower().startswith('hex') else 'pass'
     row, column = divmod(action, width)
     return f'{_LETTERS[column]}{row + 1}' if width > 3 else str(action)
@@ -89,18 +90,18 @@ def _namer(game):
 
 
 def read_move(text: str, legal: dict[str, Any]) -> str:
-  """Which of the legal moves a person means.
+  """Finds the legal move that a person has typed.
 
   Args:
-    text: a name of `legal`; a turn of backgammon may be said in any order, in
-      any steps and without what it hits: `8/7 13/7`, `13/8/7`, `24/22(2)`.
+    text: a name from `legal`; a turn of backgammon may be given in any order,
+      in any steps and without its hits: `8/7 13/7`, `13/8/7`, `24/22(2)`.
     legal: from `legal_moves`.
 
   Returns:
-    A name of `legal`.
+    A name from `legal`.
 
   Raises:
-    ValueError: none, or more than one.
+    ValueError: the text fits no legal move, or more than one.
   """
   if text in legal:
     return text
@@ -109,12 +110,12 @@ def read_move(text: str, legal: dict[str, Any]) -> str:
   if len(found) == 1:
     return found[0]
   if found:
-    raise ValueError(f'{text}: which one, {" or ".join(found)}?')
-  raise ValueError(f'not legal: {text}; "moves" lists what is')
+    raise ValueError(f'{text}: ambiguous; type {" or ".join(found)}')
+  raise ValueError(f'{text}: not legal; "moves" lists the legal moves')
 
 
 def _stones(text: str) -> dict[int, int] | None:
-  """By how many stones each point changes; None for what is no turn."""
+  """The change in stones at each point; None if the text is not a turn."""
   change: dict[int, int] = {}
   words = text.partition('hits')[0].replace('*', '').split()
   for word in words:
@@ -129,21 +130,21 @@ def _stones(text: str) -> dict[int, int] | None:
 
 
 def _change(before, after, dice) -> str:
-  """How a turn of backgammon is written: `13/7 8/7`."""
+  """The notation of a turn of backgammon: `13/7 8/7`."""
   own = after[0].astype(int) - before[0].astype(int)
   left = [p for p in range(own.size) for _ in range(max(-own[p], 0))]
   reached = [p for p in range(own.size) for _ in range(max(own[p], 0))]
   name = lambda p: 'bar' if p == _BAR else 'off' if p == 0 else str(p)
   pairs = _pairs(sorted(left, reverse=True), reached, dice)
   moves = ' '.join(f'{name(a)}/{name(b)}' for a, b in pairs) or 'pass'
-  # The other side counts from its own end.
+  # The opponent numbers the points from the other end.
   fewer = np.flatnonzero(after[1][1:25] < before[1][1:25]) + 1
   hits = ' '.join(name(25 - p) for p in fewer[::-1])
   return f'{moves} hits {hits}' if hits else moves
 
 
 def _pairs(left, reached, dice) -> list[tuple[int, int]]:
-  """Which stone went where: as the dice say, if that is possible."""
+  """The start and end of each stone, consistent with the dice if possible."""
   low, high = sorted(map(int, dice))
   steps = {low, high, low + high}
   if low == high:
@@ -151,7 +152,7 @@ def _pairs(left, reached, dice) -> list[tuple[int, int]]:
 
   def wrong(places):
     gone = [a - b for a, b in zip(left, places)]
-    # A stone that leaves the board may waste some of its die.
+    # A stone that is borne off may use only a part of its die.
     bad = [
       g not in steps and not (b == 0 and 0 < g < max(steps))
       for g, b in zip(gone, places)
@@ -163,7 +164,7 @@ def _pairs(left, reached, dice) -> list[tuple[int, int]]:
 
 
 def _backgammon(state, side) -> str:
-  """The board as one side sees it, whose points are counted."""
+  """The board from one side's view, with that side's numbering."""
   own, other = np.asarray(state.board, int)
   if int(state.player) != side:
     own, other = other, own

@@ -1,11 +1,10 @@
-"""Perfect play of Connect Four, to measure against: a judge and an opponent.
+"""Perfect play of Connect Four, as an opponent and for judging players.
 
 python -m experiments.study connect_four_positions --positions=300
 
-writes positions in which a move can throw the game's value away, with the
-value of every move. The solver is bitbully (`pip install 'outplay[opponents]'`,
-AGPL), a measuring tool that nothing else needs: who only scores against the
-positions reads them from the file.
+writes positions in which a move can lose the game's value, with the value of
+every move. The solver is bitbully (`pip install 'outplay[opponents]'`, AGPL);
+scoring a player on the saved positions does not need it.
 
 Axes: `P` positions.
 """
@@ -26,14 +25,15 @@ COLUMNS = 7
 
 
 class Judged(NamedTuple):
-  """Positions and what every move in them is worth.
+  """Positions and the value of every move in them.
 
   Attributes:
-    moves: columns from the empty board, a string of digits each.
+    moves: the moves from the empty board to each position, a string of column
+      digits per position.
     value: float64 `[P, 7]`, 1 won, 0 drawn, -1 lost for the player to move;
       NaN where the column is full.
-    score: float64 `[P, 7]`, the solver's, which is the higher the earlier won
-      or the later lost.
+    score: float64 `[P, 7]`, the solver's score, which is higher for an earlier
+      win and a later loss.
   """
 
   moves: tuple[str, ...]
@@ -42,13 +42,13 @@ class Judged(NamedTuple):
 
 
 class Verdict(NamedTuple):
-  """How a player did on judged positions.
+  """A player's results on judged positions.
 
   Attributes:
-    kept: share of positions in which it kept the game's value.
-    kept_se: standard error.
-    optimal: share in which no move is better, distance counted.
-    chance: `kept` of a player that takes any legal move.
+    kept: share of positions in which its move kept the game's value.
+    kept_se: standard error of `kept`.
+    optimal: share in which no other move wins earlier or loses later.
+    chance: `kept` of a player that takes a random legal move.
   """
 
   kept: float
@@ -61,15 +61,15 @@ def read(path: pathlib.Path = POSITIONS) -> Judged:
   """Reads judged positions.
 
   Raises:
-    UserError: there are none.
+    UserError: the file is missing.
   """
   columns = [f'score_{c}' for c in range(COLUMNS)]
   try:
     rows = tables.read_csv(path, ['moves', *columns])[1]
   except reading.Missing as error:
     raise UserError(
-      f'{path}: no judged positions; write them with python -m '
-      'experiments.playing.connect_four_solver'
+      f'{path}: does not exist; write it with python -m experiments.study '
+      'connect_four_positions'
     ) from error
   with tables.reading_cells(path):
     score = np.asarray(
@@ -79,14 +79,14 @@ def read(path: pathlib.Path = POSITIONS) -> Judged:
 
 
 def positions(moves: Sequence[str]) -> Any:
-  """Boards after moves from the empty one, a `Board` of `[P, ...]`."""
+  """The positions after moves from the empty board, a `Board` of `[P, ...]`."""
   import jax
   import jax.numpy as jnp
 
   from experiments.envs import connect_four
 
   longest = max(map(len, moves))
-  # Nothing drops into a column outside of the board; it only ends a turn.
+  # A column outside the board adds no stone; such steps are discarded below.
   padded = [[int(c) for c in m] + [-1] * (longest - len(m)) for m in moves]
 
   def replay(columns, length):
@@ -103,11 +103,11 @@ def positions(moves: Sequence[str]) -> Any:
 
 
 def judge(action: np.ndarray, judged: Judged) -> Verdict:
-  """Compares moves with what every move is worth.
+  """Compares a player's moves with the values of all moves.
 
   Args:
-    action: int `[P]`, columns.
-    judged: see there.
+    action: int `[P]`, the player's columns.
+    judged: the positions and the values of their moves.
   """
   rows = np.arange(len(judged.moves))
   best = np.nanmax(judged.value, axis=1)
@@ -124,7 +124,7 @@ def judge(action: np.ndarray, judged: Judged) -> Verdict:
 
 
 def solver() -> Player:
-  """A player that never errs: the best move, the nearest the centre of many.
+  """A perfect player; of several best moves it takes the most central.
 
   Raises:
     UserError: the solver is not installed.
@@ -152,7 +152,7 @@ def solver() -> Player:
 
 
 def solver_library() -> tuple[Any, Any]:
-  """The solver and its type of a board.
+  """The solver and its board type.
 
   Raises:
     UserError: it is not installed.
@@ -161,15 +161,15 @@ def solver_library() -> tuple[Any, Any]:
     import bitbully  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     raise UserError(
-      "solver: needs bitbully; pip install 'outplay[opponents]'"
+      "solver: needs bitbully; run pip install 'outplay[opponents]'"
     ) from error
   return bitbully.BitBully(), bitbully.Board
 
 
 def _best(bully, board_type, stones, invalid) -> int:
-  """The best column of a board, uint8 `[2, 7]`; any where it is over."""
+  """The best column on a board, uint8 `[2, 7]`; 0 if the game is over."""
   cells = (stones[:, :, None] >> np.arange(6)) & 1
-  # Its boards are rows from the top, 1 the player who began.
+  # Its boards are rows from the top, with 1 for the player that moved first.
   array = (cells[0] + 2 * cells[1]).T[::-1]
   board = board_type(array.tolist())
   if board.is_game_over():

@@ -13,13 +13,13 @@ from experiments.files.errors import UserError, shown
 def continue_text(
   experiment: Any, workdir: str, name: str, options: Any
 ) -> None:
-  """Prints how a trained network continues a prompt.
+  """Prints a trained network's continuation of a prompt.
 
   Args:
     experiment: from `saved.load_experiment`.
     workdir: the run's folder.
-    name: of the checkpoint.
-    options: flags `prompt`, `tokens`, `temperature` and `seed`.
+    name: the checkpoint's name.
+    options: the flags `prompt`, `tokens`, `temperature` and `seed`.
 
   Raises:
     UserError: no prompt, or no such run or checkpoint.
@@ -33,7 +33,8 @@ def continue_text(
 
   if not options.prompt:
     raise UserError(
-      "prompt: a language model continues a text; say --prompt='The '"
+      'prompt: is empty; give the text that the language model continues, such '
+      "as --prompt='The '"
     )
   path = pathlib.Path(workdir) / text.VOCABULARY
   words = reading.read_json(path, tuple[str, ...])
@@ -52,7 +53,7 @@ def continue_text(
     temperature=options.temperature,
     key=jax.random.key(options.seed),
   )
-  # The words are of a file, and may be more than words.
+  # The vocabulary comes from a file and may contain control characters.
   continued = options.prompt + texts.decode(vocabulary, tokens)
   lines = continued.split('\n')
   print('\n'.join(shown(line, max(len(line), 20)) for line in lines))

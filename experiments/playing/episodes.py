@@ -1,4 +1,4 @@
-"""Plays whole episodes with a trained agent, and tabulates their returns."""
+"""Plays whole episodes with a trained agent and tabulates their returns."""
 
 import pathlib
 from typing import Any
@@ -14,12 +14,12 @@ def launch(experiment: Any, values: Any) -> None:
   """Plays as the flags of `experiments.play` say.
 
   Raises:
-    UserError: a player, a budget or a checkpoint is wrong.
+    UserError: a player, a number of simulations or a checkpoint is wrong.
   """
   if values.num_envs > values.episodes:
     raise UserError(
-      f'num_envs={values.num_envs}: is more than there are episodes; take '
-      f'at most {values.episodes}'
+      f'num_envs={values.num_envs}: exceeds the number of episodes; must be at '
+      f'most {values.episodes}'
     )
   names = values.checkpoint or ['final']
   env = build.make_env(
@@ -39,7 +39,7 @@ def launch(experiment: Any, values: Any) -> None:
   )
   terminal.begin(
     f'{experiment.agent_name} on {experiment.env_name}: checkpoint '
-    f'{", ".join(names)}; {shown}; {values.episodes} episodes each',
+    f'{", ".join(names)}; {shown}; {values.episodes} episodes per player',
     terminal.parameters(checkpoints[names[0]]),
   )
   rows = evaluation.play_all(
@@ -58,7 +58,7 @@ def launch(experiment: Any, values: Any) -> None:
 
 
 def _players(experiment, agent, values):
-  """Name, simulations and compiled function of everyone who is asked for."""
+  """The name, simulations and compiled function of each player."""
   if not values.players:
     usual = [0] if agent.exploit is not None else [0, 16]
     budgets = acting.read_budgets(values.simulations, usual)
@@ -67,15 +67,15 @@ def _players(experiment, agent, values):
 
 
 def decider(name: str, experiment: Any, agent: Any) -> tuple[int, Any]:
-  """The simulations of a player, and `acting.make_decider`'s function.
+  """A player's number of simulations and its `acting.make_decider` function.
 
   Args:
-    name: see `planners`.
-    experiment: what was run.
+    name: the player's name, in the grammar of `planners`.
+    experiment: the run's experiment.
     agent: from `build.make_agent`.
 
   Raises:
-    UserError: the agent cannot be played like that.
+    UserError: the agent cannot be combined with this planner.
   """
   strategy = planners.parse(name)
   kind = 'policy' if agent.exploit is not None else 'tree'

@@ -1,13 +1,13 @@
-"""Opponents and judges at backgammon, on the host: pubeval and GNU Backgammon.
+"""Backgammon opponents and judges on the host: pubeval and GNU Backgammon.
 
-They come from the package gnubg-nn (GPL), an extra that nothing else of ours
+They come from the package gnubg-nn (GPL), an extra that no other module
 imports: `pip install 'outplay[opponents]'`. A `Player` chooses whole turns for
-many games at once; `planned` makes one of anything that decides on time steps.
+many games at once; `planned` makes one from a function of time steps.
 
-Plies are gnubg's: its 0-ply looks at the boards after its own turn, which is
-one stage of lookahead.
+Plies are counted as in gnubg: 0-ply evaluates the boards after its own turn,
+which is one stage of lookahead.
 
-Axes: `B` games, 2 sides (who moves first), 26 places; see `envs.backgammon`.
+Axes: `B` games, 2 sides (the mover's first), 26 places as in `envs.backgammon`.
 """
 
 import importlib
@@ -27,12 +27,12 @@ Player = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
 
 class Match(NamedTuple):
-  """What two players scored.
+  """The result of games between two players.
 
   Attributes:
-    points: float `[games]`, of the first player; games `2 i` and `2 i + 1` had
-      the same dice, and the first player began the former.
-    turns: int `[games]`, turns of both.
+    points: float `[games]`, the first player's points; games `2 i` and
+      `2 i + 1` had the same dice, and the first player began game `2 i`.
+    turns: int `[games]`, number of turns of both players.
   """
 
   points: np.ndarray
@@ -40,25 +40,25 @@ class Match(NamedTuple):
 
   @property
   def mean(self) -> float:
-    """Points per game of the first player."""
+    """The first player's points per game."""
     return float(self.points.mean())
 
   @property
   def standard_error(self) -> float:
-    """Of the mean, over pairs of games with the same dice."""
+    """Standard error of the mean, over pairs of games with the same dice."""
     pairs = self.points.reshape(-1, 2).mean(-1)
     return float(pairs.std(ddof=1) / np.sqrt(len(pairs)))
 
 
 class Judged(NamedTuple):
-  """A turn and what each of its choices is worth.
+  """A turn and the equity of each of its choices.
 
   Attributes:
     board: int8 `[2, 26]`.
     dice: int8 `[2]`.
-    after: int8 `[N, 2, 26]`, boards that it may lead to, the mover's side
-      first.
-    equity: float `[N]`, expected points of the mover.
+    after: int8 `[N, 2, 26]`, the boards that the turn may lead to, with the
+      mover's side first.
+    equity: float `[N]`, the mover's expected points on each of these boards.
   """
 
   board: np.ndarray
@@ -68,7 +68,7 @@ class Judged(NamedTuple):
 
 
 class Loss(NamedTuple):
-  """How much worse than the best choices a player's are.
+  """The equity that a player's choices lose against the best choices.
 
   Attributes:
     each: float `[N]`, expected points lost in each turn, at least 0.
@@ -78,12 +78,12 @@ class Loss(NamedTuple):
 
   @property
   def mean(self) -> float:
-    """Expected points lost a turn."""
+    """Expected points lost per turn."""
     return float(self.each.mean())
 
   @property
   def standard_error(self) -> float:
-    """Of the mean."""
+    """Standard error of the mean."""
     return float(self.each.std(ddof=1) / np.sqrt(len(self.each)))
 
 
@@ -97,7 +97,8 @@ def library() -> Any:
     return importlib.import_module('gnubg_nn')
   except ImportError as error:
     raise UserError(
-      "opponent: gnubg-nn is not installed; pip install 'outplay[opponents]'"
+      'opponent: needs gnubg-nn, which is not installed; run pip install '
+      "'outplay[opponents]'"
     ) from error
 
 
@@ -115,22 +116,22 @@ def moves(board: np.ndarray, dice: np.ndarray) -> np.ndarray:
     dice: int8 `[2]`.
 
   Returns:
-    int8 `[N, 2, 26]`; the board itself where nothing can be played.
+    int8 `[N, 2, 26]`; the board itself if no move is legal.
   """
   keys = library().moves(_theirs(board), int(dice[0]), int(dice[1]))
   if not keys:
     return board[None]
-  # Keys have the side to move last, and the turn is not passed on.
+  # Keys have the mover's side last, and the mover stays the same.
   return np.stack([_board(key)[::-1] for key in keys])
 
 
 def _theirs(board):
-  """As gnubg has it: points 1 to 24 and the bar, the side to move last."""
+  """gnubg's board: points 1 to 24 and the bar, with the mover's side last."""
   return [[int(n) for n in side[1:]] for side in board[::-1]]
 
 
 def _board(key):
-  """The two rows of a position's key, in its order."""
+  """The two sides of a position's key, in the key's order."""
   board = np.zeros((2, 26), np.int8)
   board[:, 1:] = library().board_from_position_key(key)
   board[:, OFF] = STONES - board[:, 1:].sum(-1)
@@ -140,12 +141,12 @@ def _board(key):
 def random_player(
   boards: np.ndarray, dice: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-  """A `Player` for whom all boards that a turn may lead to are alike.
+  """A `Player` that chooses uniformly among the boards a turn may lead to.
 
   Args:
     boards: int8 `[B, 2, 26]`.
     dice: int8 `[B, 2]`.
-    generator: of the choices.
+    generator: draws the choices.
 
   Returns:
     Boards after the turn, int8 `[B, 2, 26]`.
@@ -165,7 +166,7 @@ def pubeval() -> Player:
   def one(board, dice):
     flat = best(_theirs(board), int(dice[0]), int(dice[1]))
     after = board.copy()
-    # Sources and targets are counted from 0; -1 is off, 24 the bar.
+    # Sources and targets are counted from 0; -1 is off, 24 is the bar.
     for source, target in zip(flat[::2], flat[1::2]):
       _move(after, source + 1, max(target + 1, 0))
     return after
@@ -182,10 +183,10 @@ def _move(board, source, target):
 
 
 def gnubg(plies: int = 0) -> Player:
-  """GNU Backgammon's networks, for points without a cube.
+  """GNU Backgammon's networks, for play without the doubling cube.
 
   Args:
-    plies: gnubg's, 0 or more.
+    plies: gnubg's number of plies, 0 or more.
 
   Raises:
     UserError: gnubg-nn is not installed.
@@ -198,7 +199,7 @@ def gnubg(plies: int = 0) -> Player:
   def one(board, dice):
     found = best(_theirs(board), int(dice[0]), int(dice[1]), n=plies, b=1)
     moved, key = found[:2]
-    # Of this key the side that has moved is first.
+    # In this key, the side that has moved is first.
     return _board(key) if moved else board
 
   return _one_by_one(one)
@@ -213,13 +214,13 @@ def _one_by_one(one) -> Player:
 
 
 def player(name: str) -> players.Player:
-  """An opponent for `experiments.playing.match`, by its name.
+  """Makes an opponent for `experiments.playing.match` from its name.
 
   Args:
     name: `pubeval`, `gnubg` or `gnubg=PLIES`.
 
   Raises:
-    UserError: another name, or gnubg-nn is not installed.
+    UserError: any other name, or gnubg-nn is not installed.
   """
   kind, _, plies = name.partition('=')
   if name == 'pubeval':
@@ -235,7 +236,7 @@ def player(name: str) -> players.Player:
     del params, key
     boards = np.asarray(timestep.observation.board)
     dice, after = np.asarray(timestep.observation.dice), boards.copy()
-    # Games that are over wait for the others.
+    # Finished games keep their board until the last one ends.
     going = np.flatnonzero((boards[:, :, OFF] < STONES).all(1))
     if len(going):
       generator = np.random.default_rng(0)
@@ -247,12 +248,12 @@ def player(name: str) -> players.Player:
 
 
 def planned(choose: Callable[[Any, Any], Any], size: int) -> Player:
-  """A `Player` of what decides on batched time steps of self-play.
+  """Makes a `Player` from a function of batched time steps of self-play.
 
   Args:
     choose: `(key, timestep) -> action [B, 2, 26]`, compiled; such as
       `jax.jit(lambda key, t: planner(model, params, key, t).action)`.
-    size: turns decided on together; fewer are filled up.
+    size: B, to which every batch is padded.
   """
   import jax
   import jax.numpy as jnp
@@ -281,17 +282,17 @@ def planned(choose: Callable[[Any, Any], Any], size: int) -> Player:
 
 
 def match(first: Player, second: Player, games: int, seed: int = 0) -> Match:
-  """Plays games in pairs: the same dice, either player beginning once.
+  """Plays games in pairs with the same dice; each player begins once.
 
   Args:
-    first: whose points are counted.
-    second: the other one.
-    games: rounded up to a multiple of 2.
-    seed: of dice and players.
+    first: the player whose points are counted.
+    second: its opponent.
+    games: number of games, rounded up to a multiple of 2.
+    seed: seed of dice and players.
 
   Raises:
-    ValueError: no games, or a player that changes a board as no turn can.
-    RuntimeError: a game that does not end.
+    ValueError: fewer than one game, or a player returned an impossible board.
+    RuntimeError: a game did not end.
   """
   if games < 1:
     raise ValueError(f'games={games}: must be at least 1')
@@ -303,7 +304,7 @@ def match(first: Player, second: Player, games: int, seed: int = 0) -> Match:
   dice_generator = np.random.default_rng([seed, 0])
   for turn in range(10_000):
     dice = np.repeat(_roll(dice_generator, pairs, turn == 0), 2, axis=0)
-    # The first player is at move in every other game.
+    # The first player is to move in every other game.
     of_first = np.arange(2 * pairs) % 2 == turn % 2
     for player, own, sign in ((first, of_first, 1), (second, ~of_first, -1)):
       rows = np.flatnonzero(own & going)
@@ -311,7 +312,9 @@ def match(first: Player, second: Player, games: int, seed: int = 0) -> Match:
         continue
       after = player(boards[rows], dice[rows], generator)
       if (after.sum(-1) != STONES).any() or (after < 0).any():
-        raise ValueError(f'match: a player of {len(rows)} games lost stones')
+        raise ValueError(
+          f'match: a player returned boards without {STONES} stones a side'
+        )
       won = after[:, 0, OFF] == STONES
       points[rows] = np.where(won, sign * _points(after), 0.0)
       going[rows] = ~won
@@ -323,7 +326,7 @@ def match(first: Player, second: Player, games: int, seed: int = 0) -> Match:
 
 
 def _roll(generator, number, is_opening):
-  """Dice int8 `[number, 2]`, the higher one first; never alike at first."""
+  """Dice int8 `[number, 2]`, the higher one first; no doubles in an opening."""
   dice = generator.integers(1, 7, (number, 2))
   if is_opening:
     further = generator.integers(1, 6, number)
@@ -332,7 +335,7 @@ def _roll(generator, number, is_opening):
 
 
 def _points(boards):
-  """What a win is worth to the first side, `[B]`."""
+  """The points of a win for the first side, `[B]`."""
   gammon = boards[:, 1, OFF] == 0
   return 1 + gammon + (gammon & (boards[:, 1, 19:].sum(-1) > 0))
 
@@ -343,8 +346,8 @@ def contact_positions(
   """Turns with a choice and with contact, from pubeval's games with itself.
 
   Args:
-    number: how many; each from a game of its own.
-    seed: of dice.
+    number: number of turns, each from a different game.
+    seed: seed of the dice.
 
   Returns:
     Boards int8 `[number, 2, 26]` and dice int8 `[number, 2]`.
@@ -369,12 +372,12 @@ def contact_positions(
 
 
 def judge(boards: np.ndarray, dice: np.ndarray, plies: int = 1) -> list[Judged]:
-  """What gnubg thinks of every choice of some turns.
+  """gnubg's equity of every choice in each turn.
 
   Args:
     boards: int8 `[B, 2, 26]`.
     dice: int8 `[B, 2]`.
-    plies: that it looks ahead, after the turn.
+    plies: number of plies that gnubg looks ahead after the turn.
   """
   nn, judged = library(), []
   for board, roll in zip(boards, dice):
@@ -395,15 +398,15 @@ def judge(boards: np.ndarray, dice: np.ndarray, plies: int = 1) -> list[Judged]:
 def equity_loss(
   player: Player, judged: Sequence[Judged], seed: int = 0
 ) -> Loss:
-  """How much worse than a judge's best choices a player's are.
+  """The equity that a player loses against a judge's best choices.
 
   Args:
-    player: whose choices.
+    player: the player to judge.
     judged: from `judge`.
-    seed: of the player.
+    seed: seed of the player.
 
   Raises:
-    ValueError: a choice that the judge does not list.
+    ValueError: the player chose a board that the judge does not list.
 
   Source: Tesauro and Galperin 1996, Table 3.
   """

@@ -1,6 +1,6 @@
-"""A game in the terminal: a person against a player, whose opinion is told.
+"""A game in the terminal between a person and a player.
 
-`experiments.play --human` comes here.
+`experiments.play --human` calls this. The player's values are printed.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from experiments.playing import boards, match, players
 
 _SHOWN = 5
 _HELP = (
-  'a move as "moves" names it; also moves, hint (what the agent would do), '
-  'undo (your last move), board, quit'
+  'a move as "moves" lists it; also moves, hint (what the agent would play), '
+  'undo (take back your last move), board, quit'
 )
 
 
 class _Turn(NamedTuple):
-  """A position, and how many moves have led to it."""
+  """A position and the number of moves before it."""
 
   state: Any
   number: int
 
 
 class _Decision(NamedTuple):
-  """A decision of the agent's: the action and its name, what it expects for
-  the mover (None of a player without a network), and its best moves."""
+  """A decision of the agent: the action, its name, the mover's value (None for
+  a player without a network) and a list of the best moves."""
 
   action: Any
   name: str
@@ -44,19 +44,19 @@ def against_person(
   ask: Callable[[str], str] = input,
   tell: Callable[[str], None] = print,
 ) -> float | None:
-  """One game against whoever sits at the terminal.
+  """Plays one game against the person at the terminal.
 
   Args:
     game: the rules; sides move in turn, or pass.
-    player: the opponent. Where it has a network, its value of each position
-      is told, and after its moves what the best few of them are worth.
+    player: the opponent. If it has a network, its value of each position is
+      printed, and the values of its best few moves after each move.
     begins: whether the person moves first.
-    seed: of chance.
-    ask: shows a prompt and gives the answer; EOFError to leave.
-    tell: shows a text.
+    seed: seed of chance.
+    ask: prints a prompt and returns the answer; EOFError quits.
+    tell: prints a text.
 
   Returns:
-    The person's points; None if they left.
+    The person's points; None if they quit.
   """
   import jax
 
@@ -75,7 +75,7 @@ def against_person(
     legal = boards.legal_moves(game, state)
     tell(boards.show(game, state, person))
     if is_person and list(legal) == ['pass']:
-      tell('you cannot move and pass')
+      tell('you have no legal move and must pass')
       action = legal['pass']
     elif is_person:
       chosen = _chosen(turn, legal, decide, bool(past), ask, tell)
@@ -92,10 +92,10 @@ def against_person(
       decision = decide(turn, legal)
       expects = ''
       if decision.value is not None:
-        expects = f'; it expects {decision.value:+.2f} for itself'
+        expects = f'; it expects to score {decision.value:+.2f}'
       tell(f'{called} plays {decision.name}{expects}{decision.best}')
       action = decision.action
-    # The same dice after `undo`: chance depends on the move's number alone.
+    # Chance depends only on the move's number, so `undo` keeps the dice.
     move = step(state, action, jax.random.fold_in(key, 2 * number))
     turn = _Turn(move.state, number + 1)
     if float(move.discount) == 0:
@@ -110,7 +110,7 @@ def against_person(
 
 
 def _decider(game, player, key) -> Callable[[_Turn, Any], _Decision]:
-  """What the agent would do in a position, whoever is to move there."""
+  """The agent's decision in a position, for either side to move."""
   import jax
 
   def decide(turn, legal):
@@ -120,7 +120,7 @@ def _decider(game, player, key) -> Callable[[_Turn, Any], _Decision]:
     output = player.decide(player.params, own_key, timestep)
     action = np.asarray(output.action)[0]
     name = next(n for n, a in legal.items() if np.array_equal(a, action))
-    # Whoever comes without a network has no opinion.
+    # A player without a network has no values to show.
     if player.params is None:
       return _Decision(action, name, None, '')
     value = float(output.value[0])
@@ -130,17 +130,17 @@ def _decider(game, player, key) -> Callable[[_Turn, Any], _Decision]:
 
 
 def opinion(legal: dict[str, Any], output: Any) -> str:
-  """The best few moves by a decision: lines to be added to a text.
+  """Lists the best few moves of a decision, one a line.
 
   Args:
     legal: from `boards.legal_moves`.
-    output: a `search.model.PolicyOutput` of one position: the share of a move
-      is its weight in the improved policy, of visits with `puct`; its value is
-      what it is worth to the mover.
+    output: a `search.model.PolicyOutput` of one position: a move's share is its
+      weight in the improved policy (of visits with `puct`), and its value is
+      the mover's.
 
   Returns:
-    `'\\n  NAME  share 40%  value +0.21'` a move, `''` where moves are not told
-    apart.
+    `'\\n  NAME  share 40%  value +0.21'` for each move, `''` if the output has
+    neither weights nor values of moves.
   """
   values = output.qvalues
   weights = np.asarray(output.action_weights)[0]
@@ -157,7 +157,7 @@ def opinion(legal: dict[str, Any], output: Any) -> str:
     return ''
   values = None if values is None else np.asarray(values)[0]
   worth = weights if values is None else values
-  # By the policy where it says something, else by what moves are worth.
+  # Sorted by the policy if the output has one, else by value.
   by = worth if output.sampled_actions is not None else weights
   order = lambda name: (-by[places[name]], -worth[places[name]])
   best = sorted(places, key=order)[:_SHOWN]
@@ -173,10 +173,10 @@ def opinion(legal: dict[str, Any], output: Any) -> str:
 
 
 def _chosen(turn, legal, decide, can_undo, ask, tell) -> str | None:
-  """The name of a legal move, `undo` or `board`; None to leave."""
+  """The name of a legal move, `undo` or `board`; None to quit."""
   decision = decide(turn, legal)
   if decision.value is not None:
-    tell(f'for you it expects {decision.value:+.2f}')
+    tell(f'it expects you to score {decision.value:+.2f}')
   while True:
     try:
       answer = ' '.join(ask('your move: ').lower().split())
@@ -189,7 +189,7 @@ def _chosen(turn, legal, decide, can_undo, ask, tell) -> str | None:
     if answer == 'undo' and can_undo:
       return answer
     if answer == 'undo':
-      tell('undo: you have not moved yet')
+      tell('undo: there is no move of yours to take back')
     elif answer in ('?', 'help', ''):
       tell(_HELP)
     elif answer == 'moves':

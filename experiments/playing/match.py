@@ -1,4 +1,4 @@
-"""Matches: the same openings twice, each player with either side once.
+"""Matches: every opening is played twice, with sides swapped.
 
 Axes: `P` openings, so 2 P games.
 """
@@ -12,17 +12,17 @@ import numpy as np
 
 from experiments.playing.players import Player
 
-# Draws of openings before the game is called too short for them.
+# Rounds of draws after which a game is declared to have too few openings.
 _TRIES = 64
 
 
 class Games(NamedTuple):
-  """Points of one player, numpy arrays.
+  """The points of one player in a match, numpy arrays.
 
   Attributes:
-    first: float64 `[P]`, in the games that it began.
-    second: float64 `[P]`, in those that its opponent began.
-    plies: the length of the longest.
+    first: float64 `[P]`, points in the games that it began.
+    second: float64 `[P]`, points in the games that its opponent began.
+    plies: length of the longest game.
   """
 
   first: np.ndarray
@@ -34,25 +34,26 @@ class Result(NamedTuple):
   """One line of match.csv.
 
   Attributes:
-    player: its name.
-    opponent: its name.
-    games: twice the number of openings.
-    wins: of the player.
-    draws: games without points.
-    losses: of the player.
-    score: wins and half the draws, over the games.
-    score_se: standard error over openings, whose two games are not
-      independent.
-    points: a game; where a win counts more than one it says more than `score`.
-    points_se: standard error likewise.
-    elo: difference that the score stands for; infinite where all is won.
-    elo_low: end of its 95% interval; where all openings went alike it is that
-      of a binomial with half a point more on either side.
-    elo_high: the other end.
-    evaluations: of the player's network a decision, all actions legal; None
-      where they depend on the game's length.
-    ms_per_decision: wall time of the player's, in a batch of P decisions;
-      None for players without a network.
+    player: the player's name.
+    opponent: the opponent's name.
+    games: number of games, twice the number of openings.
+    wins: number of games that the player won.
+    draws: number of games that nobody won.
+    losses: number of games that the player lost.
+    score: share of games won, with a draw as half a win.
+    score_se: standard error of the score over openings, because the two games
+      of an opening are not independent.
+    points: the player's points per game; differs from `score` in games where
+      a win may count more than one point.
+    points_se: standard error of the points over openings.
+    elo: Elo difference for this score; infinite if all games are won or lost.
+    elo_low: lower end of its 95% interval; binomial, with half a game added to
+      either side, if all openings have the same score.
+    elo_high: upper end of that interval.
+    evaluations: network evaluations per decision of the player if all actions
+      are legal; None if they depend on the game's length.
+    ms_per_decision: wall milliseconds per decision of the player, in a batch of
+      P decisions; None for players without a network.
   """
 
   player: str
@@ -73,20 +74,19 @@ class Result(NamedTuple):
 
 
 def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
-  """Different positions after so many random moves, none of them over.
+  """Draws distinct unfinished positions after random moves.
 
   Args:
     game: the rules.
     num: P, at least 1.
-    plies: random moves, at least 0; where 0 leads to one position only, it is
-      given as often as asked for.
-    seed: of the moves.
+    plies: number of random moves, at least 0; with 0, positions repeat.
+    seed: seed of the moves.
 
   Returns:
     Positions, a pytree of `[P, ...]`.
 
   Raises:
-    ValueError: a number is out of range, or there are not so many.
+    ValueError: a number is out of range, or too few positions were found.
   """
   import jax
 
@@ -115,7 +115,7 @@ def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
     states, goes_on = jax.tree.map(np.asarray, drawn(keys))
     for row in range(num):
       state = jax.tree.map(lambda x, row=row: x[row], states)
-      # What players see, for positions may hold a name that nobody sees.
+      # Compares observations, because a state may hold invisible fields.
       seen_by = state if game.outcomes is not None else game.observe(state)
       mark = b''.join(np.asarray(x).tobytes() for x in jax.tree.leaves(seen_by))
       if goes_on[row] and (mark not in seen or not plies):
@@ -124,8 +124,9 @@ def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
       if len(kept) == num:
         return jax.tree.map(lambda *rows: np.stack(rows), *kept)
   raise ValueError(
-    f'openings={num}: after {plies} random moves {game.spec.name} has '
-    f'{len(kept)} that are not over; take fewer, or more opening_plies'
+    f'openings={num}: only {len(kept)} unfinished positions of '
+    f'{game.spec.name} were found after {plies} random moves; take fewer '
+    'openings or more opening_plies'
   )
 
 
@@ -139,23 +140,22 @@ def play(
   max_plies: int = 1000,
   progress: Callable[[int], None] = lambda ply: None,
 ) -> Games:
-  """Plays every opening twice, with sides changed.
+  """Plays every opening twice, with sides swapped.
 
-  Both games of an opening meet the same chances: move t of either has the same
-  random numbers.
+  Move t has the same random numbers of chance in both games of an opening.
 
   Args:
     game: the rules; sides move in turn.
-    player: whose points are counted.
-    opponent: the other one.
+    player: the player whose points are counted.
+    opponent: its opponent.
     starts: from `openings`.
-    seed: of chance and of players that draw.
-    max_plies: after which a game that goes on is given up with an error.
-    progress: told the ply before it is played.
+    seed: seed of chance and of players that draw their moves.
+    max_plies: the most plies that a game may take.
+    progress: called with the number of each ply before it is played.
 
   Raises:
-    ValueError: a side moves twice.
-    RuntimeError: `max_plies` did not suffice.
+    ValueError: a side moves twice in a row.
+    RuntimeError: a game took more than `max_plies`.
   """
   import jax
   import jax.numpy as jnp
@@ -168,30 +168,33 @@ def play(
     move = jax.vmap(game.step)(states, action, keys)
     return move.state, move.reward, move.discount
 
-  # `mine` are the games in which the player is to move; they change names
-  # with every ply.
+  # `mine` are the games in which the player is to move; the two halves swap
+  # names at every ply.
   mine = theirs = jax.tree.map(jnp.asarray, starts)
   total = {'mine': np.zeros(number), 'theirs': np.zeros(number)}
   over = {'mine': np.zeros(number, bool), 'theirs': np.zeros(number, bool)}
   key = jax.random.key(seed)
   for ply in range(max_plies):
     if over['mine'].all() and over['theirs'].all():
-      # After an even number of plies everything has its first name again.
+      # After an even number of plies the names are those of the start.
       names = ('mine', 'theirs') if ply % 2 == 0 else ('theirs', 'mine')
       return Games(total[names[0]], total[names[1]], ply)
     progress(ply)
     chance, *own = jax.random.split(jax.random.fold_in(key, ply), 3)
     after = []
-    for who, states, sign, own_key in (
+    for mover, states, sign, own_key in (
       (player, mine, 1, own[0]),
       (opponent, theirs, -1, own[1]),
     ):
       side = 'mine' if sign == 1 else 'theirs'
-      decided = who.decide(who.params, own_key, time_step(game, states))
+      decided = mover.decide(mover.params, own_key, time_step(game, states))
       states, reward, discount = advance(states, decided.action, chance)
       discount = np.asarray(discount)
       if np.any((discount > 0) & ~over[side]):
-        raise ValueError(f'{game.spec.name}: a side may move twice in a match')
+        raise ValueError(
+          f'{game.spec.name}: a side moved twice in a row; in a match sides '
+          'must alternate'
+        )
       total[side] += sign * np.where(over[side], 0, np.asarray(reward))
       over[side] |= discount == 0
       after.append(states)
@@ -199,12 +202,12 @@ def play(
     total = {'mine': total['theirs'], 'theirs': total['mine']}
     over = {'mine': over['theirs'], 'theirs': over['mine']}
   raise RuntimeError(
-    f'{game.spec.name}: a game is not over after {max_plies} moves'
+    f'{game.spec.name}: a game did not end within {max_plies} moves'
   )
 
 
 def time_step(game: Any, states: Any) -> Any:
-  """What planners are shown of positions `[B, ...]`: a batched `TimeStep`."""
+  """Positions `[B, ...]` as a batched `TimeStep` for planners."""
   import jax
   import jax.numpy as jnp
 
@@ -226,7 +229,7 @@ def time_step(game: Any, states: Any) -> Any:
 
 
 def measure(game: Any, player: Player, states: Any) -> float:
-  """Wall milliseconds of a decision in a batch, compilation excluded."""
+  """Wall milliseconds per decision in a batch, without compilation."""
   import jax
 
   timestep = time_step(game, states)
@@ -257,7 +260,7 @@ def summarise(
   games: Games,
   ms_per_decision: float | None,
 ) -> Result:
-  """A line of the table; intervals are over openings."""
+  """Summarises a match as a line of the table; errors are over openings."""
   points = np.stack([games.first, games.second], axis=1)
   scores = np.sign(points) / 2 + 0.5
   error = lambda x: (
@@ -266,7 +269,8 @@ def summarise(
     else math.nan
   )
   score, score_se = float(scores.mean()), error(scores)
-  # Half a point on either side: an interval that ends where all is won.
+  # Half a game is added to either side, so the interval is finite at one end
+  # even if all games are won.
   middle, width = (scores.sum() + 0.5) / (scores.size + 1), score_se
   if not width > 0:
     width = math.sqrt(middle * (1 - middle) / (scores.size + 1))

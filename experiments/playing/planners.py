@@ -1,37 +1,38 @@
-"""What players are called: one grammar for games, control and tree searches.
+"""The grammar of players' names, for games, control and tree searches.
 
-A name is a planner and what is added to it. Any trained agent plays
+A name is a planner, followed by options after plus signs. For any trained
+agent:
 
-  network               its policy alone, the likeliest action
+  network               the policy alone, its likeliest action
 
-in games, and in simulators of the MuZero family:
+In games, and for the MuZero family:
 
   gumbel=32, puct=32, efficientzero=32
-                        a tree search of so many simulations
+                        a tree search with 32 simulations
 
-in games:
+In games:
 
   lookahead=2           two stages of exact lookahead, then the network's value
-  ...+rollout=8         leaves are worth 8 moves of the network's policy and the
-                        value after them; `8x4` for the mean of 4 trials, `end`
-                        to play to the end without a value
+  ...+rollout=8         each leaf is valued by 8 moves of the network's policy
+                        and the value after them; `8x4` takes the mean of 4
+                        trials, `end` plays to the end without a value
   ...+greedy_rollout=8  the same with the policy's likeliest moves
-  rollout=8             lookahead=1+rollout=8; where a turn meets dice, of its
-                        best five candidates, for each roll, every trial
-  random                any legal action
+  rollout=8             lookahead=1+rollout=8; in games with dice, trials start
+                        from each roll after the best five candidates
+  random                a random legal action
   runs/b@early:puct=32  with the early checkpoint of another run
 
-with an actor and a critic, in the exact simulator or in learned dynamics:
+With an actor and a critic, in the exact simulator or in learned dynamics:
 
-  actor                 network by another name
-  critic                of some candidates the one with the highest Q
+  actor                 another name for network
+  critic                the candidate with the highest Q
   lookahead=2           two stages over candidates, then the critic
-  ...+rollout=8         leaves are worth 8 steps of the actor and the critic
-                        after them
+  ...+rollout=8         each leaf is valued by 8 steps of the actor and the
+                        critic after them
   ...+no_critic         no value at the leaves
-  ...+box               candidates from the box of all actions, but for the
-                        actor's mode; else the actor draws them
-  ...+refined=4         first-stage candidates climb the gradient of Q, 4 steps
+  ...+box               candidates other than the actor's mode are drawn from
+                        the box of all actions instead of from the actor
+  ...+refined=4         first-stage candidates take 4 gradient steps up Q
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ _OPTION = re.compile(
   r'|no_critic|box|refined=(?P<refined>\d+)',
   re.ASCII,
 )
-# Larger numbers nobody waits for, and no memory holds.
+# Larger numbers take too long or too much memory.
 _MOST = {'lookahead': 10} | dict.fromkeys(TREES, 1_000_000)
 _MOST_STEPS = 100_000
 
@@ -62,13 +63,13 @@ class Strategy:
   Attributes:
     planner: `network`, `random`, `actor`, `critic`, `lookahead` or one of
       `TREES`.
-    budget: stages or simulations; 0 where there is nothing to count.
-    steps: steps of a rollout from each leaf; -1 to the end, None for none.
-    trials: rollouts from each leaf.
+    budget: number of stages or simulations; 0 for planners without either.
+    steps: length of a rollout from each leaf; -1 to the end, None for none.
+    trials: number of rollouts from each leaf.
     greedy: whether rollouts take the likeliest moves instead of drawing them.
     critic: whether the critic's value is added at the end.
     proposal: where candidates come from, `actor` or `box`.
-    refined: steps of gradient ascent of first-stage candidates.
+    refined: number of gradient steps on first-stage candidates.
   """
 
   planner: str
@@ -89,10 +90,10 @@ class Strategy:
 
 
 def parse(name: str) -> Strategy:
-  """The strategy that a name (without a run in front) stands for.
+  """Parses a name that has no run in front.
 
   Raises:
-    UserError: it stands for none.
+    UserError: the name is not in the grammar.
 
   >>> parse('lookahead=2+rollout=8x4').trials
   4
@@ -119,14 +120,14 @@ def parse(name: str) -> Strategy:
   of_critic = fields.keys() & {'critic', 'proposal', 'refined'}
   if of_critic and planner != 'lookahead' and not boxed:
     raise UserError(
-      f'player={shown(name)}: no_critic, box and refined=N need lookahead=L in '
-      'front (box also goes with critic)'
+      f'player={shown(name)}: no_critic, box and refined=N must follow '
+      'lookahead=L (box may also follow critic)'
     )
   return Strategy(planner, int(budget or 0), **fields)
 
 
 def _option(name: str, word: str) -> dict[str, Any]:
-  """The fields of a strategy that a word behind a plus sets."""
+  """The fields of a strategy that an option, after a plus sign, sets."""
   found = _OPTION.fullmatch(word)
   if found is None:
     raise _unknown(name)
@@ -150,7 +151,7 @@ def _option(name: str, word: str) -> dict[str, Any]:
 
 
 def _check_most(name: str, what: str, number: str | None, most: int) -> None:
-  # What is longer is larger, and Python refuses to read very long numbers.
+  # Compares lengths first, because Python refuses to parse very long numbers.
   if number and (len(number) > len(str(most)) or int(number) > most):
     raise UserError(f'player={shown(name)}: {what} must be at most {most}')
 
@@ -158,18 +159,19 @@ def _check_most(name: str, what: str, number: str | None, most: int) -> None:
 def _unknown(name: str) -> UserError:
   return UserError(
     f'player={shown(repr(name))}: must be network, random, actor, critic, '
-    'lookahead=L, gumbel=N, puct=N or efficientzero=N; after the last four '
-    '+rollout=M, +rollout=MxTRIALS, +rollout=end or +greedy_rollout=M; after '
-    'lookahead +no_critic, +box, +refined=N; of another run runs/NAME:network'
+    'lookahead=L, gumbel=N, puct=N or efficientzero=N; the last four may be '
+    'followed by +rollout=M, +rollout=MxTRIALS, +rollout=end or '
+    '+greedy_rollout=M, and lookahead by +no_critic, +box or +refined=N; '
+    'runs/NAME: in front names another run'
   )
 
 
 def split(name: str) -> tuple[str, str, str]:
-  """Run, checkpoint and strategy of a name: `runs/b@early:puct=32`.
+  """Splits a name into run, checkpoint and strategy: `runs/b@early:puct=32`.
 
   Returns:
-    The run's folder, `''` for the one at hand; the checkpoint, `final` if
-    none is named; the rest.
+    The run's folder, `''` if the name has none; the checkpoint, `final` if the
+    name has none; the rest.
   """
   run, colon, rest = name.rpartition(':')
   if not colon:
@@ -179,17 +181,17 @@ def split(name: str) -> tuple[str, str, str]:
 
 
 def refuse(name: str, strategy: Strategy, agent: str, kind: str) -> None:
-  """Refuses what an agent cannot be played with, and says with what it can.
+  """Refuses a strategy that an agent cannot be combined with.
 
   Args:
-    name: of the player, for the message.
+    name: the player's name, for the message.
     strategy: from `parse`.
-    agent: its name.
-    kind: `game`, whose rules are searched; `actor_critic`; `tree` of an agent
-      with a model of its own; `policy` of one that has nothing else.
+    agent: the agent's name.
+    kind: what the agent can plan with: `game`, the rules of a game;
+      `actor_critic`; `tree`, its own model; `policy`, nothing but its policy.
 
   Raises:
-    UserError: the strategy needs what the agent does not have.
+    UserError: the strategy needs something that the agent lacks.
   """
   rollout = strategy.steps is not None
   of_critic = strategy.planner in ('actor', 'critic')

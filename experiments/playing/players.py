@@ -1,4 +1,4 @@
-"""Players of games: any trained agent with any planner; see `planners`."""
+"""Players of games: any trained agent with any planner of `planners`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,23 +7,23 @@ from typing import Any, NamedTuple
 from experiments.files.errors import UserError
 from experiments.playing.planners import TREES, Strategy
 
-# Candidates of a turn that are looked at further, where there are chances.
+# In games with chance, number of candidates that go on to the second stage.
 _KEPT = 5
 _CHUNK = 64
-# Rollouts of such candidates that go on together.
+# Number of rollouts from such candidates that run at once.
 _ROWS = 512
 
 
 class Player(NamedTuple):
-  """Somebody who plays.
+  """A player of a game.
 
   Attributes:
-    name: as it was asked for.
-    decide: `(params, key, timestep) -> PolicyOutput`, compiled or of the host;
+    name: the name that the user gave.
+    decide: `(params, key, timestep) -> PolicyOutput`, compiled or on the host;
       the observation of its time steps is the position.
-    params: of its network; None without one.
-    evaluations: of its network a decision, if all actions are legal; None
-      where games decide how many there are.
+    params: the network's parameters; None if it has no network.
+    evaluations: network evaluations per decision if all actions are legal;
+      None if the number depends on the game's length.
   """
 
   name: str
@@ -41,21 +41,21 @@ def make(
   search: Any = None,
   base: Callable[..., Any] | None = None,
 ) -> Player:
-  """A player of a game.
+  """Makes a player of a game.
 
   Args:
-    name: to call it by.
+    name: the player's name.
     strategy: from `planners.parse`.
-    model: the agent's, an exact one.
-    params: its parameters.
+    model: the agent's model, an exact one.
+    params: the agent's parameters.
     game: the rules.
     search: the agent's `planning.SearchConfig`, for a tree search's constants;
       None for the defaults.
-    base: the agent's `exploit`, who plays rollouts where the model has
-      candidates without priors; None for the best one step ahead.
+    base: the agent's `exploit`, which plays rollouts if the model has
+      candidates without priors; None to roll out greedily, one step ahead.
 
   Raises:
-    UserError: what needs priors, where actions are candidates without.
+    UserError: the strategy needs priors, and the model's candidates have none.
   """
   import jax
 
@@ -67,13 +67,13 @@ def make(
   if model.actions is not None:
     _check_candidates(name, strategy)
   if strategy.planner not in TREES and hasattr(game.spec.action, 'factors'):
-    # An agent that learned from sampled actions can look at all of them.
+    # The agent learned from sampled actions, but lookahead enumerates them.
     model = model._replace(distribution=None)
   planned = _rolled_out(model, strategy, base)
   if strategy.planner == 'network' and model.actions is None:
     planner = policies.make_planner(policies.raw, evaluate=True)
   elif strategy.planner in ('network', 'lookahead'):
-    # Who has no policy but a value plays one step ahead.
+    # An agent with a value but no policy looks one step ahead.
     planner = lookahead.lookahead(
       max(strategy.budget, 1), **_pruning(model, strategy, game)
     )
@@ -94,7 +94,7 @@ def make(
 
 
 def _rolled_out(model, strategy: Strategy, base):
-  """The model whose leaves are worth what the strategy says."""
+  """The model, with leaves valued by the strategy's rollouts."""
   from search import candidates, rollout
 
   if strategy.steps is None:
@@ -103,7 +103,7 @@ def _rolled_out(model, strategy: Strategy, base):
   if model.actions is not None:
     policy = rollout.greedy(model._replace(outcomes=None))
     if base is not None:
-      # Of places for a turn's boards it values those that are taken.
+      # The agent's own policy ignores the padding of a turn's boards.
       policy = rollout.acting(base)
     model = candidates.best(model, _KEPT)
   return rollout.truncated(
@@ -116,7 +116,7 @@ def _rolled_out(model, strategy: Strategy, base):
 
 
 def _tree_search(config):
-  """`planning.make_planner` that also tells what the moves are worth."""
+  """`planning.make_planner`, with the values of moves in its output."""
 
   def planner(model, params, key, timestep):
     import jax
@@ -142,10 +142,10 @@ def _tree_search(config):
 
 
 def _pruning(model, strategy: Strategy, game) -> dict[str, Any]:
-  """How far lookahead looks where hundreds of candidates meet chance.
+  """Options that prune lookahead in games with many candidates and chance.
 
-  As Tesauro's 2-ply: of the first stage the best few by the value behind them
-  go on, and the second one sees boards before the dice.
+  As in Tesauro's 2-ply, only the best few candidates by value go on to the
+  second stage, which evaluates boards before the dice are rolled.
   """
   if model.actions is None or model.outcomes is None:
     return {}
@@ -158,13 +158,13 @@ def _pruning(model, strategy: Strategy, game) -> dict[str, Any]:
     'widths': (_KEPT, None),
     'rank': 'value',
     'later': model._replace(outcomes=None),
-    # Hundreds of replies to each of 21 rolls: not for all turns at once.
+    # Hundreds of replies to each of 21 rolls do not fit for all turns at once.
     'chunk': _CHUNK,
   }
 
 
 def _random(game):
-  """Whoever takes any legal action."""
+  """A decision function that takes a random legal action."""
 
   def decide(params, key, timestep):
     import jax
@@ -185,7 +185,7 @@ def _random(game):
 
 
 def _check_candidates(name: str, strategy: Strategy) -> None:
-  """Refuses what makes no sense where moves have no priors."""
+  """Refuses strategies that need priors, which candidates do not have."""
   if strategy.planner in TREES:
     raise UserError(
       f'player={name}: a tree search needs actions that can be enumerated; '
@@ -193,13 +193,13 @@ def _check_candidates(name: str, strategy: Strategy) -> None:
     )
   if strategy.steps is not None and strategy.budget > 1:
     raise UserError(
-      f'player={name}: of candidates and chance a rollout comes after one '
-      'stage; take lookahead=1+rollout=8x4 or lookahead=2'
+      f'player={name}: in this game a rollout must follow one stage of '
+      'lookahead; take lookahead=1+rollout=8x4 or lookahead=2'
     )
   if strategy.budget > 2:
     raise UserError(
-      f'player={name}: candidates and chance are looked at two stages deep; '
-      'take lookahead=2'
+      f'player={name}: in this game lookahead is limited to two stages; take '
+      'lookahead=2'
     )
 
 
@@ -211,10 +211,10 @@ def _evaluations(strategy: Strategy, game: Any, model: Any) -> int | None:
     number = game.spec.action.number
     chances = _chances(game) if model.outcomes is not None else 1
     kept = min(_KEPT, number)
-    # The first stage is ranked by values where not all are kept.
+    # Ranking the first stage takes an evaluation of every candidate.
     ranked = number if number > kept else 0
     if strategy.steps is not None:
-      # A turn of a rollout values all boards, and the one it leads to.
+      # Each turn of a rollout evaluates all boards and then the chosen one.
       turns = kept * chances * strategy.steps * strategy.trials
       total = ranked + kept + turns * (number + 1)
       return None if strategy.steps < 0 else total
@@ -234,7 +234,7 @@ def _evaluations(strategy: Strategy, game: Any, model: Any) -> int | None:
 
 
 def _chances(game) -> int:
-  """How many outcomes a move has."""
+  """The number of chance outcomes of a move."""
   import jax
 
   def probability(key):

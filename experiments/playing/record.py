@@ -1,8 +1,8 @@
-"""Pictures of a trained agent at play: `experiments.play --record=FILE`.
+"""Draws a trained agent at play: `experiments.play --record=FILE`.
 
-Drawing is pure: an observation or a position in, a uint8 image `[H, W, 3]`
-out. A file that ends in .gif is an animation of every time step, one in .png
-a strip of some of them, side by side.
+A .gif file is an animation of every time step; a .png file shows some of them
+side by side. Drawing is a pure function from an observation or a position to
+a uint8 image `[H, W, 3]`.
 """
 
 import itertools
@@ -23,23 +23,21 @@ def episode(
   seed: int = 0,
   limit: int = pictures.LONGEST,
 ) -> list[pictures.Frame]:
-  """An episode, from its first time step to its last.
+  """Draws an episode, from its first time step to its last.
 
   Args:
-    env: a pure environment, or simulators of the host, of which the first is
-      shown.
+    env: a pure environment, or host simulators, of which the first is drawn.
     decide: `(params, key, timestep) -> (action [B, ...], value [B] or None)`.
-    params: of the agent.
-    seed: of the environment and the planner.
-    limit: time steps at most.
+    params: the agent's parameters.
+    seed: seed of the environment and the planner.
+    limit: the most time steps to draw.
 
   Returns:
-    A frame a time step; its caption has the number of decisions before it, the
-    reward received on arriving, the return so far, undiscounted, and what the
-    planner expects from there on.
+    A frame per time step; its caption has the number of decisions so far, the
+    last reward, the undiscounted return so far and the planner's value.
 
   Raises:
-    UserError: there is no drawing of it.
+    UserError: this environment cannot be drawn.
   """
   import jax
 
@@ -99,20 +97,20 @@ def match_frames(
   seed: int = 0,
   limit: int = pictures.LONGEST,
 ) -> list[pictures.Frame]:
-  """A game between two players.
+  """Draws a game between two players.
 
   Args:
     game: the rules.
-    sides: two of `players.Player`; the first begins.
-    seed: of chance.
-    limit: positions at most.
+    sides: two `players.Player`; the first begins.
+    seed: seed of chance and of the players.
+    limit: the most positions to draw.
 
   Returns:
-    A frame a position; its caption has the players, the number of moves before
-    it and what whoever moves next expects; at the end, who has won.
+    A frame per position; its caption has the players, the number of moves so
+    far and the mover's value, or the winner in the last frame.
 
   Raises:
-    UserError: there is no drawing of its board.
+    UserError: this game's board cannot be drawn.
   """
   import jax
 
@@ -140,7 +138,7 @@ def match_frames(
     move = advance(state, np.asarray(output.action)[0], chance)
     state = move.state
     if float(move.discount) == 0:
-      # Who has moved is at hand; who would move next may have lost.
+      # The reward is that of the side that has just moved, `colour`.
       image = pictures.draw_board(
         np.asarray(see(state)), int(game.player(state))
       )
@@ -158,7 +156,7 @@ def launch(experiment: Any, values: Any) -> None:
   """Records as the flags of `experiments.play` say.
 
   Raises:
-    UserError: the file's name, or an environment without a drawing.
+    UserError: the file's name is wrong, or the environment cannot be drawn.
   """
   from experiments import build
   from experiments.report import terminal
@@ -210,22 +208,22 @@ def _record_episode(experiment, env, values, limit):
 
   pictures.drawing(env.spec)
   name = (values.checkpoint or ['final'])[0]
-  who = values.players[0] if values.players else ''
-  if who and experiment.agent_name in actor_critic_runs.AGENTS:
-    decide, params = actor_critic_play.decider(who, experiment, values)
+  player = values.players[0] if values.players else ''
+  if player and experiment.agent_name in actor_critic_runs.AGENTS:
+    decide, params = actor_critic_play.decider(player, experiment, values)
   else:
     spec = saved.load_spec(values.workdir, env.spec)
     agent = build.make_agent(experiment, spec)
     params = saved.load_params(values.workdir, agent, [name])[name]
-    if who:
-      _, decide = episodes.decider(who, experiment, agent)
+    if player:
+      _, decide = episodes.decider(player, experiment, agent)
     else:
       usual = [16] if agent.exploit is None else [0]
       budget = acting.read_budgets(values.simulations, usual)[-1]
       decide = acting.make_decider(experiment, agent, budget, values.planner)
-      who = f'{budget} simulations' if budget else 'the network alone'
+      player = f'{budget} simulations' if budget else 'the network alone'
   terminal.begin(
-    f'recording {experiment.agent_name} on {experiment.env_name}, {who}',
+    f'recording {experiment.agent_name} on {experiment.env_name}, {player}',
     terminal.parameters(params),
   )
   return episode(env, decide, params, seed=values.seed, limit=limit)
