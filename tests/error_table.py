@@ -246,9 +246,9 @@ TABLE = {
   # Play.
   'play --workdir=catch --simulations=-1': 'simulations=-1: must be whole numb',
   'play --workdir=catch --prompt=x': 'prompt=x: muzero is not a language model',
-  'play --workdir=catch --opponents=random': 'opponents: jax:catch is no game',
+  'play --workdir=catch --opponents=random': 'opponents: jax:catch is not a ga',
   'play --workdir=catch --players=random': 'player=random: ... take network',
-  'play --workdir=catch --human': 'human: jax:catch is no game with rules; run',
+  'play --workdir=catch --human': 'human: jax:catch is not a game with rules; ',
   'play --workdir=board --players=zzz': "player='zzz': must be network, random",
   'play --workdir=board --players=solver': 'player=solver: plays ConnectFour',
   'play --workdir=board --players=random --opponents=pubeval': (
@@ -271,7 +271,7 @@ TABLE = {
     'player=gumbel=8: sac has an actor ... take actor'
   ),
   'play --workdir=pendulum --players=actor --dynamics=catch': (
-    'dynamics=catch: muzero learns no ensemble of dynamics; dynamics and'
+    'dynamics=catch: muzero learns no ensemble of dynamics; give a run'
   ),
   # Data.
   'train --preset=bc': 'dataset: bc learns from a data set: --dataset=PATH',
@@ -336,11 +336,11 @@ MISSING = {
   'sweep --workdir=new --engine=ray': ('ray', 'engine=ray: ... pip install'),
   'study connect_four_positions --out=new.csv': (
     'bitbully',
-    'solver: needs bitbully; pip install',
+    'solver: needs bitbully; run pip install',
   ),
   'study equity --workdir=backgammon --players=random': (
     'gnubg_nn',
-    "gnubg-nn is not installed; pip install 'outplay[opponents]'",
+    "gnubg-nn, which is not installed; run pip install 'outplay[opponents]'",
   ),
 }
 # A checkpoint is put on the device before the rest is looked at.
