@@ -28,7 +28,7 @@ def row_of(function, *args, target=CPU):
   program = Program(
     'agent', 'planted', 'act', '', lambda: jax.jit(function).trace(*args)
   )
-  return compilation.measured(program, target)
+  return compilation.compile_program(program, target)
 
 
 def split(number=2):

@@ -126,7 +126,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
   judged = _judged_turns(game, 12)
   stranger = players.make('x', planners.parse('random'), None, None, game)
   monkeypatch.setattr(
-    backgammon_players.equity, 'judged', lambda positions, plies: judged
+    backgammon_players.equity, 'judged_turns', lambda positions, plies: judged
   )
   known = {n: stranger._replace(name=n) for n in backgammon_players.OUTSIDERS}
   monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
   importlib.util.find_spec('gnubg_nn') is None, reason='needs gnubg-nn'
 )
 def test_a_player_without_a_network_is_judged():
-  judged = equity.judged(6, 0)
+  judged = equity.judged_turns(6, 0)
   row = backgammon_players.outsider(gnubg.player('gnubg=0'), judged)
   # Its own choices are what the judge, as deep as it, likes best.
   assert (row.player, row.opponent, row.games) == ('gnubg=0', 'judge', 6)

@@ -445,7 +445,7 @@ def test_what_experts_specialise_in(whole, path, tmp_path, capsys):
   for row in table:
     shares = [float(row[f'expert_{e}']) for e in range(4)]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
-  shares = specialisation.measure(str(whole), 'final', 0)
+  shares = specialisation.route(str(whole), 'final', 0)
   windows = text.held_out(describe(path), text.opened(describe(path)))
   # Two experts a token.
   assert shares.counts.sum() == 2 * windows[..., :-1].size

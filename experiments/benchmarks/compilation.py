@@ -211,7 +211,7 @@ def compile_all(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         part = program.part.partition(' ')[0]
         wanted = not asked['parts'] or part in asked['parts']
         if key not in done and (wanted or program.what != 'agent'):
-          yield dict(zip(KEY, key)) | measured(program, target)
+          yield dict(zip(KEY, key)) | compile_program(program, target)
     except ValueError as error:
       key = (target.name, jax.__version__, 'agent', name, '', '')
       yield dict(zip(KEY, key)) | _failed(target, error)
@@ -239,7 +239,7 @@ def _failed(target, error: Exception, seconds: float = 0.0) -> dict[str, Any]:
   }
 
 
-def measured(
+def compile_program(
   program: programs.Program, target: compile_targets.Target
 ) -> dict[str, Any]:
   """What a program takes on a target, by the names of `COUNTED`.

@@ -87,8 +87,6 @@ def of_experts(backend: str, number: int, mesh: Any) -> programs.Program:
     f'{number} experts',
     f'tokens={case.tokens} {case.features}x{case.hidden} k={case.k}{note}',
     lambda: jax.jit(
-      experts.gradient(taken),
-      in_shardings=whole,
-      out_shardings=whole,
+      experts.gradient(taken), in_shardings=whole, out_shardings=whole
     ).trace(*inputs),
   )

@@ -127,9 +127,7 @@ def curves_figure(
   style.save(figure, path)
 
 
-def one_panel(
-  curves: Mapping[str, Mapping[str, Curve]],
-) -> dict[str, Curve]:
+def one_panel(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Curve]:
   """`{y: {label: Curve}}` as one set of curves, with y in the labels."""
   words = {'eval_return': 'with search', 'network_return': 'network alone'}
   return {

@@ -80,7 +80,7 @@ class Play(NamedTuple):
   num_q: int
 
 
-def measure(
+def play_all(
   *, mdps: int, states: int, actions: int, iterations: int, seed: int
 ) -> list[Play]:
   """Plays all games in float64, each oracle and pessimism as one program.
@@ -317,7 +317,7 @@ def main() -> None:
     f'{values.actions} actions, {values.iterations} iterations, '
     f'{len(BETAS)} betas'
   )
-  rows = measure(mdps=values.mdps, seed=values.seed, **settings)
+  rows = play_all(mdps=values.mdps, seed=values.seed, **settings)
   tables.write_records(out, rows, digits=6)
   print(summary(rows))
   chosen = []

@@ -177,7 +177,7 @@ class _Arenas:
 
   def listen(self) -> None:
     """Asks the judge about all turns, and remembers."""
-    self._judged = equity.judged(self._plan.positions, self._plan.plies)
+    self._judged = equity.judged_turns(self._plan.positions, self._plan.plies)
 
   def play(
     self, opponent: str, hidden: int | None, seed: int | None, name: str
@@ -240,7 +240,7 @@ def outsider(player: Any, judged: Sequence[Any]) -> Points:
 
   Args:
     player: a `players.Player`.
-    judged: from `equity.judged`.
+    judged: from `equity.judged_turns`.
   """
   losses = _losses(player, judged)
   return _points(equity.compare(player.name, losses, losses))

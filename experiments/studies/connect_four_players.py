@@ -203,33 +203,18 @@ def _judged(seed, player, game, judged) -> Strength:
   timestep = match.time_step(game, positions)
   output = player.decide(player.params, jax.random.key(seed), timestep)
   verdict = connect_four_solver.judge(np.asarray(output.action), judged)
-  return Strength(
-    seed,
-    player.name,
-    'judge',
-    len(judged.moves),
-    verdict.kept,
-    verdict.kept_se,
-    verdict.optimal,
-    player.evaluations,
-    match.measure(game, player, positions),
-  )
+  kept = len(judged.moves), verdict.kept, verdict.kept_se, verdict.optimal
+  speed = match.measure(game, player, positions)
+  return Strength(seed, player.name, 'judge', *kept, player.evaluations, speed)
 
 
 def _met(seed, player, opponent, other, game, starts) -> Strength:
   games = match.play(game, player, other, starts, seed=seed)
   speed = match.measure(game, player, starts)
   result = match.summarise(player, other, games, speed)
+  points = result.games, result.score, result.score_se, None
   return Strength(
-    seed,
-    player.name,
-    opponent,
-    result.games,
-    result.score,
-    result.score_se,
-    None,
-    player.evaluations,
-    speed,
+    seed, player.name, opponent, *points, player.evaluations, speed
   )
 
 

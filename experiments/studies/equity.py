@@ -42,7 +42,7 @@ class Lost(NamedTuple):
   less_se: float
 
 
-def judged(positions: int, plies: int) -> list[Any]:
+def judged_turns(positions: int, plies: int) -> list[Any]:
   """Turns and what each choice is worth, as `gnubg.Judged`.
 
   Args:
@@ -99,7 +99,7 @@ def main() -> None:
       f'gnubg, {values.plies} plies deep, judges {values.positions} turns of '
       f'{", ".join(players)}'
     )
-    turns = judged(values.positions, values.plies)
+    turns = judged_turns(values.positions, values.plies)
     losses = {n: gnubg.equity_loss(p, turns) for n, p in players.items()}
   first = next(iter(losses.values()))
   rows = [compare(name, each, first) for name, each in losses.items()]

@@ -260,7 +260,7 @@ def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   style.save(figure, path)
 
 
-def _measured(rows: Sequence[dict[str, Any]]) -> Any:
+def _intervals(rows: Sequence[dict[str, Any]]) -> Any:
   """IQM and the ends of its interval, float64 `[3, rows]`."""
   names = ('iqm', 'low', 'high')
   return np.array([[float(row[n]) for row in rows] for n in names])
@@ -278,7 +278,7 @@ def _draw_agents(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     own = [row for row in rows if label(row) == line]
     at = np.array([kinds.index(row['quality']) for row in own])
     x = at + 0.8 * ((i + 0.5) / len(lines) - 0.5)
-    mean, low, high = _measured(own)
+    mean, low, high = _intervals(own)
     bars = mean - low, high - mean
     axes.errorbar(x, mean, bars, fmt='o', ms=3, lw=1, label=line)
   for k, kind in enumerate(kinds):
@@ -297,7 +297,7 @@ def _draw_betas(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     if not own:
       continue
     x = [ticks.index(row['beta']) for row in own]
-    middle, low, high = _measured(own)
+    middle, low, high = _intervals(own)
     line, *_ = axes.plot(x, middle, marker='o', ms=3, label=kind)
     colour = line.get_color()
     axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)

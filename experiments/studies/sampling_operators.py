@@ -124,7 +124,7 @@ class Prediction(NamedTuple):
 
 
 @functools.cache
-def _operators() -> dict[str, Any]:
+def _improvement_operators() -> dict[str, Any]:
   from search.exact import improvement
 
   return {'mpo': improvement.mpo(ETA), 'puct': improvement.puct(LAM)}
@@ -134,7 +134,7 @@ def predict(problem: Problem) -> dict[tuple[str, str], Prediction]:
   """The predictions for each operator and beta, all actions enumerated."""
   return {
     (name, beta): prediction
-    for name, operator in _operators().items()
+    for name, operator in _improvement_operators().items()
     for beta, prediction in _predict(problem, operator).items()
   }
 
@@ -194,7 +194,7 @@ def _compiled() -> Any:
       ]
     )
     values = []
-    for operator in _operators().values():
+    for operator in _improvement_operators().values():
       improve = functools.partial(improvement.improve, operator)
       policies, _ = jax.vmap(improve, (0, None))(priors, qvalues)
       values.append(policies @ qvalues)
@@ -210,7 +210,7 @@ def _compiled() -> Any:
   return estimates
 
 
-def measure(
+def draw_estimates(
   problem: Problem,
   predictions: dict[tuple[str, str], Prediction],
   k: int,
@@ -244,7 +244,7 @@ def measure(
       f32(problem.qvalues),
     )
     found = np.asarray(found, np.float64)
-    for j, operator in enumerate(_operators()):
+    for j, operator in enumerate(_improvement_operators()):
       prediction = predictions[operator, beta]
       for c, correction in enumerate(CORRECTIONS):
         error = found[:, j, c] - prediction.truth
@@ -290,7 +290,7 @@ def slopes(rows: Sequence[Estimate]) -> list[tuple[str, str, str, float]]:
   """Slope of log rmse against log K, for K from 32.
 
   Args:
-    rows: see `measure`; at least two such K for each.
+    rows: see `draw_estimates`; at least two such K for each.
 
   Returns:
     `(operator, beta, correction, slope)` of each.
@@ -307,9 +307,7 @@ def slopes(rows: Sequence[Estimate]) -> list[tuple[str, str, str, float]]:
 
 
 def figure(
-  rows: Sequence[Estimate],
-  errors: dict[str, np.ndarray],
-  path: pathlib.Path,
+  rows: Sequence[Estimate], errors: dict[str, np.ndarray], path: pathlib.Path
 ) -> None:
   """Draws rmse against K, and the scaled errors' histogram at the largest K.
 
@@ -433,7 +431,7 @@ def main() -> None:
   problem, rows, errors = make_problem(), [], {}
   predictions = predict(problem)
   for k in ks:
-    for row, error in measure(
+    for row, error in draw_estimates(
       problem, predictions, k, values.trials, values.seed
     ):
       rows.append(row)

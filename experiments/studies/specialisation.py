@@ -64,7 +64,7 @@ def characteristic(shares: Shares, number: int) -> list[list[str]]:
   ]
 
 
-def measure(workdir: str, checkpoint: str, layer: int) -> Shares:
+def route(workdir: str, checkpoint: str, layer: int) -> Shares:
   """Routes a run's held-out text.
 
   Raises:
@@ -176,7 +176,7 @@ def main() -> None:
   style.check_picture(values.out)
   terminal.begin(f'which tokens the experts of {values.workdir} take')
   with configs.user_errors():
-    shares = measure(values.workdir, values.checkpoint, values.layer)
+    shares = route(values.workdir, values.checkpoint, values.layer)
     history = through_training(values.workdir, values.layer)
   for e, words in enumerate(characteristic(shares, 8)):
     share = shares.counts[e].sum() / shares.counts.sum()
