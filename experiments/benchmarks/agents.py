@@ -117,12 +117,9 @@ def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
   giga = 2 * size**3 / 1e9
   rows = [speed_row('learner', peak, 'float32', 'GFLOP/s', giga, timings[peak])]
   for name, count in flops.items():
-    rows.append(
-      speed_row('learner', name, setting, 'updates/s', 1, timings[name])
-    )
-    row = speed_row(
-      'learner', name, setting, 'GFLOP/s', count / 1e9, timings[name]
-    )
+    about = 'learner', name, setting
+    row = speed_row(*about, 'GFLOP/s', count / 1e9, timings[name])
+    rows.append(speed_row(*about, 'updates/s', 1, timings[name]))
     rows.append(
       row._replace(
         ratio=row.median / rows[0].median,
@@ -164,7 +161,6 @@ def acting_suite(
 
 
 def _simulator_rows(experiment, env, agent, case: Case) -> list[Measurement]:
-
   key = jax.random.key(0)
   params = jax.jit(agent.init)(key).params
   act = jax.jit(agent.act)
@@ -209,13 +205,10 @@ def _simulator_rows(experiment, env, agent, case: Case) -> list[Measurement]:
   for name, timing in timings.items():
     steps = case.steps if name == 'simulator alone' else few
     amount = steps * env.num_envs
-    rows.append(
-      speed_row('acting', name, setting, 'decisions/s', amount, timing)
-    )
+    about = 'acting', name, setting
+    rows.append(speed_row(*about, 'decisions/s', amount, timing))
     if frames > 1 and name != 'network and search':
-      rows.append(
-        speed_row('acting', name, setting, 'frames/s', amount * frames, timing)
-      )
+      rows.append(speed_row(*about, 'frames/s', amount * frames, timing))
   return rows
 
 
@@ -272,15 +265,13 @@ def _waiting_rows(experiment, env, agent, case: Case) -> list[Measurement]:
   for mode, timing in timings.items():
     share = waited[mode] / timing.wall
     name = f'learner, {mode} acting'
+    note = 'ratio to synchronous, measured before'
     row = speed_row(
-      'acting',
-      name,
-      setting,
-      'updates/s',
+      *('acting', name, setting, 'updates/s'),
       case.updates,
       timing,
       timings['synchronous'],
-      '' if mode == 'synchronous' else 'ratio to synchronous, measured before',
+      '' if mode == 'synchronous' else note,
     )
     rows.append(row)
     unit = 'of wall time, waiting for experience'
@@ -300,7 +291,6 @@ class _Learner(NamedTuple):
 
 
 def _learner(experiment, env, agent, update, mode: Any, updates: int):
-
   run, waits, waited = experiment.run, [], []
   inner = host.from_host(
     env,

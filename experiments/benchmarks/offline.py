@@ -66,32 +66,20 @@ def rows_here(case: Case) -> Iterator[list[Measurement]]:
   }
   timings = interleaved(tasks, case.repeats, case.least_seconds)
   shape = f'{3 * case.batch} x {case.width} x {case.width}'
-  rows = [
-    speed_row(
-      'offline',
-      f'matrix product {shape}',
-      'float32',
-      'GFLOP/s',
-      operations / 1e9,
-      timings['product'],
-    )
-  ]
+  about = 'offline', f'matrix product {shape}', 'float32', 'GFLOP/s'
+  rows = [speed_row(*about, operations / 1e9, timings['product'])]
   for name, program in programs.items():
     setting = f'{_layers(large[name])} batch={case.batch}'
     timing = timings[name]
-    rows.append(
-      speed_row('offline', name, setting, 'updates/s', case.updates, timing)
-    )
+    about = 'offline', name, setting
+    rows.append(speed_row(*about, 'updates/s', case.updates, timing))
     if name == 'atac':
       done = program.flops * case.updates
       # The time that products alone would take for as many operations.
       least = scaled(timings['product'], done / operations)
       note = f'{program.flops / 1e9:.3g} GFLOP an update; ratio to {shape}'
-      rows.append(
-        speed_row(
-          'offline', name, setting, 'GFLOP/s', done / 1e9, timing, least, note
-        )
-      )
+      giga = done / 1e9
+      rows.append(speed_row(*about, 'GFLOP/s', giga, timing, least, note))
   yield rows
   yield _small_rows(case, data)
 

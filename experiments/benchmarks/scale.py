@@ -268,14 +268,8 @@ def seed_rows(
       f'of all seeds; ratio to one seed without vmap; {updates[name]} updates '
       'a measurement',
     )
-    of_one = speed_row(
-      'seeds',
-      f'one seed beside {name}',
-      setting,
-      'updates/s',
-      1,
-      each['one seed'],
-    )
+    about = 'seeds', f'one seed beside {name}', setting, 'updates/s'
+    of_one = speed_row(*about, 1, each['one seed'])
     yield [of_one, speed, _compile_row(name, setting, trainer.seconds)]
     yield memory(growth)
     yield roof_rows(f'{subject.name}, {name}', 'one update', does, speed, roof)
