@@ -192,11 +192,7 @@ def _write(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def compile_all(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-  """Compiles what is asked for and is not there yet.
-
-  Args:
-    asked: what `run` passes on.
-  """
+  """Compiles what is asked for and is not there yet."""
   import jax
 
   from experiments.runtime import mesh as meshes

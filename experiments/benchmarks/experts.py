@@ -98,9 +98,6 @@ def _weights(key, leading, features, hidden):
 def gradient(backend: Any) -> Callable:
   """The gradient of a sum of outputs in parameters, tokens and gates.
 
-  Args:
-    backend: of `networks.dispatch.BACKENDS`.
-
   Returns:
     A function of what `inputs` returns.
   """

@@ -11,12 +11,7 @@ from experiments.report import style
 
 
 def scale_figure(rows: Sequence[Measurement], path: Any) -> None:
-  """Speed-up, memory, devices and the roofline, a panel each.
-
-  Args:
-    rows: from `scale.scale_rows`.
-    path: of the picture.
-  """
+  """Speed-up, memory, devices and the roofline, a panel each."""
   on_cpu = jax.default_backend() == 'cpu'
   canvas, panels = style.panels(2, 5.2, 3.8, rows=2)
   (speed, memory), (devices, roof) = panels

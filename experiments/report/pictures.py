@@ -190,11 +190,7 @@ def drawing(spec: Any) -> Callable[[Any, Any], np.ndarray]:
 
 
 def is_drawn(spec: Any) -> bool:
-  """Whether an environment can be recorded.
-
-  Args:
-    spec: `agents.core.types.Spec`.
-  """
+  """Whether an environment can be recorded."""
   try:
     if spec.game is not None:
       check_board(spec.game)

@@ -242,12 +242,7 @@ def choose(evidence: Evidence) -> dict[str, np.ndarray]:
 
 
 def table(evidence: Evidence, transitions: int) -> list[Choice]:
-  """Evaluates the choices of each rule.
-
-  Args:
-    evidence: of at least one MDP.
-    transitions: in each data set.
-  """
+  """Evaluates the choices of each rule."""
   unit = evidence.optimum - evidence.behaviour
   gains = (evidence.truth - evidence.behaviour[..., None]) / unit[..., None]
   rows = []

@@ -107,11 +107,6 @@ def run(
 ) -> list[Points]:
   """Plays what has not been played yet.
 
-  Args:
-    workdirs: from `finished`.
-    plan: what.
-    out: the CSV.
-
   Raises:
     UserError: a run cannot be read, a name is unknown, gnubg-nn is not
       installed, or what has been played was played otherwise.
@@ -236,12 +231,7 @@ class _Arenas:
 
 
 def outsider(player: Any, judged: Sequence[Any]) -> Points:
-  """The points that a player without a network loses a turn.
-
-  Args:
-    player: a `players.Player`.
-    judged: from `equity.judged_turns`.
-  """
+  """The points that a player without a network loses a turn."""
   losses = _losses(player, judged)
   return _points(equity.compare(player.name, losses, losses))
 
@@ -314,12 +304,7 @@ def means(rows: Sequence[Points]) -> list[Mean]:
 
 
 def draw(rows: Sequence[Points], out: pathlib.Path) -> None:
-  """Draws a panel for each opponent, bars for players, colours for sizes.
-
-  Args:
-    rows: of the study.
-    out: a picture.
-  """
+  """Draws a panel for each opponent, bars for players, colours for sizes."""
   found = means(rows)
   opponents = list(dict.fromkeys(row.opponent for row in rows))
   figure, panels = style.panels(len(opponents), 4.2, 3.4)

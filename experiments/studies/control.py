@@ -318,10 +318,6 @@ def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
   Columns are quality and dynamics; points are means over training seeds with
   their intervals.
-
-  Args:
-    summary: from `summarised`.
-    path: of the figure.
   """
   agents = list(dict.fromkeys(row['agent'] for row in summary))
   columns = [

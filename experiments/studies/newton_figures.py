@@ -14,11 +14,7 @@ _COLOURS, _GREY = style.COLOURS, style.GREY
 
 
 def draw(out: pathlib.Path) -> None:
-  """Draws newton_step.png and newton_uses.png, in float64.
-
-  Args:
-    out: an existing folder.
-  """
+  """Draws newton_step.png and newton_uses.png, in float64."""
   pages = {
     'newton_step.png': (_tangent, _policies, _regions, _steps, _rollout, _rate),
     'newton_uses.png': (

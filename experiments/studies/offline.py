@@ -240,12 +240,7 @@ def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(summary: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """Draws a panel an environment: IQM and intervals, and the behaviour's mean.
-
-  Args:
-    summary: from `summarised`; nothing is drawn where no row has an IQM.
-    path: of the figure.
-  """
+  """Draws a panel an environment: IQMs, intervals and the behaviour's mean."""
   summary = [row for row in summary if row['iqm']]
   if not summary:
     return

@@ -123,9 +123,6 @@ def models(
 def moves(workdirs: Sequence[str]) -> list[Coarsened]:
   """Pruned moves at one stage of three, in Connect Four.
 
-  Args:
-    workdirs: finished runs, one a seed.
-
   Raises:
     UserError: a run cannot be read, or is of another game.
   """

@@ -120,13 +120,7 @@ def run_all(
 def missing(
   rows: Iterable[Any], fields: Sequence[str], cells: Iterable[Hashable]
 ) -> list[Any]:
-  """The cells that no row is of.
-
-  Args:
-    rows: NamedTuples.
-    fields: of a row, that make its cell.
-    cells: tuples of these fields.
-  """
+  """The cells, tuples of these fields, that no NamedTuple among `rows` has."""
   done = {tuple(getattr(row, name) for name in fields) for row in rows}
   return [cell for cell in cells if cell not in done]
 
@@ -291,9 +285,6 @@ def draw_with_muzero(curves: pathlib.Path, out: pathlib.Path) -> None:
 
 def main(name: str) -> None:
   """Runs a study of the table as the flags say.
-
-  Args:
-    name: of the study.
 
   Raises:
     SystemExit: with 1, where runs failed.

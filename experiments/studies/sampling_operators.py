@@ -55,11 +55,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(actions: int = 1001) -> Problem:
-  """The state in which everything is measured.
-
-  Args:
-    actions: `A`, of the grid.
-  """
+  """The state in which everything is measured."""
   a = np.linspace(-1, 1, actions)
   bump = lambda mean, width: np.exp(-0.5 * ((a - mean) / width) ** 2)
   normalised = lambda p: p / np.sum(p)
@@ -288,9 +284,6 @@ def _row(
 
 def slopes(rows: Sequence[Estimate]) -> list[tuple[str, str, str, float]]:
   """Slope of log rmse against log K, for K from 32.
-
-  Args:
-    rows: see `draw_estimates`; at least two such K for each.
 
   Returns:
     `(operator, beta, correction, slope)` of each.
