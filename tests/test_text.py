@@ -438,7 +438,7 @@ def test_what_experts_specialise_in(whole, path, tmp_path, capsys):
   out = tmp_path / 'experts.png'
   by_flags(specialisation, f'--workdir={whole}', f'--out={out}', '--tokens=6')
   printed = capsys.readouterr().out
-  assert printed.count('expert ') == 4 and 'a token tells' in printed
+  assert printed.count('expert ') == 4 and 'tokens explain' in printed
   assert out.stat().st_size > 10_000
   table = rows(out.with_suffix('.csv'))
   assert len(table) == 6

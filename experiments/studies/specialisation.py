@@ -182,7 +182,7 @@ def main() -> None:
     share = shares.counts[e].sum() / shares.counts.sum()
     terminal.say(f'expert {e:3d} ({share:6.1%}): {" ".join(map(repr, words))}')
   known = information(shares.counts)
-  print(f'a token determines {known:.0%} of which expert it goes to')
+  print(f'tokens explain {known:.0%} of the choice of experts')
   out = pathlib.Path(values.out)
   draw(out, shares, history, values.tokens)
   write(out.with_suffix('.csv'), shares, values.tokens)
