@@ -11,17 +11,17 @@ TABLE = {
   'train --plan --target=h9': 'target=h9: must be h100, h100:8, v5e:4x4',
   # Names.
   'train --preset=muzero_catsh': "preset='muzero_catsh': did you mean muzero",
-  'train --env=Cach-v0': "env='Cach-v0': envpool has none; nearest: Catch-v0",
+  'train --env=Cach-v0': "env='Cach-v0': unknown to envpool; nearest: Catch-v",
   'train --env=gymnasium:Cart': "env='gymnasium:Cart': ... must be one of",
-  'train --env=jax:cach': "env='jax:cach': known are ... did you mean jax:catc",
-  'train --env=self_play:go': 'env=self_play:go: known are ... go_9x9',
-  'train --env=brax:ant': "env='brax:ant': what stands before ... must be jax",
+  'train --env=jax:cach': "env='jax:cach': unknown; must ... did you mean jax:",
+  'train --env=self_play:go': 'env=self_play:go: unknown; ... go_9x9',
+  'train --env=brax:ant': "env='brax:ant': the part before ... must be jax",
   'sweep --workdir=new --preset=zzz': "preset='zzz': known are ... muzero",
-  'sweep --workdir=new --env=zzz': "env='zzz': envpool has none; nearest",
+  'sweep --workdir=new --env=zzz': "env='zzz': unknown to envpool; nearest",
   'benchmark --preset=zzz': "preset='zzz': known are",
   'benchmark --suite=search,zzz': 'suite=zzz: must be one of search, ',
   'benchmark --what=zzz': 'suite=zzz: must be one of search, ',
-  'collect --env=zzz': "env='zzz': envpool has none; nearest",
+  'collect --env=zzz': "env='zzz': unknown to envpool; nearest",
   # Settings.
   'train --set=zzz': '--set=zzz: should be field=value',
   'train --set=learning_rat=1': 'no field learning_rat: did you mean learning',
@@ -31,7 +31,7 @@ TABLE = {
   'train --set=name=x': 'no field name: ',
   'train --set=env.options=zzz': 'env.options=zzz: should be name=value',
   'train --set=env.options=zzz=1 --env=jax:catch': (
-    'env.options=zzz=1: jax:catch has rows, columns'
+    'env.options=zzz=1: unknown; jax:catch has rows, columns'
   ),
   'train --set=frame_stack=3 --env=jax:catch': 'frame_stack=3: ... leave it ou',
   'train --steps=300': 'steps=300: must be above warmup_decisions=400',

@@ -175,7 +175,7 @@ ROWS = {
     'steps=2000000000: makes ... updates, must be at most 2147483647'
   ),
   'train --set=num_simulations=3e9': 'num_simulations=3000000000: must be at m',
-  'train --set=env.num_threads=9999': 'num_threads=9999 must be within 0 and',
+  'train --set=env.num_threads=9999': 'num_threads=9999 must be from 0 to',
   'sweep --workdir=new --seeds=100001': 'flag --seeds=100001: must be an integ',
   'sweep --workdir=new --grid=gamma=0.1,0.2 --seeds=100000': (
     'seeds=100000: makes 200000 rows, must be at most 100000'
@@ -195,13 +195,13 @@ ROWS = {
   'launch --grace=1e400': 'flag --grace=1e400: must be a number in the range',
   'launch --processes=99999999': 'flag --processes=99999999: must be an',
   # Options of environments.
-  'train --set=env.options=num_envs=4': 'env.options=num_envs=4: is no option',
+  'train --set=env.options=num_envs=4': 'env.options=num_envs=4: is not an opt',
   'train --set=env.options=max_episode_steps=3,max_episode_steps=4': (
     'env.options=max_episode_steps=4: max_episode_steps is given twice'
   ),
   'train --set=env.options==4': 'env.options==4: should be name=value',
   'train --set=env.options=max_episode_steps=1e400': 'must be a finite number',
-  'train --set=env.options=max_episode_steps=foo()': 'must be a literal of Pyt',
+  'train --set=env.options=max_episode_steps=foo()': 'must be a Python literal',
   'train --set=env.options=max_episode_steps=99999999999': 'an integer of 32 b',
   'train --set=env.options=rows=x --env=jax:catch --preset=muzero_catch': (
     'env.options=rows=x: must be of type int, such as 10'

@@ -113,7 +113,7 @@ def test_a_family_that_cannot_be_loaded_is_one_line_and_others_run():
   assert catch == 'Catch-v0 runs [ True]'
   assert re.fullmatch(MISSING + '.*', hopper)
   assert cartpole == 'CartPole-v1 runs [ True]'
-  assert unknown.startswith("env='NoSuch-v1': envpool has none; nearest: ")
+  assert unknown.startswith("env='NoSuch-v1': unknown to envpool; nearest: ")
 
 
 def test_the_newer_envpool_without_opengl(tmp_path):

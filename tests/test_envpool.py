@@ -329,7 +329,7 @@ def test_bad_continuous_actions_are_refused(action, message):
     (('Pong', 1), {'stack_num': 4}, 'use num_envs, frame_stack'),
     (('Pong', 1), {'nop_max': 4}, 'unknown option nop_max; .*noop_max'),
     (('CartPole-v1', 1), {'noop_max': 4}, 'unknown option noop_max'),
-    (('MiniGrid-Empty-5x5-v0', 1), {}, 'image beside other'),
+    (('MiniGrid-Empty-5x5-v0', 1), {}, 'image with other'),
   ],
 )
 def test_bad_settings_are_refused(arguments, options, message):

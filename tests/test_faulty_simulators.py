@@ -296,7 +296,7 @@ def test_far_outside_of_its_space_is_said_once(capsys):
   for _ in range(LATE):
     running.step(np.zeros(2, int))
   notes = capsys.readouterr().err
-  assert notes.count('1e+06 is outside of [-10, 10]') == 1
+  assert notes.count('1e+06 is outside [-10, 10]') == 1
 
 
 def test_what_fails_to_close_hides_nothing(capsys, agents):

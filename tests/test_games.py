@@ -258,7 +258,7 @@ def test_a_random_opponent_picks_among_candidates():
     (
       'self_play:tic_tac_toe',
       {'oponent': 1},
-      'knows opponent and opening_plies only',
+      'has opponent and opening_plies only',
     ),
     ('self_play:tic_tac_toe', {'opponent': 'best'}, "opponent='best'"),
     ('selfplay:tic_tac_toe', {}, 'must be jax, self_play or gymnasium'),

@@ -223,10 +223,10 @@ def test_without_a_limit_episodes_are_as_long_as_the_longest(minari, home):
   ('changes', 'message'),
   [
     ({'id': 'os:system'}, 'names a module'),
-    ({'kwargs': {'xml_file': 'x'}}, 'no paths or modules'),
-    ({'kwargs': {'a': [{'b': '/etc/passwd'}]}}, 'no paths or modules'),
+    ({'kwargs': {'xml_file': 'x'}}, 'not paths or modules'),
+    ({'kwargs': {'a': [{'b': '/etc/passwd'}]}}, 'not paths or modules'),
     ({'wrappers': (('RecordVideo', {}),)}, 'the wrapper RecordVideo is not'),
-    ({'wrappers': (('TimeLimit', {'a': 'os:x'}),)}, 'no paths or modules'),
+    ({'wrappers': (('TimeLimit', {'a': 'os:x'}),)}, 'not paths or modules'),
     ({'max_episode_steps': 0}, 'max_episode_steps=0: must be at least 1'),
   ],
 )

@@ -27,7 +27,7 @@ HEIGHT = 1.0
 
 
 class AcrobotState(NamedTuple):
-  """Where the links are, and since when.
+  """The links' angles and velocities, and the number of decisions.
 
   Attributes:
     physics: float32 `[4]`, the first link's angle (rad, 0 hanging), the
@@ -42,15 +42,15 @@ class AcrobotState(NamedTuple):
 def make_acrobot(max_steps: int = 500) -> Environment:
   """Swing the tip one link's length above the pivot.
 
-  Actions: torque -1, 0 or 1 N m at the middle joint for 0.2 s (one fourth
-  order Runge-Kutta step). Reward -1 a decision, but 0 on the one that gets
-  there, which terminates. Observations are float32 `[6]`: cosine and sine of
-  either angle, then both velocities, within 4 pi and 9 pi rad/s. Starts
-  uniformly in [-0.1, 0.1]^4.
+  Actions are torques of -1, 0 or 1 N m at the middle joint for 0.2 s (one
+  fourth-order Runge-Kutta step). The reward is -1 per decision, and 0 for the
+  one that reaches the goal and terminates the episode. Observations are float32
+  `[6]`: cosine and sine of each angle, then both velocities, within 4 pi and
+  9 pi rad/s. The initial state is uniform in [-0.1, 0.1]^4.
 
   Args:
-    max_steps: decisions until an episode is cut (truncated), unless it
-      terminates just then.
+    max_steps: number of decisions after which an episode that has not
+      terminated is truncated.
 
   Raises:
     ValueError: `max_steps` below 1.

@@ -1,8 +1,8 @@
-"""A game against an opponent as an environment that shows positions.
+"""A game against an opponent as an environment of positions.
 
 The agent plays one side, drawn at the reset; the opponent answers inside
-`step`. Observations are those of `self_play`, so that an agent that was
-trained there is measured here.
+`step`. Observations are those of `self_play`, so agents that were trained by
+self-play can be evaluated here.
 """
 
 import functools
@@ -21,11 +21,11 @@ Opponent = Callable[[Any, chex.PRNGKey], chex.Array]
 
 
 class AgainstState(NamedTuple):
-  """A position, and whose side the agent is on.
+  """A position and the agent's side.
 
   Attributes:
-    position: the game's.
-    side: int32 scalar, which of its players the agent is.
+    position: the game's position.
+    side: int32 scalar, the number of the player that is the agent.
   """
 
   position: Any
@@ -33,27 +33,27 @@ class AgainstState(NamedTuple):
 
 
 def random_opponent(game: Game) -> Opponent:
-  """Plays whatever is legal, all alike; anything where the game is over."""
+  """Draws a legal action uniformly; any action if the game is over."""
 
   return functools.partial(random_action, game)
 
 
 def against(game: Game, opponent: str | Opponent = 'random') -> Environment:
-  """The environment in which an agent meets an opponent.
+  """An environment in which the agent plays against an opponent.
 
-  Rewards are the agent's: what its opponent gets counts against it. On every
-  time step but the last the agent is to move.
+  Rewards are the agent's: the opponent's rewards are subtracted. The agent is
+  to move at every time step except the last.
 
   Args:
     game: the rules.
     opponent: `'random'`, or a function.
 
   Returns:
-    An unbatched `Environment` of the spec of `self_play(game)`, but for its
+    An unbatched `Environment` with the spec of `self_play(game)` under another
     name.
 
   Raises:
-    ValueError: another name.
+    ValueError: any other name.
   """
   if opponent == 'random':
     opponent = random_opponent(game)
@@ -75,7 +75,7 @@ def against(game: Game, opponent: str | Opponent = 'random') -> Environment:
     )
 
   def answered(state, reward, goes_on, key):
-    """The opponent moves as long as it is its turn."""
+    """Lets the opponent move as long as it is its turn."""
 
     def is_its_turn(carry):
       position, _, goes_on, _ = carry

@@ -1,8 +1,8 @@
-"""Backgammon in JAX: a move is a whole turn, that is the board it leads to.
+"""Backgammon in JAX: an action is a whole turn, given by the board it leads to.
 
-Without the doubling cube: a game is worth 1, a gammon 2, a backgammon 3.
+There is no doubling cube: a game is worth 1, a gammon 2, a backgammon 3.
 
-Turns are enumerated without looking twice at any board. A die moves a stone
+Turns are enumerated so that no board comes up twice. A die moves a stone
 from a source; of a double, a turn is a multiset of sources, which can always
 be played from the highest source down, and no two lead to the same board
 (the vectors by which a move of given length changes a board are linearly
@@ -11,7 +11,7 @@ and only two kinds of pairs coincide: the same stone moved by either die first
 without a hit on the way, and two stones borne off by either die. Sets of
 points are words of 26 bits.
 
-Axes: `K` turns, 2 sides (who moves first), 26 places.
+Axes: `K` turns, 2 sides (the mover's first), 26 places.
 """
 
 from typing import Any, NamedTuple
@@ -26,18 +26,18 @@ from search.model import Game, Move
 
 STONES = 15
 OFF, BAR = 0, 25
-# Of 320,000 positions of self-play 24 had more, 827 at most; built for it, one
-# can have 2,000 and more, but never `comb(18, 4) = 3060`. See `count`.
+# Of 320,000 positions of self-play, 24 had more turns, 827 at most. Constructed
+# positions can have over 2,000, but never `comb(18, 4) = 3060`; `count` counts.
 NUM_CANDIDATES = 512
 
-# Turns that are begun, after so many of a double's four moves: no more than
-# there are ways to give moves to 15 stones, `comb(14 + moves, moves)`.
+# The most partial turns after 0, 1, 2 and 3 of a double's four moves: the ways
+# to give moves to 15 stones, `comb(14 + moves, moves)`.
 _BEGUN = (1, 15, 120, 680)
 
 _START = np.zeros(26, np.int8)
 _START[[24, 13, 8, 6]] = 2, 5, 3, 5
 
-# The 21 rolls, higher die first, and how likely they are.
+# The 21 rolls, higher die first, and their probabilities.
 ROLLS = np.array([(a, b) for a in range(1, 7) for b in range(1, a + 1)])
 ROLLS = ROLLS.astype(np.int8)
 PROBABILITIES = np.where(ROLLS[:, 0] == ROLLS[:, 1], 1 / 36, 2 / 36)
@@ -45,15 +45,15 @@ PROBABILITIES = PROBABILITIES.astype(np.float32)
 
 
 class Position(NamedTuple):
-  """A position, the dice thrown.
+  """A position after the roll of the dice.
 
   Attributes:
-    board: int8 `[2, 26]`, stones of the player to move and of the other one,
-      each counted from its own side: those borne off, on its points 1 to 24
-      (its home is 1 to 6), on the bar. Point `i` of one is `25 - i` of the
-      other.
+    board: int8 `[2, 26]`, numbers of stones of the player to move and of the
+      opponent: borne off (0), on the points 1 to 24 as that player numbers them
+      (its home is 1 to 6), and on the bar (25). Point `i` of one player is
+      point `25 - i` of the other.
     dice: int8 `[2]`, the higher one first.
-    player: int32 scalar, 0 or 1, whose move it is.
+    player: int32 scalar, 0 or 1, the player to move.
   """
 
   board: chex.Array
@@ -67,30 +67,31 @@ def new_board() -> chex.Array:
 
 
 def is_over(board: chex.Array) -> chex.Array:
-  """Whether somebody has borne off all stones of int8 `[2, 26]`, bool `[]`."""
+  """Whether a player has borne off all stones of int8 `[2, 26]`, bool `[]`."""
   return (board[:, OFF] == STONES).any()
 
 
 def points(board: chex.Array) -> chex.Array:
-  """What the first side's win is worth: float32 scalar, 1, 2 or 3.
+  """The points of a win for the first side: float32 scalar, 1, 2 or 3.
 
   Args:
-    board: int8 `[2, 26]`, of a game that the first side has won.
+    board: int8 `[2, 26]`, the final board of a game that the first side won.
   """
   other = board[1].astype(jnp.int32)
   gammon = other[OFF] == 0
-  # The winner's home is the loser's 19 to 24.
+  # The winner's home is the loser's points 19 to 24.
   backgammon = gammon & (other[19:].sum() > 0)
   return 1.0 + gammon.astype(jnp.float32) + backgammon.astype(jnp.float32)
 
 
 def observe(board: chex.Array) -> chex.Array:
-  """Tesauro's raw inputs, as the first side sees them.
+  """Tesauro's raw inputs, from the first side's view.
 
-  Of each side: for each of its points 1 to 24 four units, `n == 1`, `n >= 2`,
-  `n == 3` and `(n - 3) / 2` where positive; `n / 2` on the bar; `n / 15` borne
-  off. The two units that tell who moves are left out, for it is always the
-  first side. The dice are not seen: what is valued is a board before the roll.
+  Each side has four units for each of its points 1 to 24, `n == 1`, `n >= 2`,
+  `n == 3` and `max(n - 3, 0) / 2`, then `n / 2` for the bar and `n / 15` for
+  stones borne off. The two units for the player to move are left out, because
+  it is always the first side. The dice are left out, because boards are valued
+  before the roll.
 
   Args:
     board: int8 `[..., 2, 26]`.
@@ -114,18 +115,17 @@ def observe(board: chex.Array) -> chex.Array:
 def candidates(position: Position, number: int = NUM_CANDIDATES) -> chex.Array:
   """All boards that the turn may lead to, each once.
 
-  Both dice must be played if they can be, else the higher one if it can be,
-  else the lower one; of a double as many of the four as can be.
+  Both dice must be played if possible, else the higher one, else the lower one;
+  of a double, as many of the four moves as possible.
 
   Args:
-    position: the position; its game may not be over.
-    number: K; what is beyond (see `count`) is left out: the turns that leave
-      the rearmost stones where they are come first.
+    position: a position of a game that is not over.
+    number: K; further turns (`count` has the total) are left out. Turns that
+      leave the rearmost stones in place come first.
 
   Returns:
-    int8 `[K, 2, 26]`, the mover's side first; the first one is repeated in
-    the places that are left. Where nothing can be played it is the board as
-    it was.
+    int8 `[K, 2, 26]`, the mover's side first; unused rows repeat the first. If
+    no move is legal, the only board is the current one.
   """
   sources, total = _turns(position, number)
   sources = jnp.where(
@@ -136,15 +136,15 @@ def candidates(position: Position, number: int = NUM_CANDIDATES) -> chex.Array:
 
 
 def count(position: Position) -> chex.Array:
-  """How many different boards a turn may lead to, int32 scalar, at least 1."""
+  """The number of boards that a turn may lead to, int32 scalar, at least 1."""
   return _turns(position, 1)[1]
 
 
 def _turns(position, number):
-  """Sources int32 `[number, 4]`, 0 for no move, and how many turns there are.
+  """Sources int32 `[number, 4]`, 0 for no move, and the number of turns.
 
-  The moves are of `high, high, low, low`; a double's are in descending order
-  of their sources.
+  The four moves use the dice `high, high, low, low`; those of a double are in
+  descending order of their sources.
   """
   high, low = position.dice.astype(jnp.int32)
   side = _side(position.board)
@@ -158,13 +158,13 @@ def _turns(position, number):
 
 
 class _Side(NamedTuple):
-  """The mover's side in words: bit `i` stands for its place `i`.
+  """The mover's side as bit sets: bit `i` stands for its place `i`.
 
   Attributes:
-    own: int32 `[26]`, its stones.
-    occupied: uint32, where it has stones, the bar included.
-    blocked: uint32, where it may not land.
-    blots: bool `[26]`, where it would hit.
+    own: int32 `[26]`, its numbers of stones.
+    occupied: uint32, the places with stones, including the bar.
+    blocked: uint32, the points where it may not land.
+    blots: bool `[26]`, the points where it would hit.
   """
 
   own: chex.Array
@@ -186,7 +186,10 @@ def _side(board):
 
 
 def _sources(side, occupied, die):
-  """Where a die can be played from, as a word, with stones where it says."""
+  """The places that a die can be played from, as a bit set.
+
+  `occupied` overrides the places of the side's stones.
+  """
   one, die = jnp.uint32(1), die.astype(jnp.uint32)
   beyond = ~((one << (die + 1)) - 1)
   inside = occupied & ~(side.blocked << die) & beyond
@@ -200,7 +203,7 @@ def _sources(side, occupied, die):
 
 
 def _vacate(occupied, source, die, left):
-  """Where stones are after a move that leaves `left` at its source."""
+  """Occupied places after a move that leaves `left` stones at its source."""
   bit = lambda i: jnp.uint32(1) << i.astype(jnp.uint32)
   target = jnp.maximum(source - die, 0)
   occupied = jnp.where(left == 0, occupied & ~bit(source), occupied)
@@ -208,7 +211,7 @@ def _vacate(occupied, source, die, left):
 
 
 def _doubles(side, die):
-  """Turns but for their last move: sources `[680, 3]`, masks of the last."""
+  """Turns of a double: sources `[680, 3]` of three moves, masks of the last."""
   sources = jnp.zeros((1, 0), jnp.int32)
   occupied, total = side.occupied[None], jnp.int32(1)
   masks = _sources(side, occupied, die)
@@ -222,7 +225,7 @@ def _doubles(side, die):
     moved = _vacate(occupied, source, die, left)
     occupied = jnp.where(source > 0, moved, occupied)
     sources = jnp.concatenate([before, source[:, None]], -1)
-    # From here on, not from further back than before.
+    # Sources are in descending order.
     until = (jnp.uint32(2) << source.astype(jnp.uint32)) - 1
     masks = _sources(side, occupied, die) & until & ~jnp.uint32(1)
     masks = jnp.where(jnp.arange(size) < total, masks, 0)
@@ -230,7 +233,7 @@ def _doubles(side, die):
 
 
 def _or_stay(masks, total):
-  """The masks; the one of no move, bit 0, if no turn can be gone on with."""
+  """The masks; bit 0, no move, for all turns if none can be continued."""
   stay = (jnp.arange(masks.shape[0]) < total).astype(jnp.uint32)
   return jnp.where((masks == 0).all(), stay, masks)
 
@@ -253,7 +256,7 @@ def _pairs(side, high, low):
   pairs = forth | back
   rows, columns = places[:, None], places[None]
   swapped = (rows < columns) & (columns <= low) & pairs.T
-  # From x = row + low by the lower die first, or by the higher one first.
+  # The same stone moves by the lower die first, or by the higher one first.
   via = places + low - high
   around = jnp.clip(places + low, 0, 25)
   twin = pairs[around, jnp.clip(via, 0, 25)] & (via >= 1)
@@ -270,26 +273,27 @@ def _pairs(side, high, low):
 
 
 def _word(flags):
-  """bool `[..., 26]` as words."""
+  """bool `[..., 26]` as bit sets, uint32 `[...]`."""
   bits = jnp.asarray(1 << np.arange(26), jnp.uint32)
   bits = bits.reshape((1,) * (flags.ndim - 1) + (26,))
   return jnp.where(flags, bits, 0).sum(-1, dtype=jnp.uint32)
 
 
 def _flags(words):
-  """Words `[N]` as bool `[N, 26]`."""
+  """Bit sets `[N]` as bool `[N, 26]`."""
   return words[:, None] >> jnp.arange(26, dtype=jnp.uint32)[None] & 1 == 1
 
 
 def _children(masks, size):
-  """The set bits of words, in order: whose, which, and how many.
+  """Lists the set bits of bit sets, in order.
 
   Args:
     masks: uint32 `[P]`.
-    size: places for what is found.
+    size: length of the lists.
 
   Returns:
-    int32 `[size]`, `[size]` and `[]`; in places that are left, anything.
+    The row of each bit, int32 `[size]`, its number, int32 `[size]`, and the
+    number of bits, int32 `[]`; entries beyond it are arbitrary.
   """
   counts = jax.lax.population_count(masks).astype(jnp.int32)
   ends = jnp.cumsum(counts)
@@ -326,7 +330,7 @@ def _played(board, sources, dice):
 
 
 def _step(position, board, key):
-  """The move of a turn to a board; see `Game.step`."""
+  """Plays the turn that leads to a board and rolls the dice (`Game.step`)."""
   roll = jax.random.randint(key, (2,), 1, 7).astype(jnp.int8)
   return _moved(position, board, jnp.sort(roll, descending=True))
 
@@ -348,7 +352,7 @@ def _moved(position, board, dice):
 
 
 def _init(key):
-  """One die each; who has the higher one begins with both."""
+  """Each player rolls one die; the higher one begins and plays both."""
   first, more = jax.random.randint(
     key, (2,), jnp.array([1, 1]), jnp.array([7, 6])
   )
@@ -362,12 +366,12 @@ def _init(key):
 def game(num_candidates: int = NUM_CANDIDATES) -> Game:
   """The rules.
 
-  An action is the board after the turn, int8 `[2, 26]`, the mover's side
-  first: one of `candidates`. What follows is seen by the other player, who has
-  thrown; nothing but `dice` differs between the outcomes of a turn.
+  An action is the board after the turn, int8 `[2, 26]`, the mover's side first:
+  one of `candidates`. The next position has the opponent to move and a new
+  roll; the outcomes of a turn differ only in their `dice`.
 
   Args:
-    num_candidates: K, turns that are listed at most.
+    num_candidates: K, the most turns that are listed.
 
   Raises:
     ValueError: less than 1.

@@ -1,4 +1,4 @@
-"""MinAtar's Breakout in JAX, from its rules (Young and Tian 2019)."""
+"""MinAtar's Breakout in JAX, written from its rules (Young and Tian 2019)."""
 
 from typing import NamedTuple
 
@@ -18,17 +18,17 @@ WALL[1:4] = True
 
 
 class BreakoutState(NamedTuple):
-  """Rows count down from the top, columns from the left.
+  """A state; rows count down from the top, columns from the left.
 
   Attributes:
-    paddle: int32 scalar, its column; it moves in the bottom row.
-    ball: int32 `[2]`, row and column.
-    velocity: int32 `[2]`, -1 or 1 each, cells a decision.
-    trail: int32 `[2]`, where the ball was one decision ago.
-    bricks: bool `[10, 10]`.
-    inside: bool scalar, the ball touched a brick on the last decision; it
-      breaks no other one before it has touched none.
-    lost: bool scalar, the ball passed the paddle.
+    paddle: int32 scalar, the paddle's column in the bottom row.
+    ball: int32 `[2]`, row and column of the ball.
+    velocity: int32 `[2]`, -1 or 1 each, cells per decision.
+    trail: int32 `[2]`, row and column of the ball one decision ago.
+    bricks: bool `[10, 10]`, whether a cell has a brick.
+    inside: bool scalar, whether the ball touched a brick at the last decision;
+      it breaks no other brick until a decision without a touch.
+    lost: bool scalar, whether the ball passed the paddle.
     action: int32 scalar, the last action that was carried out.
     steps: int32 scalar, decisions so far.
   """
@@ -45,18 +45,18 @@ class BreakoutState(NamedTuple):
 
 
 def make_breakout(sticky: float = 0.1, max_steps: int = 1000) -> Environment:
-  """Break bricks with a ball and a paddle of one cell: reward 1 a brick.
+  """Break bricks with a ball and a paddle of one cell: reward 1 per brick.
 
   Observations are float32 `[10, 10, 4]`, 0 or 1: paddle, ball, trail (the
-  ball one decision ago, which tells its direction), bricks. Actions: 0 stay, 1
-  left, 2 right, those of MinAtar's six that do something here. Terminated
-  when the ball is lost. Once no brick is left the next ball to reach the
-  bottom row, even a lost one, brings a new wall.
+  ball one decision ago, which shows its direction), bricks. Actions are 0
+  stay, 1 left and 2 right, the only ones of MinAtar's six that have an effect
+  here. The episode terminates when the ball is lost. When no brick is left, a
+  new wall appears as soon as the ball reaches the bottom row, even if lost.
 
   Args:
-    sticky: probability that the action before is repeated, in [0, 1). The
-      paper's 0.1 by default; 0 makes the game deterministic after its start.
-      The action before an episode's first is 0.
+    sticky: probability that the previous action is repeated, in [0, 1). The
+      default is the paper's; 0 makes the game deterministic after its start.
+      At an episode's first decision, the previous action is 0.
     max_steps: decisions until an episode is cut (truncated), unless the ball
       is lost just then. Ours: MinAtar has no limit, but a good player would
       play for ever.

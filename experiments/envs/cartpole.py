@@ -23,7 +23,7 @@ MAX_POSITION = 2.4
 
 
 class CartPoleState(NamedTuple):
-  """Where cart and pole are, and since when.
+  """The physics of cart and pole, and the number of decisions.
 
   Attributes:
     physics: float32 `[4]`, position (m), velocity (m/s), angle (rad), its
@@ -36,10 +36,11 @@ class CartPoleState(NamedTuple):
 
 
 def make_cartpole(max_steps: int = 500) -> Environment:
-  """Balance a pole: reward 1 a decision, terminated when it falls.
+  """Balance a pole: reward 1 per decision until the pole falls.
 
-  Observations are the float32 `[4]` physics; action 0 pushes left, 1 right.
-  Cut (truncated) after `max_steps` decisions unless it fell just then.
+  Observations are the physics, float32 `[4]`; action 0 pushes left, 1 right.
+  An episode is truncated after `max_steps` decisions if the pole has not
+  fallen.
 
   Raises:
     ValueError: `max_steps` below 1.

@@ -12,7 +12,7 @@ from search.model import Environment, TimeStep
 
 
 class CatchState(NamedTuple):
-  """Where ball and paddle are; the paddle moves in the bottom row.
+  """The places of ball and paddle; the paddle moves in the bottom row.
 
   Attributes:
     ball_row: int32 scalar.
@@ -26,11 +26,11 @@ class CatchState(NamedTuple):
 
 
 def make_catch(rows: int = 10, columns: int = 5) -> Environment:
-  """A ball falls from a random column; be under it when it lands.
+  """Catch a ball that falls from a random column.
 
   An episode has `rows - 1` decisions (0 left, 1 stay, 2 right) and ends with
-  reward 1 (caught) or -1. Observations are float32 `[rows, columns, 1]`, 1 at
-  the ball and at the paddle.
+  reward 1 (caught) or -1 (missed). Observations are float32
+  `[rows, columns, 1]`, 1 at the ball and at the paddle.
 
   Raises:
     ValueError: `rows` below 2 or `columns` below 1.

@@ -1,10 +1,9 @@
 """Connect Four in JAX: the rules, and the game against an opponent.
 
-The rules are pure functions of a `Board`; `game` is what search and self-play
-take. A column
-is a word of six bits, its lowest cell the lowest bit: stones fill a column
-from below, so the next free cell is `stones of both + 1`, and since no line
-leaves its words nothing can wrap around the edges.
+The rules are pure functions of a `Board`; `game` packs them for search and
+self-play. A column is a word of six bits whose lowest bit is the lowest cell.
+Stones fill a column from below, so the next free cell is the union of both
+players' words plus 1, and lines cannot wrap around an edge.
 """
 
 from collections.abc import Callable
@@ -34,9 +33,9 @@ class Board(NamedTuple):
   """A position.
 
   Attributes:
-    stones: uint8 `[2, 7]`, the columns of the player who began and of the
-      other one; bit `r` is the cell `r` above the lowest.
-    player: int32 scalar, 0 or 1, whose move it is.
+    stones: uint8 `[2, 7]`, the columns of the player that began and of the
+      other; bit `r` is the cell `r` above the lowest.
+    player: int32 scalar, 0 or 1, the player to move.
   """
 
   stones: chex.Array
@@ -49,21 +48,21 @@ def new_board() -> Board:
 
 
 def legal(board: Board) -> chex.Array:
-  """Columns that are not full, bool `[7]`; it does not ask for a winner."""
+  """Columns that are not full, bool `[7]`, even if the game is over."""
   return (board.stones[0] | board.stones[1]) != FULL
 
 
 def play(board: Board, column: chex.Array) -> Board:
-  """Drops a stone of the player to move; the other one is next.
+  """Drops a stone of the player to move and passes the turn.
 
-  Nothing drops into a full column, or one outside the board. Whether the game
-  was over before is not asked.
+  No stone drops into a full column or outside the board. The function does not
+  check whether the game is over.
 
   Args:
     board: the position.
     column: int32 scalar, from the left.
   """
-  # Of a full column this is the bit above it, which the mask takes away.
+  # In a full column this is the bit above the top, which the mask clears.
   free = ((board.stones[0] | board.stones[1]) + 1) & FULL
   drop = jnp.where(jnp.arange(COLUMNS) == column, free, 0).astype(jnp.uint8)
   mover = jnp.arange(2) == board.player
@@ -74,7 +73,7 @@ def play(board: Board, column: chex.Array) -> Board:
 
 
 def winner(board: Board) -> chex.Array:
-  """Who has four in a line: int32 scalar, 0 or 1, and -1 for nobody."""
+  """The player with four in a line: int32 scalar, 0 or 1, -1 for nobody."""
   x = board.stones
   a, b, c, d = (x[:, i : i + COLUMNS - 3] for i in range(4))
   across = (
@@ -88,20 +87,20 @@ def winner(board: Board) -> chex.Array:
 
 
 def is_over(board: Board) -> chex.Array:
-  """Whether somebody has won or the board is full (a draw), bool scalar."""
+  """Whether a player has won or the board is full (a draw), bool scalar."""
   return (winner(board) >= 0) | ~legal(board).any()
 
 
 def observe(board: Board, side: chex.Array) -> chex.Array:
-  """The board as a side sees it.
+  """The board from one side's view.
 
   Args:
     board: the position.
     side: int32 scalar, 0 or 1.
 
   Returns:
-    float32 `[6, 7, 2]`, the top row first: 1 at one's own stones in channel 0,
-    at the other one's in channel 1.
+    float32 `[6, 7, 2]`, the top row first: 1 at the side's own stones in
+    channel 0, and at the opponent's in channel 1.
   """
   stones = jnp.where(side == 0, board.stones, board.stones[::-1])
   shifts = jnp.arange(ROWS - 1, -1, -1, dtype=jnp.uint8)
@@ -110,7 +109,7 @@ def observe(board: Board, side: chex.Array) -> chex.Array:
 
 
 def random_column(board: Board, key: chex.PRNGKey) -> chex.Array:
-  """A legal column, all alike: int32 scalar. Any one if the board is full."""
+  """Draws a legal column uniformly, int32 scalar; any if the board is full."""
   noise = jax.random.uniform(key, (COLUMNS,))
   return jnp.argmax(noise + legal(board)).astype(jnp.int32)
 
@@ -118,8 +117,8 @@ def random_column(board: Board, key: chex.PRNGKey) -> chex.Array:
 def game() -> Game:
   """The rules for planners; a position is a `Board`.
 
-  Whoever has four in a line gets 1. Observations are those of `observe`, as
-  the player to move sees them.
+  The first player with four in a line gets reward 1. Observations are those of
+  `observe` from the view of the player to move.
   """
 
   def step(board, action, key):
@@ -145,11 +144,11 @@ def game() -> Game:
 
 
 class ConnectFourState(NamedTuple):
-  """A position, and whose side the agent is on.
+  """A position and the agent's side.
 
   Attributes:
     board: the position.
-    side: int32 scalar, which of its players the agent is.
+    side: int32 scalar, the number of the player that is the agent.
   """
 
   board: Board
@@ -161,18 +160,18 @@ def make_connect_four(
 ) -> Environment:
   """Connect Four against an opponent that answers inside `step`.
 
-  Who begins is drawn at the reset; the opponent, if it does, has moved
-  already. The reward comes at the end: 1 won, -1 lost, 0 drawn. A full column
-  may not be chosen (`invalid_actions`); whoever does so loses at once.
-  Observations are those of `observe`; on the last time step no action is
-  marked invalid, since none is carried out.
+  The player to begin is drawn at the reset; if it is the opponent, it has
+  already moved. The reward comes at the end: 1 won, -1 lost, 0 drawn. Full
+  columns are `invalid_actions`; choosing one loses at once. Observations are
+  those of `observe`; on the last time step no action is marked invalid,
+  because none is carried out.
 
   Args:
-    opponent: `'random'` for legal columns, all alike, or a function `(board,
-      key) -> column`, which must be legal.
+    opponent: `'random'` for uniformly drawn legal columns, or a function
+      `(board, key) -> column`, which must be legal.
 
   Raises:
-    ValueError: another name.
+    ValueError: any other name.
   """
   if opponent == 'random':
     opponent = random_column

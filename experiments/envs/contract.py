@@ -1,12 +1,12 @@
-"""What a user's Gymnasium environment must give back, checked at each call.
+"""Checks each call of a user's Gymnasium environment.
 
-Whatever breaks the contract ends as one line: which environment, which call,
-what came back, what would be right. A number that is not finite is named where
-it enters, not by what becomes of the loss. The exception of the user's own
-code is the line's cause; launchers show its traceback when asked to.
+A violation becomes an error of one line: the environment, the call, what it
+returned, what would be right. Numbers that are not finite are refused where
+they enter, before they spoil the loss. An exception of the user's own code is
+the error's cause; launchers show its traceback on request.
 
-Taken as they are: rewards and ends as arrays of one element, observations as
-lists, floats of another precision, integers for floats.
+Accepted without complaint: rewards and flags as arrays of one element,
+observations as lists, floats of another precision, integers for floats.
 """
 
 import pathlib
@@ -25,33 +25,33 @@ STEP = (
   'step(action) must return (observation, reward, terminated, truncated, info)'
 )
 
-# Beyond its space by so many times its width is no matter of rounding.
+# An observation this many widths outside its space is not a rounding error.
 _FAR = 10.0
 
 
 class SimulatorError(UserError):
-  """A user's environment raised, or returned what it must not."""
+  """A user's environment raised, or returned something invalid."""
 
 
 class Wrong(Exception):
-  """What came back, and what would be right."""
+  """An invalid result: what was returned and what would be right."""
 
 
 def call(env: str, what: str, remedy: str, function: Callable, *args, **kwargs):
   """Calls a user's code.
 
   Args:
-    env: name of the environment, as its flag has it.
+    env: the environment's name, as in its flag.
     what: the call, for the message.
-    remedy: what would be right; shown where the call itself does not fit, so
-      that the exception arose outside of the user's code.
-    function: what to call, with the arguments that follow.
+    remedy: what would be right; shown if the call itself was wrong and the
+      exception arose outside the user's code.
+    function: the function to call with the remaining arguments.
 
   Returns:
-    What the function returns.
+    The function's result.
 
   Raises:
-    SimulatorError: it raised, or asked the process to exit.
+    SimulatorError: the function raised an exception or tried to exit.
   """
   try:
     return function(*args, **kwargs)
@@ -69,7 +69,7 @@ def call(env: str, what: str, remedy: str, function: Callable, *args, **kwargs):
 
 
 def _in_their_code(error: BaseException) -> bool:
-  """Whether an exception arose elsewhere than in Gymnasium and here."""
+  """Whether an exception arose outside of Gymnasium and of this package."""
   trace = error.__traceback__
   while trace is not None and trace.tb_next is not None:
     trace = trace.tb_next
@@ -85,7 +85,7 @@ def checked_reset(result: Any, space: Any) -> Any:
   """The observation of a reset, checked and copied.
 
   Raises:
-    Wrong: it is not `(observation, info)`, or does not fit the space.
+    Wrong: the result is not `(observation, info)` or does not fit the space.
   """
   if not _is_row(result, 2):
     raise Wrong(f'returned {described(result)}; {RESET}')
@@ -99,7 +99,7 @@ def checked_step(result: Any, space: Any) -> tuple[Any, float, bool, bool]:
   """Observation, reward, terminated and truncated of a step, checked.
 
   Raises:
-    Wrong: they are not five, or one does not fit.
+    Wrong: the result is not a tuple of five, or one of them is invalid.
   """
   if not _is_row(result, 5):
     raise Wrong(f'returned {described(result)}; {STEP}')
@@ -119,7 +119,7 @@ def _is_row(result, length) -> bool:
 
 
 def described(value: Any) -> str:
-  """What a value is, in a few words, whatever it is."""
+  """A short description of any value."""
   if isinstance(value, tuple | list):
     return f'{type(value).__name__} of {len(value)} values'
   if isinstance(value, np.ndarray):
@@ -168,19 +168,19 @@ def _as_float32(x):
 def checked_observation(
   value: Any, space: Any, what: str = 'observation'
 ) -> Any:
-  """A copy of an observation, which the environment may go on writing to.
+  """Checks and copies an observation, whose memory the environment may reuse.
 
   Args:
-    value: what came back.
+    value: the observation.
     space: a space that `host.observation_codec` takes.
-    what: for the message.
+    what: the name of the value, for the message.
 
   Returns:
     An array, or a dict or tuple of arrays as in the space.
 
   Raises:
-    Wrong: another structure, shape or kind of numbers than the space's, or
-      numbers that are not finite.
+    Wrong: its structure, shape or kind of numbers differs from the space's, or
+      a number is not finite.
   """
   kind = host.kind_of(space)
   if kind == 'Dict':
@@ -188,7 +188,7 @@ def checked_observation(
     if lacks:
       raise Wrong(
         f'returned {described(value)} as {what}; must be a dict with '
-        f'{lacks[0]!r}, as its space says'
+        f'{lacks[0]!r}, as in its space'
       )
     return {
       k: checked_observation(value[k], part, f'{what}[{k!r}]')
@@ -198,7 +198,7 @@ def checked_observation(
     if not _is_row(value, len(space.spaces)):
       raise Wrong(
         f'returned {described(value)} as {what}; must be a tuple of '
-        f'{len(space.spaces)}, as its space says'
+        f'{len(space.spaces)}, as in its space'
       )
     return tuple(
       checked_observation(x, part, f'{what}[{i}]')
@@ -210,11 +210,11 @@ def checked_observation(
   shape = tuple(space.shape)
   if array.shape != shape:
     raise Wrong(
-      f'returned {what} of shape {array.shape}; must be {shape}, as its space '
-      'says'
+      f'returned {what} of shape {array.shape}; must be {shape}, as in its '
+      'space'
     )
   if space.dtype == np.uint8 != array.dtype:
-    # The cast would cut fractions off and wrap what is too large.
+    # The cast would truncate fractions and wrap large numbers.
     if array.dtype.kind == 'f':
       raise Wrong(f'returned {what} of {array.dtype}; must be uint8')
     if array.size and not 0 <= array.min() <= array.max() <= 255:
@@ -234,15 +234,15 @@ def checked_observation(
 
 
 def check_finite(env: str, call: str, **rows: Any) -> None:
-  """Refuses numbers that are not finite, of many copies stepped at once.
+  """Refuses numbers that are not finite in the results of many copies.
 
   Args:
-    env: name of the environment, for the message.
-    call: of the simulator.
-    **rows: by what they are, pytrees of arrays `[E, ...]`.
+    env: the environment's name, for the message.
+    call: the simulator's call, for the message.
+    **rows: the results by name, pytrees of arrays `[E, ...]`.
 
   Raises:
-    SimulatorError: one of a copy is not finite in float32.
+    SimulatorError: a number is not finite in float32.
   """
   for what, tree in rows.items():
     for leaf in jax.tree.leaves(tree):
@@ -268,13 +268,13 @@ def _one_of(array, value, space, what):
   if not whole or not low <= array.reshape(()) <= high:
     raise Wrong(
       f'returned {described(value)} as {what}; must be an integer from {low} '
-      f'to {high}, as its space says'
+      f'to {high}, as in its space'
     )
   return array.reshape(())
 
 
 def far_outside(value: Any, space: Any) -> str:
-  """How a checked observation leaves its space by far; '' if it does not."""
+  """Describes how an observation is far outside its space; '' if it is not."""
   kind = host.kind_of(space)
   if kind in ('Dict', 'Tuple'):
     items = space.spaces
@@ -292,7 +292,7 @@ def far_outside(value: Any, space: Any) -> str:
   if not far.any():
     return ''
   at = tuple(np.argwhere(far)[0])
-  return f'{value[at]:g} is outside of [{low[at]:g}, {high[at]:g}]'
+  return f'{value[at]:g} is outside [{low[at]:g}, {high[at]:g}]'
 
 
 def _as_float64(x):
@@ -300,5 +300,5 @@ def _as_float64(x):
 
 
 def note(text: str) -> None:
-  """Tells the user something that stops nothing."""
+  """Prints a note that does not stop the run."""
   print(f'note: {text}', file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Continuous actions as a grid of bins: large discrete action sets."""
+"""Turns continuous actions into a grid of bins: large discrete action sets."""
 
 from typing import TypeVar
 
@@ -16,15 +16,14 @@ def discretise(env: Env, num_bins: int) -> Env:
   """Divides each dimension of the actions into equally spaced values.
 
   Args:
-    env: with `Continuous` actions of `D` dimensions (the components of their
-      shape in C order).
-    num_bins: values a dimension; the first is its low bound, the last its
-      high bound.
+    env: an environment with `Continuous` actions of `D` dimensions (the
+      components of their shape in C order).
+    num_bins: number of values per dimension, from the low bound to the high.
 
   Returns:
     The same kind of environment with the actions `Discrete(num_bins**D,
-    factors=(num_bins,) * D)`: the joint index in C order, the last dimension
-    changing fastest.
+    factors=(num_bins,) * D)`: the joint index in C order, in which the last
+    dimension changes fastest.
 
   Raises:
     ValueError: the actions are discrete already or not bounded, `num_bins` is
@@ -60,10 +59,10 @@ def discretise(env: Env, num_bins: int) -> Env:
 
 
 def _bin_values(spec: Spec, num_bins: int) -> np.ndarray:
-  """The values, float32 `[*shape, num_bins]`; raises as `discretise` does."""
+  """The values, float32 `[*shape, num_bins]`; raises like `discretise`."""
   if isinstance(spec.action, Discrete):
     raise ValueError(
-      f'{spec.name}: num_bins={num_bins} divides continuous actions, but its '
+      f'{spec.name}: num_bins={num_bins} needs continuous actions, but its '
       f'{spec.action.num_actions} actions are discrete; leave it out'
     )
   check_bounds(spec)
@@ -75,8 +74,8 @@ def _bin_values(spec: Spec, num_bins: int) -> np.ndarray:
   if num_bins**low.size >= 2**31:
     raise ValueError(
       f'{spec.name}: num_bins={num_bins} in {low.size} dimensions make '
-      f'{num_bins**low.size:.3g} joint actions, more than int32 holds; take at '
-      f'most {_most_bins(low.size)}'
+      f'{num_bins**low.size:.3g} joint actions, more than int32 holds; must be '
+      f'at most {_most_bins(low.size)}'
     )
   return np.linspace(low, high, num_bins, axis=-1, dtype=np.float32)
 

@@ -1,39 +1,39 @@
 """envpool's simulators: Atari, classic control, bsuite, MuJoCo, DMC, ...
 
-Traps that are dealt with here: the step after an episode's end is a dummy and
-comes out as the next episode's first time step; bad actions never reach C++;
-neighbouring seeds do not share streams; a zero `noop_max` is refused (envpool
-would crash); the end of a game that coincides with the time limit is a
-termination on Atari (elsewhere envpool reports a truncation, and the two
-cannot be told apart).
+This module handles these traps: the step after an episode's end is a dummy, and
+becomes the next episode's first time step; bad actions never reach C++;
+neighbouring seeds do not share streams; a zero `noop_max` is refused, because
+envpool would crash; on Atari, the end of a game that coincides with the time
+limit is a termination (elsewhere envpool reports a truncation, and nothing
+distinguishes the two).
 
 Atari defaults are the Atari 100k protocol of EfficientZero (Ye et al. 2021):
 frame skip 4 with a maximum over the last two, stack 4, 96x96 RGB, up to 30
-no-ops, no sticky actions, 3000 decisions a game; in training a lost life
+no-ops, no sticky actions, 3000 decisions per game; in training a lost life
 terminates and rewards are clipped to [-1, 1].
 
-Departure: we stack frames ourselves. envpool's stack runs on over a lost
-life; ours starts anew at every first step, as in EfficientZero's games.
+Departure: frames are stacked here. envpool's stack continues across a lost
+life; ours restarts at every first step, as EfficientZero's does.
 
-DeepMind Control and MuJoCo: envpool's `frame_skip` is how many physics steps
-make one simulator step (by default the task's own control interval). It sums
-no rewards (the suite's is of the state after the last one), and
-`max_episode_steps` counts simulator steps whatever it is. To repeat actions,
-use `action_repeat`.
+DeepMind Control and MuJoCo: envpool's `frame_skip` is the number of physics
+steps in one simulator step (by default the task's own control interval).
+Rewards are not summed over them (the suite's reward is that of the last state),
+and `max_episode_steps` always counts simulator steps. To repeat actions, use
+`action_repeat`.
 
-Images of them (`from_pixels=True`) are drawn by OpenGL through EGL. envpool's
-own copy of that library does not find Mesa's drivers, and the process dies;
-the system's, loaded before envpool is imported, does. Where it still fails, a
-trial in a process of its own finds out, and the answer is a ValueError.
+Their images (`from_pixels=True`) are drawn by OpenGL through EGL. envpool's own
+copy of that library does not find Mesa's drivers, and the process dies; the
+system's copy, loaded before envpool is imported, finds them. A trial in a
+separate process turns a failure that remains into a ValueError.
 
 From 1.2.6 on, envpool's wheels need the system's OpenGL for all of MuJoCo and
-for football, and `import envpool` loads every family at once: without those
-libraries nothing could be imported, Catch neither. `library` imports it then
-without the families that cannot be loaded.
+for football. `import envpool` loads every family at once, so without OpenGL
+even Catch could not be imported. In that case `library` imports it without the
+families that cannot be loaded.
 
-After a lost life envpool plays the no-ops of a reset. What they earn belongs
-to no time step, so returns under `training=True` may miss a point here and
-there; scores to report come from `training=False`.
+After a lost life, envpool plays the no-ops of a reset. Their rewards belong to
+no time step, so returns with `training=True` may occasionally miss a point;
+report scores with `training=False`.
 """
 
 import ctypes
@@ -67,10 +67,10 @@ ATARI_100K = {
   'repeat_action_probability': 0.0,
   'full_action_space': False,
 }
-# The frames of DQN (Mnih et al. 2015), to be passed as options.
+# Options for DQN's frames (Mnih et al. 2015).
 ATARI_GRAY = {'gray_scale': True, 'img_height': 84, 'img_width': 84}
 
-# Ours to set: by num_envs, frame_stack and the seed of `start`.
+# Options that num_envs, frame_stack and the seed of `start` set.
 _OURS = (
   'seed',
   'env_seed',
@@ -82,7 +82,7 @@ _OURS = (
   'gym_reset_return_info',
 )
 
-# Options of all of MuJoCo's tasks that are in no list of fields.
+# Options of all MuJoCo tasks that no list of fields contains.
 _DRAWING = (
   'from_pixels',
   'render_mode',
@@ -91,7 +91,7 @@ _DRAWING = (
   'render_camera_id',
 )
 
-# Debian's packages of what envpool's binaries load.
+# The Debian packages of the libraries that envpool's binaries load.
 _PACKAGES = {
   'libEGL.so.1': 'libegl1',
   'libOpenGL.so.0': 'libopengl0',
@@ -102,10 +102,10 @@ _PACKAGES = {
 
 @functools.cache
 def library() -> types.ModuleType:
-  """envpool, whatever libraries of its families are missing.
+  """Imports envpool, without the families whose libraries are missing.
 
   Returns:
-    The package. A family that cannot be loaded has its names registered where
+    The package. The names of a family that cannot be loaded are registered if
     they are known without its binary; making one of them raises ImportError.
 
   Raises:
@@ -129,7 +129,7 @@ def library() -> types.ModuleType:
   return envpool
 
 
-# Families whose names are in their binary, and why it cannot be loaded.
+# Families whose names are in their binary, and the error in loading it.
 _unloaded: dict[str, ImportError] = {}
 
 
@@ -140,8 +140,8 @@ def _register(family: str) -> None:
     return
   except ImportError as error:
     why = error
-  # Most lists of names need not the package, only its place. The real one is
-  # imported again, and fails again, when one of the names is made.
+  # Most lists of names need only the package's path, so it is not executed.
+  # Making one of the names imports the real package, which fails again.
   spec = importlib.util.find_spec(family)
   assert spec is not None
   sys.modules[family] = importlib.util.module_from_spec(spec)  # Not executed.
@@ -154,11 +154,11 @@ def _register(family: str) -> None:
 
 
 def _remedy(error: ImportError) -> str:
-  """What is missing and which package brings it, in one line."""
+  """One line that names the missing libraries and their packages."""
   found = re.match(r'(lib\S+): cannot open shared object', str(error))
   if not found:
     return str(error).splitlines()[0]
-  # The loader names only the first that it does not find.
+  # The loader reports only the first missing library.
   names = [found[1], *(n for n in _PACKAGES if n != found[1] and not _loads(n))]
   packages = ' '.join(_PACKAGES.get(n, f'what has {n}') for n in names)
   return (
@@ -178,11 +178,11 @@ def _loads(name: str) -> bool:
 def resolve_id(env_id: str) -> str:
   """envpool's name of an environment.
 
-  Atari games may be called as elsewhere: `Pong`, `PongNoFrameskip-v4`,
-  `ALE/Pong-v5` are all `Pong-v5`.
+  Atari games may have their other usual names: `Pong`, `PongNoFrameskip-v4` and
+  `ALE/Pong-v5` all mean `Pong-v5`.
 
   Raises:
-    ValueError: no such environment; names the nearest ones.
+    ValueError: no such environment; the message has the nearest names.
   """
   envpool = library()
   ids = envpool.list_all_envs()
@@ -201,14 +201,14 @@ def resolve_id(env_id: str) -> str:
     stem = stem.replace(suffix, '')
   near = difflib.get_close_matches(stem, by_lower, n=4, cutoff=0.5)
   hint = ', '.join(by_lower[n] for n in near) or 'envpool.list_all_envs()'
-  for error in _unloaded.values():  # All for want of the same libraries.
+  for error in _unloaded.values():  # All miss the same libraries.
     families = ', '.join(name.removeprefix('envpool.') for name in _unloaded)
     hint += f'; not loaded: {families}, which {_remedy(error)}'
     break
   raise ValueError(
-    f'env={env_id!r}: envpool has none; nearest: {hint}; other names begin '
-    'with jax:, self_play: or gymnasium: (--env=gymnasium:MODULE:ID brings '
-    'one of your own)'
+    f'env={env_id!r}: unknown to envpool; nearest: {hint}; other names begin '
+    'with jax:, self_play: or gymnasium: (for your own environment, use '
+    '--env=gymnasium:MODULE:ID)'
   )
 
 
@@ -223,24 +223,24 @@ def make_envpool(
   channels: str | None = None,
   **options: Any,
 ) -> host.HostEnvironment:
-  """`num_envs` copies of one of envpool's environments.
+  """Makes `num_envs` copies of one of envpool's environments.
 
   Args:
     env_id: envpool's name, or a usual name of an Atari game (`resolve_id`).
     num_envs: `E`.
-    num_threads: of the simulator; 0 takes `min(2, num_envs)`. Streams do not
-      depend on it.
-    frame_stack: frames in an observation, along its last axis; None takes 4
-      for Atari and 1 elsewhere.
+    num_threads: threads of the simulator; 0 takes `min(2, num_envs)`. Streams
+      do not depend on it.
+    frame_stack: number of frames in an observation, along its last axis; None
+      takes 4 for Atari and 1 elsewhere.
     training: on Atari, a lost life terminates, rewards are clipped and games
-      are cut after 3,000 decisions instead of 27,000 (the options
-      `episodic_life`, `reward_clip`, `max_episode_steps` override). False is
-      the evaluation protocol. `EpisodeStats` are of true games in both.
-    action_repeat: simulator steps a decision, their rewards summed; the last
+      are truncated after 3,000 decisions instead of 27,000 (the options
+      `episodic_life`, `reward_clip` and `max_episode_steps` override this).
+      False is the evaluation protocol. `EpisodeStats` always count true games.
+    action_repeat: simulator steps per decision, their rewards summed; the last
       decision of an episode may be shorter. `max_episode_steps` counts
-      simulator steps, lengths in `EpisodeStats` decisions.
-    channels: of images, as `host.observation_codec` says.
-    **options: envpool's own, e.g. `max_episode_steps=27000`,
+      simulator steps, and lengths in `EpisodeStats` count decisions.
+    channels: the axis of an image's channels, as in `host.observation_codec`.
+    **options: envpool's own options, e.g. `max_episode_steps=27000`,
       `repeat_action_probability=0.25`, `**ATARI_GRAY`; they override
       `ATARI_100K`.
 
@@ -248,9 +248,9 @@ def make_envpool(
     The environment; nothing is simulated before `start`.
 
   Raises:
-    ValueError: unknown environment or option, a value out of range, a game
-      for several players, an action or observation space that does not fit,
-      images of MuJoCo's where they cannot be drawn.
+    ValueError: an unknown environment or option, a value out of range, a game
+      for several players, an unsupported action or observation space, or
+      MuJoCo images on a machine that cannot draw them.
   """
   host.check_num_envs(num_envs)
   if options.get('from_pixels'):
@@ -278,7 +278,8 @@ def make_envpool(
       )
     if is_atari and action_repeat > 1:
       raise ValueError(
-        f'{task}: action_repeat={action_repeat} must be 1, Atari has frame_skip'
+        f'{task}: action_repeat={action_repeat} must be 1 on Atari; use '
+        'frame_skip'
       )
     if is_atari:
       options['stack_num'] = 1
@@ -288,8 +289,8 @@ def make_envpool(
     observation_space, action_space = spec.observation_space, spec.action_space
   if spec.config.max_num_players > 1:
     raise ValueError(
-      f'env_id={env_id!r}: games for {spec.config.max_num_players} players '
-      'are not supported here yet; take a single-player environment'
+      f'env_id={env_id!r}: is for {spec.config.max_num_players} players, which '
+      'is not supported; take a single-player environment'
     )
   if frame_stack is None:
     frame_stack = 4 if is_atari else 1
@@ -315,7 +316,7 @@ def make_envpool(
         **options,
       )
       action_dtype = pool.action_space.dtype
-      _ = pool.observation_space  # Made on first use, with those warnings.
+      _ = pool.observation_space  # Made on first use, with the same warnings.
     stack, tally = None, host.Tally(num_envs)
     last = np.ones(num_envs, bool)
 
@@ -367,9 +368,10 @@ def make_envpool(
 
 
 def _step_pool(pool, action, times, last):
-  """envpool's step, repeated by those whose episode goes on.
+  """envpool's step, repeated in environments whose episode continues.
 
-  `last`, bool `[E]`: whose step is a dummy, which is not repeated.
+  `last`, bool `[E]`, marks environments whose step is a dummy, which is not
+  repeated.
   """
   observation, reward, ended, cut, info = pool.step(action)
   live = ~last
@@ -404,7 +406,7 @@ envpool.make_gymnasium(
 
 @functools.cache
 def _load_renderer() -> None:
-  """Loads the system's EGL in front of envpool's own, once a process."""
+  """Loads the system's EGL before envpool's own, once per process."""
   if _RENDERER in os.environ.get('LD_PRELOAD', ''):
     return
   if 'envpool' in sys.modules:
@@ -416,18 +418,18 @@ def _load_renderer() -> None:
     ctypes.CDLL(_RENDERER, mode=ctypes.RTLD_GLOBAL)
   except OSError as error:
     raise ValueError(
-      f'from_pixels=True: needs OpenGL through EGL, install libegl1 ({error})'
+      f'from_pixels=True: needs OpenGL through EGL ({error}); install libegl1'
     ) from error
 
 
 @functools.cache
 def _try_renderer() -> None:
-  """Draws one image in a process of its own, which may die of it."""
+  """Draws one image in a separate process, which may crash."""
   trial = subprocess.run(
     [sys.executable, '-c', _TRIAL],
     capture_output=True,
     text=True,
-    cwd=tempfile.gettempdir(),  # MuJoCo leaves a log of errors behind.
+    cwd=tempfile.gettempdir(),  # MuJoCo writes a log of errors.
   )
   if trial.returncode:
     lines = (trial.stderr + trial.stdout).strip().splitlines()
@@ -438,18 +440,18 @@ def _try_renderer() -> None:
     )
 
 
-# More threads than this and four a core only cost, or the process dies of it.
+# More threads than this and than four per core slow down or kill the process.
 _MAX_THREADS = 64
 
 
 def _check_options(task, options, usual, num_threads):
-  """Refuses what envpool would ignore, abort on or crash on."""
+  """Refuses options that envpool would ignore, or that would crash it."""
   fields = usual._fields
   for name, value in options.items():
     if name in _OURS:
       raise ValueError(
-        f'{task}: option {name} cannot be passed; use num_envs, frame_stack '
-        'and the seed of start'
+        f'{task}: option {name} cannot be set; use num_envs, frame_stack and '
+        'the seed of start'
       )
     if name not in fields and name not in _DRAWING:
       known = ', '.join(sorted(f for f in fields if f not in _OURS))
@@ -471,13 +473,13 @@ def _check_options(task, options, usual, num_threads):
   most = max(_MAX_THREADS, 4 * cores)
   if not 0 <= num_threads <= most:
     raise ValueError(
-      f'{task}: num_threads={num_threads} must be within 0 and {most}, this '
-      f'machine has {cores} cores'
+      f'{task}: num_threads={num_threads} must be from 0 to {most} on this '
+      f'machine of {cores} cores'
     )
 
 
 def _check_kind(task, name, value, usual):
-  """Refuses a value that C++ would not take."""
+  """Refuses a value of a type or range that C++ does not accept."""
   kind = type(usual)
   if kind not in (bool, int, float, str):
     return

@@ -1,4 +1,4 @@
-"""Exact rules by the name of a game."""
+"""The exact rules of games, by name."""
 
 import difflib
 
@@ -13,7 +13,7 @@ def make_game(name: str) -> Game:
       `pgx_games.NAMES` such as `othello` and `go_9x9`.
 
   Raises:
-    ValueError: an unknown name, or a library that is not installed.
+    ValueError: the name is unknown, or a library is not installed.
   """
   from experiments.envs import (
     backgammon,
@@ -34,4 +34,6 @@ def make_game(name: str) -> Game:
   known = (*makers, *pgx_games.NAMES)
   near = difflib.get_close_matches(name, known, 1)
   hint = f'; did you mean {near[0]}?' if near else ''
-  raise ValueError(f'env=self_play:{name}: known are {", ".join(known)}{hint}')
+  raise ValueError(
+    f'env=self_play:{name}: unknown; must be one of {", ".join(known)}{hint}'
+  )

@@ -1,7 +1,7 @@
-"""Any Gymnasium environment, as a host environment: bring your own.
+"""Any Gymnasium environment as a host environment, including your own.
 
-Each call of it is checked (`contract`): what breaks Gymnasium's interface ends
-as one line.
+`contract` checks each call: a violation of Gymnasium's interface becomes an
+error of one line.
 """
 
 import importlib
@@ -27,30 +27,30 @@ def make_gymnasium(
   recorded: recording.Recorded = recording.NOTHING,
   **options: Any,
 ) -> host.HostEnvironment:
-  """`num_envs` copies of a Gymnasium environment, stepped one by one.
+  """Makes `num_envs` copies of a Gymnasium environment, stepped one by one.
 
-  Rewards, observations and ends are the environment's own; put wrappers
-  (clipping, frame skip) into the function that makes it. A copy is not reset
-  when it ends but on the step after, like envpool's.
+  Rewards, observations and ends of episodes are the environment's own; put
+  wrappers (clipping, frame skip) into the function that makes it. Like
+  envpool's, a copy is reset at the step after its episode's end.
 
   Args:
-    env_id_or_fn: a registered id, `module:id` for one that the module
+    env_id_or_fn: a registered id, `module:id` for an id that the module
       registers, or `() -> gymnasium.Env`.
     num_envs: `E`.
-    frame_stack: observations stacked along the last axis.
-    channels: of images, `first` or `last` as `host.observation_codec` says;
-      another value is an option of the environment's own.
-    recorded: what a data set was recorded in, made again for the same id; the
-      parts of observations come in its order.
-    **options: of `gymnasium.make`, for an id only.
+    frame_stack: number of observations stacked along the last axis.
+    channels: the axis of an image's channels, `first` or `last` as in
+      `host.observation_codec`; another value is the environment's own option.
+    recorded: the environment of a data set, rebuilt if its id is the same; the
+      parts of observations then come in its order.
+    **options: options of `gymnasium.make`, for an id only.
 
   Returns:
     The environment.
 
   Raises:
-    ValueError: an unknown id or option, spaces that do not fit.
+    ValueError: an unknown id or option, or an unsupported space.
     SimulatorError: the environment cannot be made, or breaks Gymnasium's
-      interface. So do its simulators in mid-run.
+      interface. Running simulators raise it, too.
   """
   host.check_num_envs(num_envs)
   if channels not in (None, 'first', 'last'):
@@ -66,7 +66,7 @@ def make_gymnasium(
   if len(ours) > 1 and recorded.columns:
     convert = _ordered(convert, host.in_order(ours, recorded.columns, env))
   action = host.action_spec(action_space, where)
-  # A copy that nobody plays: what it does wrong at once is said at once.
+  # Checks a reset and a step of a spare copy before anything else is made.
   copy = _Copy(env, 0, probe, observation_space, 0, notes)
   copy.reset()
   action_space.seed(0)
@@ -155,7 +155,7 @@ def _maker(env_id_or_fn, options, recorded) -> tuple[str, Callable[[], Any]]:
     remedy = 'its folder must be in PYTHONPATH, or the package installed'
     what = f'importing {module}'
     contract.call(env, what, remedy, importlib.import_module, module)
-  # Gymnasium's own checker warns of what is refused here.
+  # Gymnasium's own checker only warns of errors that are refused here.
   options = {'disable_env_checker': True} | options
 
   def make():
@@ -164,13 +164,13 @@ def _maker(env_id_or_fn, options, recorded) -> tuple[str, Callable[[], Any]]:
     except gymnasium.error.Error as error:
       why = str(error).rstrip('.')
       raise UserError(
-        f'env={env!r}: {why}; must be one of gymnasium.registry, and its '
-        'libraries installed, or --env=gymnasium:MODULE:ID of your own'
+        f'env={env!r}: {why}; must be in gymnasium.registry with its libraries '
+        'installed, or your own --env=gymnasium:MODULE:ID'
       ) from error
 
   remedy = (
-    'its constructor takes what --set=env.options=NAME=VALUE,... gives, and '
-    'must return a gymnasium.Env'
+    'its constructor must accept the options of '
+    '--set=env.options=NAME=VALUE,... and return a gymnasium.Env'
   )
   return env, lambda: contract.call(env, 'making it', remedy, make)
 
@@ -195,7 +195,7 @@ def _space(env, made, which):
 
 
 def _close(env, made) -> None:
-  # What is closed has done its work: nothing is lost if it fails.
+  # A failure to close loses no results, so it is only noted.
   try:
     contract.call(env, 'close()', '', made.close)
   except contract.SimulatorError as error:
@@ -203,16 +203,16 @@ def _close(env, made) -> None:
 
 
 class _Copy:
-  """One running environment whose answers are checked."""
+  """A running environment whose results are checked."""
 
   def __init__(self, env, index, made, space, seed, notes):
     self._env, self._index, self._made, self._space = env, index, made, space
     self._seed: int | None = seed
-    # Shared by all copies: what has been said, is not said again.
+    # All copies share the notes, so that each is printed once.
     self._steps, self._notes = 0, notes
 
   def reset(self):
-    # The seed counts once; later episodes go on with the same generator.
+    # Only the first reset has a seed; later episodes continue its generator.
     seed, self._seed = self._seed, None
     call, remedy = 'reset()', contract.RESET
     result = contract.call(self._env, call, remedy, self._made.reset, seed=seed)
@@ -244,8 +244,8 @@ class _Copy:
     far = contract.far_outside(observation, self._space)
     if far:
       note = (
-        f'env={self._env}: {call} returned an observation outside of its '
-        f'space: {far}; this is said once'
+        f'env={self._env}: {call} returned an observation outside its space: '
+        f'{far}; this note is printed once'
       )
       self._notes.append(note)
       contract.note(note)

@@ -1,10 +1,10 @@
-"""What a simulator on the host is, and what all of them share.
+"""Simulators on the host: their interface and the functions they share.
 
-Axes: `E` parallel environments. Everything here is numpy.
+Axes: `E` parallel environments. All arrays are numpy arrays.
 
-Time: a `TimeStep` is as `search.model` says. After a time step with
-`is_last()` the next call of `step` ignores that environment's action and
-returns the first time step of its next episode (reward 0, discount 1).
+Time: a `TimeStep` is that of `search.model`. After a time step with `is_last()`
+the next call of `step` ignores that environment's action and returns the first
+time step of its next episode (reward 0, discount 1).
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from search.model import TimeStep
 
 
 class EpisodeStats(NamedTuple):
-  """Whole games that ended at this step, whatever the agent was shown.
+  """The true games that ended at this step, even if the agent sees lives.
 
   Attributes:
-    finished: bool `[E]`, the game ended (not merely a life).
-    returns: float64 `[E]`, undiscounted sum of its unclipped rewards; 0 where
-      not finished.
-    lengths: int64 `[E]`, its decisions; 0 where not finished.
+    finished: bool `[E]`, whether the game ended (not merely a life).
+    returns: float64 `[E]`, undiscounted sum of the game's unclipped rewards; 0
+      where not finished.
+    lengths: int64 `[E]`, number of the game's decisions; 0 where not finished.
   """
 
   finished: np.ndarray
@@ -37,7 +37,7 @@ class Simulator(NamedTuple):
   """`E` running environments.
 
   Attributes:
-    reset: `() -> TimeStep`, new episodes everywhere.
+    reset: `() -> TimeStep`, begins new episodes in all environments.
     step: `(action [E, ...]) -> (TimeStep, EpisodeStats)`. Raises ValueError
       on an action of the wrong shape, dtype or range.
     close: `() -> None`, frees threads and memory.
@@ -54,8 +54,8 @@ class HostEnvironment(NamedTuple):
   Attributes:
     spec: what an agent must know.
     num_envs: `E`.
-    start: `(seed) -> Simulator`, a fresh one. The same seed gives the same
-      stream; different seeds, neighbours too, give unrelated streams.
+    start: `(seed) -> Simulator`, starts a simulator. The same seed gives the
+      same stream; different seeds, even neighbours, give unrelated streams.
   """
 
   spec: Spec
@@ -64,11 +64,11 @@ class HostEnvironment(NamedTuple):
 
 
 def side_by_side(env: HostEnvironment, copies: int) -> HostEnvironment:
-  """`copies * E` environments, of which every `E` meet the same episodes.
+  """`copies * E` environments, where each group of `E` has the same episodes.
 
   Args:
-    env: its simulators are started `copies` times with the same seed.
-    copies: at least 1.
+    env: the environment, started `copies` times with the same seed.
+    copies: number of groups, at least 1.
   """
 
   def start(seed):
@@ -107,7 +107,7 @@ def env_seeds(seed: int, num_envs: int) -> list[int]:
   """
   if not isinstance(seed, int | np.integer) or seed < 0:
     raise ValueError(f'seed={seed!r}: must be an integer of at least 0')
-  # Twice as many as needed, so that the rare duplicate can be passed over.
+  # Twice as many as needed, so that rare duplicates can be skipped.
   words = np.random.SeedSequence(int(seed)).generate_state(2 * num_envs) >> 1
   return list(dict.fromkeys(words.tolist()))[:num_envs]
 
@@ -123,23 +123,23 @@ def check_num_envs(num_envs: int) -> None:
 
 
 def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
-  """The action as a simulator takes it.
+  """Checks an action and converts it for a simulator.
 
-  Simulators written in C++ abort the process or silently read past their
-  tables on a bad action, so none passes here.
+  On a bad action, simulators in C++ abort the process or silently read past
+  their tables.
 
   Args:
     action: integers `[E]` for `Discrete`, floats `[E, *shape]` for
       `Continuous`.
-    spec: of the environment.
+    spec: the environment's spec.
     num_envs: `E`.
 
   Returns:
-    int32 `[E]`, or float32 `[E, *shape]` clipped to the bounds, which it may
-    exceed by rounding (1e-5 of the range) only.
+    int32 `[E]`, or float32 `[E, *shape]` clipped to the bounds, which the
+    action may exceed only by rounding (1e-5 of the range).
 
   Raises:
-    ValueError: a shape, a dtype or a number that the simulator does not take.
+    ValueError: the shape, the dtype or a number is invalid.
   """
   action = np.asarray(action)
   kind = spec.action
@@ -180,7 +180,7 @@ def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
 
 
 def kind_of(space: Any) -> str:
-  """The name of the Gymnasium space that a space is, or derives from."""
+  """The name of the Gymnasium space class of a space, or of its base class."""
   names = [c.__name__ for c in type(space).__mro__]
   return next((n for n in names if n in _KINDS), names[0])
 
@@ -210,27 +210,27 @@ def action_spec(space: Any, name: str) -> Discrete | Continuous:
 def observation_codec(
   space: Any, name: str, channels: str | None = None
 ) -> tuple[ArraySpec, Callable[[Any], np.ndarray]]:
-  """How observations of a Gymnasium space become one array.
+  """Converts observations of a Gymnasium space to one array.
 
   Images (rank 3, and rank 2 without an axis of length 1) get their channels
-  last; uint8 stays, all else becomes float32. Vectors become float32, integers
-  one-hot, and a dict or tuple of vectors their concatenation in the space's
-  order.
+  last; uint8 stays uint8, and other types become float32. Vectors become
+  float32, integers become one-hot, and a dict or tuple of vectors becomes their
+  concatenation in the space's order.
 
   Args:
     space: the observation space of one environment.
-    name: of the environment, for error messages.
-    channels: which axis of an image of rank 3 has the channels, `first` or
-      `last`; None is last, as is usual in Gymnasium, but for shapes that can
-      only be those of images with their channels first (`has_channels_first`).
+    name: the environment's name, for error messages.
+    channels: the axis of the channels in an image of rank 3, `first` or `last`;
+      None means last, as is usual in Gymnasium, except for shapes that can only
+      have their channels first (`has_channels_first`).
 
   Returns:
     The `ArraySpec` of one observation, and the function that converts
     observations with a leading `E`.
 
   Raises:
-    ValueError: images within a dict or tuple, rank above 3, text and such;
-      `channels` is something else.
+    ValueError: the space is not supported (images in a dict or tuple, rank
+      above 3, text, ...), or `channels` is invalid.
   """
   if channels not in (None, 'first', 'last'):
     raise ValueError(f'{name}: channels={channels!r} must be first or last')
@@ -252,7 +252,8 @@ def observation_codec(
   dtype = np.uint8 if space.dtype == np.uint8 else np.float32
   if len(shape) > 3:
     raise ValueError(
-      f'{name}: observations of shape {shape} are not supported, at most rank 3'
+      f'{name}: observations of shape {shape} are not supported; must be of '
+      'rank 3 or less'
     )
   if len(shape) == 3:
     if channels is None and has_channels_first(shape, dtype):
@@ -274,9 +275,9 @@ def observation_codec(
 def has_channels_first(shape: tuple[int, ...], dtype: Any) -> bool:
   """Whether `[c, h, w]` can only be an image with its channels first.
 
-  The first axis must be at most a quarter of both others. That alone does not
-  tell a picture from a board with planes, so both others must be 32 or more,
-  or the first one a picture's: 1, 3 or 4 channels of uint8.
+  The first axis must be at most a quarter of the others. To distinguish images
+  from boards with planes, the other axes must be 32 or more, or the first must
+  be 1, 3 or 4 channels of uint8.
 
   >>> has_channels_first((12, 84, 84), np.uint8)
   True
@@ -305,8 +306,8 @@ def _joined_codec(space, kind, name, channels):
   parts = [_part_codec(items[k], name, channels) for k in keys]
   if any(len(part.shape) != 1 for part, _ in parts):
     raise ValueError(
-      f'{name}: observation space {shown(space)} holds an image beside other '
-      'things; wrap the environment to return one array'
+      f'{name}: observation space {shown(space)} combines an image with other '
+      'parts; wrap the environment to return one array'
     )
   size = sum(part.shape[0] for part, _ in parts)
   return ArraySpec((size,), np.float32), lambda x: np.concatenate(
@@ -315,7 +316,7 @@ def _joined_codec(space, kind, name, channels):
 
 
 def _part_codec(space, name, channels=None):
-  """Of a part beside others: a matrix of floats is laid out, not an image."""
+  """The codec of one part of several; a float matrix is flat, not an image."""
   is_box = kind_of(space) == 'Box'
   if is_box and len(space.shape) < 3 and space.dtype != np.uint8:
     size = int(np.prod(space.shape, dtype=int))
@@ -326,18 +327,18 @@ def _part_codec(space, name, channels=None):
 
 
 def columns(space: Any, name: str) -> tuple[tuple[str, int], ...]:
-  """Where the numbers of a dict or tuple come from, in `observation_codec`.
+  """The parts of a dict or tuple in the array of `observation_codec`.
 
   Args:
     space: the observation space of one environment.
-    name: of the environment, for error messages.
+    name: the environment's name, for error messages.
 
   Returns:
     Name (`outer/inner`) and size of each part, in order; () for a space that
     is a single array.
 
   Raises:
-    ValueError: as `observation_codec`.
+    ValueError: the space is not supported by `observation_codec`.
   """
   kind = kind_of(space)
   if kind not in ('Dict', 'Tuple'):
@@ -359,24 +360,25 @@ def in_order(
   wanted: tuple[tuple[str, int], ...],
   name: str,
 ) -> np.ndarray:
-  """Where each wanted number is among ours, int `[F]`.
+  """The index of each wanted number among ours, int `[F]`.
 
   Args:
     ours: from `columns`.
     wanted: the same parts in another order.
-    name: of the environment, for the message.
+    name: the environment's name, for the message.
 
   Raises:
-    ValueError: they are not the same parts.
+    ValueError: the parts differ.
 
   >>> in_order((('a', 1), ('b', 2)), (('b', 2), ('a', 1)), 'x').tolist()
   [1, 2, 0]
   """
   if sorted(ours) != sorted(wanted):
-    told = lambda parts: ', '.join(f'{part} ({size})' for part, size in parts)
+    listed = lambda parts: ', '.join(f'{part} ({size})' for part, size in parts)
     raise ValueError(
-      f'env={name}: its observations are of {shown(told(ours))}, those of the '
-      f'data of {shown(told(wanted))}; --set=env.recorded=none takes them so'
+      f'env={name}: its observations have the parts {shown(listed(ours))}, but '
+      f'those of the data {shown(listed(wanted))}; use '
+      "--set=env.recorded=none to keep the environment's order"
     )
   starts = np.cumsum([0, *(size for _, size in ours)])
   begins = {part: start for (part, _), start in zip(ours, starts)}
@@ -407,12 +409,12 @@ def push_frame(
 ) -> np.ndarray:
   """The newest stack: oldest frame first, along the last axis.
 
-  A first step's stack repeats its frame, as MuZero's and EfficientZero's do:
-  nothing from before an episode's start (a life's start, where a lost life
+  A first step's stack repeats its frame, as in MuZero and EfficientZero, so no
+  frame from before the start of an episode (or of a life, where a lost life
   ends an episode) leaks into it.
 
   Args:
-    stack: `[E, ..., frame_stack * c]`, the last one; None before the first.
+    stack: `[E, ..., frame_stack * c]`, the previous stack; None at the start.
     frame: `[E, ..., c]`.
     is_first: bool `[E]`.
     frame_stack: number of frames.
@@ -442,9 +444,9 @@ class Tally:
     """Counts one step.
 
     Args:
-      reward: float `[E]`, unclipped; not counted on a first step.
-      is_first: bool `[E]`, the step was no decision.
-      finished: bool `[E]`, the game ended.
+      reward: float `[E]`, unclipped; ignored at a first step.
+      is_first: bool `[E]`, whether the step was an episode's first.
+      finished: bool `[E]`, whether the game ended.
 
     Returns:
       The `EpisodeStats` of the games that ended.

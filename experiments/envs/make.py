@@ -1,4 +1,4 @@
-"""An environment by its name."""
+"""Makes an environment by its name."""
 
 import difflib
 import inspect
@@ -20,31 +20,32 @@ def make(
   action_bins: int = 0,
   recorded: str = '',
 ) -> Environment | HostEnvironment:
-  """Finds and describes an environment; nothing is simulated yet.
+  """Makes an environment; no simulation starts yet.
 
   Args:
     name: `jax:catch` for one of our own, `self_play:connect_four` for a game
-      of `games.make_game`, `gymnasium:CartPole-v1` for one that Gymnasium
-      makes, anything else for envpool (`Catch-v0`, `Pong-v5`,
-      `PongNoFrameskip-v4`, `HopperHop-v1`).
-    num_envs: copies stepped together on the host; a pure environment is
-      unbatched and takes none.
-    training: on Atari, life loss ends episodes and rewards are clipped; a game
-      is played against oneself in training, else against an opponent.
-    frame_stack: frames in an observation; None for the environment's usual.
-    num_threads: of envpool; 0 for as many as help.
-    options: the environment's own.
-    action_bins: bins a dimension that continuous actions are divided into
-      (`discretise`); 0 leaves them.
-    recorded: JSON of `recorded.Recorded`, for Gymnasium's; '' for nothing.
+      of `games.make_game`, `gymnasium:CartPole-v1` for one from Gymnasium, any
+      other name for envpool (`Catch-v0`, `Pong-v5`, `PongNoFrameskip-v4`,
+      `HopperHop-v1`).
+    num_envs: number of copies stepped together on the host; ignored by pure
+      environments, which are unbatched.
+    training: on Atari, whether a lost life ends an episode and rewards are
+      clipped; in a game, whether the agent plays itself or an opponent.
+    frame_stack: number of frames in an observation; None for the environment's
+      default.
+    num_threads: number of envpool's threads; 0 for its default.
+    options: the environment's own options.
+    action_bins: number of bins per dimension of continuous actions
+      (`discretise`); 0 leaves actions continuous.
+    recorded: JSON of `recorded.Recorded`, for Gymnasium only; '' for none.
 
   Returns:
     An `Environment` for `jax:` and `self_play:` names, else a
     `HostEnvironment`.
 
   Raises:
-    ValueError: an unknown name or option, a space that no agent can take, or
-      actions that cannot be divided.
+    ValueError: an unknown name or option, an unsupported space, or actions
+      that cannot be divided into bins.
   """
   env: Any = _make(
     name, num_envs, training, frame_stack, num_threads, options, recorded
@@ -56,7 +57,7 @@ def make(
   return env
 
 
-# Arguments of the makers that have fields of their own.
+# Arguments of the makers that are fields of the settings, not options.
 _FIELDS = ('num_envs', 'num_threads', 'frame_stack', 'training')
 
 
@@ -67,7 +68,7 @@ def _make(
   for option in _FIELDS:
     if option in options:
       raise ValueError(
-        f'env.options={option}={options[option]}: is no option; '
+        f'env.options={option}={options[option]}: is not an option; '
         + (f'set env.{option}' if option != 'training' else 'leave it out')
       )
   kind, colon, rest = name.partition(':')
@@ -96,7 +97,7 @@ def _make(
     )
   if kind not in ('jax', 'self_play'):
     raise ValueError(
-      f'env={name!r}: what stands before the colon must be jax, self_play or '
+      f'env={name!r}: the part before the colon must be jax, self_play or '
       'gymnasium'
     )
   if frame_stack not in (None, 1):
@@ -131,20 +132,24 @@ def _make(
   if rest not in makers:
     near = difflib.get_close_matches(rest, makers, 1)
     hint = f'; did you mean jax:{near[0]}?' if near else ''
-    raise ValueError(f'env={name!r}: known are {", ".join(makers)}{hint}')
+    raise ValueError(
+      f'env={name!r}: unknown; must be jax: and one of {", ".join(makers)}'
+      f'{hint}'
+    )
   known = inspect.signature(makers[rest]).parameters
   for option, value in options.items():
     if option not in known:
       raise ValueError(
-        f'env.options={option}={value}: {name} has '
-        f'{", ".join(known) or "none"}; env.options= clears those of a preset'
+        f'env.options={option}={value}: unknown; {name} has '
+        f'{", ".join(known) or "no options"}; env.options= clears the '
+        "preset's options"
       )
     _check_kind(option, value, known[option].default)
   return makers[rest](**options)
 
 
 def _check_kind(option: str, value: Any, usual: Any) -> None:
-  """Refuses a value of another type than the usual one's."""
+  """Refuses a value whose type differs from the default's."""
   if type(usual) not in (bool, int, float):
     return
   kinds = (int, float) if type(usual) is float else (type(usual),)
@@ -162,7 +167,7 @@ def _make_game(name, rest, training, options):
   plies = options.pop('opening_plies', 0)
   if options:
     raise ValueError(
-      f'options={options}: {name} knows opponent and opening_plies only'
+      f'options={options}: {name} has opponent and opening_plies only'
     )
   if not isinstance(plies, int) or plies < 0:
     raise ValueError(

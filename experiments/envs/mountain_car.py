@@ -19,11 +19,11 @@ GOAL = 0.5
 
 
 class MountainCarState(NamedTuple):
-  """Where the car is, and since when.
+  """The car's position and velocity, and the number of decisions.
 
   Attributes:
-    position: float32 scalar, the valley's bottom is at -pi / 6.
-    velocity: float32 scalar, of the position a decision.
+    position: float32 scalar; the valley's bottom is at -pi / 6.
+    velocity: float32 scalar, change of the position per decision.
     steps: int32 scalar, decisions so far.
   """
 
@@ -33,16 +33,16 @@ class MountainCarState(NamedTuple):
 
 
 def make_mountain_car(max_steps: int = 200) -> Environment:
-  """Rock a weak car out of a valley: reward -1 a decision, all the way.
+  """Rock a weak car out of a valley: reward -1 at every decision.
 
-  Actions push left (0), not (1) or right (2); the wall on the left takes the
-  velocity. Terminated at the flag on the right. Observations are float32
-  `[2]`, position in [-1.2, 0.6] and velocity in [-0.07, 0.07]. Starts at rest,
-  uniformly in [-0.6, -0.4].
+  Actions push left (0), not at all (1) or right (2). The wall on the left stops
+  the car; the flag on the right terminates the episode. Observations are
+  float32 `[2]`, position in [-1.2, 0.6] and velocity in [-0.07, 0.07]. The car
+  starts at rest at a position uniform in [-0.6, -0.4].
 
   Args:
-    max_steps: decisions until an episode is cut (truncated), unless it
-      terminates just then.
+    max_steps: number of decisions after which an episode that has not
+      terminated is truncated.
 
   Raises:
     ValueError: `max_steps` below 1.

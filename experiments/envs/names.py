@@ -1,9 +1,9 @@
-"""Environments that files name: nothing that a file names is executed.
+"""Checks environment names from files: no code that a file names is executed.
 
-A data set and a run's folder say which environment they are of, and such a
-name can be that of a module to import (`gymnasium:module:Id`) or have an option
-that is one, or a program to start. What brings code comes from the user's own
-`--env`; a name from a file is that of what is registered here already.
+Data sets and runs' folders contain the name of their environment. A name can
+mention a module to import (`gymnasium:module:Id`), and an option can mention a
+module or a program to start. Such names are accepted only from the user's own
+`--env`; a name from a file must belong to an environment registered here.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 from experiments.envs.options import parse_options
 from experiments.files.errors import UserError, shown
 
-# Text that is neither a path nor the dotted name of a class, and options whose
-# text is one or the other even so: envpool starts the program `vzd_path`.
+# Text that is neither a path nor the dotted name of a class; and the options in
+# which plain text can name code: envpool starts the program `vzd_path`.
 _PLAIN = re.compile(r'[\w ,;-]*')
 _CODE = re.compile(
   r'(.*_)?(path|file|dir|args|entry_point|env_id|module|class|cls|plugin)s?',
@@ -25,14 +25,14 @@ _KINDS = ('jax', 'self_play', 'gymnasium')
 
 
 def code_in(name: str, options: Sequence[str] = ()) -> str:
-  """What of an environment names code: a field and its value; '' for nothing.
+  """The field and value in which an environment names code; '' if none does.
 
   Args:
-    name: of the environment, as for `make.make`.
-    options: `name=value` each.
+    name: the environment's name, as in `make.make`.
+    options: its options, `name=value` each.
 
   Raises:
-    ValueError: an option without `=`.
+    ValueError: an option has no `=`.
 
   >>> code_in('gymnasium:CartPole-v1', ['max_episode_steps=50'])
   ''
@@ -51,7 +51,7 @@ def code_in(name: str, options: Sequence[str] = ()) -> str:
 
 
 def is_plain(value: Any) -> bool:
-  """Whether a value, with all within it, can name neither code nor a file."""
+  """Whether a value and all its parts can name neither code nor a file."""
   if isinstance(value, Mapping):
     return all(
       is_plain(key)
@@ -69,44 +69,43 @@ def is_plain(value: Any) -> bool:
 def check(
   name: str, options: Sequence[str], file: str, asked: str | None = None
 ) -> None:
-  """Refuses an environment that a file names if it brings code.
+  """Refuses an environment from a file if it names code.
 
-  To be called wherever a name has been read from a file, before anything is
-  made of it.
+  Must be called for every name that was read from a file, before it is used.
 
   Args:
-    name: of the environment; '' for none.
-    options: of it, from the file, too.
-    file: what has named them, for the message.
-    asked: the user's own `--env`, which vouches for the same environment; None
+    name: the environment's name from the file; '' for none.
+    options: its options from the file.
+    file: the file's name, for the message.
+    asked: the user's own `--env`, which permits the same environment; None
       without the flag.
 
   Raises:
-    UserError: code that the user did not ask for, or `asked` is another
-      environment.
+    UserError: the name contains code that the user did not ask for, or `asked`
+      is another environment.
   """
   if asked and asked != name:
     raise UserError(
-      f'env={asked}: {file} names {name or "no environment"}; must be the same '
-      'one, or left out'
+      f'env={asked}: differs from {name or "no environment"}, which {file} '
+      'names; must be the same or left out'
     )
   code = code_in(name, options)
   if code and not asked:
-    # `module:Id`, as Gymnasium itself has it.
+    # `module:Id`, as Gymnasium itself writes it.
     bare = ':' in name and name.partition(':')[0] not in _KINDS
     flag = shlex.quote(f'gymnasium:{name}' if bare else name)
     raise UserError(
-      f'{file}: {shown(code)} names code, and nothing that a file names is '
+      f'{file}: {shown(code)} names code, and code that a file names is not '
       f'executed; if you trust it, give --env={flag}'
     )
 
 
 def flag(name: str, options: Sequence[str] = ()) -> str:
-  """What a command on a run's folder needs: `' --env=NAME'`, or nothing.
+  """The flag that a command on a run needs, `' --env=NAME'` or `''`.
 
   Args:
-    name: of the run's environment.
-    options: of it.
+    name: the name of the run's environment.
+    options: its options.
 
   >>> flag('gymnasium:maze:Maze-v0')
   ' --env=gymnasium:maze:Maze-v0'

@@ -1,4 +1,4 @@
-"""Options of an environment, `name=value` each."""
+"""Parses the options of an environment, `name=value` each."""
 
 import ast
 import math
@@ -12,12 +12,12 @@ def parse_options(
   """An environment's options as a dictionary.
 
   Args:
-    options: `name=value` each; values are Python's literals, or text.
-    field: where they stand, for the message.
+    options: `name=value` each; values are Python literals or plain text.
+    field: the name of the setting, for the message.
 
   Raises:
-    ValueError: one without a name or `=`, one that is given twice, brackets or
-      quotes that are no literal, an infinite number.
+    ValueError: an option has no name or no `=`, is given twice, contains
+      brackets or quotes that are not a literal, or is an infinite number.
 
   >>> parse_options(('action_repeat=8', 'rules=pgx'))
   {'action_repeat': 8, 'rules': 'pgx'}
@@ -35,13 +35,13 @@ def parse_options(
 
 
 def _literal(text: str, where: str) -> Any:
-  """A Python literal, or a text that does not try to be one."""
+  """A Python literal, or plain text that does not look like one."""
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
     if set(text) & set('()[]{}"\''):
       raise ValueError(
-        f'{where}: must be a literal of Python, such as 4, True, [1, 2] or '
+        f'{where}: must be a Python literal, such as 4, True, [1, 2] or '
         "'text', or a plain word"
       ) from error
     return text

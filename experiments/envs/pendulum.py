@@ -21,11 +21,11 @@ MAX_SPEED = 8.0
 
 
 class PendulumState(NamedTuple):
-  """Where the pendulum is, and since when.
+  """The pendulum's angle and speed, and the number of simulator steps.
 
   Attributes:
     angle: float32 scalar, radians, 0 upright.
-    speed: float32 scalar, radians a second.
+    speed: float32 scalar, radians per second.
     steps: int32 scalar, simulator steps so far.
   """
 
@@ -39,13 +39,12 @@ def make_pendulum(max_steps: int = 200, action_repeat: int = 1) -> Environment:
 
   Observations are float32 `[3]` (cosine, sine, angular speed); actions are
   torques float32 `[1]` in [-2, 2], clipped. The reward of a simulator step is
-  -(angle^2 + 0.1 speed^2 + 0.001 torque^2) of the state before it, its angle
-  in [-pi, pi): at best 0, at worst -16.3.
+  -(angle^2 + 0.1 speed^2 + 0.001 torque^2) in the state before it, with the
+  angle in [-pi, pi): 0 at best, -16.3 at worst. Episodes never terminate.
 
   Args:
-    max_steps: simulator steps until an episode is cut (truncated); it never
-      terminates.
-    action_repeat: simulator steps a decision, their rewards summed.
+    max_steps: number of simulator steps after which an episode is truncated.
+    action_repeat: simulator steps per decision, their rewards summed.
 
   Raises:
     ValueError: `max_steps` or `action_repeat` below 1.
@@ -78,7 +77,7 @@ def make_pendulum(max_steps: int = 200, action_repeat: int = 1) -> Environment:
     rate = 1.5 * GRAVITY / LENGTH * jnp.sin(angle)
     rate += 3 / (MASS * LENGTH**2) * torque
     speed = jnp.clip(state.speed + SECONDS * rate, -MAX_SPEED, MAX_SPEED)
-    # Wrapped, so that float32 loses nothing over many turns.
+    # Wrapped, so that float32 keeps its precision over many turns.
     angle = _wrap(angle + SECONDS * speed)
     state = PendulumState(angle, speed, state.steps + 1)
     return state, time_step(state, -cost, False)

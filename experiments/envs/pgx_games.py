@@ -1,8 +1,8 @@
 """Board games of pgx (Koyama et al. 2023) as `Game`s; an optional extra.
 
-A position is pgx's own state less the observation that it carries, which is
-made again where somebody looks at it: a replay and a search tree keep
-positions. pgx marks all actions of a game that is over as legal, and so do we.
+A position is pgx's own state without its observation, which is recomputed when
+needed, because replays and search trees store positions. As in pgx, all actions
+are legal when a game is over.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 from agents.core.types import ArraySpec, Discrete, Spec
 from search.model import Game, Move
 
-# Two players who see everything, and no chance.
+# Games of two players with perfect information and without chance.
 NAMES = (
   'animal_shogi',
   'chess',
@@ -47,12 +47,12 @@ def make_pgx(name: str) -> Game:
     ValueError: an unknown name, or pgx is not installed.
   """
   if name not in NAMES:
-    raise ValueError(f'game={name!r}: known of pgx are {", ".join(NAMES)}')
+    raise ValueError(f'game={name!r}: must be one of {", ".join(NAMES)}')
   try:
     import pgx
   except ImportError as error:
     raise ValueError(
-      f"game={name!r}: needs pgx; pip install 'outplay[games]'"
+      f"game={name!r}: needs pgx; run pip install 'outplay[games]'"
     ) from error
   env = pgx.make(name)
 

@@ -1,4 +1,4 @@
-"""A point of many dimensions that is pushed to a target; ours."""
+"""A point mass in many dimensions that is pushed to a target; our own task."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ CONTROL_COST = 0.05
 
 
 class PointMassState(NamedTuple):
-  """Where the mass is, and where it should be.
+  """The mass's position and velocity, its target and the number of decisions.
 
   Attributes:
     position: float32 `[D]`.
@@ -35,19 +35,19 @@ class PointMassState(NamedTuple):
 def make_point_mass(dimensions: int = 2, max_steps: int = 50) -> Environment:
   """Push a frictionless point in the box [-1, 1]^D to a target and stop there.
 
-  Actions are float32 `[D]` in [-1, 1], clipped: accelerations in units of 4
-  boxes a second squared, held for 0.1 s; a wall takes the velocity against it.
-  Each dimension is a problem of its own (start, target uniform in [-1, 1],
-  start at rest), and the reward couples them: exp(-4 |position - target|^2)
-  (1 - 0.05 mean(action^2)), in (0, 1], is high only where all of them are
-  right, which a random policy reaches the less the more there are.
-  Observations are float32 `[3 D]`: position, velocity, target. Never
-  terminates. For large discrete sets, wrap it in `discretise`: 7 bins in 4
-  dimensions are 2,401 actions.
+  Actions are float32 `[D]` in [-1, 1], clipped: accelerations of at most 4 per
+  second squared, held for 0.1 s. A wall stops the velocity against it. Start
+  and target are uniform in [-1, 1]^D, and the start is at rest. The dimensions
+  move independently, but the reward exp(-4 |position - target|^2)
+  (1 - 0.05 mean(action^2)), in (0, 1], is high only if all of them are right,
+  which is ever rarer under a random policy as D grows. Observations are float32
+  `[3 D]`: position, velocity, target. Episodes never terminate. For large
+  discrete action sets, wrap it in `discretise`: 7 bins in 4 dimensions make
+  2,401 actions.
 
   Args:
     dimensions: `D`.
-    max_steps: decisions until an episode is cut (truncated).
+    max_steps: number of decisions after which an episode is truncated.
 
   Raises:
     ValueError: `dimensions` or `max_steps` below 1.

@@ -1,10 +1,10 @@
-"""The environment that a data set was recorded in, made again.
+"""Rebuilds the environment that a data set was recorded in.
 
-Minari keeps Gymnasium's `EnvSpec`: an id, keyword arguments, a time limit and
-wrappers. All of it decides what an agent meets, so all of it is made again, as
-far as a file may decide: ids are of what is registered already, arguments are
-plain numbers and words, and wrappers those of Gymnasium that are listed here.
-What is left out is named, so that it can be said before training.
+Minari stores Gymnasium's `EnvSpec`: an id, keyword arguments, a time limit and
+wrappers. All of them affect the agent, so all are rebuilt, as far as a file may
+be trusted: ids must be registered already, arguments must be plain numbers and
+words, and wrappers must be in the list below. The parts that are left out are
+listed, so that they can be reported before training.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from experiments.envs import names
 from experiments.files import reading
 from experiments.files.errors import UserError, shown
 
-# Where a data set keeps both in `layout.About.extra`.
+# The keys of both in a data set's `layout.About.extra`.
 KEY, LEFT_OUT = 'recorded', 'not_rebuilt'
-# Wrappers that are functions of the present step and of their arguments.
+# Wrappers that depend only on the current step and on their arguments.
 WRAPPERS = frozenset(
   (
     *('AtariPreprocessing', 'ClipAction', 'ClipReward', 'DelayObservation'),
@@ -29,7 +29,7 @@ WRAPPERS = frozenset(
     *('ResizeObservation', 'StickyAction', 'TimeAwareObservation', 'TimeLimit'),
   )
 )
-# They change nothing that an agent meets.
+# Wrappers that have no effect on the agent.
 _WATCHERS = frozenset(
   (
     *('Autoreset', 'HumanRendering', 'OrderEnforcing', 'PassiveEnvChecker'),
@@ -49,15 +49,15 @@ class Wrapper(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-  """What of an environment is made again.
+  """The parts of a recorded environment that are rebuilt.
 
   Attributes:
-    id: Gymnasium's, without a module; '' where nothing was recorded.
-    kwargs: of the environment itself.
+    id: Gymnasium's id, without a module; '' if nothing was recorded.
+    kwargs: keyword arguments of the environment itself.
     max_episode_steps: the time limit; None for none.
-    wrappers: from the innermost to the outermost.
+    wrappers: the wrappers, from the innermost to the outermost.
     columns: name and size of each part of an observation that is a dict or
-      tuple, in the order in which the data have them; () for others.
+      tuple, in the order of the data; () for other observations.
   """
 
   id: str = ''
@@ -72,7 +72,7 @@ NOTHING = Recorded()
 
 @dataclasses.dataclass(frozen=True)
 class _WrapperSpec:
-  """Gymnasium's, as JSON."""
+  """A wrapper in the JSON of Gymnasium's `EnvSpec`."""
 
   name: str
   entry_point: str = ''
@@ -81,7 +81,7 @@ class _WrapperSpec:
 
 @dataclasses.dataclass(frozen=True)
 class _EnvSpec:
-  """Of Gymnasium's what matters here, as JSON."""
+  """The fields of Gymnasium's `EnvSpec` JSON that are used here."""
 
   id: str
   kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -90,18 +90,18 @@ class _EnvSpec:
 
 
 def from_spec(text: str, where: str) -> tuple[Recorded, list[str]]:
-  """What is made again of an `EnvSpec`, and what is not.
+  """Splits an `EnvSpec` into parts that are rebuilt and parts that are not.
 
   Args:
     text: JSON of `gymnasium.envs.registration.EnvSpec.to_json`.
-    where: what it is called in messages.
+    where: its name in messages.
 
   Returns:
-    `Recorded` without columns, its id without a module, and a phrase for each
-    thing that is left out.
+    `Recorded` without columns and without a module in its id, and a phrase for
+    each part that is left out.
 
   Raises:
-    UserError: it is no such JSON.
+    UserError: the text is not such JSON.
 
   >>> text = '{"id": "Ant-v5", "kwargs": {"a": 2, "xml_file": "/x"}}'
   >>> recorded, left_out = from_spec(text, 'env_spec')
@@ -111,7 +111,7 @@ def from_spec(text: str, where: str) -> tuple[Recorded, list[str]]:
   spec = reading.decode_json(text, _EnvSpec, where)
   left_out, kwargs, wrappers = [], {}, []
   for name, value in spec.kwargs.items():
-    # What is drawn is nobody's to decide here.
+    # Rendering does not affect the agent.
     if name == 'render_mode':
       continue
     if names.is_plain({name: value}):
@@ -135,24 +135,24 @@ def from_spec(text: str, where: str) -> tuple[Recorded, list[str]]:
 
 
 def full_id(text: str) -> str:
-  """The id of an `EnvSpec` as `from_spec` has read it, with its module."""
+  """The id of an `EnvSpec` that `from_spec` has read, with its module."""
   return json.loads(text)['id']
 
 
 def encode(recorded: Recorded) -> str:
-  """As JSON, for settings and files."""
+  """Encodes as JSON, for settings and files."""
   return json.dumps(dataclasses.asdict(recorded), sort_keys=True)
 
 
 def decode(text: str, where: str = 'env.recorded') -> Recorded:
-  """From JSON; '' and 'none' are nothing.
+  """Decodes JSON from `encode`; '' and 'none' mean `NOTHING`.
 
   Args:
-    text: of `encode`, perhaps from a file.
-    where: what it is called in messages.
+    text: the JSON, perhaps from a file.
+    where: its name in messages.
 
   Raises:
-    UserError: it is something else, or has what a file may not decide.
+    UserError: the text is not such JSON, or names code.
   """
   if text in ('', 'none'):
     return NOTHING
@@ -165,12 +165,12 @@ def decode(text: str, where: str = 'env.recorded') -> Recorded:
   for wrapper in found.wrappers:
     if wrapper.name not in WRAPPERS:
       raise UserError(
-        f'{where}: the wrapper {shown(wrapper.name, 60)} is not one of '
-        f'{", ".join(sorted(WRAPPERS))}'
+        f'{where}: the wrapper {shown(wrapper.name, 60)} is unknown; must be '
+        f'one of {", ".join(sorted(WRAPPERS))}'
       )
   if not names.is_plain([found.kwargs, *(w.kwargs for w in found.wrappers)]):
     raise UserError(
-      f'{where}: arguments must be numbers and words, no paths or modules; '
+      f'{where}: arguments must be numbers and words, not paths or modules; '
       'give others with --set=env.options=name=value'
     )
   if found.max_episode_steps is not None and found.max_episode_steps < 1:
@@ -182,16 +182,16 @@ def decode(text: str, where: str = 'env.recorded') -> Recorded:
 
 
 def make(env_id: str, recorded: Recorded, options: Mapping[str, Any]) -> Any:
-  """A `gymnasium.Env`; as recorded, if its id is the one recorded.
+  """Makes a `gymnasium.Env`, as recorded if its id is the recorded one.
 
   Args:
-    env_id: registered; a module may stand before it if the user says so.
-    recorded: what is made again.
-    options: the user's own, which count first.
+    env_id: a registered id, after `module:` if the user asked for a module.
+    recorded: the parts to rebuild.
+    options: the user's own options, which override recorded arguments.
 
   Raises:
-    UserError: a wrapper does not take its arguments.
-    gymnasium.error.Error: there is no such id, or it does not take these.
+    UserError: a wrapper refused its arguments.
+    gymnasium.error.Error: the id is unknown, or it refused its arguments.
   """
   import gymnasium
 
@@ -206,16 +206,7 @@ def make(env_id: str, recorded: Recorded, options: Mapping[str, Any]) -> Any:
     except Exception as error:
       env.close()
       raise UserError(
-        f'env={env_id}: the recorded wrapper {wrapper.name} does not fit: '
-        f'{shown(error)}; --set=env.recorded=none leaves all that out'
+        f'env={env_id}: the recorded wrapper {wrapper.name} failed: '
+        f'{shown(error)}; --set=env.recorded=none ignores what was recorded'
       ) from error
   return env
-
-
-def told(recorded: Recorded) -> str:
-  """In words, what is made again beyond the id."""
-  parts = [f'{k}={shown(v, 40)}' for k, v in recorded.kwargs.items()]
-  limit = recorded.max_episode_steps
-  parts.append('no time limit' if limit is None else f'{limit} steps at most')
-  parts += [wrapper.name for wrapper in recorded.wrappers]
-  return ', '.join(parts)

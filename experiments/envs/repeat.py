@@ -7,14 +7,14 @@ from search.model import Environment
 
 
 def repeat_action(env: Environment, times: int) -> Environment:
-  """An environment whose every decision is `times` steps of another one.
+  """An environment whose decisions are `times` steps of another environment.
 
   Rewards are summed; the other fields are the last step's. The last decision
-  of an episode stops where the episode does, so it may be shorter.
+  of an episode ends with the episode, so it may be shorter.
 
   Args:
     env: the environment of single steps.
-    times: steps a decision; with 1, `env` itself is returned.
+    times: steps per decision; with 1, `env` itself is returned.
 
   Raises:
     ValueError: `times` is not an integer of at least 1.

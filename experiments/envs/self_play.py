@@ -1,8 +1,8 @@
-"""A game against oneself as an environment: every mover is the agent.
+"""Self-play as an environment: the agent moves for all sides.
 
-Time steps carry the position itself, for the agent plans in the rules
-(`search.model.exact`) and shows its networks what `game.observe` makes of it;
-a replay that keeps positions is small, too.
+Time steps contain the position itself, because the agent plans with the rules
+(`search.model.exact`) and applies its networks to `game.observe(position)`.
+A replay of positions is also smaller.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from search.model import Environment, Game, TimeStep
 
 
 def random_action(game: Game, state: Any, key: chex.PRNGKey) -> chex.Array:
-  """A legal action, all alike; any where the game is over.
+  """Draws a legal action uniformly; any action if the game is over.
 
   Args:
     game: the rules.
@@ -34,7 +34,7 @@ def random_action(game: Game, state: Any, key: chex.PRNGKey) -> chex.Array:
   else:
     actions = game.candidates(state)
     flat = actions.reshape(actions.shape[0], -1)
-    # Behind the last one the first is repeated.
+    # Unused rows repeat the first candidate.
     again = (flat == flat[:1]).all(-1)
     valid = ~again | (jnp.arange(flat.shape[0]) == 0)
   noise = jax.random.uniform(key, valid.shape)
@@ -42,17 +42,17 @@ def random_action(game: Game, state: Any, key: chex.PRNGKey) -> chex.Array:
 
 
 def self_play(game: Game, opening_plies: int = 0) -> Environment:
-  """The environment in which an agent plays all sides of a game.
+  """An environment in which the agent plays all sides of a game.
 
-  Of a time step the observation is the position (a pytree), the reward is what
-  whoever moved *into* it got, `discount` is 0 where the game is over, else 1.
-  Who moves, and so the sign of what follows, is `game.player(observation)`.
+  A time step's observation is the position (a pytree), its reward is that of
+  the player that moved *into* the position, and its discount is 0 if the game
+  is over, else 1. The player to move is `game.player(observation)`.
 
   Args:
     game: the rules.
-    opening_plies: games begin after up to so many random moves, any number
-      alike, so that players that have become sure of theirs still see other
-      positions; an opening that ends its game is thrown away for the start.
+    opening_plies: games begin after a uniformly drawn number of random moves up
+      to this one, so that a policy that has become deterministic still visits
+      other positions; an opening that ends the game is discarded.
 
   Returns:
     An unbatched `Environment`; its `spec.game` is the game.
@@ -77,7 +77,7 @@ def self_play(game: Game, opening_plies: int = 0) -> Environment:
     )
 
   def opened(start, key):
-    """The position after an opening, or the start."""
+    """The position after an opening; the start if the opening ends the game."""
     count_key, key = jax.random.split(key)
     count = jax.random.randint(count_key, (), 0, opening_plies + 1)
 

@@ -1,11 +1,11 @@
 """Cart-pole swing-up in JAX, after the DeepMind Control Suite's.
 
-The suite's `cartpole swingup` (Tassa et al. 2018) written as equations of
-motion: a cart of 1 kg on a rail, a capsule of 0.1 kg hinged on it, light
-damping, and MuJoCo's soft limit at the rail's ends, integrated by the same
-fourth-order Runge-Kutta rule in steps of 0.01 s. It is not MuJoCo: in float32,
-without its solver's tolerances. `tests/test_envs_continuous.py` states how
-close the two stay.
+The suite's `cartpole swingup` (Tassa et al. 2018) as equations of motion: a
+cart of 1 kg on a rail, a capsule of 0.1 kg hinged to it, light damping, and
+MuJoCo's soft limit at the rail's ends, integrated by the same fourth-order
+Runge-Kutta rule in steps of 0.01 s. It differs from MuJoCo in its float32
+numbers and by MuJoCo's solver tolerances; `tests/test_envs_continuous.py`
+bounds the difference.
 """
 
 import math
@@ -30,15 +30,15 @@ RAIL = 1.8
 CART_DAMPING = 5e-4
 POLE_DAMPING = 2e-6
 SECONDS = 0.01
-# MuJoCo's soft limit: time constant (s), least and largest impedance, and the
-# depth (m) over which the one becomes the other.
+# MuJoCo's soft limit: time constant (s), smallest and largest impedance, and
+# the depth (m) over which one becomes the other.
 LIMIT_SECONDS = 0.08
 LIMIT_IMPEDANCE = (0.9, 0.95)
 LIMIT_WIDTH = 0.001
 
 
 def _pole_inertia() -> float:
-  """Of the capsule about its hinge, kg m^2, evenly filled."""
+  """Moment of inertia of a solid capsule about its hinge, kg m^2."""
   height, radius = POLE_LENGTH, POLE_RADIUS
   tube, ball = height * radius**2, 4 / 3 * radius**3  # Volumes over pi.
   tube_mass = POLE_MASS * tube / (tube + ball)
@@ -57,7 +57,7 @@ LEVER = POLE_MASS * POLE_LENGTH / 2
 
 
 class SwingupState(NamedTuple):
-  """Where cart and pole are, and since when.
+  """The physics of cart and pole, and the number of simulator steps.
 
   Attributes:
     physics: float32 `[4]`, position (m), angle (rad, 0 upright), velocity
@@ -75,12 +75,12 @@ def make_swingup(max_steps: int = 1000, action_repeat: int = 1) -> Environment:
   Observations are float32 `[5]`, the suite's in its order: position, cosine
   and sine of the angle, velocity, angular velocity. Actions are float32 `[1]`
   in [-1, 1], clipped, times 10 N. The reward of a simulator step is in [0, 1],
-  the product of how upright, centred, idle and slow it is after the step. It
-  starts hanging and never terminates.
+  the product of how upright, centred, idle and slow it is after the step. The
+  pole starts hanging, and episodes never terminate.
 
   Args:
-    max_steps: simulator steps until an episode is cut (truncated).
-    action_repeat: simulator steps a decision, their rewards summed.
+    max_steps: number of simulator steps after which an episode is truncated.
+    action_repeat: simulator steps per decision, their rewards summed.
 
   Raises:
     ValueError: `max_steps` or `action_repeat` below 1.
@@ -113,7 +113,7 @@ def make_swingup(max_steps: int = 1000, action_repeat: int = 1) -> Environment:
     k3 = _rates(y + h / 2 * k2, control)
     k4 = _rates(y + h * k3, control)
     y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    # Wrapped, so that float32 loses nothing over many turns.
+    # Wrapped, so that float32 keeps its precision over many turns.
     y = y.at[1].set((y[1] + math.pi) % (2 * math.pi) - math.pi)
     state = SwingupState(y, state.steps + 1)
     return state, time_step(state, _reward(y, control), False)
@@ -151,7 +151,7 @@ def _rates(physics, control):
 
 
 def _limit_force(x, v, free, mobility):
-  """Force (N) of a rail's end, MuJoCo's soft constraint for one joint.
+  """Force (N) of a rail's end, by MuJoCo's soft constraint for one joint.
 
   The end pulls the acceleration `free` towards that of a critically damped
   spring; `mobility` is the acceleration that one newton makes.

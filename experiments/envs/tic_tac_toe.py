@@ -20,9 +20,9 @@ class Board(NamedTuple):
   """A position.
 
   Attributes:
-    stones: bool `[2, 9]`, of the player who began and of the other one, row by
-      row.
-    player: int32 scalar, 0 or 1, whose move it is.
+    stones: bool `[2, 9]`, the stones of the player that began and of the other,
+      row by row.
+    player: int32 scalar, 0 or 1, the player to move.
   """
 
   stones: chex.Array
@@ -35,15 +35,15 @@ def has_line(stones: chex.Array) -> chex.Array:
 
 
 def is_over(board: Board) -> chex.Array:
-  """Whether somebody has won or the board is full, bool scalar."""
+  """Whether a player has won or the board is full, bool scalar."""
   return jax.vmap(has_line)(board.stones).any() | board.stones.any(0).all()
 
 
 def game() -> Game:
-  """The rules for planners: whoever fills a line gets 1.
+  """The rules for planners: the first player to fill a line gets reward 1.
 
-  Observations are float32 `[3, 3, 2]`: 1 at the stones of the player to move
-  in channel 0, at the other one's in channel 1.
+  Observations are float32 `[3, 3, 2]`: 1 at the stones of the player to move in
+  channel 0, and at the opponent's in channel 1.
   """
 
   def step(board, action, key):
