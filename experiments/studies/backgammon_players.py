@@ -181,12 +181,12 @@ class _Arenas:
     if hidden is None:
       row = outsider(self.find(None, name), self._judged)
       return row._replace(plies=self._plan.plies)
-    meet = self._lose if opponent == JUDGE else self._meet
-    return meet((hidden, seed), name, opponent)
+    if opponent == JUDGE:
+      return self._lose((hidden, seed), name)
+    return self._meet((hidden, seed), name, opponent)
 
-  def _lose(self, key, name: str, opponent: str) -> Points:
+  def _lose(self, key, name: str) -> Points:
     """The points that a player loses a turn."""
-    del opponent
     player = self.find(key, name)
     if key not in self._first:
       first = self.find(key, 'lookahead=1')
@@ -217,13 +217,12 @@ class _Arenas:
     )
     result = match.summarise(player, other, games, speed)
     return Points(
-      key[0],
-      key[1],
-      name,
-      opponent,
-      result.games,
-      result.points,
-      result.points_se,
+      *key,
+      player=name,
+      opponent=opponent,
+      games=result.games,
+      points=result.points,
+      points_se=result.points_se,
       score=result.score,
       evaluations=player.evaluations,
       ms_per_decision=speed,

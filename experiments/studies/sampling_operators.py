@@ -244,18 +244,11 @@ def draw_estimates(
       prediction = predictions[operator, beta]
       for c, correction in enumerate(CORRECTIONS):
         error = found[:, j, c] - prediction.truth
-        yield _row(prediction, error, operator, beta, correction, k), error
+        yield _estimate(prediction, error, operator, beta, correction, k), error
 
 
-def _row(
-  prediction: Prediction,
-  error: np.ndarray,
-  operator: str,
-  beta: str,
-  correction: str,
-  k: int,
-) -> Estimate:
-  import scipy.stats
+def _estimate(prediction, error, operator, beta, correction, k) -> Estimate:
+  from scipy import stats
 
   sigma_squared = known = kolmogorov = float('nan')
   variance = float(np.var(error, ddof=1))
@@ -263,12 +256,9 @@ def _row(
     sigma_squared = prediction.sigma_squared
     known = prediction.variance_if_z_known
     scaled = error * np.sqrt(k / sigma_squared)
-    kolmogorov = scipy.stats.kstest(scaled, 'norm').statistic
+    kolmogorov = stats.kstest(scaled, 'norm').statistic
   return Estimate(
-    operator=operator,
-    beta=beta,
-    correction=correction,
-    k=k,
+    *(operator, beta, correction, k),
     trials=len(error),
     truth=prediction.truth,
     bias=float(np.mean(error)),
