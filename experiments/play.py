@@ -36,13 +36,13 @@ def main() -> None:
     for name in ('out', 'record'):
       if getattr(values, name):
         configs.check_place(name, getattr(values, name))
-    if values.prompt and not experiment.is_text:
+    if values.prompt and experiment.material.plays:
       raise configs.UserError(
         f'prompt={values.prompt}: {experiment.agent_name} is not a language '
         f'model; leave the prompt out, or give the run of a language model '
         f'instead of {values.workdir}'
       )
-    if experiment.is_text:
+    if not experiment.material.plays:
       from experiments.playing import continuation
 
       flag_checks.refuse([*_ALL, 'out'], 'on a language model')

@@ -7,7 +7,6 @@ import dataclasses
 import pathlib
 
 from experiments import build, presets
-from experiments.build import dataset
 from experiments.presets.settings import refuse_unused
 from experiments.report import terminal
 from experiments.runtime import config as configs
@@ -139,7 +138,7 @@ def main() -> None:
     )
     refuse_unused(
       values.set,
-      on_data=bool(experiment.dataset),
+      on_data=not experiment.material.acts,
       is_fresh=build.is_fresh(experiment.config),
     )
     if values.show:
@@ -173,7 +172,7 @@ def main() -> None:
 def _check(experiment: build.Experiment, workdir: str | None) -> None:
   """Refuses what a run would refuse, except for devices and processes."""
   devices.use_compilation_cache()
-  if experiment.dataset:
+  if not experiment.material.acts:
     folder = workdir or run.default_workdir(experiment)
     stages.make(experiment, peek(pathlib.Path(folder)), lambda: False)
   else:
@@ -181,9 +180,7 @@ def _check(experiment: build.Experiment, workdir: str | None) -> None:
     build.make_agent(experiment, env.spec)
   folder = pathlib.Path(workdir or run.default_workdir(experiment))
   configs.check_place('workdir', folder, folder=True)
-  about = experiment.as_dict()
-  if experiment.dataset:
-    about |= {'dataset_checksum': dataset.checksum_of(experiment)}
+  about = experiment.as_dict() | experiment.material.fingerprint(experiment)
   configs.check_run_config(folder, about, terminal.device(), configs.FREE)
   print('no problem found')
 

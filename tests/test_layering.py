@@ -244,6 +244,57 @@ def heavy(module: str, found: dict[str, list[Import]]) -> list[str]:
   return chains
 
 
+def questions(path: str, source: str) -> list[str]:
+  """Where a file asks what an experiment learns from, one line each.
+
+  It is chosen once, in `build.experiment`, and its `Material` answers for it.
+  """
+  lines = []
+  for node in ast.walk(ast.parse(source)):
+    asked = ''
+    if isinstance(node, ast.Attribute):
+      owner = ast.unparse(node.value)
+      if node.attr in ('is_text', 'reads_text', 'Corpus'):
+        asked = node.attr
+      # A sweep's plan hands on what the user has named.
+      elif node.attr == 'dataset' and owner != 'self':
+        asked = f'{owner}.dataset'
+    elif isinstance(node, ast.ImportFrom):
+      names = {alias.name for alias in node.names}
+      asked = ', '.join(sorted(names & {'Corpus', 'reads_text'}))
+    if asked:
+      lines.append(f'{path}:{node.lineno}: {asked}: ask experiment.material')
+  return lines
+
+
+def test_what_is_learned_from_is_asked_in_one_room_alone():
+  found = [
+    line
+    for path in sorted((ROOT / 'experiments').rglob('*.py'))
+    for line in questions(
+      path.relative_to(ROOT).as_posix(), path.read_text(encoding='utf-8')
+    )
+  ]
+  rooms = ('experiments/build/', 'experiments/data/')
+  assert [line for line in found if not line.startswith(rooms)] == []
+
+
+@pytest.mark.parametrize(
+  'source',
+  [
+    'if experiment.is_text:\n  pass',
+    'where = experiment.dataset or experiment.env_name',
+    'on_data = bool(first.dataset)',
+    'from experiments.data.text import Corpus',
+    'def f():\n  return isinstance(data, text.Corpus)',
+    'build.reads_text(agent)',
+  ],
+)
+def test_what_asks_for_the_material_is_found(source):
+  (line,) = questions('experiments/train.py', source)
+  assert 'ask experiment.material' in line
+
+
 def test_our_imports_point_downwards():
   files = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')

@@ -18,7 +18,7 @@ from test_control import make_run
 
 from experiments import build
 from experiments.build import dataset as datasets
-from experiments.build import saved
+from experiments.build import evaluation
 from experiments.data import layout, minari_files, npz
 from experiments.envs import names
 from experiments.files.errors import UserError
@@ -353,7 +353,7 @@ def test_a_run_goes_on_only_with_the_flag_that_began_it(
   flags = ('--preset=bc_small', '--workdir=run')
   experiment = build.describe('bc_small', env=planted.env, dataset='plain')
   about = experiment.as_dict()
-  about |= {'dataset_checksum': datasets.checksum_of(experiment)}
+  about |= experiment.material.fingerprint(experiment)
   configs.write_run_config(tmp_path / 'run', about)
   code, _, message = launch('train', *flags, '--dataset=plain')
   assert code == 2 and message.count('\n') == 1
@@ -434,7 +434,7 @@ def test_a_command_is_quoted_for_the_shell(planted, tmp_path):
   npz.save(make_data('Pendulum-v1'), tmp_path / 'plain')
   env = 'gymnasium:m:Id $(touch x)'
   experiment = build.describe('bc_small', env=env, dataset='plain')
-  found = saved.command('a b;c', experiment)
+  found = evaluation.command('a b;c', experiment)
   assert found == (
     "python -m experiments.play --workdir='a b;c' "
     "--env='gymnasium:m:Id $(touch x)'"

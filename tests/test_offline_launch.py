@@ -495,7 +495,7 @@ def alone(experiment):
   trainer, carry, curve = make_trainer(experiment), None, []
   key = jax.random.key(experiment.seed)
   for stage in trainer.stages:
-    player = watcher.evaluator(experiment, stage.agent)
+    player = experiment.material.evaluate(experiment, stage.agent)
     carry = (
       loop.init(stage.agent, stage.source, key)
       if carry is None
@@ -606,11 +606,12 @@ def test_simulators_of_the_host_play_all_rows_at_once(data):
   whole = mesh.make_mesh()
   first, _ = sweep_program.row_functions(experiment, program.paths)
   phase = sweep_program.compiled(first, whole)
-  assert phase.evaluate is None
+  assert phase.measure is not None and phase.measure.evaluate is None
+  act_all = phase.measure.act
   values = np.asarray(program.values, np.float32)
   carry = phase.init(values, np.uint32([0, 1]), phase.load())
   params = carry.agent.params
-  played = sweep_program._on_host(experiment, phase, values, params, 7)
+  played = sweep_program._on_host(experiment, act_all, values, params, 7)
   returns, lengths = played['eval']
   episodes = experiment.run.evaluate_episodes
   assert returns.shape == lengths.shape == (2, episodes)
@@ -633,7 +634,7 @@ def test_simulators_of_the_host_play_all_rows_at_once(data):
 
   # A row that has diverged takes none with it.
   spoiled = jax.tree.map(lambda x: x.at[1].set(np.nan), params)
-  played = sweep_program._on_host(experiment, phase, values, spoiled, 7)
+  played = sweep_program._on_host(experiment, act_all, values, spoiled, 7)
   np.testing.assert_allclose(played['eval'][0][0], returns[0], rtol=1e-4)
   assert np.isnan(played['eval'][0][1]).all()
 

@@ -514,9 +514,10 @@ def test_every_preset_builds(path, name):
   assert presets.PRESETS[name].source
   more = ['text.held_out=0.2', 'text.length=8']
   experiment = build.describe(name, dataset=str(path), settings=more)
-  assert experiment.is_text
+  assert experiment.material is text.MATERIAL
   assert experiment.updates == presets.PRESETS[name].steps
-  agent = build.make_agent(experiment, text.spec_of(text.opened(experiment)))
+  spec = experiment.material.open(experiment).spec
+  agent = build.make_agent(experiment, spec)
   jax.eval_shape(agent.init, jax.random.key(0))
 
 

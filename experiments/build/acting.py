@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.build.experiment import Experiment
+from experiments.build.material import Experiment
 from experiments.runtime import config as configs
 
 

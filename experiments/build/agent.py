@@ -4,9 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from experiments.build import dataset as datasets
-from experiments.build.experiment import Experiment
-from experiments.build.source import make_source
+from experiments.build.material import Experiment
 from experiments.envs.options import parse_options
 
 
@@ -90,13 +88,7 @@ def row(experiment: Experiment) -> tuple[Any, Any, Any]:
   Raises:
     ValueError: agent, environment or data set do not fit.
   """
-  if not experiment.dataset:
-    env = make_env(experiment, training=True)
-    agent = make_agent(experiment, env.spec)
-    return agent, make_source(experiment, env, agent), env.spec
-  data, stage = datasets.material(experiment), None
-  if experiment.env_name:
-    stage = make_env(experiment, training=False, num_envs=1)
-  spec = datasets.spec_of(data, stage and stage.spec)
-  phase = make_phases(experiment, spec)[-1]
-  return phase.agent, datasets.make_source(experiment, data, phase), spec
+  opened = experiment.material.open(experiment)
+  phase = make_phases(experiment, opened.spec)[-1]
+  source = opened.make_source(experiment, phase)
+  return phase.agent, source, opened.spec

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments.build.agent import row
-from experiments.build.experiment import Experiment, is_fresh, window_of
+from experiments.build.material import Experiment
 from experiments.files.errors import UserError
 
 
@@ -88,7 +88,7 @@ def check_run(experiment: Experiment, trainer: Any, phase: int) -> None:
   stage, spec = trainer.stages[phase], trainer.spec
   needs = of_run(experiment, stage.agent, stage.source, spec)
   check(needs, trainer.layout.mesh.size)
-  if not experiment.dataset and hasattr(experiment.config, 'search'):
+  if experiment.material.acts and hasattr(experiment.config, 'search'):
     run, search = experiment.run, experiment.config.search
     check(
       of_search(
@@ -135,54 +135,33 @@ def of_run(
 
   run, key = experiment.run, jax.random.key(0)
   state = jax.eval_shape(agent.init, key)
-  needs = [network(experiment, state, rows)]
-  if experiment.dataset:
-    # Where it starts and where it leads, at least.
-    each = 2 * _bytes(timestep(spec).observation)
-    window = 1
-    if experiment.is_text:
-      window = experiment.config.text.length
-    field, value = 'model_capacity', 0
-    if hasattr(experiment.config, field):
-      value = experiment.config.model_capacity
-    held = rows * value * each
-  else:
-    frame, each = _row_bytes(agent, spec)
-    window = window_of(experiment.config)
-    field, value = 'replay_capacity', run.replay_capacity
-    if is_fresh(experiment.config):
-      field, value = 'num_envs', experiment.env.num_envs
-    held = rows * value * frame
-    if run.compress_replay:
-      held /= _COMPRESSED
-  batch = rows * run.batch_size * window * each
-  on_host = not source.is_pure
+  kept = experiment.material.kept(experiment, agent, spec)
   return [
-    *needs,
-    Need(field, value, held, on_host),
-    Need('batch_size', run.batch_size, batch),
+    network(experiment, state, rows),
+    Need(kept.field, kept.value, rows * kept.size, not source.is_pure),
+    Need('batch_size', run.batch_size, rows * run.batch_size * kept.drawn),
   ]
 
 
 # Frames are hardly ever compressed to less.
-_COMPRESSED = 40
+COMPRESSED = 40
 
 
-def _row_bytes(agent: Any, spec: Any) -> tuple[float, float]:
+def row_bytes(agent: Any, spec: Any) -> tuple[float, float]:
   """A row of experience, as a replay keeps it and with its frames stacked."""
   from experiments.runtime import sources
 
   example = sources.experience_example(agent, timestep(spec))
-  row, seen = _bytes(example), _bytes(example.timestep.observation)
+  row, seen = bytes_of(example), bytes_of(example.timestep.observation)
   return row - seen + seen / spec.frame_stack, row
 
 
 def host_replay(experiment: Experiment, agent: Any, spec: Any) -> float:
   """Bytes of a replay on the host, of all parts; at least, if compressed."""
   run, envs = experiment.run, experiment.env.num_envs
-  frame, _ = _row_bytes(agent, spec)
+  frame, _ = row_bytes(agent, spec)
   if run.compress_replay:
-    frame /= _COMPRESSED
+    frame /= COMPRESSED
   # Each with its priority and its mass, see `runtime.replay`.
   return run.replay_capacity // envs * envs * (frame + 4 + 8)
 
@@ -200,7 +179,7 @@ def network(experiment: Experiment, state: Any, rows: int = 1) -> Need:
   largest = max(jax.tree.leaves(state), key=lambda x: math.prod(x.shape))
   shape = ' x '.join(map(str, largest.shape)) or '1'
   what = f'{experiment.agent_name}, whose largest array is {shape}'
-  return Need('network', what, rows * _bytes(state))
+  return Need('network', what, rows * bytes_of(state))
 
 
 def of_search(
@@ -227,7 +206,7 @@ def of_search(
   params = jax.eval_shape(agent.init, key).params
   root = jax.eval_shape(agent.model.root, params, timestep(spec), key)
   # One row: visits, values and priors of each action, and the embedding.
-  each = 4 * _bytes(root.prior_logits) + _bytes(root.embedding)
+  each = 4 * bytes_of(root.prior_logits) + bytes_of(root.embedding)
   return [Need(field, budget, float(num) * (budget + 1) * each)]
 
 
@@ -256,7 +235,7 @@ def timestep(spec: Any, rows: int = 1) -> Any:
   )
 
 
-def _bytes(tree: Any) -> float:
+def bytes_of(tree: Any) -> float:
   """Of arrays, or of their shapes."""
   import jax
 

@@ -1,4 +1,4 @@
-"""From a data set (or a text) to a run: its environment, rows and score."""
+"""From a data set to a run: its environment, rows and score."""
 
 import contextlib
 import dataclasses
@@ -6,23 +6,22 @@ import functools
 import itertools
 import json
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.build import text
-from experiments.data.text import Corpus
+from experiments.build import capacity, environment
+from experiments.build.agent import make_env
+from experiments.build.material import (
+  About,
+  Experiment,
+  Kept,
+  Material,
+  Measure,
+  Opened,
+)
+from experiments.build.source import place_over
 from experiments.envs.options import parse_options
 from experiments.files.errors import UserError, shown
-
-
-def material(experiment: Any):
-  """What an experiment learns from: its data set or its text.
-
-  Raises:
-    ValueError: see `opened` and `text.opened`.
-  """
-  if experiment.is_text:
-    return text.opened(experiment)
-  return opened(experiment.dataset)
 
 
 def opened(name: str):
@@ -72,7 +71,7 @@ def _stamp(name: str) -> tuple:
   return tuple(found)
 
 
-def complete(experiment: Any, env: str | None):
+def complete(experiment: Experiment, env: str | None) -> Experiment:
   """An experiment on a data set, with the environment that it was made in.
 
   Args:
@@ -84,8 +83,6 @@ def complete(experiment: Any, env: str | None):
     UserError: there is no data set, the agent cannot learn from one, or what
       it was made in brings code.
   """
-  if experiment.is_text:
-    return text.complete(experiment, env)
   if not experiment.dataset:
     raise UserError(
       f'dataset: {experiment.agent_name} learns from a data set: '
@@ -123,7 +120,7 @@ class Place(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-def place_of(experiment: Any, env: str | None) -> Place:
+def place_of(experiment: Experiment, env: str | None) -> Place:
   """Where an experiment on a data set is evaluated.
 
   Args:
@@ -202,7 +199,7 @@ def _own_place(dataset, options, text, notes) -> Place:
   return Place(about.env, options, text, notes)
 
 
-def notes(experiment: Any) -> tuple[str, ...]:
+def notes(experiment: Experiment) -> tuple[str, ...]:
   """Lines on how the evaluation differs from where the data are from.
 
   Args:
@@ -211,23 +208,12 @@ def notes(experiment: Any) -> tuple[str, ...]:
   Raises:
     UserError: see `place_of`.
   """
-  if experiment.is_text or not experiment.dataset:
-    return ()
   unset = experiment._replace(
     env=dataclasses.replace(experiment.env, recorded='')
   )
   own = opened(experiment.dataset).about.env
   asked = experiment.env_name if experiment.env_name != own else None
   return place_of(unset, asked or None).notes
-
-
-def checksum_of(experiment: Any) -> str:
-  """Of the data set or the text of an experiment."""
-  if experiment.is_text:
-    from experiments.data import text as texts
-
-    return texts.checksum(experiment.dataset)
-  return checksum(experiment.dataset)
 
 
 def checksum(name: str) -> str:
@@ -297,7 +283,7 @@ def spec_of(dataset: Any, env_spec: Any | None):
   """What the agent is told: the simulator's spec, the data's statistics.
 
   Args:
-    dataset: from `material`.
+    dataset: from `opened`.
     env_spec: of the environment to evaluate in; None without one.
 
   Raises:
@@ -307,8 +293,6 @@ def spec_of(dataset: Any, env_spec: Any | None):
 
   from experiments.data import layout
 
-  if isinstance(dataset, Corpus):
-    return text.spec_of(dataset)
   own = layout.spec(dataset)
   if env_spec is not None:
     for what, ours, theirs in (
@@ -350,11 +334,8 @@ def _is_spec(x):
 
 
 def rows_of(dataset: Any) -> Any:
-  """`runtime.offline.Rows` of a data set; tokens of a text."""
+  """`runtime.offline.Rows` of a data set."""
   import numpy as np
-
-  if isinstance(dataset, Corpus):
-    return dataset.train
 
   from agents.core.types import Transition
   from experiments.data import layout
@@ -371,12 +352,14 @@ def rows_of(dataset: Any) -> Any:
   return Rows(transitions, layout.initial_observations(dataset))
 
 
-def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
+def make_source(
+  experiment: Experiment, dataset: Any, phase: Any, mesh: Any = None
+):
   """The source of a phase of an experiment on a data set.
 
   Args:
     experiment: from `build.describe`.
-    dataset: from `material`.
+    dataset: from `opened`.
     phase: from `build.make_phases`.
     mesh: devices that a batch is divided over; None for one.
 
@@ -384,24 +367,15 @@ def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
     UserError: rows on the host for an agent that imagines, or rollouts of more
       rows than a batch has.
   """
-  import jax
-
-  from experiments.runtime import mesh as meshes
   from experiments.runtime import offline as runtime
 
   run, config = experiment.run, experiment.config
-  place = lambda batch: batch
-  if mesh is not None and mesh.size > 1:
-    rows = meshes.split(mesh)
-    place = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
-  if isinstance(dataset, Corpus):
-    return text.make_source(experiment, dataset, place)
   source = runtime.from_dataset(
     rows_of(dataset),
     run.batch_size,
     reward_scale=run.reward_factor,
     on_device=run.data_on == 'device',
-    place=place,
+    place=place_over(mesh),
   )
   if phase.imagine is None:
     return source
@@ -425,3 +399,110 @@ def make_source(experiment: Any, dataset: Any, phase: Any, mesh: Any = None):
     real=real,
     model=max(run.batch_size - real, 1),
   )
+
+
+def prepared(experiment: Experiment, parts: int = 1) -> Opened:
+  """The rows that an experiment learns from.
+
+  Args:
+    experiment: from `build.describe`.
+    parts: are not looked at: rows that are given are not shared out.
+
+  Raises:
+    ValueError: they cannot be read, or do not fit the environment.
+  """
+  del parts
+  data, stage = opened(experiment.dataset), None
+  if experiment.env_name:
+    stage = make_env(experiment, training=False, num_envs=1)
+
+  def source(
+    experiment: Experiment, phase: Any, layout: Any = None, stopping: Any = None
+  ):
+    del stopping
+    return make_source(experiment, data, phase, layout and layout.mesh)
+
+  return Opened(spec_of(data, stage and stage.spec), False, source)
+
+
+def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
+  """What a model has imagined, where there is one."""
+  del agent
+  # Where it starts and where it leads, at least.
+  each = 2 * capacity.bytes_of(capacity.timestep(spec).observation)
+  value = getattr(experiment.config, 'model_capacity', 0)
+  return Kept('model_capacity', value, value * each, each)
+
+
+def about(experiment: Experiment, spec: Any) -> About:
+  """The data's own line and notes come before those of the environment."""
+  before = told(opened(experiment.dataset)), *notes(experiment)
+  return environment.about(experiment, spec)._replace(before=before)
+
+
+def evaluator(
+  experiment: Experiment, agent: Any
+) -> Callable[[Any, int], dict[str, float]] | None:
+  """`environment.evaluator`, with the normalised score if there is one."""
+  play = environment.evaluator(experiment, agent)
+  if play is None:
+    return None
+
+  def evaluate(params, step):
+    return _with_score(experiment, play(params, step))
+
+  return evaluate
+
+
+def measure(experiment: Experiment, agent: Any) -> Measure | None:
+  """`environment.measure`, likewise."""
+  found = environment.measure(experiment, agent)
+  if found is None:
+    return None
+  summarise = lambda played: _with_score(experiment, found.summarise(played))
+  return found._replace(summarise=summarise)
+
+
+def _with_score(experiment, found):
+  about = opened(experiment.dataset).about
+  scores = score(about, found['eval_return'])
+  return found if scores is None else found | {'eval_score': scores}
+
+
+def columns(experiment: Experiment, agent: Any) -> set[str]:
+  """Names of the metrics that `evaluator` finds."""
+  names = environment.columns(experiment, agent)
+  if names and score(opened(experiment.dataset).about, 0.0) is not None:
+    names |= {'eval_score'}
+  return names
+
+
+def finisher(experiment: Experiment, agent: Any):
+  """`environment.finisher`, with a line on how well the data plays."""
+  remark = functools.partial(scored, experiment.dataset)
+  return environment.finisher(experiment, agent, remark)
+
+
+MATERIAL = Material(
+  flag='dataset',
+  acts=False,
+  plays=True,
+  metric='eval_return',
+  memory=('batch_size', 'rollout_batch', 'data_on'),
+  sizes=('model_capacity', 'data_on'),
+  complete=complete,
+  # It may be called anything.
+  name=lambda experiment: opened(experiment.dataset).about.name,
+  fingerprint=lambda experiment: {
+    'dataset_checksum': checksum(experiment.dataset)
+  },
+  open=prepared,
+  rows=lambda experiment: rows_of(opened(experiment.dataset)),
+  kept=kept,
+  describe=about,
+  evaluate=evaluator,
+  measure=measure,
+  columns=columns,
+  keep=lambda experiment, workdir: None,
+  finish=finisher,
+)

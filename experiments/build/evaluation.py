@@ -1,12 +1,14 @@
 """Plays the checkpoints of a run with several budgets of search."""
 
+import os
 import pathlib
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.build import acting
-from experiments.build.experiment import Experiment
+from experiments.build.material import Experiment
 from experiments.files import tables
 from experiments.report import terminal
 from experiments.runtime import metrics
@@ -248,3 +250,20 @@ def play_all(
   bar.close()
   rows.sort(key=lambda row: list(checkpoints).index(row.checkpoint))
   return rows
+
+
+def command(
+  workdir: str | os.PathLike, experiment: Experiment, name: str = 'play'
+) -> str:
+  """The shell's command that plays a run, to be shown.
+
+  Args:
+    workdir: the run's folder.
+    experiment: what was run.
+    name: of the launcher.
+  """
+  from experiments.envs import names
+
+  flag = names.flag(experiment.env_name, experiment.env.options)
+  place = shlex.quote(str(workdir))
+  return f'python -m experiments.{name} --workdir={place}{flag}'

@@ -5,90 +5,15 @@ import importlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import presets
 from experiments.build import dataset as datasets
+from experiments.build import environment, text
+from experiments.build.material import Experiment, Material, is_fresh
 from experiments.files.errors import shown
 from experiments.presets.table import EnvConfig, Preset, RunConfig
 from experiments.runtime import config as configs
-
-
-class Experiment(NamedTuple):
-  """All that a run needs.
-
-  Attributes:
-    name: the preset's.
-    agent_name: a module of `agents/`.
-    env_name: for `experiments.envs.make`; '' where a data set has none.
-    steps: decisions; updates where it learns from a data set.
-    time_steps: in which so many decisions are expected to be taken; see
-      `runtime.sources.Pace`.
-    seed: the run's.
-    config: the agent's `Config`.
-    env: `EnvConfig`.
-    run: `RunConfig`.
-    dataset: what `experiments.data.open_dataset` opens, or the path of a text;
-      '' for none.
-  """
-
-  name: str
-  agent_name: str
-  env_name: str
-  steps: int
-  seed: int
-  config: Any
-  env: EnvConfig
-  run: RunConfig
-  dataset: str = ''
-  time_steps: int = 0
-
-  def as_dict(self) -> dict[str, Any]:
-    """What config.json holds."""
-    # The schedules that follow from the time steps are in the agent's part.
-    sections = ('config', 'env', 'run', 'time_steps')
-    fields = {n: v for n, v in self._asdict().items() if n not in sections}
-    plain = {n: dataclasses.asdict(getattr(self, n)) for n in sections[:3]}
-    if not self.env.recorded:  # Folders from before it was known go on.
-      del plain['env']['recorded']
-    return fields | {'agent': plain.pop('config')} | plain
-
-  @property
-  def is_text(self) -> bool:
-    """Whether its agent learns from a text."""
-    return hasattr(self.config, 'text')
-
-  @property
-  def pace(self):
-    """When rows are taken, see `runtime.sources.Pace`."""
-    from experiments.runtime.sources import Pace
-
-    ratio = Fraction(self.run.decisions_per_update).limit_denominator(1000)
-    return Pace(
-      num_envs=self.env.num_envs,
-      warmup_decisions=self.run.warmup_decisions,
-      decisions_per_update=ratio,
-      max_decisions=self.steps,
-    )
-
-  @property
-  def updates(self) -> int:
-    """Updates of the whole run; a plan where it ends by its decisions."""
-    if self.dataset:
-      return self.steps
-    return self.pace.updates(self.time_steps) + self.run.extra_updates
-
-  @property
-  def ends_by_decisions(self) -> bool:
-    """Whether it acts, so that `budget` ends it and not its updates."""
-    return not self.dataset
-
-  @property
-  def budget(self):
-    """A fresh `runtime.budget.Budget`, for a run that acts."""
-    from experiments.runtime.budget import Budget
-
-    return Budget(self.pace, self.run.extra_updates)
 
 
 def describe(
@@ -134,6 +59,7 @@ def describe(
     name=preset_name,
     agent_name=agent_name,
     env_name=env or preset.env,
+    material=_material(preset, agent_name, sections['agent'], dataset),
     dataset=dataset or '',
     steps=preset.steps if steps is None else steps,
     seed=seed,
@@ -143,13 +69,7 @@ def describe(
   )
   _check_integers(experiment)
   _check_recorded(experiment.env.recorded)
-  if is_fresh(experiment.config):
-    experiment = _complete_fresh(experiment)
-  # A preset without an environment is not for play, whatever env is given.
-  elif dataset or not preset.env or presets.is_offline(agent_name):
-    experiment = datasets.complete(experiment, env)
-  else:
-    _check(experiment)
+  experiment = experiment.material.complete(experiment, env)
   # Whole rows, at the preset's rate.
   planned = math.ceil(
     experiment.steps * Fraction(preset.time_steps or preset.steps, preset.steps)
@@ -164,7 +84,7 @@ def describe(
   # What of the agent depends on the size of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
   lengths = {'total_updates': experiment.updates}
-  if not dataset:
+  if experiment.material.acts:
     lengths = {
       # The schedule of acting ends where acting does.
       'total_updates': experiment.pace.updates(planned),
@@ -174,6 +94,18 @@ def describe(
   known = {n: v for n, v in lengths.items() if n in fields}
   config = dataclasses.replace(experiment.config, **known)
   return experiment._replace(config=config)
+
+
+def _material(
+  preset: Preset, agent_name: str, config: Any, dataset: str | None
+) -> Material:
+  """What an experiment learns from."""
+  if is_fresh(config):
+    return environment.MATERIAL
+  # A preset without an environment is not for play, whatever env is given.
+  if dataset or not preset.env or presets.is_offline(agent_name):
+    return text.MATERIAL if hasattr(config, 'text') else datasets.MATERIAL
+  return environment.MATERIAL
 
 
 def _check_integers(experiment: Experiment) -> None:
@@ -222,80 +154,6 @@ def _has(sections, setting: str) -> bool:
   return True
 
 
-def _check(experiment: Experiment) -> None:
-  run, envs = experiment.run, experiment.env.num_envs
-  if experiment.steps <= run.warmup_decisions:
-    raise ValueError(
-      f'steps={experiment.steps}: must be above warmup_decisions='
-      f'{run.warmup_decisions}'
-    )
-  window = window_of(experiment.config)
-  need = (window + 1) * envs
-  if run.warmup_decisions < need:
-    raise ValueError(
-      f'warmup_decisions={run.warmup_decisions}: must be at least {need}, so '
-      f'that {envs} environments have a window of {window} '
-      'steps each'
-    )
-  if run.replay_capacity < need:
-    raise ValueError(
-      f'replay_capacity={run.replay_capacity}: must be at least {need}'
-    )
-  if run.acting_devices and run.acting == 'synchronous':
-    raise ValueError(
-      f'acting_devices={run.acting_devices}: needs acting=asynchronous'
-    )
-
-
-def is_fresh(config: Any) -> bool:
-  """Whether an agent takes all steps of its streams, once and in order.
-
-  Such agents keep memory of each stream in their state, and say so by a class
-  attribute of their `Config`. They have no replay: a batch is one row of each
-  environment.
-  """
-  return getattr(config, 'fresh', False)
-
-
-def _complete_fresh(experiment: Experiment) -> Experiment:
-  """The experiment, its pace that of fresh rows."""
-  if experiment.dataset:
-    raise ValueError(
-      f'dataset={experiment.dataset}: {experiment.agent_name} learns from '
-      'fresh steps of its own play, not from a data set'
-    )
-  if experiment.run.hold_out:
-    raise ValueError(
-      f'hold_out={experiment.run.hold_out}: {experiment.agent_name} learns '
-      'from fresh steps and not from windows; set it to 0'
-    )
-  if experiment.run.extra_updates:
-    raise ValueError(
-      f'extra_updates={experiment.run.extra_updates}: '
-      f'{experiment.agent_name} makes an update of each fresh step and has no '
-      'replay for more; set it to 0'
-    )
-  num, usual = experiment.env.num_envs, RunConfig()
-  pace = {
-    'batch_size': num,
-    'warmup_decisions': num,
-    'decisions_per_update': float(num),
-  }
-  for name, value in pace.items():
-    asked = getattr(experiment.run, name)
-    if asked not in (value, getattr(usual, name)):
-      raise ValueError(
-        f'{name}={asked:g}: {experiment.agent_name} takes one step of each of '
-        f'its {num} games an update; set env.num_envs instead'
-      )
-  if experiment.steps <= num:
-    raise ValueError(
-      f'steps={experiment.steps}: must be above env.num_envs={num}'
-    )
-  run = dataclasses.replace(experiment.run, **pace)
-  return experiment._replace(run=run)
-
-
 def reads_text(agent_name: str) -> bool:
   """Whether an agent learns from a text.
 
@@ -304,11 +162,6 @@ def reads_text(agent_name: str) -> bool:
   """
   module = importlib.import_module(f'agents.{presets.find_agent(agent_name)}')
   return 'text' in {field.name for field in dataclasses.fields(module.Config)}
-
-
-def window_of(config: Any) -> int:
-  """Steps of what an agent learns from; single transitions take two."""
-  return getattr(config, 'window', 2)
 
 
 def text_or_dataset(values) -> str | None:

@@ -13,15 +13,10 @@ import numpy as np
 
 from experiments import presets
 from experiments.build import capacity
-from experiments.build.agent import make_agent, make_env, make_phases
-from experiments.build.experiment import (
-  Experiment,
-  describe,
-  is_fresh,
-  reads_text,
-  window_of,
-)
-from experiments.build.source import Layout, make_source
+from experiments.build.agent import make_phases
+from experiments.build.experiment import describe, reads_text
+from experiments.build.material import Experiment, is_fresh, window_of
+from experiments.build.source import Layout
 
 # Rows of batch and environments on each of several devices.
 ROWS = 8
@@ -68,7 +63,7 @@ def of_preset(
       return  # Its streams stay on one device.
     settings = _sizes(experiment, mesh.size, rows or ROWS)
     experiment = describe(name, dataset=dataset, settings=settings)
-  parts = 1 if experiment.dataset else mesh.size
+  parts = mesh.size if experiment.material.acts else 1
   found = list(phases(experiment, Layout(mesh, (), parts)))
   for label, agent, source, spec in found:
     suffix = f' ({label})' if len(found) > 1 else ''
@@ -79,7 +74,7 @@ def _sizes(plain: Experiment, number: int, each: int) -> list[str]:
   """Settings by which so many devices have so many rows each."""
   rows = each * number
   settings = [f'batch_size={rows}', f'env.num_envs={rows}']
-  if plain.dataset:
+  if not plain.material.acts:
     if hasattr(plain.config, 'rollout_batch'):
       imagined = plain.config.rollout_length * rows
       kept = -(-plain.config.model_capacity // imagined) * imagined
@@ -148,23 +143,12 @@ def phases(
     experiment: from `build.describe`.
     layout: devices, which need not be there, and parts.
   """
-  from experiments.build import dataset
-  from search.model import Environment
-
-  if experiment.dataset:
-    data = dataset.material(experiment)
-    spec = dataset.spec_of(data, None)
-    for phase in make_phases(experiment, spec):
-      source = dataset.make_source(experiment, data, phase, layout.mesh)
-      yield phase.name, phase.agent, source, spec
-    return
-  number = experiment.env.num_envs // layout.parts
-  env = make_env(experiment, training=True, num_envs=number)
-  agent = make_agent(experiment, env.spec)
-  source = None
-  if isinstance(env, Environment):
-    source = make_source(experiment, env, agent, layout)
-  yield 'train', agent, source, env.spec
+  opened = experiment.material.open(experiment, layout.parts)
+  for phase in make_phases(experiment, opened.spec):
+    source = None
+    if not opened.on_host:
+      source = opened.make_source(experiment, phase, layout)
+    yield phase.name, phase.agent, source, opened.spec
 
 
 def of_agent(

@@ -3,11 +3,11 @@
 import json
 import os
 import pathlib
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.build.experiment import Experiment, describe
+from experiments.build.experiment import describe
+from experiments.build.material import Experiment
 from experiments.files import reading, writing
 from experiments.files.errors import Missing, shown
 from experiments.runtime import config as configs
@@ -180,23 +180,6 @@ def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
       loaded[name] = restore(whole, '.agent.params')
       print(f'note: {error}; the newest checkpoint is taken')
   return loaded
-
-
-def command(
-  workdir: str | os.PathLike, experiment: Experiment, name: str = 'play'
-) -> str:
-  """The shell's command that plays a run, to be shown.
-
-  Args:
-    workdir: the run's folder.
-    experiment: what was run.
-    name: of the launcher.
-  """
-  from experiments.envs import names
-
-  flag = names.flag(experiment.env_name, experiment.env.options)
-  place = shlex.quote(str(workdir))
-  return f'python -m experiments.{name} --workdir={place}{flag}'
 
 
 def available(workdir: str) -> list[str]:

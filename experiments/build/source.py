@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.build.experiment import Experiment, is_fresh, window_of
+from experiments.build.material import Experiment, is_fresh, window_of
 
 
 class Layout(NamedTuple):
@@ -92,6 +92,8 @@ def lay_out(experiment: Experiment, mesh: Any, saved_parts: int = 0) -> Layout:
     'batch_size': run.batch_size,
     'replay_capacity': run.replay_capacity,
   }
+  if not experiment.material.acts:
+    saved_parts = 1  # Rows that are given are not shared out.
   number = parts.choose(run.parts, saved_parts, sizes, mesh)
   if run.batch_size % mesh.size:
     raise ValueError(
@@ -99,6 +101,22 @@ def lay_out(experiment: Experiment, mesh: Any, saved_parts: int = 0) -> Layout:
       'devices'
     )
   return Layout(mesh, (), number)
+
+
+def place_over(mesh: Any) -> Callable[[Any], Any]:
+  """Divides a batch of a pure source over devices.
+
+  Args:
+    mesh: of the devices; None for one.
+  """
+  import jax
+
+  from experiments.runtime import mesh as meshes
+
+  if mesh is None or mesh.size == 1:
+    return lambda batch: batch
+  rows = meshes.split(mesh)
+  return lambda batch: jax.lax.with_sharding_constraint(batch, rows)
 
 
 def make_source(

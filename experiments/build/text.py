@@ -1,7 +1,6 @@
-"""From a text to a run: its tokens, its windows, what is held out, its play.
+"""From a text to a run: its tokens, its windows, what is held out.
 
-A text takes the way of a data set: `Experiment.dataset` is its path, and
-`experiments.build.dataset` calls here where an experiment `is_text`.
+`Experiment.dataset` is the path of the text.
 """
 
 import functools
@@ -11,9 +10,19 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from experiments.build import capacity
+from experiments.build.material import (
+  About,
+  Experiment,
+  Kept,
+  Material,
+  Measure,
+  Opened,
+)
+from experiments.build.source import place_over
 from experiments.data import text as texts
 from experiments.data.text import Corpus
-from experiments.files import writing
+from experiments.files import reading, writing
 from experiments.files.errors import UserError
 from experiments.report import terminal
 
@@ -21,7 +30,7 @@ VOCABULARY = 'vocabulary.json'
 _HELD_OUT_BATCH = 32
 
 
-def complete(experiment: Any, env: str | None):
+def complete(experiment: Experiment, env: str | None) -> Experiment:
   """An experiment on a text, which nobody plays in.
 
   Args:
@@ -52,7 +61,7 @@ def complete(experiment: Any, env: str | None):
   return experiment._replace(env_name='')
 
 
-def opened(experiment: Any) -> Corpus:
+def opened(experiment: Experiment) -> Corpus:
   """The text of an experiment as tokens, read once while its file stays.
 
   Raises:
@@ -84,44 +93,71 @@ def _opened(path, stamp, config) -> Corpus:
   return corpus
 
 
-def told(experiment: Any, corpus: Corpus) -> tuple[str, str]:
+def about(experiment: Experiment, spec: Any) -> About:
   """A line about a text, and one about the network that reads it."""
   from networks import language
 
+  del spec
+  corpus = opened(experiment)
   size = language.size_of(experiment.config.network)
-  return (
+  return About(
+    (),
     f'text {corpus.name}: {len(corpus.train):,} tokens to train on, '
     f'{len(corpus.held_out):,} held out, {corpus.vocabulary.size:,} different '
     'ones',
-    f'{size.operations / 1e6:.3g}M operations a token, '
-    f'{size.parameters / 1e6:.3g}M parameters without embedding and softmax',
+    (
+      f'{size.operations / 1e6:.3g}M operations a token, '
+      f'{size.parameters / 1e6:.3g}M parameters without embedding and softmax',
+    ),
   )
 
 
-def spec_of(corpus: Corpus):
+def spec_of(name: str, vocabulary: texts.Vocabulary):
   """What the agent is told: one token is seen, one is predicted."""
   import numpy as np
 
   from agents.core.types import ArraySpec, Discrete, Spec
 
-  return Spec(
-    ArraySpec((), np.int32), Discrete(corpus.vocabulary.size), name=corpus.name
-  )
+  return Spec(ArraySpec((), np.int32), Discrete(vocabulary.size), name=name)
 
 
-def make_source(experiment: Any, corpus: Corpus, place: Callable):
-  """The source of an experiment on a text; see `runtime.text`."""
+def prepared(experiment: Experiment, parts: int = 1) -> Opened:
+  """The tokens that an experiment learns from.
+
+  Args:
+    experiment: from `build.describe`.
+    parts: are not looked at: tokens are not shared out.
+
+  Raises:
+    ValueError: they cannot be read.
+  """
   from experiments.runtime import text as runtime
 
-  return runtime.from_tokens(
-    corpus.train,
-    experiment.run.batch_size,
-    experiment.config.text.length,
-    place=place,
-  )
+  del parts
+  corpus = opened(experiment)
+
+  def source(
+    experiment: Experiment, phase: Any, layout: Any = None, stopping: Any = None
+  ):
+    del phase, stopping
+    return runtime.from_tokens(
+      corpus.train,
+      experiment.run.batch_size,
+      experiment.config.text.length,
+      place=place_over(layout and layout.mesh),
+    )
+
+  return Opened(spec_of(corpus.name, corpus.vocabulary), False, source)
 
 
-def held_out(experiment: Any, corpus: Corpus):
+def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
+  """Nothing but the text; a row of a batch has a window."""
+  del agent
+  each = 2 * capacity.bytes_of(capacity.timestep(spec).observation)
+  return Kept('batch_size', 0, 0.0, experiment.config.text.length * each)
+
+
+def held_out(experiment: Experiment, corpus: Corpus):
   """Windows that are never trained on, int32 `[n, B, L + 1]`.
 
   B is 32, whatever the batch that is trained on, so that all runs on a text
@@ -140,7 +176,7 @@ def held_out(experiment: Any, corpus: Corpus):
   return taken.astype(np.int32).reshape(-1, size, length + 1)
 
 
-def measure(agent: Any, params: Any, windows: Any) -> dict[str, Any]:
+def likelihoods(agent: Any, params: Any, windows: Any) -> dict[str, Any]:
   """Metrics `held_...` of windows `[n, B, L + 1]`; may be traced.
 
   `held_log_likelihood` is the mean of a token, in nats, and `held_perplexity`
@@ -158,7 +194,7 @@ def measure(agent: Any, params: Any, windows: Any) -> dict[str, Any]:
   return {f'held_{name}': value for name, value in means.items()}
 
 
-def evaluator(experiment: Any, agent: Any) -> Callable:
+def evaluator(experiment: Experiment, agent: Any) -> Callable:
   """`(params, step) -> metrics` of the text that is held out."""
   import jax
   import jax.numpy as jnp
@@ -166,7 +202,7 @@ def evaluator(experiment: Any, agent: Any) -> Callable:
   from experiments.runtime import mesh
 
   windows = jnp.asarray(held_out(experiment, opened(experiment)))
-  compiled = jax.jit(functools.partial(measure, agent))
+  compiled = jax.jit(functools.partial(likelihoods, agent))
 
   def evaluate(params, step):
     del step
@@ -176,8 +212,35 @@ def evaluator(experiment: Any, agent: Any) -> Callable:
   return evaluate
 
 
+def measure(experiment: Experiment, agent: Any) -> Measure:
+  """The evaluation of rows in one program."""
+  del agent
+  windows = held_out(experiment, opened(experiment))
+
+  def evaluate(own, agent, params, seed, step):
+    del own, seed, step
+    return likelihoods(agent, params, windows)
+
+  return Measure(evaluate, None, lambda found: found)
+
+
+def columns(experiment: Experiment, agent: Any) -> set[str]:
+  """Names of the metrics that `evaluator` finds."""
+  import jax
+  import jax.numpy as jnp
+
+  params = jax.eval_shape(agent.init, jax.random.key(0)).params
+  size = 1, experiment.run.batch_size, experiment.config.text.length + 1
+  windows = jax.ShapeDtypeStruct(size, jnp.int32)
+  found = functools.partial(likelihoods, agent)
+  return set(jax.eval_shape(found, params, windows))
+
+
 def finish(
-  experiment: Any, agent: Any, workdir: pathlib.Path, found: dict[str, Any]
+  experiment: Experiment,
+  agent: Any,
+  workdir: pathlib.Path,
+  found: dict[str, Any],
 ) -> None:
   """Measures the trained network on what is held out; table and line.
 
@@ -221,7 +284,41 @@ def finish(
   )
 
 
-def save_vocabulary(workdir: pathlib.Path, corpus: Corpus) -> None:
+def keep(experiment: Experiment, workdir: pathlib.Path) -> None:
   """Keeps what tokens mean, so that playing needs no text."""
-  words = json.dumps(corpus.vocabulary.words) + '\n'
+  words = json.dumps(opened(experiment).vocabulary.words) + '\n'
   writing.write_text(workdir / VOCABULARY, words)
+
+
+def read_vocabulary(workdir: pathlib.Path) -> texts.Vocabulary:
+  """What `keep` has written.
+
+  Raises:
+    UserError: it is not there, or damaged.
+  """
+  path = workdir / VOCABULARY
+  return texts.Vocabulary(reading.read_json(path, tuple[str, ...]))
+
+
+MATERIAL = Material(
+  flag='text',
+  acts=False,
+  plays=False,
+  metric='held_log_likelihood',
+  memory=('batch_size', 'rollout_batch', 'data_on'),
+  sizes=(),
+  complete=complete,
+  name=lambda experiment: pathlib.Path(experiment.dataset).stem,
+  fingerprint=lambda experiment: {
+    'dataset_checksum': texts.checksum(experiment.dataset)
+  },
+  open=prepared,
+  rows=lambda experiment: opened(experiment).train,
+  kept=kept,
+  describe=about,
+  evaluate=evaluator,
+  measure=measure,
+  columns=columns,
+  keep=keep,
+  finish=lambda experiment, agent: functools.partial(finish, experiment, agent),
+)

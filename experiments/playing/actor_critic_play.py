@@ -214,7 +214,6 @@ def launch(experiment: Any, values: Any) -> list[evaluation.Row]:
     UserError: the run, a player or the dynamics cannot be used.
   """
   from experiments import build
-  from experiments.build import saved
 
   strategies = {name: _strategy(name, experiment) for name in values.players}
   checkpoint = (values.checkpoint or ['final'])[0]
@@ -245,6 +244,6 @@ def launch(experiment: Any, values: Any) -> list[evaluation.Row]:
   out = pathlib.Path(values.out or f'{values.workdir}/play.csv')
   evaluation.write_rows(out, rows)
   others = 'lookahead=2,lookahead=1+rollout=16'
-  again = saved.command(values.workdir, experiment)
+  again = evaluation.command(values.workdir, experiment)
   terminal.end(str(out), f'{again} --players={others}')
   return rows

@@ -30,7 +30,7 @@ class Trained(NamedTuple):
   def reward_factor(self) -> float:
     """The factor by which rewards were multiplied in training."""
     experiment = self.experiment
-    return experiment.run.reward_factor if experiment.dataset else 1.0
+    return 1.0 if experiment.material.acts else experiment.run.reward_factor
 
 
 class Learned(NamedTuple):

@@ -177,7 +177,7 @@ def launch(experiment: Any, values: Any) -> None:
     UserError: the run's environment is not a game, or a player is wrong.
   """
   from experiments import build
-  from experiments.build import saved
+  from experiments.build import evaluation
 
   game = build.make_env(experiment, training=False, num_envs=1).spec.game
   if game is None:
@@ -234,5 +234,5 @@ def launch(experiment: Any, values: Any) -> None:
     report=report,
   )
   print_results(results)
-  again = saved.command(values.workdir, experiment)
+  again = evaluation.command(values.workdir, experiment)
   terminal.end(str(out), f'{again} --human --players={names[-1]}')

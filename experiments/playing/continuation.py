@@ -5,8 +5,6 @@ from typing import Any
 
 from experiments.build import text
 from experiments.data import text as texts
-from experiments.data.text import Corpus
-from experiments.files import reading
 from experiments.files.errors import UserError, shown
 
 
@@ -25,7 +23,6 @@ def continue_text(
     UserError: no prompt, or no such run or checkpoint.
   """
   import jax
-  import numpy as np
 
   from experiments import build
   from experiments.build.saved import load_params
@@ -36,11 +33,9 @@ def continue_text(
       'prompt: is empty; give the text that the language model continues, such '
       "as --prompt='The '"
     )
-  path = pathlib.Path(workdir) / text.VOCABULARY
-  words = reading.read_json(path, tuple[str, ...])
-  vocabulary = texts.Vocabulary(words)
-  nothing = np.zeros(0, np.uint16)
-  spec = text.spec_of(Corpus(path.parent.name, nothing, nothing, vocabulary))
+  folder = pathlib.Path(workdir)
+  vocabulary = text.read_vocabulary(folder)
+  spec = text.spec_of(folder.name, vocabulary)
   agent = build.make_agent(experiment, spec)
   params = load_params(workdir, agent, [name])[name]
   networks = build.make_networks(experiment, spec)

@@ -48,7 +48,7 @@ def launch(experiment: Any, values: Any) -> None:
   evaluation.print_rows(rows)
   out = pathlib.Path(values.out or f'{values.workdir}/play.csv')
   evaluation.write_rows(out, rows)
-  again = saved.command(values.workdir, experiment)
+  again = evaluation.command(values.workdir, experiment)
   following = f'python -m experiments.plots --workdirs={values.workdir}'
   if env.spec.game is not None:
     following = f'{again} --human'

@@ -75,10 +75,10 @@ def route(workdir: str, checkpoint: str, layer: int) -> Shares:
   from networks.routing import ByToken
 
   experiment = saved.load_experiment(workdir)
-  if not experiment.is_text:
+  if experiment.material.plays:
     raise UserError(f'workdir={workdir}: is no run of a language model')
   corpus = text.opened(experiment)
-  spec = text.spec_of(corpus)
+  spec = text.spec_of(corpus.name, corpus.vocabulary)
   agent = build.make_agent(experiment, spec)
   networks = build.make_networks(experiment, spec)
   params = saved.load_params(workdir, agent, [checkpoint])[checkpoint]

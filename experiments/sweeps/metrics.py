@@ -5,7 +5,6 @@ import difflib
 from typing import Any
 
 from experiments import build
-from experiments.build import acting, dataset
 from experiments.files.errors import UserError
 
 
@@ -23,7 +22,7 @@ def check(experiment: build.Experiment, metric: str) -> None:
   run = dataclasses.replace(experiment.run, data_on='device')
   experiment = experiment._replace(run=run)
   agent, source, spec = build.row(experiment)
-  known = _of_play(experiment, agent)
+  known = experiment.material.columns(experiment, agent)
   held_out = experiment.run.hold_out and metric.startswith('held_')
   if metric in known or held_out:
     return
@@ -37,32 +36,15 @@ def check(experiment: build.Experiment, metric: str) -> None:
     )
 
 
-def _of_play(experiment, agent) -> set[str]:
-  """Columns of evaluations."""
-  if experiment.is_text or not experiment.env_name:
-    return set()
-  names = {
-    f'{prefix}_{what}'
-    for prefix in acting.players(experiment, agent)
-    for what in ('return', 'return_se', 'length')
-  }
-  if experiment.dataset and names:
-    about = dataset.opened(experiment.dataset).about
-    names |= {'eval_score'} if dataset.score(about, 0.0) is not None else set()
-  return names
-
-
 def _of_learning(experiment, agent, source, spec) -> set[str]:
   """Columns of updates and of the experience that they learn from."""
   import jax
-  import jax.numpy as jnp
 
-  from agents.core.types import Text
   from experiments.runtime import loop
 
   key = jax.random.key(0)
   names = {'updates_per_second', 'compiled'}
-  if not experiment.dataset:
+  if experiment.material.acts:
     if not source.is_pure:
       source = build.make_source(experiment, _stand_in(spec), agent)
       names |= {'wait_seconds', 'policy_lag'}
@@ -72,12 +54,6 @@ def _of_learning(experiment, agent, source, spec) -> set[str]:
     lambda carry: loop.step(agent, source, carry, key), carry
   )
   names |= set(means) | set(counts)
-  if experiment.is_text:
-    size = experiment.run.batch_size, experiment.config.text.length + 1
-    tokens = Text(jax.ShapeDtypeStruct(size, jnp.int32))
-    held = jax.eval_shape(agent.evaluate, carry.agent.params, tokens, None)
-    names |= {f'held_{name}' for name in held if name != 'loss'}
-    names |= {'held_perplexity', 'held_log_likelihood'}
   return names - {'return_sum', 'length_sum'}
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import build
-from experiments.build import acting, text
-from experiments.build import dataset as datasets
+from experiments.build import environment
+from experiments.build.material import Measure
 from experiments.runtime import config as configs
 from experiments.sweeps import plan
 
@@ -50,11 +50,8 @@ class Functions(NamedTuple):
       without its source; None in the first.
     interval: `(values, carry, seed, num_steps) -> (carry, means, counts)`, see
       `loop.compile_interval`.
-    evaluate: `(values, params, seed, step) -> {prefix: (returns [E], lengths
-      [E])}`, whole episodes of everyone in `acting.players` on the device;
-      None where nobody plays, or on the host. Of a text `{metric: scalar}`.
-    act: `(values, params, key, timestep) -> {prefix: action}` for simulators
-      of the host; None without.
+    measure: `build.material.Measure` whose functions take `values` in the place
+      of experiment and agent; None where nothing is measured.
     load: `() -> ` rows of the data set that all rows share, None without; of
       `compiled`, on all devices. `init` and `enter` then donate it: the carry
       holds it from there on.
@@ -67,8 +64,7 @@ class Functions(NamedTuple):
   init: Callable[..., Any]
   enter: Callable[..., Any] | None
   interval: Callable[..., Any]
-  evaluate: Callable[..., Any] | None
-  act: Callable[..., Any] | None
+  measure: Measure | None
   load: Callable[[], Any]
   axes: Any
   rest: Callable[[Any], Any] | None = None
@@ -88,16 +84,14 @@ def row_functions(
 
   from experiments.runtime import loop
 
-  make = _made_offline if experiment.dataset else _made_online
-  made, ends, axes = make(experiment, paths)
-  load = lambda: None
-  if experiment.dataset:
-    rows = datasets.rows_of(datasets.material(experiment))
-    load = lambda: jax.tree.map(jax.numpy.asarray, rows)
+  made, ends, axes = _made(experiment, paths)
+  load = lambda: jax.tree.map(
+    jax.numpy.asarray, experiment.material.rows(experiment)
+  )
 
   def functions(number):
     def init(values, seed, shared):
-      agent, source, _ = made(values, number)
+      _, agent, source, _ = made(values, number)
       key = jax.random.key(seed)
       if shared is None:
         return loop.init(agent, source, key)
@@ -106,24 +100,25 @@ def row_functions(
       return loop.Carry(state, source.fill(shared), jax.numpy.int32(0))
 
     def enter(values, carry, shared):
-      _, source, transfer = made(values, number)
+      *_, source, transfer = made(values, number)
       assert transfer is not None and source.fill is not None
       state = transfer(carry.agent)
       return loop.Carry(state, source.fill(shared), carry.step)
 
     def interval(values, carry, seed, num_steps):
-      agent, source, _ = made(values, number)
+      _, agent, source, _ = made(values, number)
       run = loop.compile_interval(agent, source)
       return run(carry, jax.random.key(seed), num_steps)
 
-    rest = made(_values(experiment, paths), number)[1].rest
+    _, agent, source, _ = made(_values(experiment, paths), number)
+    measure, rest = experiment.material.measure(experiment, agent), source.rest
 
     return Functions(
       ends[number],
       init,
       enter if number else None,
       interval,
-      *_players(experiment, paths, made, number),
+      measure and _over_values(measure, lambda values: made(values, number)),
       load,
       loop.Carry(0, axes[number], None),
       rest and (lambda carry: carry._replace(source=rest(carry.source))),
@@ -138,85 +133,43 @@ def _own(experiment, paths, values):
   return experiment
 
 
-def _made_online(experiment, paths):
-  """`(values, phase) -> (agent, source, transfer)`, the phases' ends, axes."""
-  env = build.make_env(experiment, training=True)
+def _made(experiment, paths):
+  """`(values, phase) -> (experiment, agent, source, transfer)` of a row.
 
-  def made(values, number):
-    del number
-    own = _own(experiment, paths, values)
-    agent = build.make_agent(own, env.spec)
-    return agent, build.make_source(own, env, agent), None
-
-  return made, [experiment.updates], [0]
-
-
-def _made_offline(experiment, paths):
-  dataset = datasets.material(experiment)
-  stage = None
-  if experiment.env_name:
-    stage = build.make_env(experiment, training=False, num_envs=1)
-  spec = datasets.spec_of(dataset, stage and stage.spec)
+  And for each phase where it ends and the axes of its source.
+  """
+  opened = experiment.material.open(experiment)
 
   def made(values, number):
     own = _own(experiment, paths, values)
-    phase = build.make_phases(own, spec)[number]
-    source = datasets.make_source(own, dataset, phase)
-    return phase.agent, source, phase.transfer
+    phase = build.make_phases(own, opened.spec)[number]
+    source = opened.make_source(own, phase)
+    return own, phase.agent, source, phase.transfer
 
   ends, axes, end = [], [], 0
-  for phase in build.make_phases(experiment, spec):
+  for phase in build.make_phases(experiment, opened.spec):
     end = experiment.updates if phase.updates is None else end + phase.updates
     ends.append(end)
-    axes.append(datasets.make_source(experiment, dataset, phase).axes)
+    axes.append(opened.make_source(experiment, phase).axes)
   return made, ends, axes
 
 
-def _players(experiment, paths, made, number):
-  """`Functions.evaluate` and `Functions.act` of a phase."""
-  import jax
+def _over_values(measure: Measure, made: Callable) -> Measure:
+  """A measure whose functions take the values of a row's fields."""
 
-  from experiments.runtime import evaluate as playing
-  from search.model import Environment
+  def over(function):
+    if function is None:
+      return None
 
-  if experiment.is_text:
-    windows = text.held_out(experiment, text.opened(experiment))
+    def of_values(values, *args):
+      own, agent, *_ = made(values)
+      return function(own, agent, *args)
 
-    def measure(values, params, seed, step):
-      del seed, step
-      return text.measure(made(values, number)[0], params, windows)
+    return of_values
 
-    return measure, None
-  agent, *_ = made(_values(experiment, paths), number)
-  if not (experiment.env_name and acting.players(experiment, agent)):
-    return None, None
-  stage = build.make_env(experiment, training=False, num_envs=1)
-
-  def players(values):
-    own = _own(experiment, paths, values)
-    return acting.players(own, made(values, number)[0])
-
-  def evaluate(values, params, seed, step):
-    assert isinstance(stage, Environment)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return {
-      prefix: playing.device_episodes(
-        stage.reset,
-        stage.step,
-        play,
-        experiment.run.evaluate_episodes,
-        10_000,
-        params,
-        key,
-      )
-      for prefix, play in players(values).items()
-    }
-
-  def act(values, params, key, timestep):
-    found = players(values)
-    return {n: play(params, key, timestep) for n, play in found.items()}
-
-  return (evaluate, None) if isinstance(stage, Environment) else (None, act)
+  return measure._replace(
+    evaluate=over(measure.evaluate), act=over(measure.act)
+  )
 
 
 def _values(experiment, paths):
@@ -250,8 +203,9 @@ def traceable(
         if phase.enter is not None:
           carry = phase.enter(values, carry, shared)
         carry, *_ = phase.interval(values, carry, seed, 1)
-        if phase.evaluate is not None:
-          played.append(phase.evaluate(values, carry.agent.params, seed, 0))
+        evaluate = phase.measure and phase.measure.evaluate
+        if evaluate is not None:
+          played.append(evaluate(values, carry.agent.params, seed, 0))
       return played
 
     floats = jax.ShapeDtypeStruct((len(tried),), jnp.float32)
@@ -316,7 +270,13 @@ def compiled(functions: Functions, mesh: Any) -> Functions:
     )
     return jax.jit(split, **options)
 
-  evaluate, act, enter = functions.evaluate, functions.act, functions.enter
+  measure, enter = functions.measure, functions.enter
+  if measure is not None:
+    evaluate, act = measure.evaluate, measure.act
+    measure = measure._replace(
+      evaluate=evaluate and over_rows(evaluate, (0, 0, 0, None), 0),
+      act=act and over_rows(act, (0, 0, None, 0), 0),
+    )
   return functions._replace(
     init=over_rows(functions.init, (0, 0, None), carry, donate_argnums=2),
     enter=enter
@@ -327,8 +287,7 @@ def compiled(functions: Functions, mesh: Any) -> Functions:
     interval=over_rows(
       functions.interval, (0, carry, 0, None), (carry, 0, 0), donate_argnums=1
     ),
-    evaluate=evaluate and over_rows(evaluate, (0, 0, 0, None), 0),
-    act=act and over_rows(act, (0, 0, None, 0), 0),
+    measure=measure,
   )
 
 
@@ -379,7 +338,7 @@ def run(
 
   experiment, count = program.experiment, len(program.seeds)
   settings = experiment.run
-  budget = experiment.budget if experiment.ends_by_decisions else None
+  budget = experiment.budget
   # Rows are repeated to fill the devices.
   spread = np.arange(-(-count // mesh.size) * mesh.size) % count
   values = np.asarray(program.values, np.float32).reshape(count, -1)[spread]
@@ -493,31 +452,27 @@ def _history(extra: dict[str, Any], phases: int) -> _History:
 
 
 def _evaluated(experiment, phase, values, params, seeds, step, metrics):
-  """Metrics of all rows' play, if they play in this phase."""
+  """Metrics of all rows' evaluation; what NaNs have played counts as NaN."""
   import jax
   import numpy as np
 
-  if phase.evaluate is not None:
-    played = phase.evaluate(values, params, seeds, np.int32(step))
-    played = jax.device_get(played)
-  elif phase.act is not None:
-    played = _on_host(experiment, phase, values, params, step)
-  else:
+  measure, finite = phase.measure, metrics['finite']
+  if measure is None:
     return {}
-  if experiment.is_text:
-    finite = metrics['finite'] > 0
-    held = {n: np.asarray(x)[: len(finite)] for n, x in played.items()}
-    return {n: np.where(finite, x, np.nan) for n, x in held.items()}
-  found = _played(played, metrics['finite'])
-  if experiment.dataset:
-    about = datasets.opened(experiment.dataset).about
-    if datasets.score(about, 0.0) is not None:
-      found['eval_score'] = datasets.score(about, found['eval_return'])
-  return found
+  if measure.evaluate is not None:
+    found = measure.evaluate(values, params, seeds, np.int32(step))
+    found = jax.device_get(found)
+  else:
+    found = _on_host(experiment, measure.act, values, params, step)
+  own = jax.tree.map(lambda x: np.asarray(x)[: len(finite)], found)
+  return {
+    name: np.where(finite > 0, column, np.nan)
+    for name, column in measure.summarise(own).items()
+  }
 
 
-def _on_host(experiment, phase, values, params, step):
-  """What `Functions.evaluate` returns, on simulators beside each other."""
+def _on_host(experiment, act, values, params, step):
+  """What `Measure.evaluate` returns, on simulators beside each other."""
   import jax
   import numpy as np
 
@@ -526,9 +481,8 @@ def _on_host(experiment, phase, values, params, step):
   from experiments.runtime import evaluate as playing
 
   rows, episodes = len(values), experiment.run.evaluate_episodes
-  # As many at a time as `watcher.evaluator` takes: who plays which episode, and
-  # their number, follow from it.
-  beside = min(episodes, 32)
+  # Who plays which episode, and their number, follow from it.
+  beside = min(episodes, environment.BESIDE)
   env = build.make_env(experiment, training=False, num_envs=beside)
   assert isinstance(env, HostEnvironment)
   # As `experiments.train` does, every row meets the same episodes.
@@ -537,7 +491,7 @@ def _on_host(experiment, phase, values, params, step):
   assert isinstance(kind, Continuous)
   shaped = lambda x: np.asarray(x).reshape(rows, -1, *x.shape[1:])
   # Who can be played without a search is one player only.
-  act = lambda key, timestep: phase.act(
+  chosen = lambda key, timestep: act(
     values, params, key, jax.tree.map(shaped, timestep)
   )
 
@@ -545,7 +499,7 @@ def _on_host(experiment, phase, values, params, step):
 
   def play(params, key, timestep):
     del params
-    (action,) = (np.asarray(a) for a in act(key, timestep).values())
+    (action,) = (np.asarray(a) for a in chosen(key, timestep).values())
     finite = np.isfinite(action)
     diverged[:] |= ~finite.all(tuple(range(2, action.ndim)))
     # Simulators refuse what is no number, and with it the rows that are well.
@@ -587,25 +541,6 @@ def _measured(means, counts, count) -> dict[str, Any]:
       if f'{name}_sum' in counts:
         means[f'episode_{name}'] = counts.pop(f'{name}_sum') / ended
   return means | counts | {'finite': finite.astype(np.float32)}
-
-
-def _played(played, finite) -> dict[str, Any]:
-  """Summaries by row; what a network of NaNs played counts as NaN."""
-  import numpy as np
-
-  from experiments.runtime.evaluate import Episodes
-
-  found = {}
-  for prefix, (returns, lengths) in played.items():
-    summaries = [
-      Episodes(np.asarray(r, np.float64), np.asarray(n, np.int64)).summary()
-      for r, n in zip(returns, lengths[: len(finite)])
-    ]
-    for name in summaries[0]:
-      column = np.array([summary[name] for summary in summaries])
-      own = name.replace('eval', prefix, 1)
-      found[own] = np.where(finite > 0, column, np.nan)
-  return found
 
 
 def _add_up(metrics, points, name) -> None:

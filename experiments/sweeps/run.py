@@ -16,7 +16,7 @@ import importlib.util
 import pathlib
 
 from experiments import build
-from experiments.build import capacity, dataset, support
+from experiments.build import capacity, support
 from experiments.files import locking
 from experiments.presets.settings import refuse_unused
 from experiments.report import terminal
@@ -44,7 +44,6 @@ def run(held: contextlib.ExitStack) -> None:
 
   values = flags.FLAGS
   workdir = pathlib.Path(values.workdir)
-  metric = values.metric or 'eval_return'
   if values.status:
     status.show(workdir)
     return
@@ -66,11 +65,10 @@ def run(held: contextlib.ExitStack) -> None:
     first = plan.describe(sweep_plan.Row(0, 0))
     refuse_unused(
       [*plan.fixed, *plan.assignments(0)],
-      on_data=bool(first.dataset),
+      on_data=not first.material.acts,
       is_fresh=build.is_fresh(first.config),
     )
-    if first.is_text and not values.metric:
-      metric = 'held_log_likelihood'
+    metric = values.metric or first.material.metric
     asked = values.engine
     if asked == 'auto' and (share != (0, 1) or values.halving):
       asked = 'processes'
@@ -87,8 +85,7 @@ def run(held: contextlib.ExitStack) -> None:
     # Rows of processes and of Ray are alike.
     kind = 'vmap' if engine == 'vmap' else 'processes'
     content = plan._asdict() | {'engine': kind}
-    if plan.dataset:
-      content |= {'dataset_checksum': dataset.checksum_of(first)}
+    content |= first.material.fingerprint(first)
     configs.check_run_config(workdir, content, engine, ('dataset',))
     if values.check:
       print('no problem found')
@@ -98,11 +95,10 @@ def run(held: contextlib.ExitStack) -> None:
     if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
       configs.write_run_config(workdir, content, engine)
     status.note_rows(workdir, plan, values.seeds)
-    where = first.dataset or first.env_name
     terminal.begin(
       f'{len(plan.settings)} settings x {values.seeds} seeds = {len(rows)} '
       f'rows, engine {engine}, folder {workdir}',
-      f'{first.agent_name} on {where}, {first.updates:,} updates of '
+      f'{first.agent_name} on {first.where}, {first.updates:,} updates of '
       f'{first.run.batch_size} rows',
       # Processes and machines of a cluster have devices of their own.
       compiles=engine == 'vmap',
@@ -256,12 +252,12 @@ def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
     raise configs.UserError(
       'engine=ray: needs Ray: pip install "ray>=2.50", or take processes'
     )
-  if plan.dataset:
-    experiment = plan.describe(sweep_plan.Row(0, 0))
+  experiment = plan.describe(sweep_plan.Row(0, 0))
+  if not experiment.material.acts:
     if not experiment.env_name and metric.startswith('eval_'):
       raise configs.UserError(
-        f'metric={metric}: {plan.dataset} has no simulator to play in; take '
-        'loss'
+        f'metric={metric}: {experiment.where} has no simulator to play in; '
+        'take loss'
       )
     # Every row's agent is made when it is found out what may be traced.
     engine = 'vmap' if asked == 'auto' else asked

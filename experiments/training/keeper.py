@@ -144,9 +144,8 @@ class Keeper:
       self._best = checkpoint.best(workdir / 'best', **options)
     self._rows: list[dict] = []
     self._most = experiment.run.keep_checkpoints + 1
-    self.decisions, self.metrics, self.budget = 0.0, '', None
-    if experiment.ends_by_decisions:
-      self.budget = experiment.budget
+    self.decisions, self.metrics = 0.0, ''
+    self.budget = experiment.budget
     self.digest: Callable[[], str] = lambda: ''
     self._parts = parts
 

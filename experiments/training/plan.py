@@ -30,8 +30,7 @@ def here(experiment: build.Experiment, saved_parts: int = 0) -> list[Plan]:
   Raises:
     ValueError: agent, environment, data set and devices do not fit.
   """
-  parts = 1 if experiment.dataset else saved_parts
-  layout = build.make_layout(experiment, parts)
+  layout = build.make_layout(experiment, saved_parts)
   phases = programs.phases(experiment, layout)
   return [of_phase(experiment, layout, phase) for phase in phases]
 
@@ -146,10 +145,7 @@ def out_of_memory(experiment: build.Experiment) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if FULL not in str(error):
       raise
-    names = ['batch_size', 'reanalyze_chunk', 'num_envs', 'replay_capacity']
-    if experiment.dataset:
-      names = ['batch_size', 'rollout_batch', 'data_on']
-    fields = settings(experiment, *names)
+    fields = settings(experiment, *experiment.material.memory)
     what = shown(' '.join(str(error).split()))
     raise UserError(
       f'{", ".join(fields)}: a device has run out of memory ({what}); '
@@ -166,8 +162,7 @@ def _main() -> None:
     target = compile_targets.parse(asked['target'])
     experiment = build.describe(**asked['about'])
     mesh = meshes.make_mesh(compile_targets.devices(target))
-    parts = 1 if experiment.dataset else 0
-    layout = build.lay_out(experiment, mesh, parts)
+    layout = build.lay_out(experiment, mesh)
     for phase in programs.phases(experiment, layout):
       plan = of_phase(experiment, layout, phase, target)
       print(json.dumps(plan._asdict()), flush=True)

@@ -157,7 +157,6 @@ def _kept(experiment, layout, agent, source, spec, sharding) -> list[Row]:
   import jax
   import numpy as np
 
-  from experiments.build import dataset
   from experiments.runtime import loop
   from experiments.runtime import mesh as meshes
 
@@ -185,7 +184,7 @@ def _kept(experiment, layout, agent, source, spec, sharding) -> list[Row]:
     return [*rows, *_pure(experiment, carry.source, where), batch]
   rows.append(batch)
   if source is not None:
-    data = jax.tree.leaves(dataset.rows_of(dataset.material(experiment)))
+    data = jax.tree.leaves(experiment.material.rows(experiment))
     # Files that are mapped may be larger than memory.
     held = sum(x.nbytes for x in data if not isinstance(x, np.memmap))
     return [*rows, Row('data', _data(experiment), 0.0, held)]
@@ -202,7 +201,7 @@ def _kept(experiment, layout, agent, source, spec, sharding) -> list[Row]:
 def _pure(experiment, state, where) -> Iterator[Row]:
   """The state of a pure source, divided over the devices or whole on each."""
   size, replay = _shards(state, where), getattr(state, 'replay', None)
-  if experiment.dataset:
+  if not experiment.material.acts:
     yield Row('data', _data(experiment), size)
     return
   kept = 0.0 if replay is None else _shards(replay, where)
@@ -211,11 +210,9 @@ def _pure(experiment, state, where) -> Iterator[Row]:
 
 
 def _data(experiment) -> tuple[str, ...]:
-  path = shown(experiment.dataset, 60)
-  if experiment.is_text:
-    return (f'text={path}',)
-  more = settings(experiment, 'model_capacity', 'data_on')
-  return (f'dataset={path}', *more)
+  material, path = experiment.material, shown(experiment.where, 60)
+  more = settings(experiment, *material.sizes)
+  return (f'{material.flag}={path}', *more)
 
 
 def _shards(tree: Any, shardings: Any) -> float:

@@ -14,7 +14,7 @@ import time
 from typing import Any, NamedTuple
 
 from experiments import build
-from experiments.build import capacity, dataset, evaluation, text
+from experiments.build import capacity
 from experiments.build import saved as saved_run
 from experiments.report import terminal
 from experiments.runtime import config as configs
@@ -24,14 +24,9 @@ from experiments.training.keeper import Keeper, alone, peek
 
 
 def default_workdir(experiment: build.Experiment) -> str:
-  """`runs/PRESET_ENV_sSEED`, or with the data set's name for ENV."""
-  where = experiment.env_name
-  if experiment.is_text:
-    where = pathlib.Path(experiment.dataset).stem
-  elif experiment.dataset:
-    where = dataset.opened(experiment.dataset).about.name
-  # A data set may be called anything.
-  where = re.sub(r'[^\w.,+=@()-]', '-', where)[:80]
+  """`runs/PRESET_ENV_sSEED`, or with the name of what is read for ENV."""
+  name = experiment.material.name(experiment)
+  where = re.sub(r'[^\w.,+=@()-]', '-', name)[:80]
   return f'runs/{experiment.name}_{where}_s{experiment.seed}'
 
 
@@ -42,8 +37,8 @@ def _announce(experiment, trainer, workdir) -> None:
 
   layout, agent = trainer.layout, trainer.stages[-1].agent
   state = jax.eval_shape(agent.init, jax.random.key(0))
-  spec = trainer.spec
-  seen = _seen(spec)
+  material = experiment.material
+  about = material.describe(experiment, trainer.spec)
   _, processes = distributed.process()
   deal = f'{layout.mesh.size} learn'
   if layout.acting:
@@ -54,21 +49,15 @@ def _announce(experiment, trainer, workdir) -> None:
   shares = ' of environments and replay'
   first = f'{experiment.run.warmup_decisions:,} time steps before the first'
   first = f'compiling, then {first} update: the first numbers take a while'
-  where = experiment.env_name or 'no environment: nothing is played'
-  seen, network = f'{where}: {seen}, {spec.action}', ()
-  if experiment.is_text:
-    seen, *network = text.told(experiment, text.opened(experiment))
-  elif experiment.dataset:
-    terminal.say(dataset.told(dataset.opened(experiment.dataset)))
-    for note in dataset.notes(experiment):
-      terminal.say(note)
-  if experiment.dataset:
+  if not material.acts:
     parts = [f'{s.name} to {s.end or 0:,}' for s in trainer.stages]
     length = f'{experiment.updates:,} updates ({", ".join(parts)})'
     shares, first = '', 'compiling: the first numbers take a while'
+  for line in about.before:
+    terminal.say(line)
   terminal.say(
-    f'{experiment.agent_name} on {seen}',
-    *network,
+    f'{experiment.agent_name} on {about.what}',
+    *about.after,
     f'{terminal.parameters(state.params)}, {length} of '
     f'{experiment.run.batch_size} rows, seed {experiment.seed}',
     f'{terminal.device()}, '
@@ -77,15 +66,6 @@ def _announce(experiment, trainer, workdir) -> None:
     f'folder: {workdir}',
     first,
   )
-
-
-def _seen(spec) -> str:
-  """What the agent observes; of an image, which axis has its channels."""
-  shape = getattr(spec.observation, 'shape', spec.observation)
-  if len(shape) != 3:
-    return f'observations {shape}'
-  height, width, channels = shape
-  return f'images of {height} x {width} with {channels} channels'
 
 
 def run(
@@ -130,8 +110,8 @@ def run(
     )
   players = None
   agent = trained.trainer.stages[-1].agent
-  plays = experiment.run.final_episodes and experiment.env_name
-  if trained.ended and (plays or experiment.is_text):
+  finish = experiment.material.finish(experiment, agent)
+  if trained.ended and finish is not None:
     # Reading is done together, too; playing is not.
     names = [n for n in ('early', 'final') if (workdir / n).is_dir()]
     players = saved_run.load_params(str(workdir), agent, names)
@@ -149,10 +129,8 @@ def run(
   if players is not None and signals.received():
     print('stopped before playing; the same command goes on from here')
     return
-  if players is not None and experiment.is_text:
-    text.finish(experiment, agent, workdir, players)
-  elif players is not None:
-    finish(experiment, agent, workdir, players)
+  if players is not None and finish is not None:
+    finish(workdir, players)
 
 
 def _decisive(about, device, profile, workdir) -> dict[str, Any]:
@@ -177,7 +155,7 @@ class _Trained(NamedTuple):
 
 
 def _planned(experiment: build.Experiment) -> str:
-  about = 'about ' if experiment.ends_by_decisions else ''
+  about = 'about ' if experiment.material.acts else ''
   return f'{about}{experiment.updates:,}'
 
 
@@ -195,9 +173,7 @@ def _train(
     # A folder that is not there yet is made when nothing is refused any more.
     is_new = not distributed.of_main({'is_there': workdir.exists()})['is_there']
     device = terminal.device()
-    about = experiment.as_dict()
-    if experiment.dataset:
-      about |= {'dataset_checksum': dataset.checksum_of(experiment)}
+    about = experiment.as_dict() | experiment.material.fingerprint(experiment)
     distributed.agree(_decisive(about, device, profile, workdir))
     notes = configs.check_run_config(workdir, about, device, configs.FREE)
     if not is_new:
@@ -218,8 +194,7 @@ def _train(
     if notes is None:
       configs.write_run_config(workdir, about, device)
     saved_run.save_spec(workdir, trainer.spec)
-    if experiment.is_text:
-      text.save_vocabulary(workdir, text.opened(experiment))
+    experiment.material.keep(experiment, workdir)
     for note in notes or ():
       terminal.say(f'note: {note} since this run began')
   distributed.barrier('written')
@@ -320,7 +295,7 @@ def _plan_here(experiment, trainer, phase: int) -> None:
   plans = []
   for stage in trainer.stages[phase:]:
     # Simulators are not asked for what a program takes.
-    on_host = not stage.source.is_pure and not experiment.dataset
+    on_host = not stage.source.is_pure and experiment.material.acts
     source = None if on_host else stage.source
     about = (stage.name, stage.agent, source, trainer.spec)
     plans.append(plan_memory.of_phase(experiment, trainer.layout, about))
@@ -395,51 +370,3 @@ def _profiled(run, carry, steps, folder, intervals, hooks):
   if folder is not None:
     terminal.say(f'profile: {folder}')
   return carry
-
-
-def finish(
-  experiment: build.Experiment,
-  agent: Any,
-  workdir: pathlib.Path,
-  players: dict[str, Any],
-) -> None:
-  """Plays without search and with more and more of it; table and figure.
-
-  Args:
-    experiment: from `build.describe`.
-    agent: from `build.make_agent`.
-    workdir: the run's folder.
-    players: parameters by the checkpoint's name, from `saved.load_params`.
-  """
-  from experiments.report import curves
-
-  settings = experiment.run
-
-  searches = agent.exploit is None
-  about = 'without and with search' if searches else ''
-  print(f'playing the trained network {about}'.rstrip(), flush=True)
-  env = build.make_env(
-    experiment, training=False, num_envs=min(settings.final_episodes, 50)
-  )
-  rows = evaluation.evaluate(
-    experiment,
-    env,
-    agent,
-    players,
-    simulations=(0, *settings.final_simulations) if searches else (0,),
-    episodes=settings.final_episodes,
-    seed=experiment.seed,
-  )
-  evaluation.print_rows(rows)
-  evaluation.write_rows(workdir / 'evaluation.csv', rows)
-  files, budgets = 'evaluation.csv', ''
-  if searches:
-    curves.budget_figure(workdir / 'evaluation.csv', workdir / 'evaluation.png')
-    files, budgets = 'evaluation.csv, evaluation.png', ' --simulations=0,32'
-  if experiment.dataset:
-    terminal.say(dataset.scored(experiment.dataset, rows[-1].return_mean))
-  terminal.end(
-    f'{workdir}/{files}, metrics.csv',
-    saved_run.command(workdir, experiment) + budgets,
-    f'python -m experiments.plots --workdirs={workdir} --out=curve.png',
-  )

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments import build
-from experiments.build import dataset as datasets
 from experiments.training.keeper import Saved
 
 
@@ -65,38 +64,23 @@ def make(
   # One process alone need not vote, and may leave while it fills its replay.
   alone = distributed.process()[1] == 1
   stopping = asked if alone else lambda: False
-  if experiment.dataset:
-    return _make_offline(experiment, alone)
+  material = experiment.material
+  if not (material.acts or alone):
+    raise ValueError(
+      f'distributed: what --{material.flag} names is learned from by one '
+      'process; leave it out'
+    )
   layout = build.make_layout(experiment, saved.parts)
-  env = build.make_env(
-    experiment,
-    training=True,
-    num_envs=experiment.env.num_envs // layout.parts,
-  )
-  agent = build.make_agent(experiment, env.spec)
-  source = build.make_source(experiment, env, agent, layout, stopping)
-  stage = Stage('train', agent, source, None)
-  stage = _over_devices(experiment, stage, env.spec, layout.mesh, 0)
-  return Trainer((stage,), env.spec, layout)
-
-
-def _make_offline(experiment: build.Experiment, alone: bool) -> Trainer:
-  if not alone:
-    what = 'text' if experiment.is_text else 'data set'
-    raise ValueError(f'distributed: a {what} is learned from by one process')
-  layout = build.make_layout(experiment, 1)._replace(parts=1)
-  dataset = datasets.material(experiment)
-  stage_env = None
-  if experiment.env_name:
-    stage_env = build.make_env(experiment, training=False, num_envs=1)
-  spec = datasets.spec_of(dataset, stage_env and stage_env.spec)
+  opened = material.open(experiment, layout.parts)
   stages, end = [], 0
-  for i, phase in enumerate(build.make_phases(experiment, spec)):
-    source = datasets.make_source(experiment, dataset, phase, layout.mesh)
-    end = experiment.updates if phase.updates is None else end + phase.updates
-    stage = Stage(phase.name, phase.agent, source, end, phase.transfer)
-    stages.append(_over_devices(experiment, stage, spec, layout.mesh, i))
-  return Trainer(tuple(stages), spec, layout)
+  for i, phase in enumerate(build.make_phases(experiment, opened.spec)):
+    source = opened.make_source(experiment, phase, layout, stopping)
+    stage = Stage(phase.name, phase.agent, source, None, phase.transfer)
+    if not material.acts:
+      end = experiment.updates if phase.updates is None else end + phase.updates
+      stage = stage._replace(end=end)
+    stages.append(_over_devices(experiment, stage, opened.spec, layout.mesh, i))
+  return Trainer(tuple(stages), opened.spec, layout)
 
 
 def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
@@ -110,10 +94,9 @@ def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
   stage = stage._replace(sharding=sharding)
   if stage.source.is_pure:
     if how == 'pmap':
-      what = experiment.dataset or experiment.env_name
       raise ValueError(
-        f'parallel=pmap: {what} is compiled into one program with the agent; '
-        'take parallel=jit'
+        f'parallel=pmap: {experiment.where} is compiled into one program with '
+        'the agent; take parallel=jit'
       )
     interval = mesh.compile_interval(
       stage.agent, stage.source, devices, sharding

@@ -2,12 +2,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from experiments import build
-from experiments.build import acting as acting_players
-from experiments.build import dataset, support, text
+from experiments.build import support
 from experiments.files import writing
 
 # Decisions a copy; a game of Atari is cut after 3,000 while training.
@@ -71,52 +69,6 @@ class HeldOut:
       writing.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
 
 
-def evaluator(experiment: build.Experiment, agent) -> Callable | None:
-  """`(params, step) -> metrics`: whole episodes of everyone in `players`.
-
-  None where nobody plays, or there is nothing to play in. Of a text it is what
-  `text.measure` finds.
-  """
-  import jax
-
-  from experiments.runtime import evaluate as playing
-  from experiments.runtime import mesh
-  from search.model import Environment
-
-  if experiment.is_text:
-    return text.evaluator(experiment, agent)
-  acting = {
-    n: jax.jit(f) for n, f in acting_players.players(experiment, agent).items()
-  }
-  if not (acting and experiment.env_name):
-    return None
-  episodes = experiment.run.evaluate_episodes
-  env = build.make_env(experiment, training=False, num_envs=min(episodes, 32))
-
-  def evaluate(params, step):
-    params = mesh.local(params)
-    key = jax.random.fold_in(jax.random.key(experiment.seed), step)
-    shared = {'key': key, 'num_episodes': episodes}
-    found = {}
-    for prefix, act in acting.items():
-      if isinstance(env, Environment):
-        own = jax.local_devices()[: experiment.run.devices or None]
-        played = playing.on_device(env, act, params, devices=own, **shared)
-      else:
-        played = playing.on_host(env, act, params, seed=step, **shared)
-      summary = played.summary()
-      found |= {
-        name.replace('eval', prefix, 1): x for name, x in summary.items()
-      }
-    if experiment.dataset:
-      about = dataset.opened(experiment.dataset).about
-      score = dataset.score(about, found['eval_return'])
-      found |= {} if score is None else {'eval_score': score}
-    return found
-
-  return evaluate
-
-
 class Watcher:
   """What is written and measured while a run goes on.
 
@@ -144,7 +96,8 @@ class Watcher:
   def enter(self, stage: Any) -> None:
     """From here on a phase's agent is measured."""
     self._stage = stage
-    self._evaluator = evaluator(self._experiment, stage.agent)
+    material = self._experiment.material
+    self._evaluator = material.evaluate(self._experiment, stage.agent)
 
   def log(self, step: int, row: dict[str, float]) -> None:
     """Writes a row of metrics."""
@@ -160,7 +113,7 @@ class Watcher:
     self.waited += row.get('wait_seconds', 0.0)
     row |= {'compiled': self._compiled_since()}
     self._look_for_ends(row)
-    if not self._experiment.dataset:
+    if self._experiment.material.acts:
       row |= {'decisions': keeper.decisions}
     if self._several:
       row |= {'phase': float(keeper.phase)}
@@ -208,8 +161,6 @@ class Watcher:
     if self._evaluator is not None and every and step % every == 0:
       # All play the same episodes; one's figures decide for all.
       found |= distributed.of_main(self._evaluator(agent_state.params, step))
-      metric = 'eval_return'
-      if self._experiment.is_text:
-        metric = 'held_log_likelihood'
-      self._keeper.save_best(step, found[metric], agent_state)
+      metric = found[self._experiment.material.metric]
+      self._keeper.save_best(step, metric, agent_state)
     return found
