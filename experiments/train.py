@@ -14,6 +14,7 @@ from experiments.runtime import devices
 from experiments.runtime import flags as flag_checks
 from experiments.training import run, stages
 from experiments.training.keeper import peek
+from experiments.training.train import Also
 
 
 def define_flags() -> None:
@@ -159,14 +160,10 @@ def main() -> None:
     devices.use_compilation_cache()
     workdir = pathlib.Path(values.workdir or run.default_workdir(experiment))
     configs.check_place('workdir', workdir, folder=True)
-  return run.run(
-    experiment,
-    workdir,
-    profile=values.profile,
-    tensorboard=values.tensorboard,
-    wandb=values.wandb or '',
-    measure=values.measure,
+  also = Also(
+    values.profile, values.tensorboard, values.wandb or '', values.measure
   )
+  return run.run(experiment, workdir, also)
 
 
 def _check(experiment: build.Experiment, workdir: str | None) -> None:

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from agents import sac
-from agents.core.types import Transition
 from experiments import build
 from experiments.data import layout, minari_files, npz
 from experiments.envs import envpool
 from experiments.files.errors import UserError
-from experiments.training import collect, collector
+from experiments.training import behaviour, collect, collector
 
 STEPS = 5  # of an episode
 QUICK = collect.Collection(
@@ -30,7 +29,8 @@ QUICK = collect.Collection(
   reference_episodes=2,
 )
 HAS_HDF5 = importlib.util.find_spec('h5py') is not None
-TINY = sac.Config(hidden_sizes=(4,))
+# Fast enough for half-trained and trained policies to differ.
+TINY = sac.Config(hidden_sizes=(4,), policy_rate=3e-2)
 
 
 @pytest.fixture(scope='module')
@@ -85,31 +85,15 @@ def test_actions_are_stored_within_their_bounds(env):
   assert rows.action.tolist() == [[2.0]] * 3
 
 
-def test_the_memory_holds_valid_rows_in_order(env):
-  history, _ = history_of(env, 14)
-  # One simulator's step is left out here and there.
-  masks = np.random.default_rng(0).random((14, 3)) < 0.6
-  history = [h._replace(valid=h.valid & m) for h, m in zip(history, masks)]
-  history[3] = history[3]._replace(terminated=np.array([True, False, True]))
-  memory = collector.make_memory(env.spec, 60)
-  remember = jax.jit(collector.remember)
-  for rows in history:
-    memory = remember(memory, rows)
-  pick = lambda field: np.concatenate(
-    [getattr(rows, field)[rows.valid] for rows in history]
-  )
-  want = Transition(
-    pick('observation'),
-    pick('action'),
-    pick('reward'),
-    1.0 - pick('terminated'),
-    pick('next_observation'),
-  )
-  count = int(memory.count)
-  assert count == len(want.r_t) and 0 < want.discount_t.sum() < count
-  for got, column in zip(memory.rows[:5], want[:5]):
-    np.testing.assert_array_equal(got[:count], column)
-    assert not np.any(got[count:])
+def test_an_episode_that_was_cut_short_is_not_joined_to_the_next(env):
+  history, _ = history_of(env, 4)
+  # Simulator 1 began afresh in the third step, in the midst of an episode.
+  history[2] = history[2]._replace(valid=np.array([True, False, True]))
+  about = layout.About('x', '', np.float32([-2]), np.float32([2]))
+  data = collector.by_episode(history, about)
+  layout.check(data, 'cut')
+  assert np.bincount(data.episode).tolist() == [4, 2, 1, 4]
+  assert len(layout.returns(data)) == 0
 
 
 def test_each_simulator_gives_whole_episodes_and_an_equal_share(env):
@@ -152,38 +136,9 @@ def test_open_episodes_are_cut(env):
   assert len(layout.returns(data)) == 0
 
 
-def test_one_call_remembers_updates_and_acts(env):
-  agent = collector.make_agent(TINY, env.spec)
-  learn = collector.make_learn(agent, batch_size=4, updates=3)
-  state = jax.jit(agent.init)(jax.random.key(0))
-  before = jax.device_get(state)
-  memory = collector.make_memory(env.spec, 9)
-  history, shown = history_of(env, 2)
-  key = jax.random.key(1)
-  state, memory, action = learn(
-    state, memory, history[0], shown[1][1], key, np.int32(1)
-  )
-  assert int(memory.count) == 3
-  # Adam has counted three updates.
-  assert int(state.opt_state.critic[0].count) == 3
-  changed = jax.tree.map(
-    lambda a, b: bool(np.any(a != b)), before.params.policy, state.params.policy
-  )
-  assert any(jax.tree.leaves(changed))
-  assert action.shape == (3, 1) and np.all(np.abs(action) <= 2)
-  # The same key and step act alike, another step does not.
-  args = (jax.device_get(state), jax.device_get(memory), history[1])
-  runs = [
-    np.asarray(learn(*args, shown[1][1], key, np.int32(step))[2])
-    for step in (2, 2, 3)
-  ]
-  np.testing.assert_array_equal(runs[0], runs[1])
-  assert np.any(runs[0] != runs[2])
-
-
 def evaluations(*returns):
   return [
-    collector.Evaluation(100 * i, value, None)
+    behaviour.Evaluation(100 * i, value, None, i)
     for i, value in enumerate(returns)
   ]
 
@@ -224,11 +179,18 @@ def test_settings_out_of_range_are_refused(fields, message):
 
 @pytest.fixture(scope='module')
 def referee():
-  """Returns in a certain order: -1000 at random, then -900, -800, ..."""
-  rising = itertools.count(-900, 100)
-  return lambda name, collection, act, params, episodes, seed: (
-    -1000.0 if params is None else float(next(rising))
-  )
+  """Returns in a certain order: -1000 at random, then -900, -800, ...
+
+  The expert without noise has -400.
+  """
+
+  def play(name, collection, act, params, episodes, seed):
+    number = seed % 10**6
+    if params is None:
+      return -1000.0
+    return 100.0 * number - 1000.0 if number else -400.0
+
+  return play
 
 
 def test_options_go_with_the_data(collected, tmp_path, referee, monkeypatch):
@@ -284,19 +246,21 @@ def test_five_sets_with_references_are_kept(collected):
   for quality in ('medium', 'expert'):
     size, _ = facts[quality].pop('params')
     assert size == (collected / 'agent' / f'{quality}.bin').stat().st_size
-  # Evaluations after 20, 40, ... 100 decisions: -900, ..., -500. The last is
-  # the best; a third of the way to -400 is -800.
+  # Evaluations after 20, 40, ... updates, and at the end: -900, ..., -500. The
+  # last is the best; a third of the way to -400 is -800. After 40 updates there
+  # are 10 rows at random, and one for each two updates but the first.
   assert facts == {
     'ref_min': -1000,
     'ref_max': -400,
-    'medium': {'decisions': 40, 'mean_return': -800},
+    'medium': {'decisions': 58, 'mean_return': -800},
     'expert': {'decisions': 100, 'mean_return': -500},
     'options': [],
   }
   assert rows == {
     'random': 410,
     'medium': 410,
-    'medium-replay': 40,
+    # Two decisions were cut where the simulators started afresh.
+    'medium-replay': 56,
     'expert': 410,
     'medium-expert': 820,
   }
@@ -310,7 +274,7 @@ def test_five_sets_with_references_are_kept(collected):
     )
     returns = layout.returns(data)
     assert about.extra['behaviour']['episodes'] == len(returns)
-    if quality == 'medium-replay':  # 40 rows: no whole episode
+    if quality == 'medium-replay':  # 28 of each: no whole episode
       assert not len(returns)
       continue
     np.testing.assert_allclose(
@@ -325,6 +289,92 @@ def test_five_sets_with_references_are_kept(collected):
   assert sets['medium-expert'].truncated[409]
   lines = (collected / 'agent' / 'evaluations.csv').read_text().splitlines()
   assert lines[0] == 'decisions,mean_return' and len(lines) == 6
+
+
+def contents(folder):
+  return {
+    path.relative_to(folder): path.read_bytes()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
+
+
+def test_a_training_that_was_killed_goes_on(
+  collected, tmp_path, referee, monkeypatch
+):
+  """Its policies and its memory are those of one that was not."""
+
+  class Killed(Exception):
+    pass
+
+  def killed(*args):
+    # The third evaluation comes after 60 updates, checkpoints after 25 and 50.
+    if args[-1] % 10**6 == 3:
+      raise Killed
+    return referee(*args)
+
+  out = tmp_path / 'cut'
+  monkeypatch.setattr(collect, '_play', killed)
+  with pytest.raises(Killed):
+    launch(out)
+  assert not (out / 'agent').exists()
+  evaluated = []
+  monkeypatch.setattr(
+    collect,
+    '_play',
+    lambda *args: evaluated.append(args[-1] % 10**6) or referee(*args),
+  )
+  launch(out)
+  # What was evaluated before the checkpoint is not again.
+  assert evaluated == [3, 4, 5, 0, 0]
+  for part in ('agent', 'medium-replay'):
+    assert contents(out / part) == contents(collected / part)
+  assert not (out / 'training').exists()
+
+
+def test_what_training_has_seen_is_what_was_done(collected):
+  data = npz.load(collected / 'medium-replay')
+  assert np.abs(data.action).max() <= 2
+  # Pendulum's reward, from what the row itself holds.
+  cosine, sine, speed = data.observation.T
+  cost = np.arctan2(sine, cosine) ** 2 + 0.1 * speed**2
+  cost += 0.001 * data.action[:, 0] ** 2
+  np.testing.assert_allclose(data.reward, -cost, rtol=1e-4, atol=1e-5)
+  chained = np.diff(data.episode) == 0
+  np.testing.assert_array_equal(
+    data.next_observation[:-1][chained], data.observation[1:][chained]
+  )
+
+
+def test_the_first_rows_are_uniform():
+  """Before the first update, whatever the policy is; then they are its own."""
+  experiment = behaviour.describe(
+    'Pendulum-v1',
+    dataclasses.replace(TINY, init_temperature=2.0),
+    dataclasses.replace(QUICK, num_envs=64, warmup=192),
+    steps=640,
+    seed=3,
+  )
+  opened = experiment.material.open(experiment)
+  (phase,) = build.make_phases(experiment, opened.spec)
+  narrow = lambda params, key, timestep: (
+    0 * phase.agent.act(params, key, timestep)[0],
+    {},
+  )
+  still = phase._replace(agent=phase.agent._replace(act=narrow))
+  source = opened.make_source(experiment, still)
+  key = jax.random.key(0)
+  state, agent_state = source.init(key), phase.agent.init(key)
+  for step in (0, 64):
+    state, *_ = source.next(state, agent_state, step, key)
+  source.close(state)
+  actions = state.replay.rows.action[:4, :, 0]
+  assert actions.min() >= -2 and actions.max() <= 2
+  # Of 192 draws the quartiles of a uniform are within a fifth of the range.
+  np.testing.assert_allclose(
+    np.quantile(actions[:3], [0.25, 0.5, 0.75]), [-1, 0, 1], atol=0.4
+  )
+  assert not actions[3].any()
 
 
 def test_kept_parameters_act_as_the_data_says(collected):
@@ -362,8 +412,8 @@ def test_what_is_there_is_not_made_again(collected, monkeypatch, capsys):
   }
   made = times()
   refuse = lambda *args, **kwargs: pytest.fail('collected again')
-  for name in ('train', 'gather'):
-    monkeypatch.setattr(collector, name, refuse)
+  monkeypatch.setattr(behaviour, 'learn', refuse)
+  monkeypatch.setattr(collector, 'gather', refuse)
   launch(collected)
   assert made == times()
   out = capsys.readouterr().out
@@ -376,7 +426,7 @@ def test_what_is_there_is_not_made_again(collected, monkeypatch, capsys):
   for path in (collected / 'expert').iterdir():
     path.unlink()
   (collected / 'expert').rmdir()
-  monkeypatch.setattr(collector, 'train', refuse)
+  monkeypatch.setattr(behaviour, 'learn', refuse)
   launch(collected)
   expert = npz.load(collected / 'expert')
   for key in layout.KEYS:

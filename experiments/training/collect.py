@@ -18,7 +18,8 @@ learning may leap from far below to far above between two evaluations.
 
 The folder holds `config.json`, a data set in each folder of these names, and
 `agent/`: parameters, the evaluations on the way, the references. What is there
-is not made again by the same command, which compares it with `stored.json`.
+is not made again by the same command, which compares it with `stored.json`; a
+training that was stopped goes on from its last checkpoint, see `behaviour`.
 """
 
 import contextlib
@@ -39,8 +40,8 @@ from experiments.files import arrays, locking, reading, tables, writing
 from experiments.files.errors import Missing, shown
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics
-from experiments.training import collector
+from experiments.runtime import metrics, signals
+from experiments.training import behaviour, collector, plan, words
 
 # In an order in which each finds what it is made of.
 QUALITIES = ('random', 'medium', 'medium-replay', 'expert', 'medium-expert')
@@ -196,6 +197,16 @@ def run(
   if not hasattr(env.spec.observation, 'shape'):
     raise ValueError(f'env={env_name}: its observations are no single array')
   agent = collector.make_agent(sac, env.spec)
+  least = 3 * collection.num_envs
+  if collection.warmup < least:
+    raise ValueError(
+      f'warmup={collection.warmup}: must be at least {least}, three time steps '
+      f'of each of num_envs={collection.num_envs}'
+    )
+  at = stream_seed(seed, 'train')
+  experiment = behaviour.describe(
+    env_name, sac, collection, steps=steps, seed=at
+  )
   # Medium and expert lie in memory together with what they are joined to.
   floats = math.prod(env.spec.observation.shape) + math.prod(
     getattr(env.spec.action, 'shape', ())
@@ -211,27 +222,36 @@ def run(
   with locking.locked(out):
     if configs.check_run_config(out, wanted) is None:
       configs.write_run_config(out, wanted)
-    _make(env, agent, out, steps, transitions, seed, collection, minari)
+    ended = _make(
+      env, agent, out, experiment, transitions, seed, collection, minari
+    )
+  if not ended:
+    return
   terminal.end(
     f'{out}/{{{",".join(QUALITIES)}}}',
     f'python -m experiments.train --preset=atac_small --dataset={out}/medium',
   )
 
 
-def _make(env, agent, out, steps, transitions, seed, collection, minari):
-  """Makes what is not there yet, and says what there is."""
+def _make(
+  env, agent, out, experiment, transitions, seed, collection, minari
+) -> bool:
+  """Makes what is not there yet, and says what there is; False if stopped."""
   from experiments.data import npz
 
   env_name = env.spec.name
   terminal.begin(
-    f'{env_name}: SAC learns ({steps:,} decisions), then {transitions:,} '
-    f'transitions of each quality, folder {out}'
+    f'{env_name}: SAC learns ({experiment.steps:,} decisions), then '
+    f'{transitions:,} transitions of each quality, folder {out}'
   )
   play = collector.players(agent)
   trained, made = None, set()
   if not ((out / 'agent').exists() and (out / 'medium-replay').exists()):
-    _train(env, agent, play, out, steps, seed, collection)
+    if not _train(env, agent, play, out, experiment, seed, collection):
+      return False
     made.add('medium-replay')
+  # All that is wanted of it is kept by now.
+  shutil.rmtree(out / 'training', ignore_errors=True)
   for quality in QUALITIES:
     if not (out / quality).exists():
       trained = trained or _load(out / 'agent', agent)
@@ -245,6 +265,7 @@ def _make(env, agent, out, steps, transitions, seed, collection, minari):
     terminal.say(_line(quality, dataset))
     if minari:
       _to_minari(quality, dataset, out / 'minari')
+  return True
 
 
 def _check_stored(out, quality, is_new):
@@ -308,31 +329,30 @@ def _play(env_name, collection, act, params, episodes, seed):
   return float(played.returns.mean())
 
 
-def _train(env, agent, play, out, steps, seed, collection):
-  """Trains; writes `medium-replay` and, once that is there, `agent`."""
+def _train(env, agent, play, out, experiment, seed, collection) -> bool:
+  """Trains; writes `medium-replay` and, once that is there, `agent`.
+
+  Returns:
+    Whether it has come to its end.
+  """
   from experiments.data import npz
 
-  name = env.spec.name
-  print(f'training SAC for {steps:,} decisions', flush=True)
+  name, folder = env.spec.name, out / 'training'
 
   def evaluate(params, number):
     at = stream_seed(seed, 'evaluate', number)
     episodes = collection.evaluate_episodes
     return _play(name, collection, play['policy'], params, episodes, at)
 
-  bar = metrics.progress(steps)
-  try:
-    found, history = collector.train(
-      env,
-      agent,
-      collection,
-      evaluate,
-      steps=steps,
-      seed=stream_seed(seed, 'train'),
-      report=lambda e: bar.write(e.decisions, {'return': e.mean_return}),
+  with plan.out_of_memory(experiment), signals.graceful_exit() as asked:
+    trained = behaviour.learn(experiment, folder, evaluate, asked)
+  if not trained.ended:
+    print(
+      f'stopped at update {trained.end:,} of {words.planned(experiment)}; the '
+      'same command goes on from here'
     )
-  finally:
-    bar.close()
+    return False
+  found = behaviour.evaluations(experiment, folder, agent)
   episodes, at = collection.reference_episodes, stream_seed(seed, 'reference')
   explore = collector.uniform(env.spec, min(_GAMES, episodes), at)
   ref_min = _play(name, collection, explore, None, episodes, at)
@@ -346,18 +366,23 @@ def _train(env, agent, play, out, steps, seed, collection):
   facts['options'] = list(collection.options)
   for quality, chosen in (('medium', medium), ('expert', expert)):
     facts[quality] = {k: getattr(chosen, k) for k in _EVALUATED}
-  past = np.cumsum([rows.valid.sum() for rows in history])
-  cut = int(np.searchsorted(past, medium.decisions)) + 1
   about = _about(env.spec, 'medium-replay', facts)
-  for folder in ('medium-replay', 'agent'):
-    shutil.rmtree(out / folder, ignore_errors=True)
-  replay = collector.by_episode(history[:cut], about)
+  for name in ('medium-replay', 'agent'):
+    shutil.rmtree(out / name, ignore_errors=True)
+  past = behaviour.history(trained)[: medium.rows]
+  replay = collector.by_episode(past, about)
   npz.save(_with_returns(replay), out / 'medium-replay')
+  _write_agent(out, found, {'medium': medium, 'expert': expert}, facts)
+  return True
+
+
+def _write_agent(out, found, chosen, facts) -> None:
+  """The policies that play, with what is known of them."""
   partial = out / f'.agent.{secrets.token_hex(8)}.partial'
   _write_evaluations(partial / 'evaluations.csv', found)
-  for quality, chosen in (('medium', medium), ('expert', expert)):
-    stored = arrays.write(partial / f'{quality}.bin', _leaves(chosen.params))
-    facts[quality]['params'] = stored
+  for quality, one in chosen.items():
+    leaves = behaviour.leaves(one.params)
+    facts[quality]['params'] = arrays.write(partial / f'{quality}.bin', leaves)
   text = json.dumps(facts, indent=1)
   writing.write_text(partial / 'facts.json', text)
   with writing.writing(out / 'agent'):
@@ -365,11 +390,11 @@ def _train(env, agent, play, out, steps, seed, collection):
 
 
 def choose_medium(
-  found: list[collector.Evaluation],
+  found: list[behaviour.Evaluation],
   ref_min: float,
   ref_max: float,
   share: float,
-) -> collector.Evaluation:
+) -> behaviour.Evaluation:
   """The evaluation whose return is nearest to the share of the way.
 
   Args:
@@ -396,23 +421,8 @@ def _write_evaluations(path, found):
   tables.write_lines(path, [_EVALUATED, *rows])
 
 
-def _leaves(params):
-  """A pytree's leaves by their path, as numpy arrays."""
-  import jax
-
-  paths, _ = jax.tree_util.tree_flatten_with_path(params)
-  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in paths}
-
-
 def _load(folder, agent):
   """What `_train` has written."""
-  import jax
-
-  template = jax.eval_shape(agent.init, jax.random.key(0)).params
-  paths, tree = jax.tree_util.tree_flatten_with_path(template)
-  expected = {
-    jax.tree_util.keystr(path): (x.dtype, x.shape) for path, x in paths
-  }
   if (folder / 'medium.npz').exists():
     raise configs.UserError(
       f'{shown(folder)}: was written by an older release; delete it, then the '
@@ -422,13 +432,12 @@ def _load(folder, agent):
   for quality, about in (('medium', facts.medium), ('expert', facts.expert)):
     path = folder / f'{quality}.bin'
     try:
-      saved = arrays.read(path, expected, about.params)
+      params[quality] = behaviour.read_params(path, agent, about.params)
     except configs.UserError as error:
       raise configs.UserError(
         f'{error}; put back a copy, or delete {shown(folder)}, then the same '
         'command makes it again'
       ) from error
-    params[quality] = jax.tree.unflatten(tree, list(saved.values()))
   told = dataclasses.asdict(facts)
   for quality in ('medium', 'expert'):
     del told[quality]['params']
