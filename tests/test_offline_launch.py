@@ -20,6 +20,7 @@ from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import program as sweep_program
 from experiments.sweeps import rows as sweep_rows
 from experiments.sweeps import run as sweep_run
+from experiments.sweeps import train as sweep_train
 from experiments.sweeps.plan import Row
 from experiments.training import run as training_run
 from experiments.training import stages as staging
@@ -487,7 +488,7 @@ def program(data):
 @pytest.fixture(scope='module')
 def points(program, tmp_path_factory):
   folder = tmp_path_factory.mktemp('points')
-  return sweep_program.run(program, folder, mesh=mesh.make_mesh())
+  return sweep_train.run(program, folder, mesh=mesh.make_mesh())
 
 
 def alone(experiment):
@@ -548,12 +549,12 @@ def test_a_stopped_sweep_goes_on_as_if_uninterrupted(
 ):
   two, reached = mesh.make_mesh(), []
   shared = {'mesh': two, 'report': lambda step, row: reached.append(step)}
-  stopped = sweep_program.run(
+  stopped = sweep_train.run(
     program, tmp_path, stopping=lambda: reached[-1] >= stop, **shared
   )
   assert stopped is None and reached[-1] == stop
   reached.clear()
-  again = sweep_program.run(program, tmp_path, **shared)
+  again = sweep_train.run(program, tmp_path, **shared)
   assert reached[0] == stop + 5
   for got, want in zip(again, points, strict=True):
     assert got.step == want.step
@@ -611,7 +612,7 @@ def test_simulators_of_the_host_play_all_rows_at_once(data):
   values = np.asarray(program.values, np.float32)
   carry = phase.init(values, np.uint32([0, 1]), phase.load())
   params = carry.agent.params
-  played = sweep_program._on_host(experiment, act_all, values, params, 7)
+  played = sweep_train.on_host(experiment, act_all, values, params, 7)
   returns, lengths = played['eval']
   episodes = experiment.run.evaluate_episodes
   assert returns.shape == lengths.shape == (2, episodes)
@@ -634,7 +635,7 @@ def test_simulators_of_the_host_play_all_rows_at_once(data):
 
   # A row that has diverged takes none with it.
   spoiled = jax.tree.map(lambda x: x.at[1].set(np.nan), params)
-  played = sweep_program._on_host(experiment, act_all, values, spoiled, 7)
+  played = sweep_train.on_host(experiment, act_all, values, spoiled, 7)
   np.testing.assert_allclose(played['eval'][0][0], returns[0], rtol=1e-4)
   assert np.isnan(played['eval'][0][1]).all()
 

@@ -15,12 +15,13 @@ from experiments import build
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
 from experiments.runtime import evaluate, loop, mesh
-from experiments.sweeps import engines, halving, run, status
+from experiments.sweeps import engines, halving, kept, run, status
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import pool as sweep_pool
 from experiments.sweeps import program as sweep_program
 from experiments.sweeps import results as sweep_results
 from experiments.sweeps import rows as sweep_rows
+from experiments.sweeps import train as sweep_train
 from experiments.sweeps.plan import Row
 from experiments.sweeps.rows import Job
 
@@ -81,7 +82,7 @@ def program(plan):
 @pytest.fixture(scope='module')
 def points(program, tmp_path_factory):
   folder = tmp_path_factory.mktemp('whole')
-  return sweep_program.run(program, folder, mesh=mesh.make_mesh())
+  return sweep_train.run(program, folder, mesh=mesh.make_mesh())
 
 
 def alone(experiment):
@@ -158,12 +159,10 @@ def test_a_row_of_nans_is_kept_as_such(points):
 @pytest.mark.slow
 def test_stopped_and_run_again_equals_uninterrupted(program, points, tmp_path):
   two = mesh.make_mesh()
-  stopped = sweep_program.run(
-    program, tmp_path, mesh=two, stopping=lambda: True
-  )
+  stopped = sweep_train.run(program, tmp_path, mesh=two, stopping=lambda: True)
   assert stopped is None
   steps = []
-  again = sweep_program.run(
+  again = sweep_train.run(
     program, tmp_path, mesh=two, report=lambda step, row: steps.append(step)
   )
   assert steps == [10, 12]
@@ -171,7 +170,7 @@ def test_stopped_and_run_again_equals_uninterrupted(program, points, tmp_path):
     assert got.step == want.step
     for name in want.metrics:
       np.testing.assert_array_equal(got.metrics[name], want.metrics[name])
-  sweep_program.forget(tmp_path)
+  kept.forget(tmp_path)
   assert not any(tmp_path.iterdir())
 
 

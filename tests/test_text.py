@@ -24,6 +24,7 @@ from experiments.runtime import text as runtime
 from experiments.studies import specialisation
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import program as sweep_program
+from experiments.sweeps import train as sweep_train
 from experiments.training import run, stages, watcher
 from experiments.training.keeper import Saved
 
@@ -548,7 +549,7 @@ def test_a_sweep_takes_floats_as_tracers(path):
 @pytest.mark.slow
 def test_a_row_of_a_sweep_is_the_run_alone(whole, path, tmp_path):
   program = make_program(path)
-  points = sweep_program.run(program, tmp_path, mesh=mesh.make_mesh())
+  points = sweep_train.run(program, tmp_path, mesh=mesh.make_mesh())
   assert [p.step for p in points] == [2, 4]
   for point, want in zip(points, rows(whole / 'metrics.csv')):
     for name in ('loss', 'cv_load', 'held_perplexity'):

@@ -9,6 +9,9 @@ same whatever its intervals are.
 
 import copy
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from experiments.runtime.sources import Pace
 
@@ -17,8 +20,8 @@ class Budget:
   """The decisions of one run; it changes as they are taken.
 
   Attributes:
-    taken: decisions so far. Of several runs in one program, which share their
-      updates, the fewest of any.
+    taken: decisions so far; float `[R]` of several runs in one program, which
+      share their updates: the one with the fewest decides.
     acted: updates after which acting was over; None while it goes on.
   """
 
@@ -32,8 +35,12 @@ class Budget:
     assert pace.max_decisions is not None
     self._pace, self._most = pace, pace.max_decisions
     self._extra = extra_updates
-    self.taken = 0.0
+    self.taken: Any = 0.0
     self.acted: int | None = None
+
+  def add(self, decisions: Any) -> None:
+    """Counts decisions, float scalar or `[R]`."""
+    self.taken = self.taken + np.asarray(decisions, np.float64)
 
   def stop(self, step: int) -> int:
     """The update up to which the run may go before it counts again.
@@ -45,7 +52,7 @@ class Budget:
       A larger number, or where all is done `step`.
     """
     if self.acted is None:
-      left = self._most - int(self.taken)
+      left = self._most - int(np.min(self.taken))
       reach = self._pace.reach(step, left)
       if reach > step:
         return reach

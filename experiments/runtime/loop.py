@@ -309,6 +309,27 @@ def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
   return metrics
 
 
+class Reading(NamedTuple):
+  """How the numbers of some updates are looked at.
+
+  Attributes:
+    check: `(step, agent_state, Piece) -> None`, raises where the run cannot go
+      on.
+    summary: `(Piece) -> metrics`, what is handed on.
+  """
+
+  check: Callable[[int, Any, Piece], None]
+  summary: Callable[[Piece], dict[str, Any]]
+
+
+def _check(step: int, agent_state: Any, piece: Piece) -> None:
+  _check_numbers(step, piece.means | piece.counts)
+  _check_params(step, agent_state.params)
+
+
+ONE_RUN = Reading(_check, lambda piece: _summary(*piece))
+
+
 def _host_interval(agent, source, update, stopping, carry, key, num_steps):
   gathered: list[dict[str, Any]] = []
   counted: list[dict[str, Any]] = []
@@ -347,6 +368,7 @@ def run(
   update: Callable | None = None,
   interval: Callable | None = None,
   budget: Budget | None = None,
+  reading: Reading = ONE_RUN,
 ) -> Carry:
   """Runs updates until the carry's step is `steps`, or the budget is spent.
 
@@ -362,6 +384,7 @@ def run(
     interval: a compiled interval of a pure source (from `runtime.mesh`); None
       compiles one.
     budget: ends the run by its decisions; those that are taken are added.
+    reading: how the numbers are looked at, of one run or of many in a program.
 
   Returns:
     The last carry.
@@ -413,17 +436,16 @@ def run(
         counts = hooks.sum_counts(counts)
     seconds = time.perf_counter() - start
     done = int(carry.step)
-    _check_numbers(done, means | counts)
-    _check_params(done, carry.agent.params)
     pieces.append(Piece(means, counts, seconds, due))
+    reading.check(done, carry.agent, pieces[-1])
     if budget is not None:
       was_acting = budget.acted is None
-      budget.taken += float(counts.get('decisions', 0.0))
+      budget.add(counts.get('decisions', 0.0))
       # A row tells where acting ended, too.
       goes_on = end() > done and (budget.acted is None) == was_acting
       if goes_on and done < halt:
         continue
-    metrics, pieces = _summary(*joined(pieces)), []
+    metrics, pieces = reading.summary(joined(pieces)), []
     if intervals.evaluate and done % intervals.evaluate == 0 and hooks.evaluate:
       metrics |= hooks.evaluate(done, carry.agent)
     if hooks.log is not None:
@@ -432,7 +454,7 @@ def run(
       carry = _save(source, carry, hooks)
       saved = done
   if pieces and hooks.log is not None:  # left within an interval
-    hooks.log(done, _summary(*joined(pieces)))
+    hooks.log(done, reading.summary(joined(pieces)))
   if hooks.save is not None and saved != done:
     carry = _save(source, carry, hooks)
   return carry

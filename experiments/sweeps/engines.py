@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 from experiments.files import reading, tables, writing
 from experiments.files.errors import UserError, shown
+from experiments.sweeps import kept
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import program as sweep_program
 from experiments.sweeps import results as sweep_results
+from experiments.sweeps import train as sweep_train
 from experiments.sweeps.plan import Plan, Row
 from experiments.sweeps.results import Result
 
@@ -140,7 +142,7 @@ def vmapped(
     part.folder.mkdir(parents=True, exist_ok=True)
     saved = {'rows': part.rows, 'traced': part.traced}
     writing.write_text(part.folder / 'program.json', json.dumps(saved) + '\n')
-    points = sweep_program.run(
+    points = sweep_train.run(
       program,
       part.folder,
       mesh=mesh,
@@ -152,7 +154,7 @@ def vmapped(
     if points is None:
       return
     _write_program(part, points)
-    sweep_program.forget(part.folder)
+    kept.forget(part.folder)
 
 
 def finished(part: Part) -> bool:
@@ -173,7 +175,7 @@ def program_of(plan: Plan, part: Part) -> sweep_program.Program:
   )
 
 
-def _write_program(part: Part, points: Sequence[sweep_program.Point]) -> None:
+def _write_program(part: Part, points: Sequence[kept.Point]) -> None:
   rows = []
   for i, row in enumerate(part.rows):
     for point in points:
