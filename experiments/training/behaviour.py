@@ -20,8 +20,7 @@ import numpy as np
 
 from experiments import build
 from experiments.build.material import Opened
-from experiments.files import arrays, reading, writing
-from experiments.report.runs import read_csv
+from experiments.files import arrays, reading, tables, writing
 from experiments.training.collector import Rows
 from experiments.training.train import NOTHING, Trained, train
 
@@ -200,7 +199,7 @@ def evaluations(
     UserError: a file is missing or not as it was written.
   """
   found = []
-  for row in read_csv(folder / 'metrics.csv')[1]:
+  for row in tables.read_numbers(folder / 'metrics.csv'):
     step = int(row['step'])
     path = _policy(folder, step)
     # Of the row at which acting ended there is one only if it is the last.
@@ -209,7 +208,7 @@ def evaluations(
     kept = reading.read_json(path.with_suffix('.json'), _Kept)
     params = read_params(path, agent, kept.params)
     rows = int(experiment.pace.rows_until(step - 1))
-    decisions = int(float(row['decisions']))
+    decisions = int(row['decisions'])
     found.append(Evaluation(decisions, kept.mean_return, params, rows))
   return found
 
