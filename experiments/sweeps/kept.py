@@ -106,6 +106,17 @@ def acted(keeper) -> int | None:
 
 
 def save(keeper, axes, carry, points, count, number, acted) -> None:
+  """Saves the rows of a program after an update that has a point.
+
+  Args:
+    keeper: `runtime.checkpoint.Checkpoints` of the program.
+    axes: of the carry, see `program.Functions`.
+    carry: of all rows, leaves `[R, ...]`.
+    points: the curves so far.
+    count: rows; those behind are repeated.
+    number: of the phase.
+    acted: updates after which acting was over; None while it goes on.
+  """
   import jax
   import numpy as np
 
@@ -129,7 +140,19 @@ def save(keeper, axes, carry, points, count, number, acted) -> None:
 
 
 def restore(keeper, phases, values, seeds, count, mesh):
-  """The carry, the points so far and the phase's number, or None."""
+  """The carry, the points so far and the phase's number, or None.
+
+  Args:
+    keeper: `runtime.checkpoint.Checkpoints` of the program.
+    phases: its functions, see `program.compiled`.
+    values: float32 `[R, F]` of the traced fields.
+    seeds: uint32 `[R]`.
+    count: rows; those behind are repeated.
+    mesh: the devices.
+
+  Raises:
+    UserError: the checkpoint is damaged.
+  """
   import jax
   import numpy as np
 

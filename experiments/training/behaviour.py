@@ -237,7 +237,7 @@ def history(trained: Trained) -> list[Rows]:
 
 
 def leaves(params: Any) -> dict[str, np.ndarray]:
-  """A pytree's leaves by their path."""
+  """A pytree's leaves by their path, of shape `[...]` each."""
   import jax
 
   paths, _ = jax.tree_util.tree_flatten_with_path(params)
