@@ -325,13 +325,13 @@ MISSING = {
   ),
   'train --preset=bc --dataset=torn.hdf5': (
     'h5py',
-    "hdf5 needs h5py: pip install 'outplay[hdf5]'",
+    "hdf5 needs h5py; run pip install 'outplay[hdf5]'",
   ),
   'train --tensorboard': ('tensorboardX', 'tensorboard: needs ... pip install'),
   'train --wandb=mine': ('wandb', 'wandb: needs wandb: pip install'),
   'train --preset=alphazero_tic_tac_toe --env=self_play:othello': (
     'pgx',
-    "'othello': needs pgx; pip install 'outplay[games]'",
+    "'othello': needs pgx; run pip install 'outplay[games]'",
   ),
   'sweep --workdir=new --engine=ray': ('ray', 'engine=ray: ... pip install'),
   'study connect_four_positions --out=new.csv': (

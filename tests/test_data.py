@@ -124,7 +124,7 @@ def changed(key, row, value):
     (changed('reward', 2, np.nan), 'reward in row 2 is nan, must be finite'),
     (changed('action', 4, 2.5), r'action in row 4 is 2.5, .* \[-1, 2\]'),
     (changed('action', 0, -1.1), 'action in row 0 is -1.1'),
-    (changed('truncated', 1, True), 'truncated in row 1 is True, but termin'),
+    (changed('truncated', 1, True), 'truncated in row 1 is True, but so is t'),
     (changed('episode', 0, 1), 'episode in row 0 is 1, must start at 0'),
     (changed('episode', slice(3, None), 2), 'episode in row 3 is 2'),
     (changed('terminated', 3, True), 'episode in row 4 is 1'),
@@ -183,7 +183,7 @@ def test_our_files_come_back(name, tmp_path):
   assert_same(npz.load(path), toy())
   assert_same(open_dataset(str(path)), toy())
   assert [p.name for p in path.parent.iterdir()] == [name]
-  with pytest.raises(ValueError, match='is there already'):
+  with pytest.raises(ValueError, match='exists already'):
     npz.save(toy(), path)
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_about_is_refused(tmp_path):
     (json.dumps({**fields, 'version': 2}), 'version 2, must be 1'),
     (
       json.dumps({**fields, 'colour': 'red'}),
-      'about has a field colour, known',
+      'about has an unknown field colour',
     ),
     (json.dumps({'version': 1}), 'about: .*missing required field `name`'),
   ):
@@ -250,7 +250,9 @@ def test_a_damaged_about_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
       npz.load(path)
   file.unlink()
-  with pytest.raises(ValueError, match='not a data set, it has neither about'):
+  with pytest.raises(
+    ValueError, match='not a data set, because it has neither about'
+  ):
     open_dataset(path)
 
 
@@ -287,20 +289,23 @@ def test_names_that_are_not_there_say_what_to_fetch(tmp_path, monkeypatch):
     ),
     ('pen-human-v1', 'hand_dapg_v1/pen-human-v1.hdf5 and put it there'),
     ('mujoco/hopper/medium-v0', 'minari download mujoco/hopper/medium-v0'),
-    ('hopper-medum-v2', 'named as D4RL .* nearest are hopper-medium-v2'),
+    (
+      'hopper-medum-v2',
+      'looks like a D4RL name .* nearest are hopper-medium-v2',
+    ),
     ('antmaze-umaze-v2', 'fetch http.*multigoal_False_sparse_fixed.hdf5 and'),
     ('maze2d-large-v1', 'fetch http.*maze2d/maze2d-large-sparse-v1.hdf5 and'),
     ('kitchen-mixed-v0', 'fetch http.*kettle_bottomburner_light-v0.hdf5 and'),
-    ('kitchen-all-v0', 'named as D4RL .* nearest are kitchen-'),
+    ('kitchen-all-v0', 'looks like a D4RL name .* nearest are kitchen-'),
     ('pointmaze-v0', 'minari download pointmaze-v0'),
-    ('no/such/folder', 'no such path or name; understood is a folder'),
+    ('no/such/folder', 'no such path or name; must be a folder'),
     ('', 'not a data set'),
   ):
     with pytest.raises(ValueError, match=message) as error:
       open_dataset(name)
     assert '\n' not in str(error.value)
   (tmp_path / 'notes.txt').write_text('')
-  with pytest.raises(ValueError, match='not a data set; understood is'):
+  with pytest.raises(ValueError, match='not a data set; must be'):
     open_dataset(tmp_path / 'notes.txt')
 
 

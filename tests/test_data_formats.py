@@ -212,7 +212,7 @@ def test_d4rl_by_name(tmp_path, monkeypatch):
       r'rewards has shape \(10, 2\), must be a n',
     ),
     ({'observations': np.zeros(N)}, r'observations has shape \(10,\), must be'),
-    ({'terminals': np.full(N, 2)}, 'terminals in row 0 is 2, not 0 or 1'),
+    ({'terminals': np.full(N, 2)}, 'terminals in row 0 is 2, must be 0 or 1'),
     ({'actions': np.zeros((9, 3))}, 'actions has 9 rows, rewards has 10'),
     ({'timeouts': np.zeros(9, bool)}, 'timeouts has 9 rows, rewards has 10'),
     ({'next_observations': np.zeros((8, 2))}, 'next_observations has 8 rows'),
@@ -391,7 +391,7 @@ def test_jpeg_frames_are_refused(minari, home):
   buffer = {**episode(2, 0, True, False), 'observations': frames}
   space = box((40, 40, 3), 0, 255, np.uint8)
   written_by_minari(minari, [buffer], observation_space=space)
-  with pytest.raises(ValueError, match='are JPEG frames, which are not'):
+  with pytest.raises(ValueError, match='are JPEG frames, which are un'):
     open_dataset('outplay/toy-v0')
 
 
@@ -500,7 +500,7 @@ def test_damaged_folders_are_named(folder):
     ({'observation_space': '{"type"'}, 'observation_space is not JSON'),
     (
       {'observation_space': '{"type": "Box", "shape": [3]}'},
-      r'rows of shape \(2,\), observation_space says \(3,\)',
+      r'rows of shape \(2,\), must be \(3,\) by observation_space',
     ),
   ):
     edit(folder, **fields)
@@ -511,7 +511,7 @@ def test_damaged_folders_are_named(folder):
   (folder / 'metadata.json').write_text(whole[:40])
   with pytest.raises(ValueError, match=r'metadata\.json is not JSON'):
     minari_files.load(folder)
-  with pytest.raises(ValueError, match='no Minari folder'):
+  with pytest.raises(ValueError, match='must be a Minari folder'):
     minari_files.load(folder / 'nothing')
 
 
@@ -519,9 +519,9 @@ def test_damaged_folders_are_named(folder):
   ('key', 'value', 'message'),
   [
     ('rewards', None, 'episode_1/rewards is missing'),
-    ('actions', np.zeros((2, 1)), 'episode_1/actions is of 2 steps, rewards'),
-    ('observations', np.zeros((3, 2)), 'episode_1/observations is of 2 steps'),
-    ('terminations', [0, 1, 0], 'episode_1 ends in step 1 of 3'),
+    ('actions', np.zeros((2, 1)), 'episode_1/actions has 2 steps, rewards'),
+    ('observations', np.zeros((3, 2)), 'episode_1/observations has 2 steps'),
+    ('terminations', [0, 1, 0], 'episode_1 has a flag at step 1 of 3'),
     (
       'observations',
       np.zeros((4, 3)),
@@ -542,7 +542,7 @@ def test_damaged_episodes_are_named(key, value, message, folder):
 
 
 def test_what_minari_cannot_hold_is_refused(home):
-  with pytest.raises(ValueError, match='next_observation in row 0 is not'):
+  with pytest.raises(ValueError, match='next_observation in row 0 differs'):
     minari_files.save(toy(), 'outplay/toy-v0')
   for name in ('toy', '../toy-v0', 'a b-v0', '/toy-v0', ''):
     with pytest.raises(ValueError, match='must be like outplay/name-v0'):
@@ -552,7 +552,7 @@ def test_what_minari_cannot_hold_is_refused(home):
 
 def test_nothing_is_overwritten_and_names_come_from_env_spec(folder):
   data = minari_files.load(folder)
-  with pytest.raises(ValueError, match='is there already'):
+  with pytest.raises(ValueError, match='exists already'):
     minari_files.save(data, 'outplay/toy-v0')
   assert data.about.env == 'Toy-v1'
   edit(folder, outplay=None, env_spec=json.dumps({'id': 'Hopper-v5'}))

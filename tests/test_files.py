@@ -182,7 +182,10 @@ def test_arrays_come_back_and_only_as_expected(tmp_path):
     with pytest.raises(UserError, match=message):
       arrays.read(path, expected | {name: about}, stored)
   data = bytearray(path.read_bytes())
-  for at, message in ((0, 'is no file of arrays'), (8, 'no file of arrays')):
+  for at, message in (
+    (0, 'is not a file of arrays'),
+    (8, 'not a file of arrays'),
+  ):
     path.write_bytes(data[:at] + b'\xff' * 8 + data[at + 8 :])
     with pytest.raises(UserError, match=message):
       arrays.mapped(path)
@@ -193,7 +196,7 @@ def test_arrays_come_back_and_only_as_expected(tmp_path):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('step,loss\n1,"' + 'x' * 200_000 + '"\n', 'is no CSV'),
+    ('step,loss\n1,"' + 'x' * 200_000 + '"\n', 'is not CSV'),
     (','.join(map(str, range(10**5))) + '\n', '100,000 columns'),
     ('step,loss\n1\n', 'line 2: 1 cells, must be 2'),
     ('loss\n1\n', 'has no column step; there are loss'),

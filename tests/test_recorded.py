@@ -225,7 +225,7 @@ def test_without_a_limit_episodes_are_as_long_as_the_longest(minari, home):
     ({'id': 'os:system'}, 'names a module'),
     ({'kwargs': {'xml_file': 'x'}}, 'not paths or modules'),
     ({'kwargs': {'a': [{'b': '/etc/passwd'}]}}, 'not paths or modules'),
-    ({'wrappers': (('RecordVideo', {}),)}, 'the wrapper RecordVideo is not'),
+    ({'wrappers': (('RecordVideo', {}),)}, 'the wrapper RecordVideo is unk'),
     ({'wrappers': (('TimeLimit', {'a': 'os:x'}),)}, 'not paths or modules'),
     ({'max_episode_steps': 0}, 'max_episode_steps=0: must be at least 1'),
   ],

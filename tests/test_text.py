@@ -603,7 +603,7 @@ def test_texts_are_read_out_of_packages(tmp_path):
 def test_who_cannot_fetch_is_told(tmp_path, monkeypatch):
   package = corpus.PACKAGES['kjv']
   monkeypatch.setenv('PATH', str(tmp_path))
-  with pytest.raises(configs.UserError, match=r'^apt-get: there is none'):
+  with pytest.raises(configs.UserError, match=r'^apt-get: not found'):
     corpus.fetch(package)
   for name in ('apt-get', 'dpkg-deb'):
     (tmp_path / name).write_text('#!/bin/sh\necho "E: no network" >&2\nexit 1')

@@ -1,23 +1,23 @@
-"""D4RL's hdf5 files (Fu et al. 2020), read from this machine.
+"""Reads D4RL's hdf5 files (Fu et al. 2020) from this machine.
 
-Flat arrays: `observations`, `actions`, `rewards`, `terminals`, and mostly
-`timeouts` and `next_observations`. What is not there is filled in, or refused
-where it cannot be:
+A file has flat arrays: `observations`, `actions`, `rewards`, `terminals`, and
+usually `timeouts` and `next_observations`. Missing arrays are filled in if
+possible, and refused otherwise:
 
-- Without `timeouts` (files of v0) an episode is cut after the task's number of
-  steps; unknown tasks are refused, since time limits would otherwise look like
-  steps within an episode.
-- Without `next_observations` the next row is the next observation, except
-  where an episode ends. A terminal row gets its own observation (nothing is
-  ever bootstrapped from it, but a dynamics model must not learn from it). A
-  row at a time limit is dropped, and the row before it is then the one that
-  is cut; an unfinished last row is dropped too. Returns of cut episodes miss
-  their last reward.
+- Without `timeouts` (files of v0), episodes are truncated after the task's
+  number of steps. Unknown tasks are refused, because time limits would look
+  like steps within an episode.
+- Without `next_observations`, the next row has the next observation, except
+  where an episode ends. A terminal row gets its own observation (values are
+  never bootstrapped from it, but a dynamics model must not learn from it). A
+  row at a time limit is dropped, and the row before it is truncated instead; an
+  unfinished last row is dropped, too. Returns of such episodes lack their last
+  reward.
 - A row with both flags has terminated.
-- Some files (antmaze) go on after the goal and say `terminals` of each further
-  row until the time limit: the episode ends with the first one, and the others
-  are dropped. They differ from episodes of one step by their observation,
-  where `next_observations` has it.
+- Some files (antmaze) continue after the goal and set `terminals` in each row
+  until the time limit: the episode ends with the first such row, and the others
+  are dropped. If `next_observations` exists, these rows are distinguished from
+  episodes of one step by their observation.
 """
 
 import pathlib
@@ -33,16 +33,16 @@ def load(path: str | pathlib.Path, max_steps: int | None = None):
   """Reads a file.
 
   Args:
-    path: of the hdf5 file. A name that starts with a task's gives the
-      reference pair, the time limit and the simulator.
-    max_steps: time limit, for files without `timeouts` of other tasks.
+    path: the hdf5 file's path. A name that starts with a task's name determines
+      the reference scores, the time limit and the simulator.
+    max_steps: the time limit for files of other tasks without `timeouts`.
 
   Returns:
-    A `layout.Dataset`, actions bounded by [-1, 1] as D4RL's are.
+    A `layout.Dataset` with D4RL's action bounds [-1, 1].
 
   Raises:
-    ValueError: h5py is not installed, a key is missing, torn or of a wrong
-      shape, or the rows are not in order.
+    ValueError: h5py is not installed, a key is missing, damaged or of a wrong
+      shape, or the rows are not a valid data set.
 
   >>> import tempfile, h5py
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -123,10 +123,10 @@ def load(path: str | pathlib.Path, max_steps: int | None = None):
 
 
 def _repeated(observation, terminal, timeout, following):
-  """Rows that say once more that the episode before has terminated."""
+  """Rows that repeat the termination of the episode before them."""
   again = terminal.copy()
   again[0] = False
-  # After a time limit there is a reset, whatever the flags say.
+  # After a time limit there is a reset, whatever the flags are.
   again[1:] &= terminal[:-1] & ~timeout[:-1]
   rows = np.flatnonzero(again)
   if following is not None and len(rows):
@@ -140,7 +140,7 @@ def _column(reader, key, path, many):
   if not many and value.ndim == 2 and value.shape[1] == 1:
     value = value[:, 0]
   if value.ndim < 2 if many else value.ndim != 1:
-    want = 'a vector a row' if many else 'a number a row'
+    want = 'a vector per row' if many else 'a number per row'
     raise UserError(f'{path}: {key} has shape {value.shape}, must be {want}')
   return value
 
@@ -149,17 +149,19 @@ def _flags(value, key, path):
   bad = (value != 0) & (value != 1)
   if bad.any():
     row = int(np.argmax(bad))
-    raise UserError(f'{path}: {key} in row {row} is {value[row]}, not 0 or 1')
+    raise UserError(
+      f'{path}: {key} in row {row} is {value[row]}, must be 0 or 1'
+    )
   return value.astype(bool)
 
 
 def _timeouts(terminal, limit, path):
-  """Last rows of episodes of `limit` steps that do not terminate before."""
+  """The last rows of episodes that reach `limit` steps."""
   if limit is None:
     raise UserError(
       f'{path}: timeouts is missing, and the time limit of this task is '
-      'unknown; add the key, or name the file after its data set, '
-      'hopper-medium-v2.hdf5 say'
+      'unknown; add the key, or name the file after its data set, such as '
+      'hopper-medium-v2.hdf5'
     )
   timeout = np.zeros_like(terminal)
   start = 0
@@ -170,14 +172,14 @@ def _timeouts(terminal, limit, path):
 
 
 def _build_next(observation, action, reward, terminal, timeout):
-  """All columns without the rows whose next observation is not known."""
+  """All columns without the rows whose next observation is unknown."""
   following = np.concatenate([observation[1:], observation[-1:]])
   following[terminal] = observation[terminal]
   unknown = timeout.copy()
   unknown[-1] |= ~terminal[-1]
-  # The row before a dropped one ends its episode, unless it had ended there.
+  # The row before a dropped one becomes the end of its episode.
   cut = np.concatenate([unknown[1:], [False]]) & ~terminal & ~timeout
-  # Rows at the end of an open episode are not cut, only not all there.
+  # An unfinished last episode is not truncated.
   if not (terminal[-1] or timeout[-1]):
     cut[-2:] = False
   rows = ~unknown

@@ -1,4 +1,4 @@
-"""D4RL's data sets by name: what is fetched from where, and what they are of.
+"""D4RL's data sets by name: their addresses and their tasks.
 
 From D4RL's `infos.py` at 0ace16d and the time limits that it registers its
 environments with.
@@ -16,11 +16,11 @@ class Task(NamedTuple):
   """One of D4RL's tasks.
 
   Attributes:
-    ref_min: mean return of a random policy (scores 0); None if unknown.
-    ref_max: of an expert (scores 100).
+    ref_min: mean return of a random policy (score 0); None if unknown.
+    ref_max: mean return of an expert (score 100); None if unknown.
     steps: the time limit; None if unknown.
-    env: envpool's nearest simulator; its version is not that of the data, so
-      that scores compare with published ones with that caveat only.
+    env: envpool's nearest simulator; its version differs from that of the data,
+      a caveat when scores are compared with published ones.
   """
 
   ref_min: float | None
@@ -29,7 +29,7 @@ class Task(NamedTuple):
   env: str = ''
 
 
-# By what a name begins with; of several the longest counts.
+# By the beginning of a data set's name; the longest match counts.
 TASKS = {
   'hopper': Task(-20.272305, 3234.3, 1000, 'Hopper-v4'),
   'halfcheetah': Task(-280.178953, 12135.0, 1000, 'HalfCheetah-v4'),
@@ -160,7 +160,7 @@ def name_of(stem: str) -> str:
 
 
 def task_of(name: str) -> Task | None:
-  """The task of a data set's name; None for another's."""
+  """The task of a data set's name; None if it is not D4RL's."""
   parts = name.split('-')
   for length in range(len(parts), 0, -1):
     found = TASKS.get('-'.join(parts[:length]))
@@ -170,7 +170,7 @@ def task_of(name: str) -> Task | None:
 
 
 def nearest(name: str) -> list[str] | None:
-  """Names like one that looks like D4RL's, best first; None for others.
+  """The names nearest to one in D4RL's style, best first; none for others.
 
   >>> nearest('antmaze-umaze-v3')[0]
   'antmaze-umaze-v2'

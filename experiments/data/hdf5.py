@@ -1,9 +1,8 @@
-"""Opening hdf5 files and reading arrays of them, with errors for people.
+"""Opens hdf5 files that are not trusted and reads their arrays.
 
 An hdf5 file can name other files (external links, raw storage, virtual
-sources), plugins (filters that are libraries) and sizes that it does not have.
-Here nothing but numbers that lie in the file itself is read, and no more than
-this machine's memory holds.
+sources), plugins (filters that are libraries) and false sizes. Only numbers
+that are stored in the file itself are read, and only if they fit into memory.
 """
 
 import math
@@ -17,7 +16,7 @@ from experiments.data import npy
 from experiments.files import memory, reading
 from experiments.files.errors import UserError, shown
 
-# Compressed data are at most this many times larger (zlib's own documents).
+# zlib expands data by at most this factor (its documentation).
 _INFLATES = 1032
 _NAMES = 10
 
@@ -25,26 +24,27 @@ _NAMES = 10
 def open_file(
   path: pathlib.Path, mode: str = 'r', *, follow: bool = False
 ) -> Any:
-  """An `h5py.File`, to be used as a context.
+  """Opens an `h5py.File`, which is used as a context.
 
   Args:
-    path: of the file.
-    mode: as h5py's.
-    follow: whether the path may be a link, as one that the user typed.
+    path: the file's path.
+    mode: h5py's mode.
+    follow: whether the path may be a link, which is allowed for paths that the
+      user typed.
 
   Raises:
-    UserError: h5py is not installed, no such file, a link or FIFO within a
-      folder, or not an hdf5 file.
+    UserError: h5py is not installed, or the file is missing, a link, a FIFO or
+      not an hdf5 file.
   """
   where = shown(path)
   if mode == 'r':
-    # Its own library would wait for a FIFO, and follow links.
+    # The hdf5 library would wait for a FIFO and follow links.
     reading.open_file(path, follow=follow).close()
   try:
     import h5py
   except ImportError as error:
     raise UserError(
-      f"{where}: hdf5 needs h5py: pip install 'outplay[hdf5]'"
+      f"{where}: hdf5 needs h5py; run pip install 'outplay[hdf5]'"
     ) from error
   try:
     return h5py.File(path, mode)
@@ -57,36 +57,36 @@ def open_file(
 
 
 class Reader:
-  """Reads arrays out of an open file, together no more than memory holds."""
+  """Reads arrays from an open file, as many as fit into memory together."""
 
   def __init__(self, file: Any, path: pathlib.Path):
-    """A reader of a file.
+    """Makes a reader.
 
     Args:
       file: from `open_file`.
-      path: of it, for messages.
+      path: the file's path, for messages.
     """
     self._file, self._where = file, shown(path)
     self._room = memory.room_for_data()
     self._declared = 0
 
   def has(self, key: str) -> bool:
-    """Whether there is an array or a group of a name, `a/b` say.
+    """Whether the file has an array or a group with a name such as `a/b`.
 
     Raises:
-      UserError: it is a link to elsewhere, or damaged.
+      UserError: it is a link, or damaged.
     """
     return self._find(key) is not None
 
   def read(self, key: str) -> np.ndarray:
-    """One array of numbers, whole, of the file's shape.
+    """Reads a whole array of numbers, `[...]`.
 
     Args:
-      key: groups and the array's name, with slashes between.
+      key: names of groups and of the array, separated by slashes.
 
     Raises:
-      UserError: it is missing, a group, a link, not numbers, damaged, not in
-        this file, or larger than memory.
+      UserError: the array is missing, a group, a link, not numbers, damaged,
+        stored in another file, or larger than memory.
     """
     import h5py
 
@@ -116,20 +116,20 @@ class Reader:
       ) from error
 
   def claim(self, key: str, size: int) -> None:
-    """Counts what is read, or made of it, and refuses too much.
+    """Adds to the memory that arrays take, and refuses too much.
 
     Args:
-      key: what it is of.
-      size: bytes.
+      key: the array's name, for the message.
+      size: number of bytes.
 
     Raises:
-      UserError: all together would not fit into memory.
+      UserError: the sum does not fit into memory.
     """
     self._declared += size
     npy.check_room(f'{self._where}: {shown(key)}', self._declared)
 
   def _find(self, key: str) -> Any:
-    """The object of a name, or None; links are refused, not followed."""
+    """The object with a name, or None; links are refused."""
     import h5py
 
     here: Any = self._file
@@ -145,7 +145,7 @@ class Reader:
             f'{self._where}: {shown(key)} is a link to '
             f'{shown(getattr(link, "filename", ""))} '
             f'{shown(getattr(link, "path", "elsewhere"))}; links are not '
-            'followed, put the array itself there'
+            'followed; put the array itself there'
           )
         here = here[part]
       except UserError:
@@ -157,7 +157,7 @@ class Reader:
     return here
 
   def _siblings(self, key: str) -> str:
-    """What there is in the place of a key that is missing."""
+    """Lists the names next to a missing key."""
     import h5py
 
     above = key.rpartition('/')[0]
@@ -170,7 +170,7 @@ class Reader:
 
 
 def _check_storage(array: Any, where: str) -> None:
-  """Refuses numbers of other files, and filters that are no plain ones."""
+  """Refuses numbers that are stored in other files, and unusual filters."""
   import h5py
 
   h5d, h5z = (getattr(h5py, name) for name in ('h5d', 'h5z'))
@@ -203,10 +203,10 @@ def _check_storage(array: Any, where: str) -> None:
 
 
 def _check_chunks(array: Any, where: str, room: int) -> None:
-  """Refuses chunks that become larger than they say when they are unpacked.
+  """Refuses chunks that unpack to more than their declared size.
 
-  The library allocates whatever comes out of a chunk. Small ones cannot hold
-  much, so only those that might are unpacked here first, in pieces.
+  The hdf5 library allocates whatever a chunk unpacks to. Chunks that are large
+  enough to exceed memory are first unpacked here in pieces.
   """
   if array.chunks is None or not array.compression:
     return

@@ -1,9 +1,9 @@
-"""One layout for all data sets: rows of transitions, and what they are of.
+"""The layout of all data sets: rows of transitions and a description.
 
 Axes: `N` transitions, in the order in which they were taken, episode after
-episode; `E` episodes. A row holds its own next observation, so that no row
-needs the one behind it. Time limits are `truncated`, never `terminated`:
-values are bootstrapped from their next observations.
+episode; `E` episodes. A row contains its own next observation, so no row needs
+the one after it. Time limits are `truncated`, never `terminated`: values are
+bootstrapped from their next observations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,24 +14,24 @@ import numpy as np
 from agents.core.types import ArraySpec, Continuous, Spec
 from experiments.files.errors import UserError, shown
 
-# Actions may leave their bounds by this much: float64 rounded to float32.
+# Actions may exceed their bounds by this much, because of rounding to float32.
 BOUNDS_TOLERANCE = 1e-5
 _CHUNK = 1 << 16
 _CUT = 'cut_episodes'
 
 
 class About(NamedTuple):
-  """What a data set is of.
+  """The description of a data set.
 
   Attributes:
-    name: for messages and results.
-    env: envpool's name of the simulator; '' where there is none.
-    action_low: float32 `[...]`, an action's shape.
-    action_high: float32 `[...]`.
-    ref_min: mean return that scores 0, of a random policy; None if unknown.
-    ref_max: mean return that scores 100, of an expert; None if unknown.
-    source: who acted, and where the file is from, in words.
-    extra: all else that JSON can hold.
+    name: the name in messages and results.
+    env: envpool's name of the simulator; '' if there is none.
+    action_low: lower bounds, float32 `[...]`, an action's shape.
+    action_high: upper bounds, float32 `[...]`.
+    ref_min: mean return of a random policy (score 0); None if unknown.
+    ref_max: mean return of an expert (score 100); None if unknown.
+    source: the acting policy and the origin of the file, in words.
+    extra: any further JSON values.
   """
 
   name: str
@@ -56,10 +56,10 @@ class Dataset(NamedTuple):
     next_observation: float32 or uint8 `[N, ...]`, the true next one, also
       where the episode ends.
     terminated: bool `[N]`.
-    truncated: bool `[N]`, cut though it could have gone on; never together
-      with `terminated`.
-    episode: int32 `[N]`, 0, 1, ..., one more after each row that ends one.
-    about: what it is of.
+    truncated: bool `[N]`, whether the episode was truncated here; never True
+      together with `terminated`.
+    episode: int32 `[N]`, the episode's number, 0, 1, ...
+    about: the description.
   """
 
   observation: np.ndarray
@@ -84,18 +84,18 @@ def make(
   truncated: np.ndarray,
   about: About,
 ) -> Dataset:
-  """A data set from arrays of any float or bool type; numbers its episodes.
+  """Makes a data set from arrays of any float or bool type.
 
-  Where both flags are set the episode has terminated.
+  Episodes are numbered. A row with both flags has terminated.
 
   Args:
-    observation: `[N, ...]`; uint8 stays, all else becomes float32.
+    observation: `[N, ...]`; uint8 is kept, other types become float32.
     action: `[N, ...]`.
     reward: `[N]`.
     next_observation: `[N, ...]`.
     terminated: `[N]`.
     truncated: `[N]`.
-    about: what it is of.
+    about: the description.
   """
   terminated = np.asarray(terminated, bool)
   truncated = np.asarray(truncated, bool) & ~terminated
@@ -112,7 +112,7 @@ def make(
 
 
 def number_episodes(ended: np.ndarray) -> np.ndarray:
-  """Episode ids, int32 `[N]`, from bool `[N]` that marks last rows.
+  """The numbers of episodes, int32 `[N]`, from bool `[N]` marks of last rows.
 
   >>> number_episodes(np.array([False, True, False, False, True])).tolist()
   [0, 0, 1, 1, 1]
@@ -122,18 +122,18 @@ def number_episodes(ended: np.ndarray) -> np.ndarray:
 
 
 def check(dataset: Dataset, file: str) -> Dataset:
-  """The data set itself, if nothing is wrong with it.
+  """Checks a data set and returns it.
 
-  It reads every row once, in pieces: a memory map stays one.
+  Every row is read once, in pieces, so memory maps need no memory.
 
   Args:
-    dataset: whose arrays to look at.
-    file: what to call it in messages.
+    dataset: the data set.
+    file: its name in messages.
 
   Raises:
-    ValueError: wrong type, shape or length, a number that is not finite, an
-      action out of bounds, both flags on one row, episodes that do not follow
-      each other. It names the file, the key and the first bad row.
+    ValueError: a wrong type, shape or length, a number that is not finite, an
+      action out of bounds, both flags on one row, or episodes that are not
+      numbered in order. It names the file, the key and the first bad row.
   """
   _check_types(dataset, file)
   about = dataset.about
@@ -162,7 +162,7 @@ def check(dataset: Dataset, file: str) -> Dataset:
     0,
     file,
     'truncated',
-    'but terminated is too: a terminal row is not cut, clear truncated',
+    'but so is terminated: clear truncated in terminal rows',
   )
   want = number_episodes(dataset.terminated | dataset.truncated)
   _refuse(
@@ -179,22 +179,22 @@ def check(dataset: Dataset, file: str) -> Dataset:
 
 
 def bounds(value: Any, where: str) -> np.ndarray:
-  """Bounds of actions from JSON, nested lists of numbers, float32 `[...]`.
+  """Reads action bounds from JSON's nested lists of numbers, float32 `[...]`.
 
   Raises:
-    UserError: something else, of no regular shape, or NaN.
+    UserError: the value is anything else, has no regular shape, or has a NaN.
   """
   try:
-    # As objects first: numpy would read numbers out of text.
+    # Objects at first, because numpy would parse numbers from text.
     plain = np.array(value, object)
     if not all(type(x) in (int, float) for x in plain.flat):
-      raise UserError('holds what is no number')
+      raise UserError('contains a value that is not a number')
     with np.errstate(over='ignore'):  # Beyond float32 is unbounded.
       found = plain.astype(np.float64).astype(np.float32)
   except (ValueError, TypeError, OverflowError) as error:
     raise UserError(
-      f'{shown(where)} must be numbers in lists, one for each of an '
-      f"action's: {shown(error, 80)}"
+      f'{shown(where)} must be nested lists with a number for each component '
+      f'of an action: {shown(error, 80)}'
     ) from error
   if np.isnan(found).any():
     raise UserError(f'{shown(where)} is nan, must be a number')
@@ -202,7 +202,7 @@ def bounds(value: Any, where: str) -> np.ndarray:
 
 
 def _check_about(dataset, file):
-  """What else is used of `About`, which may be from a file."""
+  """Checks the other fields of `About`, which may come from a file."""
   about, extra = dataset.about, dataset.about.extra
   for key in ('action_low', 'action_high'):
     if not np.size(getattr(about, key)):
@@ -300,12 +300,12 @@ def _span(about):
 
 
 def first_rows(dataset: Dataset) -> np.ndarray:
-  """The row that each episode starts with, int `[E]`."""
+  """The first row of each episode, int `[E]`."""
   return np.flatnonzero(np.diff(dataset.episode, prepend=-1))
 
 
 def initial_observations(dataset: Dataset) -> np.ndarray:
-  """The observations that episodes start with, `[E, ...]`, in order."""
+  """The first observation of each episode, `[E, ...]`."""
   return np.asarray(dataset.observation[first_rows(dataset)])
 
 
@@ -315,10 +315,10 @@ def is_finished(dataset: Dataset) -> bool:
 
 
 def returns(dataset: Dataset) -> np.ndarray:
-  """Sums of rewards of whole episodes, float64 `[E]`, undiscounted.
+  """Undiscounted returns of whole episodes, float64 `[E]`.
 
-  The last episode is left out if it is unfinished, and so are those that
-  `concatenate` has cut, which `about.extra['cut_episodes']` names.
+  Unfinished episodes are left out: the last one, and those that `concatenate`
+  has truncated, which are listed in `about.extra['cut_episodes']`.
   """
   reward = np.asarray(dataset.reward, np.float64)
   sums = np.bincount(dataset.episode, reward)
@@ -329,13 +329,14 @@ def returns(dataset: Dataset) -> np.ndarray:
 
 
 def concatenate(datasets: Sequence[Dataset], about: About) -> Dataset:
-  """The rows of several data sets, one behind the other.
+  """Concatenates the rows of several data sets.
 
-  An unfinished last episode is cut (truncated) where other rows follow, and
-  named in `about.extra['cut_episodes']`.
+  An unfinished last episode is truncated if other rows follow, and listed in
+  `about.extra['cut_episodes']`.
 
   Raises:
-    ValueError: none at all, or observations or actions of several shapes.
+    ValueError: there is no data set, or observations or actions differ in
+      shape.
   """
   if not datasets:
     raise UserError('concatenate: needs at least one data set')
@@ -359,10 +360,10 @@ def concatenate(datasets: Sequence[Dataset], about: About) -> Dataset:
 
 
 def spec(dataset: Dataset) -> Spec:
-  """What agents must know of the environment, statistics included.
+  """The spec of the environment, with statistics of the observations.
 
-  Mean and standard deviation are float32 `[F]` of the laid out observations;
-  frames (uint8) have none.
+  These are mean and standard deviation, float32 `[F]`, of the flattened
+  observations; frames (uint8) have none.
   """
   about, shape = dataset.about, dataset.observation.shape[1:]
   return Spec(
@@ -393,18 +394,19 @@ def _chunks(observation) -> Iterator[np.ndarray]:
 
 
 def normalised_score(about: About, returns: Any) -> Any:
-  """`100 (R - min) / (max - min)` of returns of any shape.
+  """Normalised scores `100 (R - min) / (max - min)` of returns of any shape.
 
   Raises:
-    ValueError: the data set has no reference pair, or an empty span.
+    ValueError: the data set lacks reference returns, or `min` is not below
+      `max`.
 
   Source: D4RL (Fu et al. 2020), section 4.
   """
   low, high = about.ref_min, about.ref_max
   if low is None or high is None:
     raise UserError(
-      f'{about.name}: ref_min={low}, ref_max={high}: no normalised score '
-      'without both; report returns'
+      f'{about.name}: ref_min={low}, ref_max={high}: a normalised score needs '
+      'both; report returns'
     )
   if not low < high:
     raise UserError(

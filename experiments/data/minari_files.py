@@ -1,15 +1,14 @@
-"""Minari's folders of hdf5, read and written without the minari package.
+"""Reads and writes Minari's hdf5 folders without the minari package.
 
     ID/data/metadata.json    spaces as JSON text, counts, reference scores
-    ID/data/main_data.hdf5   a group `episode_<i>` each: observations
+    ID/data/main_data.hdf5   groups `episode_<i>` with observations
                              `[T + 1, ...]`, actions `[T, ...]`, rewards,
                              terminations and truncations `[T]`
 
-Observations that are a Dict or Tuple become one vector, part after part in the
-order of the space that Minari has kept, which is the simulator's own:
-`envs.host.observation_codec` lays out both.
-Not read: Arrow and Parquet (Minari converts them), JPEG frames, texts, actions
-that are not a Box.
+Observations that are a Dict or Tuple become one vector, in the order of the
+space that Minari stores, which is the simulator's: both are converted by
+`envs.host.observation_codec`. Arrow and Parquet (which Minari can convert),
+JPEG frames, texts and actions that are not a Box are not supported.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from experiments.envs import host, recorded
 from experiments.files import reading
 from experiments.files.errors import UserError, shown
 
-# The oldest whose readers know all that is written here.
+# The oldest version that can read what is written here.
 _MINARI_VERSION = '0.5.3'
 _FLAGS = ('terminations', 'truncations')
 
@@ -39,13 +38,13 @@ def is_id(name: str) -> bool:
 
 
 def root() -> pathlib.Path:
-  """Where Minari keeps data sets on this machine."""
+  """Minari's folder of data sets on this machine."""
   default = pathlib.Path.home() / '.minari' / 'datasets'
   return pathlib.Path(os.environ.get('MINARI_DATASETS_PATH', default))
 
 
 def data_folder(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder with `metadata.json`, of an id's folder or of itself."""
+  """The folder with `metadata.json`: `path` or the `data` folder in it."""
   for folder in (path, path / 'data'):
     if os.path.lexists(folder / 'metadata.json'):
       return folder
@@ -54,7 +53,7 @@ def data_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Ours:
-  """What `save` adds to Minari's own."""
+  """The fields that `save` adds to Minari's own."""
 
   env: str = ''
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -62,7 +61,7 @@ class _Ours:
 
 @dataclasses.dataclass(frozen=True)
 class _Metadata:
-  """`metadata.json`, as far as it is read."""
+  """The fields of `metadata.json` that are read."""
 
   total_episodes: int
   observation_space: str
@@ -81,22 +80,22 @@ class _Metadata:
 def load(path: str | os.PathLike) -> layout.Dataset:
   """Reads a data set, in the order of its episodes.
 
-  An episode without a flag at its end was cut there, but for the last one,
+  An episode without a flag at its end was truncated, except for the last one,
   which is unfinished.
 
   Args:
     path: an id's folder, or the folder `data` in it.
 
   Raises:
-    ValueError: h5py is not installed, a file, key or episode is missing or
-      damaged, a space or format that is not read, rows not in order, links in
-      the folder, or more than fits into memory.
+    ValueError: h5py is not installed; a file, key or episode is missing or
+      damaged; a space or format is not supported; the rows are not a valid data
+      set; the folder has links; or the data do not fit into memory.
   """
   path = pathlib.Path(path)
   folder = data_folder(path)
   if folder is None:
     raise UserError(
-      f'{shown(path)}: metadata.json is missing: no Minari folder'
+      f'{shown(path)}: metadata.json is missing; must be a Minari folder'
     )
   reading.check_folder(folder)
   about = f'{folder}/metadata.json'
@@ -104,13 +103,13 @@ def load(path: str | os.PathLike) -> layout.Dataset:
   space = spaces.read(metadata.observation_space, f'{about}: observation_space')
   if _is_image(space) and metadata.jpeg_encoding:
     raise UserError(
-      f'{shown(folder)}: observations are JPEG frames, which are not read; '
+      f'{shown(folder)}: observations are JPEG frames, which are unsupported; '
       'write them with jpeg_encoding=False'
     )
   bounds = spaces.read_bounds(metadata.action_space, f'{about}: action_space')
   size, lay_out = spaces.laid_out(space, f'{about}: observation_space')
   if metadata.outplay is not None:
-    # What we have written is laid out already.
+    # `save` has already converted the observations.
     lay_out = lambda rows: rows
   file = folder / 'main_data.hdf5'
   with hdf5.open_file(file) as opened:
@@ -119,14 +118,14 @@ def load(path: str | os.PathLike) -> layout.Dataset:
       _episode(reader, i, space, size, lay_out, shown(file))
       for i in range(metadata.total_episodes)
     ]
-  # The last one may be unfinished; the others stop for some reason.
+  # Only the last episode can be unfinished; the others were truncated.
   for *_, terminated, truncated in episodes[:-1]:
     truncated[-1] |= not terminated[-1]
   try:
     columns = [np.concatenate(column) for column in zip(*episodes)]
   except ValueError as error:
     raise UserError(
-      f'{shown(file)}: episodes of several shapes: {shown(error)}'
+      f'{shown(file)}: episodes differ in shape: {shown(error)}'
     ) from error
   longest = max(len(episode[2]) for episode in episodes)
   cut = longest if columns[-1].any() else None
@@ -164,7 +163,7 @@ def _is_image(space):
 
 
 def _episode(reader, i, space, size, lay_out, where):
-  """The columns of one episode, before their types are settled."""
+  """The columns of one episode, with the file's dtypes."""
   name = f'episode_{i}'
   if not reader.has(name):
     raise UserError(f'{where}: {name} is missing')
@@ -178,7 +177,8 @@ def _episode(reader, i, space, size, lay_out, where):
   ):
     if value.ndim != 1:
       raise UserError(
-        f'{where}: {name}/{key} has shape {value.shape}, must be a number a row'
+        f'{where}: {name}/{key} has shape {value.shape}, must be a number per '
+        'row'
       )
   if action.ndim < 1:
     raise UserError(f'{where}: {name}/actions is a single number, must be rows')
@@ -192,8 +192,8 @@ def _episode(reader, i, space, size, lay_out, where):
   for key, length in (*found, *lengths.items()):
     if length != steps or not steps:
       raise UserError(
-        f'{where}: {name}/{key} is of {length} steps, rewards of {steps}: '
-        'must be equal and at least 1'
+        f'{where}: {name}/{key} has {length} steps, rewards has {steps}: must '
+        'be equal and at least 1'
       )
   reader.claim(f'{name}/observations', 4 * size * steps)
   observations = lay_out(rows)
@@ -201,7 +201,8 @@ def _episode(reader, i, space, size, lay_out, where):
   early = (terminated | truncated)[:-1]
   if early.any():
     raise UserError(
-      f'{where}: {name} ends in step {int(np.argmax(early))} of {steps}'
+      f'{where}: {name} has a flag at step {int(np.argmax(early))} of {steps}, '
+      'must have flags at its last step only'
     )
   return (
     *(observations[:-1], action, reward, observations[1:]),
@@ -210,10 +211,10 @@ def _episode(reader, i, space, size, lay_out, where):
 
 
 def _about(metadata, space, bounds, folder, cut):
-  """What the data are of; `cut` is the length at which episodes were."""
+  """The description; `cut` is the length at which episodes were truncated."""
   ours = metadata.outplay or _Ours()
   env, extra = ours.env, dict(ours.extra)
-  # The environment to evaluate in, if it is another one.
+  # The environment for evaluation takes precedence, if there is one.
   for key in ('eval_env_spec', 'env_spec'):
     text = getattr(metadata, key)
     if text is not None and metadata.outplay is None:
@@ -223,7 +224,7 @@ def _about(metadata, space, bounds, folder, cut):
         found = dataclasses.replace(found, max_episode_steps=cut)
       parts = host.columns(space, where)
       found = dataclasses.replace(found, columns=parts)
-      # With a module, if the file names one: `envs.names` refuses it.
+      # The id may name a module, which `envs.names` refuses.
       env = f'gymnasium:{recorded.full_id(text)}'
       extra[recorded.KEY] = dataclasses.asdict(found)
       if left_out:
@@ -244,30 +245,31 @@ def _about(metadata, space, bounds, folder, cut):
 def save(
   dataset: layout.Dataset, dataset_id: str, folder: str | os.PathLike = ''
 ) -> pathlib.Path:
-  """Writes a folder that Minari's own reader opens.
+  """Writes a folder that Minari's own reader can open.
 
   Args:
-    dataset: what to write.
+    dataset: the data set.
     dataset_id: `(namespace/)name-v0`.
-    folder: where ids are folders; Minari's own place if left out.
+    folder: the folder of ids; Minari's own folder if left out.
 
   Returns:
     The id's folder.
 
   Raises:
-    ValueError: not an id, something is there already, or rows whose next
-      observation is not the one of the next row: Minari stores it once.
+    ValueError: the id is invalid, the folder exists already, or the next
+      observation of a row differs from the next row's observation, which Minari
+      cannot represent.
   """
   if not is_id(dataset_id):
     raise UserError(f'dataset_id={dataset_id!r} must be like outplay/name-v0')
   path = pathlib.Path(folder or root()) / dataset_id
   if path.exists():
-    raise UserError(f'{path}: is there already; remove it or name another')
+    raise UserError(f'{path}: exists already; remove it or name another')
   layout.check(dataset, str(path))
   _check_chained(dataset, path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.partial')
-  partial.mkdir()  # Fails if something is there.
+  partial.mkdir()  # Fails if it exists.
   try:
     (partial / 'data').mkdir()
     file = partial / 'data' / 'main_data.hdf5'
@@ -293,8 +295,8 @@ def _check_chained(dataset, path):
   if broken.any():
     row = int(np.argmax(broken))
     raise UserError(
-      f'{path}: next_observation in row {row} is not the observation in row '
-      f'{row + 1}: Minari cannot hold both'
+      f'{path}: next_observation in row {row} differs from observation in row '
+      f'{row + 1}: must be equal, because Minari stores it once'
     )
 
 
@@ -324,7 +326,7 @@ def _to_metadata(dataset, dataset_id):
   metadata: dict[str, Any] = {
     'dataset_id': dataset_id,
     'data_format': 'hdf5',
-    # Frames are stored as they are.
+    # Frames are stored uncompressed.
     'jpeg_encoding': False,
     'minari_version': _MINARI_VERSION,
     'total_episodes': int(dataset.episode[-1]) + 1,

@@ -1,7 +1,7 @@
-"""NumPy's files, read without trusting them: `.npy` as a map, `.npz` whole.
+"""Reads NumPy files that are not trusted: `.npy` as a map, `.npz` whole.
 
-What a file declares is compared with its size and with the memory of this
-machine before anything is allocated. Nothing is unpickled.
+The sizes that a file declares are compared with its size and with this
+machine's memory before anything is allocated. Nothing is unpickled.
 """
 
 import math
@@ -20,19 +20,19 @@ from experiments.files.errors import UserError, shown
 
 # numpy's own limit for headers, which are read by `ast.literal_eval`.
 _HEADER_LIMIT = 10_000
-# What a parser may raise on text that is made to break it.
+# The exceptions that parsers raise on malicious text.
 _DAMAGE = (
   *(OSError, ValueError, SyntaxError, TypeError, OverflowError, KeyError),
   *(EOFError, RecursionError, MemoryError, NotImplementedError, RuntimeError),
   *(zipfile.BadZipFile, zlib.error),
 )
-# Larger files that hold next to nothing were cut, or are made to waste time.
+# Larger files with almost no data are truncated or malicious.
 _SPARSE_FROM = 1 << 30
 _SPARSE_SHARE = 0.01
 
 
 class _Header(NamedTuple):
-  """What the header of a `.npy` says; `offset` is where its numbers begin."""
+  """The header of a `.npy` file; `offset` is where its numbers begin."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -41,15 +41,16 @@ class _Header(NamedTuple):
 
 
 def open_map(path: pathlib.Path, key: str) -> np.ndarray:
-  """The array of a `.npy` file as a read-only memory map, `[...]`.
+  """Opens the array of a `.npy` file as a read-only memory map, `[...]`.
 
   Args:
-    path: of the file, which must be no link.
-    key: what the array is called in messages, behind the folder.
+    path: the file's path, which must not be a link.
+    key: the array's name in messages, after the folder.
 
   Raises:
-    Missing: no such file.
-    ValueError: not a regular file, torn, pickled objects, or a sparse file.
+    Missing: the file does not exist.
+    ValueError: the file is not regular, damaged, sparse, or has pickled
+      objects.
   """
   where = f'{shown(path.parent)}: {key}'
   with reading.open_file(path) as file:
@@ -60,7 +61,7 @@ def open_map(path: pathlib.Path, key: str) -> np.ndarray:
       raise _torn(where, error) from error
     _check_filled(where, found)
     if not math.prod(header.shape):
-      # Nothing to map.
+      # An empty file cannot be mapped.
       return np.zeros(header.shape, header.dtype)
     try:
       return np.memmap(
@@ -89,18 +90,18 @@ def read_archive(
   *,
   follow: bool = False,
 ) -> dict[str, np.ndarray]:
-  """The arrays `[...]` of a `.npz` file, by name.
+  """Reads the arrays `[...]` of a `.npz` file, by name.
 
   Args:
-    path: of the file.
-    kinds: name to the kinds of dtype that it may have, `'biuf'` for numbers;
-      the file must hold these and no others.
+    path: the file's path.
+    kinds: the allowed kinds of dtype by name, `'biuf'` for numbers; the file
+      must have exactly these arrays.
     follow: whether the path may be a link.
 
   Raises:
-    Missing: no such file.
-    ValueError: not a regular file, torn, pickled objects, a member that is
-      missing or nobody asked for, or more than fits into memory.
+    Missing: the file does not exist.
+    ValueError: the file is not regular, damaged, or has pickled objects; an
+      array is missing or unexpected; or the arrays do not fit into memory.
   """
   where = shown(path)
   with reading.open_file(path, follow=follow) as file:
@@ -129,8 +130,8 @@ def _members(
     name = member.filename.removesuffix('.npy')
     if name not in kinds or name in found or member.filename == name:
       raise UserError(
-        f'{where}: holds {shown(repr(member.filename), 60)}, must hold one of '
-        f'{", ".join(kinds)} each; write it again'
+        f'{where}: has the member {shown(repr(member.filename), 60)}, must '
+        f'have one of {", ".join(kinds)} each; write it again'
       )
     if member.flag_bits & 1 or member.compress_type not in (
       zipfile.ZIP_STORED,
@@ -149,14 +150,14 @@ def _members(
 
 
 def check_room(where: str, size: int) -> None:
-  """Refuses data that would not fit into this machine's memory.
+  """Refuses data that do not fit into this machine's memory.
 
   Args:
-    where: the file, and the key in it, for the message.
-    size: bytes that it declares.
+    where: the file and the key in it, for the message.
+    size: number of bytes that it declares.
 
   Raises:
-    UserError: it is too large.
+    UserError: the size is too large.
   """
   room = memory.room_for_data()
   if size > room:
@@ -167,10 +168,10 @@ def check_room(where: str, size: int) -> None:
 
 
 def _read_header(file: Any, size: int) -> _Header:
-  """The header of a `.npy`, checked against the size of the whole."""
+  """The header of a `.npy` file, checked against the file's size."""
   start = file.read(8)
   if start[:6] != b'\x93NUMPY' or start[6:7] not in (b'\x01', b'\x02', b'\x03'):
-    raise ValueError('no array of NumPy')
+    raise ValueError('not a NumPy array')
   width = 2 if start[6] == 1 else 4
   length = int.from_bytes(file.read(width), 'little')
   if length > min(_HEADER_LIMIT, size):
@@ -208,11 +209,11 @@ def _parse_header(
 
 
 def _read_array(content: Any, size: int, kinds: str) -> np.ndarray:
-  """The array of an archive's member of `size` bytes."""
+  """The array of an archive's member, which has `size` bytes."""
   header = _read_header(content, size)
   if header.dtype.kind not in kinds:
     raise ValueError(f'{header.dtype}, must be numbers')
-  # Decompressed in pieces, so that it takes no more than it declares.
+  # Reads no more than the header declares.
   raw = content.read(size - header.offset + 1)
   if len(raw) != size - header.offset:
     raise ValueError('cut short')

@@ -1,8 +1,8 @@
-"""Our own files: a folder with one `.npy` a key, or all in one `.npz`.
+"""Our own data files: a folder with a `.npy` for each key, or one `.npz`.
 
-A folder opens as memory maps: nothing is read before it is used, and a data
-set may be larger than memory. A `.npz` is read whole. Either is written
-beside its place and renamed into it, so that what has its name is complete.
+A folder opens as memory maps, so that rows are read only when they are used and
+a data set may be larger than memory. A `.npz` is read whole. Both are written
+under another name and then renamed, so that they are always complete.
 
     NAME/observation.npy, action.npy, reward.npy, next_observation.npy,
          terminated.npy, truncated.npy, episode.npy, about.json
@@ -31,12 +31,12 @@ def save(dataset: layout.Dataset, path: str | os.PathLike) -> None:
   """Writes a folder, or one compressed file if the path ends in `.npz`.
 
   Raises:
-    ValueError: something is there already, or the data set is not in order.
-    UserError: the disk refuses.
+    ValueError: the path exists already, or the data set is invalid.
+    UserError: the disk refused.
   """
   path = pathlib.Path(path)
   if os.path.lexists(path):
-    raise ValueError(f'{path}: is there already; remove it or name another')
+    raise ValueError(f'{path}: exists already; remove it or name another')
   layout.check(dataset, str(path))
   about = json.dumps(_to_json(dataset.about), indent=1)
   columns = {key: getattr(dataset, key) for key in layout.KEYS}
@@ -62,8 +62,8 @@ def load(path: str | os.PathLike) -> layout.Dataset:
   """Reads what `save` wrote; a folder's arrays are read-only memory maps.
 
   Raises:
-    ValueError: a key is missing or torn, the folder holds links or the like,
-      the data set is not in order, or a `.npz` is larger than memory.
+    ValueError: a key is missing or damaged, the folder has a link, FIFO or
+      device, the data set is invalid, or a `.npz` is larger than memory.
   """
   path = pathlib.Path(path)
   read = _read_npz if path.suffix == '.npz' else _read_folder
@@ -75,7 +75,7 @@ def stored(path: str | os.PathLike) -> dict[str, Stored]:
   """Size and digest of each file of a folder that `save` wrote, by name.
 
   Raises:
-    UserError: a link or the like is in the folder, or it cannot be read.
+    UserError: the folder has a link, FIFO or device, or cannot be read.
   """
   path = pathlib.Path(path)
   reading.check_folder(path)
@@ -85,10 +85,10 @@ def stored(path: str | os.PathLike) -> dict[str, Stored]:
 def check_stored(
   path: str | os.PathLike, must_be: Mapping[str, Stored]
 ) -> None:
-  """Compares the files of a folder with what `stored` said of them.
+  """Compares the files of a folder with an earlier result of `stored`.
 
   Raises:
-    UserError: one is missing or has changed.
+    UserError: a file is missing or has changed.
   """
   found = stored(path)
   for name, file in must_be.items():
@@ -161,7 +161,7 @@ def _from_json(text, where):
   known = {field.name for field in dataclasses.fields(_Fields)}
   for name in plain.keys() - known:
     raise UserError(
-      f'{shown(where)} has a field {shown(name, 40)}, known are '
+      f'{shown(where)} has an unknown field {shown(name, 40)}, must be one of '
       f'{", ".join(sorted(known))}'
     )
   return layout.About(

@@ -1,4 +1,4 @@
-"""One name for any data set: a path, a Minari id or a D4RL name."""
+"""Opens data sets by a path, a Minari id or a D4RL name."""
 
 import os
 import pathlib
@@ -7,9 +7,8 @@ from experiments.data import d4rl, d4rl_names, layout, minari_files, npz
 from experiments.files.errors import UserError, shown
 
 UNDERSTOOD = (
-  'a folder or .npz of experiments.collect, a .hdf5 of D4RL, a folder of '
-  "Minari's, a Minari id (mujoco/hopper/medium-v0), a D4RL name "
-  '(hopper-medium-v2)'
+  'a folder or .npz of experiments.collect, a D4RL .hdf5, a Minari folder, a '
+  'Minari id (mujoco/hopper/medium-v0) or a D4RL name (hopper-medium-v2)'
 )
 
 
@@ -17,22 +16,22 @@ def open_dataset(name: str | os.PathLike) -> layout.Dataset:
   """Opens a data set on this machine; nothing is downloaded.
 
   Args:
-    name: a path that exists; or a D4RL name, looked for in D4RL_DATASET_DIR
-      (`~/.d4rl/datasets`); or a Minari id, looked for in MINARI_DATASETS_PATH
-      (`~/.minari/datasets`).
+    name: an existing path; a D4RL name, for a file in D4RL_DATASET_DIR
+      (`~/.d4rl/datasets`); or a Minari id, for a folder in
+      MINARI_DATASETS_PATH (`~/.minari/datasets`).
 
   Raises:
-    ValueError: nothing is there (the message says what to fetch and where to
-      put it), what is there is not understood, or it is damaged.
+    ValueError: the data set is missing (the message says what to fetch and
+      where to put it), of an unknown format, or damaged.
   """
   return _open_path(locate(name))
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:
-  """The file or folder of a data set's name; see `open_dataset`.
+  """Finds the file or folder of a data set by its name, as `open_dataset` does.
 
   Raises:
-    ValueError: nothing is there.
+    ValueError: it does not exist.
   """
   name = os.fspath(name)
   path = _expanded(name)
@@ -42,7 +41,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   url = d4rl_names.url(name)
   folder = _expanded(os.environ.get('D4RL_DATASET_DIR') or '~/.d4rl/datasets')
   if url is not None:
-    # Kept under the file's name, as D4RL does, or under the data set's.
+    # Stored under the file's name, as D4RL does, or under the data set's.
     for stem in (url.rpartition('/')[2], f'{name}.hdf5'):
       if os.path.lexists(folder / stem):
         return folder / stem
@@ -58,15 +57,15 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   near = d4rl_names.nearest(name)
   if near:
     raise UserError(
-      f'{word}: is named as D4RL names its data sets, but it has none of this '
-      f'name; nearest are {", ".join(near)}'
+      f'{word}: looks like a D4RL name but is unknown; nearest are '
+      f'{", ".join(near)}'
     )
   if minari_files.is_id(name):
     raise UserError(
       f'{word}: no such path, and no such id in {shown(minari_files.root())}; '
       f'fetch it there with: minari download {word}'
     )
-  raise UserError(f'{word}: no such path or name; understood is {UNDERSTOOD}')
+  raise UserError(f'{word}: no such path or name; must be {UNDERSTOOD}')
 
 
 def _expanded(name: str) -> pathlib.Path:
@@ -77,15 +76,15 @@ def _expanded(name: str) -> pathlib.Path:
 
 
 def _open_path(path):
-  # Kinds of files are looked at before names: a FIFO opens as nothing.
+  # Folders first: other readers refuse anything but regular files.
   if os.path.isdir(path):
     if os.path.lexists(path / 'about.json'):
       return npz.load(path)
     if minari_files.data_folder(path) is not None:
       return minari_files.load(path)
     raise UserError(
-      f'{shown(path)}: not a data set, it has neither about.json nor '
-      f'metadata.json; understood is {UNDERSTOOD}'
+      f'{shown(path)}: not a data set, because it has neither about.json nor '
+      f'metadata.json; must be {UNDERSTOOD}'
     )
   if path.suffix == '.npz':
     return npz.load(path)
@@ -93,4 +92,4 @@ def _open_path(path):
     if minari_files.data_folder(path.parent) is not None:
       return minari_files.load(path.parent)
     return d4rl.load(path)
-  raise UserError(f'{shown(path)}: not a data set; understood is {UNDERSTOOD}')
+  raise UserError(f'{shown(path)}: not a data set; must be {UNDERSTOOD}')

@@ -1,4 +1,4 @@
-"""Minari's spaces, which it keeps as JSON, and observations of them."""
+"""Reads Minari's spaces, stored as JSON, and their observations."""
 
 import functools
 import math
@@ -16,19 +16,19 @@ _DTYPES = frozenset(
     *('uint8', 'uint16', 'uint32', 'uint64', 'float64'),
   )
 )
-# Numbers of an observation; more would not be learned from.
+# The most numbers in an observation.
 _LARGEST = 1 << 24
 
 
 def read(text: str, where: str) -> Any:
-  """A `gymnasium.Space` of observations, its parts in the order of the text.
+  """Reads a `gymnasium.Space` of observations, with parts in the text's order.
 
   Args:
-    text: of Minari's `serialize_space`.
+    text: the result of Minari's `serialize_space`.
     where: file and key, for messages.
 
   Raises:
-    UserError: no such space, or one that is not read.
+    UserError: the text is not a space, or the space is not supported.
   """
   return _space(reading.decode_json(text, dict[str, Any], where), where)
 
@@ -72,7 +72,7 @@ def _space(plain: Any, where: str) -> Any:
         raise UserError(
           f'{shown(where)}: a part is named {shown(repr(key), 40)}; rename it'
         )
-    # Pairs keep their order; a dictionary would be sorted.
+    # Pairs keep their order; gymnasium would sort a dictionary.
     parts = [(k, _space(part, f'{where}: {k}')) for k, part in inner.items()]
     return spaces.Dict(parts)
   if kind == 'Tuple' and isinstance(inner, list) and inner:
@@ -104,14 +104,14 @@ def _check_size(size: int, where: str) -> None:
 
 
 def read_bounds(text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-  """Bounds of a Box of actions, float32 `[...]`.
+  """Reads the bounds of a Box of actions, float32 `[...]`.
 
   Args:
-    text: of Minari's `serialize_space`.
+    text: the result of Minari's `serialize_space`.
     where: file and key, for messages.
 
   Raises:
-    UserError: another space, or no such space.
+    UserError: the text is not a Box.
   """
   plain = reading.decode_json(text, dict[str, Any], where)
   if plain.get('type') != 'Box':
@@ -124,24 +124,24 @@ def read_bounds(text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
     bound = layout.bounds(plain.get(key), f'{where}: {key}')
     if bound.size != math.prod(shape):
       raise UserError(
-        f'{shown(where)}: {key} has {bound.size} numbers, shape says '
-        f'{math.prod(shape)}'
+        f'{shown(where)}: {key} has {bound.size} numbers, must have '
+        f'{math.prod(shape)} by its shape'
       )
     found.append(bound.reshape(shape))
   return found[0], found[1]
 
 
 def read_rows(reader: hdf5.Reader, key: str, space: Any, where: str) -> Any:
-  """Rows of a space as the file has them: an array, or a dict or tuple.
+  """Reads the rows of a space: an array, or a dict or tuple of arrays.
 
   Args:
-    reader: of the file.
-    key: of the group or array.
+    reader: the file's reader.
+    key: the name of the group or array.
     space: from `read`.
     where: the file, for messages.
 
   Raises:
-    UserError: an array is missing, or not of this space.
+    UserError: an array is missing or does not fit the space.
   """
   kind = type(space).__name__
   if kind == 'Dict':
@@ -160,8 +160,8 @@ def read_rows(reader: hdf5.Reader, key: str, space: Any, where: str) -> Any:
   shape = () if kind == 'Discrete' else space.shape
   if rows.ndim < 1 or rows.shape[1:] != shape:
     raise UserError(
-      f'{where}: {shown(key)} has rows of shape {rows.shape[1:]}, '
-      f'observation_space says {shape}'
+      f'{where}: {shown(key)} has rows of shape {rows.shape[1:]}, must be '
+      f'{shape} by observation_space'
     )
   if kind == 'Discrete':
     bad = (rows < space.start) | (rows >= space.start + space.n)
@@ -183,18 +183,18 @@ def lengths(rows: Any) -> list[int]:
 
 
 def laid_out(space: Any, where: str):
-  """How rows become one array, as the simulator's do.
+  """Converts rows to one array, as for the simulator's observations.
 
   Args:
     space: from `read`.
     where: file and key, for messages.
 
   Returns:
-    Numbers in a row, and the function from what `read_rows` gives, arrays of
-    `[T, ...]`, to one array `[T, ...]`.
+    The number of numbers in a row, and the function from the result of
+    `read_rows`, arrays of `[T, ...]`, to one array `[T, ...]`.
 
   Raises:
-    UserError: images beside other things, or of rank above 3.
+    UserError: an image is combined with other parts, or has a rank above 3.
   """
   from experiments.envs import host
 
@@ -206,6 +206,6 @@ def laid_out(space: Any, where: str):
 
 
 def _converted(convert, rows):
-  # Beyond float32 is infinite, which is refused with its row.
+  # Numbers beyond float32 become infinite and are refused later.
   with np.errstate(over='ignore'):
     return convert(rows)

@@ -1,9 +1,9 @@
-"""Texts: from a file to tokens and back.
+"""Converts texts from files to tokens and back.
 
-Words that save most in the training part are tokens of their own, with the
-blank before them; so are runs of white space and punctuation. What is not in
-the vocabulary is spelt in bytes, so that every text has tokens and gives them
-back as it was. The end of the text is held out: nothing is counted there.
+The vocabulary has the words (with the blank before them), runs of white space
+and punctuation that save the most tokens in the training part. Everything else
+is spelt in bytes, so every text can be encoded without loss. The end of the
+text is held out and not counted.
 """
 
 import array
@@ -27,27 +27,27 @@ from experiments.files.errors import UserError, shown
 # The first tokens are the 256 bytes.
 BYTES = 256
 _PIECE = re.compile(r' ?\w+|\s+|[^\w\s]')
-# Cut where no piece can cross: white space begins behind something else.
+# Cuts where no piece can cross: at white space after another character.
 _CUT = re.compile(r'(?<=\S)[^\S ]')
 _CHUNK = 1 << 20
-# Smaller files are read faster than a cache.
+# Smaller files are encoded faster than a cache is read.
 _CACHED_FROM = 1 << 20
-# Part of the cache's name: change it with what tokens mean.
+# Part of the cache's name; increase it when the meaning of tokens changes.
 _VERSION = 1
 
 
 class Vocabulary(NamedTuple):
-  """What tokens mean.
+  """The meaning of tokens.
 
   Attributes:
-    words: of the tokens from 256 upwards; those below are bytes.
+    words: the words of the tokens from 256 upwards; those below are bytes.
   """
 
   words: tuple[str, ...]
 
   @property
   def size(self) -> int:
-    """V, tokens from 0 to V - 1."""
+    """V, the number of tokens."""
     return BYTES + len(self.words)
 
 
@@ -55,10 +55,10 @@ class Corpus(NamedTuple):
   """A text as tokens.
 
   Attributes:
-    name: the file's, without its ending.
-    train: uint16 or uint32 `[N]`, what is trained on.
+    name: the file's name without its ending.
+    train: uint16 or uint32 `[N]`, the part to train on.
     held_out: uint16 or uint32 `[M]`, the end of the text.
-    vocabulary: what they mean.
+    vocabulary: the meaning of the tokens.
   """
 
   name: str
@@ -68,11 +68,11 @@ class Corpus(NamedTuple):
 
 
 def count_words(text: str, size: int) -> Vocabulary:
-  """The pieces of a text that save the most tokens; of equals, in their order.
+  """The pieces of a text that save the most tokens; ties in sorted order.
 
   Args:
-    text: what is trained on.
-    size: V at most; pieces that are found once only are not taken.
+    text: the training part.
+    size: the largest V; pieces that occur only once are left out.
 
   Raises:
     ValueError: size is below 256.
@@ -91,7 +91,7 @@ def count_words(text: str, size: int) -> Vocabulary:
 
 
 def encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
-  """Tokens of a text, uint16 (uint32 from V = 65,537) `[N]`.
+  """Encodes a text as tokens, uint16 (uint32 from V = 65,537) `[N]`.
 
   >>> words = count_words('the red hat, the red cat', 300)
   >>> words.words
@@ -113,7 +113,7 @@ def encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
 
 
 def decode(vocabulary: Vocabulary, tokens: Sequence[int] | np.ndarray) -> str:
-  """The text of tokens `[N]`; bytes that are no UTF-8 become U+FFFD."""
+  """Decodes tokens `[N]` to a text; bytes that are not UTF-8 become U+FFFD."""
   words = vocabulary.words
   spelt = (
     bytes((t,)) if t < BYTES else words[t - BYTES].encode()
@@ -123,14 +123,14 @@ def decode(vocabulary: Vocabulary, tokens: Sequence[int] | np.ndarray) -> str:
 
 
 class _Spelling(dict):
-  """Tokens by piece; bytes of those that are not known."""
+  """Tokens by piece; unknown pieces are spelt in bytes."""
 
   def __missing__(self, piece: str) -> bytes:
     return piece.encode()
 
 
 def _chunks(text: str) -> Iterator[str]:
-  """The text in parts that no piece crosses, to hold few pieces at once."""
+  """Splits the text where no piece crosses, to limit the memory of pieces."""
   begin = 0
   while begin < len(text):
     found = _CUT.search(text, begin + _CHUNK)
@@ -140,10 +140,10 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def checksum(path: str | os.PathLike) -> str:
-  """Of a file's bytes.
+  """The CRC-32 of a file's bytes, hexadecimal.
 
   Raises:
-    ValueError: see `read`.
+    ValueError: the file cannot be read or is empty.
   """
   return f'{zlib.crc32(_bytes(pathlib.Path(path))):08x}'
 
@@ -156,19 +156,19 @@ def read(
   encoding: str = 'utf-8',
   cache: str | os.PathLike | None = None,
 ) -> Corpus:
-  """A text file as tokens.
+  """Reads a text file as tokens.
 
   Args:
-    path: the file.
-    vocabulary: V at most.
+    path: the file's path.
+    vocabulary: the largest V.
     held_out: share of the characters, at the end, that is held out.
-    encoding: of the file.
-    cache: a folder where tokens of larger files are kept; None for nowhere.
+    encoding: the file's encoding.
+    cache: the folder in which tokens of larger files are cached; None for no
+      cache.
 
   Raises:
-    ValueError: one line that names the file, and where in it: no such file,
-      nothing in it, not in this encoding; a vocabulary below 256; a share that
-      leaves nothing.
+    ValueError: the file is missing, empty or not in this encoding, the
+      vocabulary is below 256, or `held_out` leaves nothing to train on.
   """
   path = pathlib.Path(path)
   content = _bytes(path)
@@ -187,8 +187,8 @@ def _bytes(path: pathlib.Path) -> bytes:
     )
   except UserError as error:
     raise UserError(
-      f'text={error}; must be a text file, python -m experiments.corpus '
-      'fetches some'
+      f'text={error}; must be a text file, such as python -m '
+      'experiments.corpus fetches'
     ) from error
   if not content:
     raise UserError(f'text={shown(path)}: is empty; take a longer text')
@@ -218,7 +218,7 @@ def _tokens(path, content, vocabulary, held_out, encoding) -> Corpus:
 def _cached(
   file: pathlib.Path, name: str, make: Callable[[], Corpus]
 ) -> Corpus:
-  # What cannot be read or kept is made again.
+  # The cache is optional: if it cannot be read, the tokens are made again.
   with contextlib.suppress(OSError, ValueError):
     return _load(file, name)
   corpus = make()
@@ -235,7 +235,7 @@ def _load(file: pathlib.Path, name: str) -> Corpus:
   for key in ('train', 'held_out'):
     tokens = saved[key]
     if tokens.ndim != 1 or (tokens >= vocabulary.size).any():
-      raise UserError(f'{shown(file)}: {key} is not of tokens')
+      raise UserError(f'{shown(file)}: {key} has values that are not tokens')
   return Corpus(name, saved['train'], saved['held_out'], vocabulary)
 
 
@@ -246,6 +246,6 @@ def _keep(file: pathlib.Path, corpus: Corpus) -> None:
     'held_out': corpus.held_out,
     'words': np.frombuffer(words, np.uint8),
   }
-  # At once or not at all: another run may look for it now.
+  # Atomic, because another run may read the cache at the same time.
   with writing.replacing(file) as target:
     np.savez(target, **arrays)

@@ -1,10 +1,10 @@
-"""Named arrays in one file: written whole, with a digest, and read as expected.
+"""Reads and writes named arrays in one file, atomically and with a digest.
 
 A file has eight bytes of magic, the length of its header (uint64, little
 endian), the header (JSON: name, dtype, shape and offset of each array) and the
-arrays' bytes, each at a multiple of 64. There is nothing in it to execute, and
-a reader names what it expects: nothing is allocated for what a file merely
-says.
+arrays' bytes, each at a multiple of 64. It contains nothing to execute, and the
+reader states the arrays that it expects, so that a file's claims cannot make it
+allocate memory.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ _BLOCK = 1 << 20
 
 
 class Stored(NamedTuple):
-  """What a file must be.
+  """The size and digest of a file.
 
   Attributes:
-    size: bytes.
+    size: number of bytes.
     digest: SHA-256, hexadecimal.
   """
 
@@ -50,17 +50,17 @@ class _Entry(NamedTuple):
 
 
 def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> Stored:
-  """Writes arrays as a file, at once or not at all; see `writing.replacing`.
+  """Writes arrays to a file atomically.
 
   Args:
-    path: of the file; its folder is made.
-    arrays: by name, of any dtype but objects and strings.
+    path: the file's path; its folder is created if necessary.
+    arrays: arrays by name, of any dtype except objects and strings.
 
   Returns:
     The file's size and digest.
 
   Raises:
-    UserError: a link or folder is in its place, or the disk refuses.
+    UserError: the path is a link or folder, or the disk refused.
   """
   sums = hashlib.sha256()
   size = 0
@@ -75,7 +75,7 @@ def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> Stored:
 def _blocks(arrays: Mapping[str, Any]) -> Iterator[Any]:
   """A file's content, piece by piece."""
   plain = {name: np.asarray(x) for name, x in arrays.items()}
-  # Offsets count from the end of the header, which they are part of.
+  # Offsets count from the header's end, because the header contains them.
   entries, offset = [], 0
   for name, x in plain.items():
     entries.append((name, str(x.dtype), x.shape, offset))
@@ -89,10 +89,10 @@ def _blocks(arrays: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def stored(path: str | os.PathLike) -> Stored:
-  """Size and digest of a file as it lies on the disk.
+  """The size and digest of a file on the disk.
 
   Raises:
-    UserError: see `reading.open_file`.
+    UserError: the file cannot be read (`reading.open_file`).
   """
   sums, size = hashlib.sha256(), 0
   with reading.open_file(path) as file:
@@ -108,10 +108,10 @@ def stored(path: str | os.PathLike) -> Stored:
 
 
 def crc32(path: str | os.PathLike) -> str:
-  """A file's CRC-32, 8 hexadecimal digits, as older releases kept it.
+  """A file's CRC-32, 8 hexadecimal digits, which older releases stored.
 
   Raises:
-    UserError: see `reading.open_file`.
+    UserError: the file cannot be read (`reading.open_file`).
   """
   checksum = 0
   with reading.open_file(path) as file:
@@ -125,19 +125,19 @@ def read(
   expected: Mapping[str, tuple[Any, tuple[int | None, ...]]],
   must_be: Stored | None = None,
 ) -> dict[str, np.ndarray]:
-  """All arrays of a file.
+  """Reads all arrays of a file.
 
   Args:
-    path: of the file.
+    path: the file's path.
     expected: dtype and shape by name; None is any length, which the size of
       the file bounds.
-    must_be: of `write`; None where it is not known.
+    must_be: the result of `write`; None if it is not known.
 
   Returns:
-    Fresh arrays by name, of the shapes `[...]` that are expected.
+    New arrays by name, of the expected shapes `[...]`.
 
   Raises:
-    UserError: another file, or other arrays than expected.
+    UserError: the file or its arrays differ from what is expected.
   """
   with reading.open_file(path) as file:
     size = os.fstat(file.fileno()).st_size
@@ -148,7 +148,7 @@ def read(
     try:
       content = bytearray(size)
       if file.readinto(content) != size:  # type: ignore[attr-defined]
-        raise UserError(f'{shown(path)}: changes while it is read')
+        raise UserError(f'{shown(path)}: changed while it was read')
     except (OSError, MemoryError) as error:
       raise UserError(f'{shown(path)}: cannot be read: {error}') from error
   digest = hashlib.sha256(content).hexdigest() if must_be else ''
@@ -167,17 +167,17 @@ def read(
 def read_npz(
   path: str | os.PathLike, expected: Mapping[str, tuple[Any, Any]]
 ) -> dict[str, np.ndarray]:
-  """Arrays of a `.npz` file, as older releases wrote them.
+  """Reads the arrays of a `.npz` file, which older releases wrote.
 
   Args:
-    path: of the file.
+    path: the file's path.
     expected: dtype and shape by name; None is any length, or any shape.
 
   Returns:
-    Arrays by name, of the shapes `[...]` that are expected.
+    Arrays by name, of the expected shapes `[...]`.
 
   Raises:
-    UserError: another file, or other arrays than expected.
+    UserError: the file or its arrays differ from what is expected.
   """
   found = {}
   with reading.open_file(path) as file:
@@ -204,17 +204,17 @@ def read_npz(
 
 
 def mapped(path: str | os.PathLike) -> Callable[..., np.ndarray]:
-  """A file's arrays, read only where they are looked at.
+  """Maps a file's arrays into memory.
 
   Args:
-    path: of the file; it must not change any more.
+    path: the file's path; it must not change any more.
 
   Returns:
-    `(name, dtype, shape) -> array`, which cannot be written to and raises
-    `UserError` where the file holds something else.
+    `(name, dtype, shape) -> array`. The array is read-only; the function raises
+    `UserError` if the file's array differs from what is expected.
 
   Raises:
-    UserError: no file of arrays.
+    UserError: the file is not a file of arrays.
   """
   with reading.open_file(path) as file:
     size = os.fstat(file.fileno()).st_size
@@ -226,11 +226,11 @@ def mapped(path: str | os.PathLike) -> Callable[..., np.ndarray]:
 
 
 def _header(file: BinaryIO, size: int, where: str) -> dict[str, _Entry]:
-  """What a file says of its arrays; offsets from its beginning."""
+  """The header's entries, with offsets from the beginning of the file."""
   start = file.read(16)
   length = int.from_bytes(start[8:], 'little')
   if start[:8] != _MAGIC or length > min(size - 16, _HEADER_LIMIT):
-    raise UserError(f'{shown(where)}: is no file of arrays; copy it back')
+    raise UserError(f'{shown(where)}: is not a file of arrays; copy it back')
   found = reading.decode_json(file.read(length), list[_Entry], where)
   return {e.name: e._replace(offset=e.offset + 16 + length) for e in found}
 
@@ -243,7 +243,7 @@ def _part(
   shape: tuple[int | None, ...],
   where: str,
 ) -> np.ndarray:
-  """One array of a file's bytes, if it is what is expected."""
+  """One array from a file's bytes, checked against what is expected."""
   where, dtype = shown(where), np.dtype(dtype)
   if name not in entries:
     raise UserError(f'{where}: lacks {shown(name)}')

@@ -1,26 +1,25 @@
-"""Errors for people, and text of strangers made safe to show."""
+"""Errors for users, and escaping of untrusted text."""
 
-# A terminal takes these for commands, and bidirectional marks reorder a line.
 _LONGEST = 200
 
 
 class UserError(ValueError):
-  """A mistake of the person who runs us; its message is one line for them."""
+  """A mistake by the user; its message is one line that the user can read."""
 
 
 class Missing(UserError):
-  """A file or folder that is not there."""
+  """A file or folder does not exist."""
 
 
 def shown(text: object, limit: int = _LONGEST) -> str:
-  """Text from a file or a flag as it may reach a terminal.
+  """Escapes and shortens text from a file or a flag for a terminal.
 
-  Control characters, surrogates and invisible marks are written as escapes;
-  what is longer than `limit` loses its middle.
+  Control characters, surrogates and invisible marks become escapes, because a
+  terminal may obey them; text longer than `limit` loses its middle.
 
   Args:
-    text: anything; `str` of it is shown.
-    limit: characters at most, at least 20.
+    text: any object; its `str` is shown.
+    limit: the most characters, at least 20.
 
   >>> shown('name\\x1b[2J')
   'name\\\\x1b[2J'
@@ -29,10 +28,10 @@ def shown(text: object, limit: int = _LONGEST) -> str:
   """
   text = str(text)
   if len(text) > limit:
-    # Cut before escaping: the text may be as large as its file.
+    # Cuts before escaping, because the text may be as large as its file.
     half = (limit - 5) // 2
     text = f'{text[: limit - 5 - half]} ... {text[len(text) - half :]}'
-  # What is printable includes letters of all scripts and the plain blank.
+  # Printable characters include the letters of all scripts and the space.
   escaped = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
     for c in text

@@ -1,4 +1,4 @@
-"""One writer to a folder."""
+"""Locks a folder for one writer."""
 
 import contextlib
 import errno
@@ -16,30 +16,31 @@ _NAME = '.lock'
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-  """Holds a folder for this process until the block ends.
+  """Locks a folder for this process until the block ends.
 
-  The lock is the operating system's (`flock`): a process that is killed leaves
-  none behind. Where a file system knows no such locks, nothing is locked.
+  The lock is the operating system's (`flock`), so a killed process leaves none.
+  On a file system without such locks, nothing is locked.
 
   Args:
-    folder: it is made; `.lock` in it says who holds it.
+    folder: the folder, created if necessary; `.lock` in it names the process
+      that holds the lock.
 
   Raises:
-    UserError: another process holds it, or it cannot be written.
+    UserError: another process holds the lock, or the folder is not writable.
   """
   path = pathlib.Path(folder) / _NAME
   with writing.writing(folder):
     path.parent.mkdir(parents=True, exist_ok=True)
   with writing.open_append(path) as file:
-    # A simulator that a child process steps must not hold it for us.
+    # Child processes, such as simulators, must not keep the lock.
     forget = _closing(file.fileno())
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
         raise UserError(
-          f'{shown(folder)}: another run writes there{_holder(path)}; wait for '
-          'its end, or take another folder'
+          f'{shown(folder)}: another run writes there{_holder(path)}; wait '
+          'until it ends, or take another folder'
         ) from error
       if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
         raise
@@ -66,7 +67,7 @@ _OPEN: set[int] = set()
 
 
 def _closing(handle: int):
-  """Lets children that are forked without exec close a descriptor."""
+  """Makes children that are forked without exec close a descriptor."""
   _OPEN.add(handle)
   return lambda: _OPEN.discard(handle)
 

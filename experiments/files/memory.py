@@ -1,16 +1,16 @@
-"""How much memory is left, to refuse what would not fit before it is read."""
+"""Measures free memory, so that files that do not fit are refused unread."""
 
 import contextlib
 import os
 import pathlib
 
 _GROUP = pathlib.Path('/sys/fs/cgroup')
-# Where nothing tells: what any machine that trains has.
+# Assumed if the system does not report its memory.
 _USUAL = 4 << 30
 
 
 def available() -> int:
-  """Bytes that this process can still take without pushing others out."""
+  """Bytes that this process can allocate without swapping."""
   found = []
   with contextlib.suppress(OSError, ValueError, IndexError):
     about = pathlib.Path('/proc/meminfo').read_text(encoding='ascii')
@@ -20,7 +20,7 @@ def available() -> int:
     with contextlib.suppress(OSError, ValueError, AttributeError):
       pages = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
       found.append(pages // 2)
-  # A container may have less than its machine; 'max' is no number.
+  # A container may have less than its machine; 'max' is not a number.
   with contextlib.suppress(OSError, ValueError):
     number = lambda name: int((_GROUP / name).read_text(encoding='ascii'))
     found.append(max(number('memory.max') - number('memory.current'), 0))
@@ -28,7 +28,7 @@ def available() -> int:
 
 
 def room_for_data() -> int:
-  """Bytes that a file may declare its arrays to have.
+  """The most bytes that a file's arrays may have.
 
   Reading takes up to four times as much: the arrays, their joined columns,
   and next observations.

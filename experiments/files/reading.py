@@ -1,4 +1,4 @@
-"""The one way to read a file that somebody else may have written.
+"""Reads files that are not trusted.
 
 Only regular files are opened, no link within a folder is followed, sizes are
 bounded before anything is read, and JSON is decoded into the type that the
@@ -15,11 +15,11 @@ from experiments.files.errors import Missing, UserError, shown
 
 T = TypeVar('T')
 
-# Settings, facts and tables are far smaller.
+# Settings and tables are far smaller.
 MAX_BYTES = 64 << 20
-# Python's own decoders recurse; nothing that we write nests as deep.
+# Python's decoders recurse; none of our own files nests as deep.
 _MAX_DEPTH = 64
-# What stands in a checkout in the place of a large file that was not fetched.
+# The beginnings of pointers that replace large files that were not fetched.
 _POINTERS = {
   b'version https://git-lfs': ('Git LFS', 'git lfs pull'),
   b'/annex/objects/': ('git-annex', 'git annex get'),
@@ -32,16 +32,16 @@ def open_file(
   """Opens a regular file to read bytes.
 
   Args:
-    path: of the file.
-    limit: bytes at most; None for any size, where the caller reads in pieces
-      or checks what the file declares.
-    follow: whether the path itself may be a link, as a path that the user
-      typed may be. Files within a folder must not be links.
+    path: the file's path.
+    limit: the most bytes; None for callers that read in pieces or check the
+      sizes that the file declares.
+    follow: whether the path itself may be a link, which is allowed for paths
+      that the user typed but not for files within a folder.
 
   Raises:
-    Missing: nothing is there.
-    UserError: a link, folder, FIFO or device; too large; not readable; the
-      pointer of Git LFS or git-annex that stands for the file.
+    Missing: the file does not exist.
+    UserError: the path is a link, folder, FIFO or device, or the file is too
+      large, not readable, or a pointer of Git LFS or git-annex.
   """
   path = pathlib.Path(path)
   where = shown(path)
@@ -59,7 +59,7 @@ def open_file(
     why = error.strerror if isinstance(error, OSError) else error
     raise UserError(f'{where}: cannot be read: {why}') from error
   try:
-    # Another file may have taken its place since.
+    # Another file may have replaced it since.
     found = os.fstat(handle)
     check_regular(path, found)
     if limit is not None and found.st_size > limit:
@@ -86,11 +86,11 @@ def _check_fetched(where: str, head: bytes) -> None:
 
 
 def check_regular(path: str | os.PathLike, found: os.stat_result) -> None:
-  """Refuses what is not a regular file.
+  """Refuses anything but a regular file.
 
   Args:
-    path: for the message.
-    found: of `os.stat` or `os.lstat`.
+    path: the path, for the message.
+    found: the result of `os.stat` or `os.lstat`.
 
   Raises:
     UserError: it is a link, a folder, a FIFO, a socket or a device.
@@ -111,11 +111,11 @@ def check_regular(path: str | os.PathLike, found: os.stat_result) -> None:
 def check_folder(folder: str | os.PathLike) -> None:
   """Refuses a folder that holds anything but regular files and folders.
 
-  The folder itself may be a link. For what libraries read by themselves.
+  The folder itself may be a link. Use this for folders that a library reads.
 
   Raises:
-    Missing: there is no such folder.
-    UserError: a link, FIFO, socket or device is in it, or it cannot be read.
+    Missing: the folder does not exist.
+    UserError: it contains a link, FIFO, socket or device, or cannot be read.
   """
   try:
     left = [os.fspath(folder)]
@@ -136,19 +136,19 @@ def check_folder(folder: str | os.PathLike) -> None:
 def read_bytes(
   path: str | os.PathLike, *, limit: int = MAX_BYTES, follow: bool = False
 ) -> bytes:
-  """A regular file's bytes.
+  """Reads a regular file's bytes.
 
   Args:
-    path: of the file.
-    limit: bytes at most.
+    path: the file's path.
+    limit: the most bytes.
     follow: whether the path itself may be a link.
 
   Raises:
-    UserError: see `open_file`.
+    UserError: the file cannot be read (`open_file`).
   """
   with open_file(path, limit=limit, follow=follow) as file:
     try:
-      # A file that grows while it is read is not read without end.
+      # Bounded, because the file may grow while it is read.
       content = file.read(limit + 1)
     except (OSError, MemoryError) as error:
       raise UserError(f'{shown(path)}: cannot be read: {error}') from error
@@ -160,10 +160,11 @@ def read_bytes(
 def read_text(
   path: str | os.PathLike, *, limit: int = MAX_BYTES, follow: bool = False
 ) -> str:
-  """A regular UTF-8 file's text.
+  """Reads a regular UTF-8 file's text.
 
   Raises:
-    UserError: as `open_file`, or it is not UTF-8, or it holds NUL bytes.
+    UserError: the file cannot be read (`open_file`), is not UTF-8, or contains
+      NUL bytes.
   """
   content = read_bytes(path, limit=limit, follow=follow)
   try:
@@ -183,32 +184,32 @@ def read_json(
   *,
   limit: int = MAX_BYTES,
 ) -> T | Any:
-  """A JSON file as the type that its reader expects.
+  """Reads a JSON file into the type that the caller expects.
 
   Args:
-    path: of the file.
-    kind: what `msgspec` converts to: a frozen dataclass (unknown fields are
-      passed over), a `dict[str, float]` and so on.
-    limit: bytes at most.
+    path: the file's path.
+    kind: a type that `msgspec` converts to: a frozen dataclass (unknown fields
+      are ignored), a `dict[str, float]` and so on.
+    limit: the most bytes.
 
   Raises:
-    Missing: no such file.
-    UserError: as `open_file`; not JSON; nested too deeply; a field that is
-      missing or of a wrong type, which the line names.
+    Missing: the file does not exist.
+    UserError: the file cannot be read (`open_file`), is not JSON, nests too
+      deeply, or lacks a field or has one of a wrong type.
   """
   return decode_json(read_bytes(path, limit=limit), kind, str(path))
 
 
 def decode_json(content: bytes | str, kind: Any, where: str) -> Any:
-  """JSON text as a type; see `read_json`.
+  """Decodes JSON text into a type, like `read_json`.
 
   Args:
     content: JSON.
-    kind: what to decode into.
-    where: what the text is called in messages, a file and a key say.
+    kind: the type to decode into.
+    where: the text's name in messages, such as a file and a key.
 
   Raises:
-    UserError: see `read_json`.
+    UserError: the text is not JSON or does not fit the type.
 
   >>> decode_json('{"seed": 3}', dict[str, int], 'config.json')
   {'seed': 3}
@@ -220,7 +221,7 @@ def decode_json(content: bytes | str, kind: Any, where: str) -> Any:
     content = content.encode('utf-8', 'surrogatepass')
   _check_depth(content, where)
   try:
-    # Unlike msgspec's own decoder it knows the Infinity of unbounded spaces.
+    # Unlike msgspec's decoder, it accepts the Infinity of unbounded spaces.
     plain = json.loads(content)
   except ValueError as error:
     raise UserError(
@@ -233,7 +234,7 @@ def decode_json(content: bytes | str, kind: Any, where: str) -> Any:
 
 
 def _check_depth(content: bytes, where: str) -> None:
-  """Refuses nesting that readers further down would recurse into."""
+  """Refuses deep nesting, into which decoders would recurse."""
   if content.count(b'[') + content.count(b'{') <= _MAX_DEPTH:
     return
   depth, inside, escaped = 0, False, False

@@ -1,4 +1,4 @@
-"""The one way to read and write a CSV file."""
+"""Reads and writes CSV files."""
 
 import contextlib
 import csv
@@ -13,7 +13,7 @@ import msgspec
 from experiments.files import reading, writing
 from experiments.files.errors import UserError, shown
 
-# What we write has tens; a file of more keys would show them all in a message.
+# Our own files have tens; a message lists all columns of a file.
 _MAX_COLUMNS = 4096
 
 Record = TypeVar('Record')
@@ -25,20 +25,20 @@ def read_csv(
   *,
   follow: bool = False,
 ) -> tuple[list[str], list[dict[str, str]]]:
-  """Columns and rows of a CSV file, all text.
+  """Reads the columns and rows of a CSV file as text.
 
-  A last line without its end, as a killed process leaves it, is dropped, and
-  so are empty lines.
+  An incomplete last line, which a killed process may leave, and empty lines
+  are dropped.
 
   Args:
-    path: of the file.
-    columns: that it must have.
+    path: the file's path.
+    columns: the columns that it must have.
     follow: whether the path itself may be a link.
 
   Raises:
-    Missing: there is no such file.
-    UserError: it is no CSV file, its lines are of different lengths, or it
-      lacks a column.
+    Missing: the file does not exist.
+    UserError: it is not a CSV file, its lines differ in length, or it lacks a
+      column.
   """
   return parse_csv(reading.read_text(path, follow=follow), path, columns)
 
@@ -46,14 +46,14 @@ def read_csv(
 def read_rows(
   path: str | os.PathLike, columns: Sequence[str] = ()
 ) -> list[dict[str, str]]:
-  """Rows of a CSV file, none where there is no file; see `read_csv`.
+  """Reads the rows of a CSV file; none if the file does not exist.
 
   Args:
-    path: of the file.
-    columns: that it must have, if it is there.
+    path: the file's path.
+    columns: the columns that the file must have, if it exists.
 
   Raises:
-    UserError: see `read_csv`.
+    UserError: the file cannot be read by `read_csv`.
   """
   try:
     return read_csv(path, columns)[1]
@@ -62,15 +62,16 @@ def read_rows(
 
 
 def read_records(path: str | os.PathLike, kind: type[Record]) -> list[Record]:
-  """Rows of a CSV file as NamedTuples, none where there is no file.
+  """Reads rows of a CSV file as NamedTuples; none if there is no file.
 
   Args:
-    path: of the file.
-    kind: the NamedTuple; its fields are the columns, their types those of the
-      cells, and None stands for an empty cell.
+    path: the file's path.
+    kind: the NamedTuple; its fields are the columns, with the types of their
+      cells. An empty cell is None.
 
   Raises:
-    UserError: see `read_csv`; a cell is not of its type.
+    UserError: the file cannot be read by `read_csv`, or a cell is not of its
+      field's type.
   """
   fields: Sequence[str] = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
   rows = read_rows(path, fields)
@@ -84,13 +85,13 @@ def read_records(path: str | os.PathLike, kind: type[Record]) -> list[Record]:
 
 
 def read_numbers(path: str | os.PathLike) -> list[dict[str, float]]:
-  """Rows of a CSV file of numbers without the blank cells; see `read_rows`.
+  """Reads the rows of a CSV file of numbers, without empty cells.
 
   Args:
-    path: of the file.
+    path: the file's path; without a file there are no rows.
 
   Raises:
-    UserError: see `read_csv` and `numbers`.
+    UserError: the file cannot be read by `read_csv`, or a cell is not a number.
   """
   return [numbers(row, path) for row in read_rows(path)]
 
@@ -98,15 +99,16 @@ def read_numbers(path: str | os.PathLike) -> list[dict[str, float]]:
 def parse_csv(
   text: str, path: str | os.PathLike, columns: Sequence[str] = ()
 ) -> tuple[list[str], list[dict[str, str]]]:
-  """Columns and rows of a CSV file's text; see `read_csv`.
+  """Parses the text of a CSV file into columns and rows, like `read_csv`.
 
   Args:
-    text: the file's.
-    path: for messages.
-    columns: that it must have.
+    text: the file's text.
+    path: the file's path, for messages.
+    columns: the columns that it must have.
 
   Raises:
-    UserError: see `read_csv`.
+    UserError: the text is not CSV, its lines differ in length, or it lacks a
+      column.
 
   >>> parse_csv('step,loss\\n1,2.5\\n2,', 'metrics.csv')
   (['step', 'loss'], [{'step': '1', 'loss': '2.5'}])
@@ -118,7 +120,7 @@ def parse_csv(
     lines = [(reader.line_num, line) for line in reader if line]
   except csv.Error as error:
     raise UserError(
-      f'{where}: line {reader.line_num}: is no CSV ({error}); copy it back'
+      f'{where}: line {reader.line_num}: is not CSV ({error}); copy it back'
     ) from error
   head = lines[0][1] if lines else []
   if len(head) > _MAX_COLUMNS:
@@ -145,14 +147,14 @@ def parse_csv(
 def numbers(
   row: Mapping[str, str], path: str | os.PathLike
 ) -> dict[str, float]:
-  """The cells of a row of numbers that are not blank.
+  """The numbers in a row, without empty cells.
 
   Args:
-    row: of `read_csv`.
-    path: for the message.
+    row: a row from `read_csv`.
+    path: the file's path, for the message.
 
   Raises:
-    UserError: one is no number.
+    UserError: a cell is not a number.
   """
   found = {}
   for name, cell in row.items():
@@ -169,13 +171,13 @@ def numbers(
 
 @contextlib.contextmanager
 def reading_cells(path: str | os.PathLike) -> Iterator[None]:
-  """Makes a cell that is no number one line for people.
+  """Turns an error in converting cells in the block into a `UserError`.
 
   Args:
-    path: of the CSV file whose cells the block converts.
+    path: the path of the CSV file.
 
   Raises:
-    UserError: the block met a `ValueError` or a column that is not there.
+    UserError: the block raised `ValueError` or `KeyError`.
   """
   try:
     yield
@@ -195,9 +197,9 @@ def write_lines(
   """Writes a whole table as CSV, atomically.
 
   Args:
-    path: of the file; its folder is made.
-    lines: of cells, the heads first; None is an empty cell.
-    digits: significant ones of floats; None writes them whole.
+    path: the file's path; its folder is created if necessary.
+    lines: rows of cells, the column names first; None is an empty cell.
+    digits: number of significant digits of floats; None writes all.
   """
 
   def cell(x):
@@ -216,8 +218,8 @@ def write_rows(
   """Writes rows under all their columns, atomically; floats with 9 digits.
 
   Args:
-    path: of the file; its folder is made.
-    rows: name to cell; a cell that a row lacks is empty.
+    path: the file's path; its folder is created if necessary.
+    rows: cells by column; missing cells are empty.
   """
   columns = list(dict.fromkeys(name for row in rows for name in row))
   lines = ([row.get(name) for name in columns] for row in rows)
@@ -227,11 +229,11 @@ def write_rows(
 def write_records(
   path: str | os.PathLike, rows: Sequence[Any], digits: int | None = None
 ) -> None:
-  """Writes NamedTuples of one kind, at least one, with a column a field.
+  """Writes NamedTuples of one kind, with a column for each field.
 
   Args:
-    path: of the file; its folder is made.
-    rows: the NamedTuples; None is an empty cell.
-    digits: significant ones of floats; None writes them whole.
+    path: the file's path; its folder is created if necessary.
+    rows: the NamedTuples, at least one; None is an empty cell.
+    digits: number of significant digits of floats; None writes all.
   """
   write_lines(path, [rows[0]._fields, *rows], digits)

@@ -1,4 +1,4 @@
-"""The one way to write a file: whole or not at all, and where it was meant."""
+"""Writes files atomically and without following links."""
 
 import contextlib
 import errno
@@ -14,10 +14,10 @@ from experiments.files.reading import check_regular
 
 
 def remedy(code: int | None) -> str:
-  """What helps where the operating system refuses to write.
+  """The remedy for the operating system's refusal to write.
 
   Args:
-    code: of `errno`; None where it is not known.
+    code: the `errno`; None if it is not known.
   """
   if code in (errno.EACCES, errno.EPERM, errno.EROFS):
     return 'let this user write there'
@@ -28,10 +28,10 @@ def remedy(code: int | None) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Makes the disk's refusal to take a file one line for people.
+  """Turns an `OSError` in the block into a `UserError` with a remedy.
 
   Raises:
-    UserError: the block met an `OSError`.
+    UserError: the block raised an `OSError`.
   """
   try:
     yield
@@ -45,17 +45,16 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """A file to write that takes its place once the block ends without error.
+  """Opens a file that replaces `path` when the block ends without an error.
 
-  It is written beside its place under a name that nobody can guess, flushed
-  to the disk and renamed. A process that is killed meanwhile leaves the old
-  file, or none.
+  The file is written in the same folder under a random name, flushed to the
+  disk and renamed. If the process is killed before that, the old file stays.
 
   Args:
-    path: of the file; its folder is made.
+    path: the file's path; its folder is created if necessary.
 
   Raises:
-    UserError: a link, folder or device is in its place, or the disk refuses.
+    UserError: `path` is a link, folder or device, or the disk refused.
   """
   path = pathlib.Path(path)
   with writing(path):
@@ -78,20 +77,20 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
-  """Refuses a place that holds anything but a regular file or nothing.
+  """Refuses a path of anything but a regular file or nothing.
 
   Raises:
-    UserError: a link, folder, FIFO, socket or device is there.
+    UserError: the path is a link, folder, FIFO, socket or device.
   """
   with contextlib.suppress(FileNotFoundError):
     check_regular(path, os.lstat(path))
 
 
 def flush_folder(folder: str | os.PathLike) -> None:
-  """Makes what was renamed in a folder last through a loss of power."""
+  """Flushes a folder, so that renamed files survive a loss of power."""
   handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
   try:
-    # Some network file systems have no such call.
+    # Some network file systems do not support this.
     with contextlib.suppress(OSError):
       os.fsync(handle)
   finally:
@@ -99,42 +98,41 @@ def flush_folder(folder: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file, its folder too, at once or not at all; see `replacing`."""
+  """Writes a text file atomically, like `replacing`."""
   write_bytes(path, text.encode('utf-8'))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-  """Writes a file, its folder too, at once or not at all; see `replacing`."""
+  """Writes a file atomically, like `replacing`."""
   with replacing(path) as file:
     file.write(content)
 
 
 def write_figure(figure: Any, path: str | os.PathLike, dpi: int = 160) -> None:
-  """Writes a figure of matplotlib at once or not at all; see `replacing`.
+  """Writes a matplotlib figure atomically, like `replacing`.
 
   Args:
     figure: `matplotlib.figure.Figure`.
-    path: whose suffix is the format; PNG without one.
-    dpi: dots an inch.
+    path: the file's path; its suffix is the format, PNG if there is none.
+    dpi: dots per inch.
 
   Raises:
-    UserError: a format that matplotlib does not know, or see `writing`.
+    UserError: matplotlib does not know the format, or the disk refused.
   """
   kind = pathlib.Path(path).suffix.removeprefix('.') or 'png'
   if kind not in figure.canvas.get_supported_filetypes():
     raise UserError(
-      f'{shown(path)}: figures are written as png, pdf or svg, not as '
-      f'{shown(kind)}'
+      f'{shown(path)}: unknown format {shown(kind)}; must be png, pdf or svg'
     )
   with replacing(path) as file:
     figure.savefig(file, format=kind, dpi=dpi)
 
 
 def open_append(path: str | os.PathLike) -> BinaryIO:
-  """Opens a regular file to append bytes, or makes it.
+  """Opens a regular file to append bytes; creates it if necessary.
 
   Raises:
-    UserError: a link, FIFO or device is in its place, or the disk refuses.
+    UserError: the path is a link, FIFO or device, or the disk refused.
   """
   path = pathlib.Path(path)
   flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
@@ -148,9 +146,9 @@ def open_append(path: str | os.PathLike) -> BinaryIO:
 
 
 def is_there(path: str | os.PathLike) -> bool:
-  """Whether a file is there, also where the folder is a network's.
+  """Whether a file exists, even on a network file system.
 
-  Looking into the folder makes a client of NFS ask its server anew.
+  Listing the folder makes an NFS client refresh its cache.
   """
   with contextlib.suppress(OSError):
     return os.path.basename(path) in os.listdir(os.path.dirname(path) or '.')

@@ -1,4 +1,4 @@
-"""What is run, as a table: `presets.find('efficientzero_catch')`."""
+"""The table of presets: `presets.find('efficientzero_catch')`."""
 
 from experiments.presets.settings import EnvConfig as EnvConfig
 from experiments.presets.settings import Preset as Preset

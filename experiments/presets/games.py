@@ -1,25 +1,25 @@
-"""Presets of board games, learned by playing against oneself.
+"""Presets of board games, learned by self-play.
 
-While they train they are measured against a random player: against oneself
-every evaluation is a draw.
+Evaluations during training are against a random player, because self-play
+always scores a draw.
 """
 
 from experiments.presets.settings import Preset
 
-# Every position counts alike, and none for its error.
+# Positions are sampled uniformly, whatever their error.
 _SELF_PLAY = (
   'replay_alpha=0',
   'replay_beta=0',
   'final_episodes=200',
   'final_simulations=16',
 )
-# A network and a search for small boards, and a rate that falls twice.
+# A network for small boards, and a learning rate that falls twice.
 _SMALL = ('norm=layer', 'decay_rate=0.3')
 _OURS = 'ours, chosen on two CPU cores'
 
 PRESETS = {
   'alphazero_tic_tac_toe': Preset(
-    summary='AlphaZero learns tic-tac-toe against itself, in a minute',
+    summary='AlphaZero learns tic-tac-toe by self-play, in a minute',
     agent='alphazero',
     env='self_play:tic_tac_toe',
     steps=53_480,
@@ -42,14 +42,15 @@ PRESETS = {
     source=_OURS,
   ),
   'alphazero_connect_four': Preset(
-    summary='Gumbel AlphaZero learns Connect Four against itself',
+    summary='Gumbel AlphaZero learns Connect Four by self-play',
     agent='alphazero',
     env='self_play:connect_four',
     steps=1_432_500,
     time_steps=1_500_000,
     settings=(
       *_SELF_PLAY,
-      # Without them it is soon sure of a few games and forgets all others.
+      # Without random openings the policy soon settles on a few games and
+      # forgets all others.
       'env.options=opening_plies=8',
       *_SMALL,
       'hidden_sizes=192,192',
@@ -71,7 +72,7 @@ PRESETS = {
     source=_OURS,
   ),
   'alphazero_othello': Preset(
-    summary='Sampled AlphaZero on Othello, 65 actions, K of them at a node',
+    summary='Sampled AlphaZero on Othello, K of 65 actions at each node',
     agent='alphazero',
     env='self_play:othello',
     steps=982_200,
@@ -100,7 +101,7 @@ PRESETS = {
       'evaluate_every=500',
       'evaluate_episodes=100',
     ),
-    source=_OURS + '; K is what Hubert 2021 varies in its study of Go',
+    source=_OURS + '; Hubert 2021 varies K in its study of Go',
   ),
   'td_gammon': Preset(
     summary='TD-Gammon: backgammon by self-play, 20 minutes on one CPU core',
@@ -109,8 +110,8 @@ PRESETS = {
     steps=11_793_000,
     time_steps=12_000_000,
     settings=(
-      # One game at a time: its traces stay in the processor's cache, and each
-      # turn is learned from before the next.
+      # With one game at a time, the traces stay in the processor's cache, and
+      # the network learns from each turn before the next.
       'env.num_envs=1',
       'devices=1',
       'log_every=100000',

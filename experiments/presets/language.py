@@ -9,8 +9,8 @@ PRESETS = {
     env='',
     steps=27_000,
     settings=(
-      # Network and optimiser are the Config's own defaults. The paper's batch
-      # is 300,000 words of 793,471 on 16 GPUs; these fit one.
+      # Network and optimiser are the Config's defaults. The paper's batch is
+      # 300,000 words, its vocabulary 793,471, on 16 GPUs; these fit on one.
       'text.vocabulary=32768',
       'batch_size=256',
       'log_every=50',
@@ -21,7 +21,7 @@ PRESETS = {
     'and learning rate are ours',
   ),
   'moe_language_small': Preset(
-    summary='the same in small: 5M tokens in minutes on two CPU cores',
+    summary='the same, but small: 5M tokens in minutes on two CPU cores',
     agent='language',
     env='',
     steps=1_221,

@@ -1,7 +1,7 @@
-"""Presets of what learns on data sets, and of SAC, which makes them.
+"""Presets of agents that learn from data sets, and of SAC, which makes them.
 
-The plain names have their papers' numbers; those that end in `_small` are for
-a few real numbers of observation and two CPU cores.
+Plain names have their papers' numbers; names that end in `_small` are for
+observations of a few numbers on two CPU cores.
 """
 
 from experiments.presets.settings import Preset
@@ -22,13 +22,13 @@ _SMALL = (
   'checkpoint_every=5000',
   'evaluate_every=2000',
 )
-# Nobody plays, so nothing is evaluated by playing.
+# Without a policy there are no evaluations by play.
 _NO_POLICY = ('evaluate_every=0', 'final_episodes=0')
 _OURS = 'ours, chosen on two CPU cores'
 
 
 def _pair(agent, summary, source, small=(), steps=1_000_000, few=20_000):
-  """The paper's numbers, and few of everything."""
+  """A preset with the paper's numbers, and a small one."""
   return {
     agent: Preset(summary, agent, '', steps, _RUN, source),
     f'{agent}_small': Preset(
@@ -44,7 +44,7 @@ PRESETS = {
     'Cheng 2022, official code; as long as lightATAC trains',
     (
       'warm_start_updates=10000',
-      # A thousand times fewer updates than the paper has.
+      # The paper has a thousand times as many updates.
       'slow_rate=5e-5',
       'beta=4',
       'reward_factor=0.1',
@@ -88,7 +88,7 @@ PRESETS = {
     few=25_000,
   ),
   'dynamics': Preset(
-    summary='an ensemble of dynamics alone on a data set, for planners',
+    summary='an ensemble of dynamics, learned from a data set, for planners',
     agent='dynamics',
     env='',
     steps=100_000,
@@ -96,7 +96,7 @@ PRESETS = {
     source="Yu 2020 and 2021: COMBO's model; the length is ours",
   ),
   'dynamics_small': Preset(
-    summary='an ensemble of dynamics alone on a data set, small networks',
+    summary='an ensemble of dynamics from a data set, small networks',
     agent='dynamics',
     env='',
     steps=10_000,
@@ -112,7 +112,7 @@ PRESETS = {
     source=_OURS,
   ),
   'sac_pendulum': Preset(
-    summary='SAC swings up the pendulum of Gymnasium',
+    summary="SAC swings up Gymnasium's pendulum",
     agent='sac',
     env='Pendulum-v1',
     steps=11_952,

@@ -1,6 +1,6 @@
-"""What a run is told besides its agent's own settings.
+"""Settings of a run other than its agent's own.
 
-Nothing heavy is imported here: `--help` reads it.
+Nothing slow is imported here, because `--help` imports this module.
 """
 
 import dataclasses
@@ -11,17 +11,18 @@ from typing import Literal, NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class EnvConfig:
-  """How the environment is made.
+  """Settings of the environment.
 
   Attributes:
-    num_envs: copies stepped together.
-    num_threads: of envpool; 0 for as many as help.
-    frame_stack: frames in an observation; none for the environment's usual.
-    options: the environment's own, `name=value` each, with commas between.
-    action_bins: bins a dimension that continuous actions are divided into; 0
-      leaves them.
-    recorded: what its data set was recorded in, as JSON, which the data set
-      gives; `none` takes the environment as it is registered.
+    num_envs: number of copies that are stepped together.
+    num_threads: number of envpool's threads; 0 for its default.
+    frame_stack: number of frames in an observation; none for the environment's
+      default.
+    options: the environment's own options, `name=value` separated by commas.
+    action_bins: number of bins per dimension of continuous actions; 0 leaves
+      actions continuous.
+    recorded: JSON of the environment that the data set was recorded in, filled
+      in from the data set; `none` uses the environment as it is registered.
   """
 
   num_envs: int = 16
@@ -44,48 +45,50 @@ class EnvConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """How an agent is run: pace, memory, intervals. Intervals are in updates.
+  """Settings of a run: pace, memory and intervals, which are in updates.
 
   Attributes:
-    batch_size: windows (or transitions) an update.
-    reward_factor: rewards of a data set are multiplied by it.
-    data_on: where a data set lies, on the `device` or on the `host`; files may
-      be larger than memory on the host.
-    replay_capacity: decisions kept.
+    batch_size: number of windows (or transitions) per update.
+    reward_factor: factor by which a data set's rewards are multiplied.
+    data_on: where a data set is held, on the `device` or on the `host`; on the
+      host, files may be larger than memory.
+    replay_capacity: number of decisions that the replay keeps.
     replay_alpha: exponent of the priorities; 0 samples uniformly.
-    replay_beta: exponent of the importance weights at first; it rises to 1.
-    compress_replay: keep frames compressed (lossless) in host memory.
-    warmup_decisions: time steps before the first update; a time step is a
-      decision, or the end of an episode.
-    decisions_per_update: time steps taken for each update.
-    extra_updates: updates after the last decision.
-    acting: `asynchronous` acts beside learning, `synchronous` in step with it
-      and is bitwise reproducible; environments in JAX are always so.
-    queue_size: rows that an asynchronous actor may be ahead.
+    replay_beta: initial exponent of the importance weights; it rises to 1.
+    compress_replay: whether frames in host memory are compressed (lossless).
+    warmup_decisions: number of time steps before the first update; a time step
+      is a decision or the end of an episode.
+    decisions_per_update: number of time steps per update.
+    extra_updates: number of updates after the last decision.
+    acting: `asynchronous` acts in parallel with learning, `synchronous` in
+      turns with it, bitwise reproducible, as JAX environments always are.
+    queue_size: number of rows that an asynchronous actor may be ahead.
     publish_every: updates between copies of the parameters for the actor.
-    devices: that an update is split over, of each process; 0 for all but the
-      acting ones.
-    acting_devices: of each process that act only, apart from those that learn
-      (asynchronous acting); 0 acts on the learning ones.
-    parts: shares of environments and replay that devices and processes hold,
-      fixed when a run begins; 0 for as many as devices where that divides
-      num_envs, batch_size and replay_capacity.
+    devices: number of devices of each process that an update is split over; 0
+      for all except the acting ones.
+    acting_devices: number of devices of each process that only act
+      (asynchronous acting); 0 acts on the devices that learn.
+    parts: number of parts into which environments and replay are divided for
+      devices and processes, fixed when a run begins; 0 for the number of
+      devices, if it divides num_envs, batch_size and replay_capacity.
     parallel: how an update is split over devices, `jit` or `pmap`.
-    experts: of a mixture: `replicated`, all on every device, or `divided` over
-      them (parallel=jit).
-    log_every: between rows of metrics.csv; a row is also written wherever the
-      run halts to save or to evaluate.
-    checkpoint_every: between checkpoints.
-    keep_checkpoints: how many stay.
-    evaluate_every: between evaluations while training, with search
-      (`eval_return`) and without (`network_return`); 0 for none.
-    evaluate_episodes: episodes of each.
-    hold_out: windows that are never trained on, from other simulators and the
-      untrained network; 0 for none.
-    hold_out_every: between evaluations of the losses on them.
-    early_update: where a copy is kept to compare with at the end; 0 for none.
-    final_episodes: episodes for each row of the table at the end; 0 for none.
-    final_simulations: simulations a decision of those rows.
+    experts: whether a mixture's experts are `replicated`, all on every device,
+      or `divided` over the devices (parallel=jit).
+    log_every: updates between rows of metrics.csv; a row is also written
+      whenever the run halts to save or to evaluate.
+    checkpoint_every: updates between checkpoints.
+    keep_checkpoints: number of checkpoints that are kept.
+    evaluate_every: updates between evaluations during training, with search
+      (`eval_return`) and without (`network_return`); 0 for no evaluations.
+    evaluate_episodes: number of episodes in each of these evaluations.
+    hold_out: number of windows that are never trained on, from other simulators
+      and the untrained network; 0 for none.
+    hold_out_every: updates between evaluations of the losses on these windows.
+    early_update: the update whose parameters are kept to compare with at the
+      end; 0 for none.
+    final_episodes: number of episodes per row of the final table; 0 for no
+      table.
+    final_simulations: numbers of simulations per decision in the final table.
   """
 
   batch_size: int = 64
@@ -177,17 +180,17 @@ def _at_most(config, most, *names):
 
 
 class Preset(NamedTuple):
-  """One row.
+  """A row of the table.
 
   Attributes:
-    summary: what it is, for `--help`.
+    summary: a description, for `--help`.
     agent: a module of `agents/`.
-    env: a name for `experiments.envs.make`; '' where it is the data set's.
-    steps: decisions; updates on a data set.
-    time_steps: in which its run took so many decisions, one more an episode;
-      schedules are planned by their ratio. 0 where it was not measured: as if
-      no episode ended.
-    settings: `field=value`, in the words of `--set`.
+    env: a name for `experiments.envs.make`; '' for the data set's environment.
+    steps: number of decisions, or of updates on a data set.
+    time_steps: number of time steps that this many decisions took in a measured
+      run (one more per episode); schedules are planned by the ratio. 0 if not
+      measured, as if no episode ended.
+    settings: `field=value`, as in `--set`.
     source: where the numbers come from.
   """
 
@@ -200,7 +203,7 @@ class Preset(NamedTuple):
   time_steps: int = 0
 
 
-# Fields of `RunConfig` that one kind of run alone looks at.
+# Fields of `RunConfig` that only one kind of run reads.
 _OF_ACTING = (
   'replay_capacity',
   'replay_alpha',
@@ -226,15 +229,15 @@ _OF_REPLAY = (
 def refuse_unused(
   assignments: Sequence[str], *, on_data: bool, is_fresh: bool = False
 ) -> None:
-  """Refuses a user's settings that this kind of run does not look at.
+  """Refuses a user's settings that this kind of run does not read.
 
   Args:
-    assignments: `field=value`, as `--set` takes them.
+    assignments: `field=value`, as in `--set`.
     on_data: whether the run learns from a data set or a text.
     is_fresh: whether its agent learns from each step once, without a replay.
 
   Raises:
-    ValueError: one of them would change nothing.
+    ValueError: a setting would have no effect.
   """
   unused, reason = _OF_DATA, 'needs a data set (--dataset)'
   if on_data:

@@ -1,10 +1,10 @@
-"""What the launchers know by name: one row an experiment.
+"""The table of presets: one row per experiment.
 
-A row is an agent, an environment and the fields that differ from the agent's
+A row has an agent, an environment and the fields that differ from the agent's
 `Config` (which holds its paper's numbers) and from `RunConfig`. `source` says
-where the numbers come from. `--set` overrides a row field by field.
+where the numbers come from. `--set` overrides single fields.
 
-Nothing heavy is imported here: `--help` reads this table.
+Nothing slow is imported here, because `--help` imports this table.
 """
 
 import difflib
@@ -54,7 +54,7 @@ _QUICK = (
   'gamma=0.997',
   'target_period=50',
 )
-# Vectors in, a few real numbers out, returns of up to some hundreds.
+# Vector observations, a few real-valued actions, returns up to some hundreds.
 _CONTROL = (
   *_SMALL,
   *_SMALL_PROJECTOR,
@@ -171,7 +171,7 @@ PRESETS = {
     source=_OURS,
   ),
   'sampled_muzero_pendulum': Preset(
-    summary='Sampled MuZero swings a pendulum up, compiled into one program',
+    summary='Sampled MuZero swings up a pendulum, in one compiled program',
     agent='sampled_muzero',
     env='jax:pendulum',
     steps=11_760,
@@ -225,7 +225,7 @@ PRESETS = {
     source=_OURS,
   ),
   'sampled_muzero_point_mass': Preset(
-    summary='Sampled MuZero over joint bins, enumerated in no search',
+    summary='Sampled MuZero over joint bins that no search enumerates',
     agent='sampled_muzero',
     env='jax:point_mass',
     steps=78_416,
@@ -246,7 +246,7 @@ PRESETS = {
     source=_OURS,
   ),
   'efficientzero_atari': Preset(
-    summary='EfficientZero on Atari-100k, the paper as it stands',
+    summary='EfficientZero on Atari-100k, as in the paper',
     agent='efficientzero',
     env='Pong-v5',
     steps=100_000,
@@ -271,7 +271,7 @@ PRESETS = {
       'reanalyze_chunk=759',
       'decay_every=100000',
     ),
-    source=_EZ_TABLE + ', which compares with such a MuZero',
+    source=_EZ_TABLE + ', which compares with this MuZero',
   ),
   **offline.PRESETS,
   **language.PRESETS,
@@ -281,25 +281,25 @@ DEFAULT = 'efficientzero_catch'
 
 
 def find(name: str) -> Preset:
-  """The preset of a name.
+  """Finds a preset by its name.
 
   Raises:
-    ValueError: if there is none; names near ones.
+    ValueError: the name is unknown; the message has similar names.
   """
   return PRESETS[_known('preset', name, tuple(PRESETS))]
 
 
 def find_agent(name: str) -> str:
-  """The name, if it is an agent's.
+  """Checks that a name is an agent's, and returns it.
 
   Raises:
-    ValueError: if it is not; names near ones.
+    ValueError: the name is unknown; the message has similar names.
   """
   return _known('agent', name, AGENTS)
 
 
 def is_offline(agent: str) -> bool:
-  """Whether an agent learns from a data set or a text only: no preset acts."""
+  """Whether an agent learns only from data sets or texts, never from play."""
   own = [preset for preset in PRESETS.values() if preset.agent == agent]
   return bool(own) and not any(preset.env for preset in own)
 
