@@ -12,7 +12,7 @@ TABLE = {
   # Names.
   'train --preset=muzero_catsh': "preset='muzero_catsh': did you mean muzero",
   'train --env=Cach-v0': "env='Cach-v0': unknown to envpool; nearest: Catch-v",
-  'train --env=gymnasium:Cart': "env='gymnasium:Cart': ... must be one of",
+  'train --env=gymnasium:Cart': "env='gymnasium:Cart': ... must be in gym",
   'train --env=jax:cach': "env='jax:cach': unknown; must ... did you mean jax:",
   'train --env=self_play:go': 'env=self_play:go: unknown; ... go_9x9',
   'train --env=brax:ant': "env='brax:ant': the part before ... must be jax",
@@ -190,10 +190,10 @@ TABLE = {
   'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
   'play --workdir=typed': "typed/config.json: steps is 'x', must be of type in",
   'play --workdir=catch --env=zzz': (
-    'env=zzz: catch/config.json names jax:catch; must be the same one, or left'
+    'env=zzz: differs from jax:catch, which catch/config.json names; must'
   ),
   'play --workdir=pendulum --players=actor --env=jax:catch': (
-    'env=jax:catch: pendulum/config.json names'
+    'env=jax:catch: differs from Pendulum-v1, which'
   ),
   'play --workdir=newer': 'newer/config.json: no field agent.zzz: fields are',
   'train --preset=muzero_catch --env=jax:catch --workdir=catch --seed=1': (
@@ -241,7 +241,7 @@ TABLE = {
   ),
   'study backgammon_players --folder=boards': 'no finished runs hidden_*_s*',
   'study backgammon_players --folder=dice --opponents=solver': (
-    'player=solver: plays ConnectFour, and this is backgammon'
+    'player=solver: plays ConnectFour only; take a player of'
   ),
   # Play.
   'play --workdir=catch --simulations=-1': 'simulations=-1: must be whole numb',
@@ -252,10 +252,10 @@ TABLE = {
   'play --workdir=board --players=zzz': "player='zzz': must be network, random",
   'play --workdir=board --players=solver': 'player=solver: plays ConnectFour',
   'play --workdir=board --players=random --opponents=pubeval': (
-    'player=pubeval: plays Backgammon, and this is TicTacToe'
+    'player=pubeval: plays Backgammon only; take a player of'
   ),
   'play --workdir=board --players=catch:network': (
-    'player=catch:network: catch plays jax:catch, and this is self_play:tic'
+    'player=catch:network: catch plays jax:catch; must be a run on self_play'
   ),
   'study equity --workdir=backgammon --players=zzz': (
     "player='zzz': must be network"
@@ -276,7 +276,7 @@ TABLE = {
   # Data.
   'train --preset=bc': 'dataset: bc learns from a data set: --dataset=PATH',
   'train --preset=bc --dataset=none': 'dataset=none: no such path ... a folder',
-  'train --preset=bc --dataset=file': 'dataset=file: not a data set; understoo',
+  'train --preset=bc --dataset=file': 'dataset=file: not a data set; must be',
   'train --preset=bc --dataset=torn.npz': 'torn.npz: ... collect or copy it ag',
   'train --preset=bc --dataset=key.npz': 'dataset=key.npz: reward is missing',
   'train --preset=bc --dataset=nan.npz': 'nan.npz: ... row 3 ... must be finit',

@@ -328,7 +328,7 @@ def test_the_users_own_flag_brings_code(trained, planted, tmp_path, launch):
   for name, (launcher, *flags) in ASKED.items():
     wrong = launch(launcher, *flags, '--env=gymnasium:Pendulum-v1')
     assert wrong[0] == 2, name
-    assert f'run/config.json names {planted.env}; must be' in wrong[2]
+    assert f'differs from {planted.env}, which' in wrong[2]
   assert not planted.mark.exists()
   for name in ('play', 'record', 'control'):
     launcher, *flags = ASKED[name]
