@@ -334,7 +334,7 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
   cloned = write('bc', 'bc_small', 'jax:pendulum', dataset='none')
   for workdir, message in (
     (str(tmp_path / 'nowhere'), "no run's folder"),
-    (catch, 'jax:catch has discrete actions; python -m experiments.play'),
+    (catch, 'jax:catch has discrete actions; use python -m'),
     (cloned, 'bc has no actor with a critic; give a run of atac, combo, cql'),
   ):
     with pytest.raises(configs.UserError, match=message):
@@ -342,9 +342,9 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
   run = actor_critic_runs.load(runs['iql'])
   far = run._replace(experiment=run.experiment._replace(env_name='Hopper-v4'))
   for name, own, message in (
-    ('exact', far, 'env=Hopper-v4: has no exact model .* jax:swingup'),
+    ('exact', far, 'env=Hopper-v4: has no exact model, .*jax:swingup'),
     (runs['iql'], run, 'iql learns no ensemble'),
-    (runs['combo'], far, 'learned from jax:pendulum, but .* of Hopper-v4'),
+    (runs['combo'], far, 'learned from jax:pendulum; must be from Hopper-v4'),
   ):
     with pytest.raises(configs.UserError, match=message):
       actor_critic_runs.find_dynamics(name, own)
