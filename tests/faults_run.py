@@ -114,9 +114,9 @@ def run(folder: pathlib.Path, fault: str = '') -> tuple[int, Carry]:
   carry, begin = loop.init(agent, source, key), 0
   found = kept.peek()
   if found is not None:
-    template = carry._replace(source=source.template())
+    template = carry._replace(source=source.kept.template())
     carry, extra = kept.restore(template)
-    state = source.load(
+    state = source.kept.load(
       carry.source, extra['source'], folder / 'replay', loop.source_key(key)
     )
     carry, begin = carry._replace(source=state), int(carry.step)
@@ -128,7 +128,7 @@ def run(folder: pathlib.Path, fault: str = '') -> tuple[int, Carry]:
       _arm(fault)
     newest = kept.latest_step()
     with integrity.saving(step, folder / 'replay', newest):
-      arrays, facts = source.save(carry.source, folder / 'replay', step)
+      arrays, facts = source.kept.save(carry.source, folder / 'replay', step)
     if step == 2 * EVERY and fault == 'after the rows':
       _die()
     kept.save(step, carry._replace(source=arrays), {'source': facts})

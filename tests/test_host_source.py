@@ -175,13 +175,15 @@ def test_restart_begins_afresh_and_a_load_begins_there(mode, agent, key):
   state = source.restart(state, 10)
   assert log.open == 1
   assert log.seeds[0] != log.seeds[1]
-  arrays, facts = source.save(state, None, 0)
-  assert jax.tree.structure(arrays) == jax.tree.structure(source.template())
+  arrays, facts = source.kept.save(state, None, 0)
+  assert jax.tree.structure(arrays) == jax.tree.structure(
+    source.kept.template()
+  )
   rows = take(source, state, 2, start=10)
   assert rows[0][0].timestep.is_first.all()
   source.close(state)
 
-  again = source.load(arrays, facts, None, key)
+  again = source.kept.load(arrays, facts, None, key)
   assert log.seeds[2] == log.seeds[1]
   more = take(source, again, 2, start=10)
   noise = lambda rows: [row.extras['noise'].tolist() for row, _ in rows]

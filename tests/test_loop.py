@@ -19,6 +19,7 @@ from experiments.runtime import checkpoint, host, loop, sources
 from experiments.runtime import replay as host_replay
 from experiments.runtime.budget import Budget
 from experiments.runtime.loop import Carry, Hooks, Intervals
+from experiments.runtime.persistence import Persistence
 from experiments.runtime.sources import Measures, Pace, Source
 from networks.muzero import NetworkConfig
 from search.model import Environment, TimeStep
@@ -141,6 +142,12 @@ def test_an_interval_without_episodes_has_no_return(key):
   assert not {'episodes', 'episode_return'} & set(logged[2])
 
 
+def as_it_is(restart):
+  """Of a state that is saved as it is, but for what starts afresh."""
+  nothing = lambda *args: None
+  return Persistence(nothing, nothing, nothing, restart=restart)
+
+
 @pytest.mark.parametrize('is_pure', [True, False])
 def test_hooks_come_in_order(is_pure, key):
   events = []
@@ -156,7 +163,7 @@ def test_hooks_come_in_order(is_pure, key):
 
   save = lambda carry: events.append(('save', int(carry.step)))
   run_audited(
-    source._replace(restart=restart),
+    source._replace(kept=as_it_is(restart)),
     key,
     Intervals(log=4, checkpoint=6, evaluate=4),
     Hooks(log=log, save=save, evaluate=evaluate),
@@ -179,7 +186,7 @@ def test_hooks_come_in_order(is_pure, key):
 def test_a_checkpoint_boundary_restarts_also_where_nothing_is_saved(key):
   restarted = []
   source = audit_source()._replace(
-    restart=lambda state, step: restarted.append(step) or state
+    kept=as_it_is(lambda state, step: restarted.append(step) or state)
   )
   run_audited(source, key, Intervals(log=5, checkpoint=4), steps=9)
   assert restarted == [4, 8]
@@ -545,7 +552,7 @@ def test_an_envpool_run_resumes_bitwise(simulated, tmp_path):
   directory = tmp_path / 'replay'
 
   def save(carry):
-    arrays, facts = source.save(carry.source, directory, int(carry.step))
+    arrays, facts = source.kept.save(carry.source, directory, int(carry.step))
     step = int(carry.step)
     checkpoints.save(step, carry._replace(source=arrays), {'source': facts})
 
@@ -561,9 +568,9 @@ def test_an_envpool_run_resumes_bitwise(simulated, tmp_path):
 
   # As after a kill: nothing but the files.
   agent_state = jax.eval_shape(agent.init, key)
-  template = Carry(agent_state, source.template(), jnp.int32(0))
+  template = Carry(agent_state, source.kept.template(), jnp.int32(0))
   carry, extra = checkpoints.restore(template)
-  kept = source.load(
+  kept = source.kept.load(
     carry.source, extra['source'], directory, loop.source_key(key)
   )
   got = go(carry._replace(source=kept), 20)

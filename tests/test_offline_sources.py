@@ -123,17 +123,19 @@ def test_the_key_alone_decides(dataset, on_device):
 def test_a_checkpoint_holds_no_rows_and_knows_them(dataset, tmp_path):
   source = make_source(dataset)
   state = source.init(jax.random.key(0))
-  arrays, facts = source.save(state, tmp_path, 3)
+  arrays, facts = source.kept.save(state, tmp_path, 3)
   assert sum(np.size(x) for x in jax.tree.leaves(arrays)) == 1
-  assert jax.tree.structure(arrays) == jax.tree.structure(source.template())
-  loaded = source.load(arrays, facts, tmp_path, jax.random.key(0))
+  assert jax.tree.structure(arrays) == jax.tree.structure(
+    source.kept.template()
+  )
+  loaded = source.kept.load(arrays, facts, tmp_path, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, loaded, state)
 
   reward = dataset.reward.copy()
   reward[-1] += 1e-3
   other = make_source(dataset._replace(reward=reward))
   with pytest.raises(ValueError, match=f'checksum .* {facts["dataset"]}$'):
-    other.load(arrays, facts, tmp_path, jax.random.key(0))
+    other.kept.load(arrays, facts, tmp_path, jax.random.key(0))
 
 
 def test_a_checksum_is_of_numbers_shapes_and_types():
@@ -264,7 +266,7 @@ def test_sac_learns_from_single_steps_of_its_own_play(env, options):
   carry = loop.init(agent, source, key)
   take = jax.jit(source.next) if source.is_pure else source.next
   state, batch, _ = take(carry.source, carry.agent, 0, key)
-  if source.close is not None:
+  if not source.is_pure:
     source.close(state)
     carry = loop.init(agent, source, key)
   # Steps across episodes would not follow the equations.
@@ -284,8 +286,7 @@ def test_sac_learns_from_single_steps_of_its_own_play(env, options):
     intervals=loop.Intervals(log=6),
     hooks=loop.Hooks(log=lambda step, row: rows.append((step, row))),
   )
-  if source.close is not None:
-    source.close(carry.source)
+  source.close(carry.source)
   assert [step for step, _ in rows] == [6, 12]
   for _, row in rows:
     assert {'loss_critic', 'entropy', 'decisions'} <= row.keys()
@@ -379,12 +380,12 @@ def test_a_ring_is_saved_without_the_data(dataset, mixed, tmp_path):
     state, *_ = mixed.next(
       state, jnp.float32(update), update, jax.random.key(update)
     )
-  arrays, facts = mixed.save(state, tmp_path, 2)
-  template = mixed.template()
+  arrays, facts = mixed.kept.save(state, tmp_path, 2)
+  template = mixed.kept.template()
   shapes = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
   assert shapes(arrays) == shapes(template)
   assert not any(np.shape(x)[:1] == (N,) for x in jax.tree.leaves(arrays))
-  loaded = mixed.load(arrays, facts, tmp_path, jax.random.key(0))
+  loaded = mixed.kept.load(arrays, facts, tmp_path, jax.random.key(0))
   again, one, _ = mixed.next(loaded, jnp.float32(2), 2, jax.random.key(2))
   kept, two, _ = mixed.next(state, jnp.float32(2), 2, jax.random.key(2))
   jax.tree.map(np.testing.assert_array_equal, (again, one), (kept, two))

@@ -84,8 +84,7 @@ def train(env, key, first=0, count=2, steps=UPDATES, workdir=None):
     hooks=hooks,
     **compiled,
   )
-  if source.close is not None:
-    source.close(carry.source)
+  source.close(carry.source)
   if keeper is not None:
     keeper.close()
   names = ('loss', 'loss_policy', 'gradient_norm', 'replay_age', 'decisions')

@@ -209,15 +209,15 @@ def test_every_window_comes_at_most_once_an_epoch(source):
 
 def test_a_checkpoint_holds_the_order_only(source, tmp_path):
   _, state = draw(source, range(2))
-  arrays, facts = source.save(state, tmp_path, 2)
+  arrays, facts = source.kept.save(state, tmp_path, 2)
   assert jax.tree.map(np.shape, arrays) == {'order': (2,)}
-  loaded = source.load(arrays, facts, tmp_path, jax.random.key(0))
+  loaded = source.kept.load(arrays, facts, tmp_path, jax.random.key(0))
   want, _ = draw(source, range(2, 9), state)
   got, _ = draw(source, range(2, 9), loaded)
   np.testing.assert_array_equal(got, want)
   other = runtime.from_tokens(TOKENS[::-1], BATCH, LENGTH)
   with pytest.raises(configs.UserError, match=f'with {facts["text"]}$'):
-    other.load(arrays, facts, tmp_path, jax.random.key(0))
+    other.kept.load(arrays, facts, tmp_path, jax.random.key(0))
 
 
 def test_a_batch_is_at_most_the_text():

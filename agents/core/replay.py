@@ -49,6 +49,8 @@ class Replay(NamedTuple):
       finite; where a row was drawn twice, the larger one holds.
     ready: `(state) -> bool`, whether something can be drawn.
     is_pure: whether all of these can be traced; if not, the state is mutated.
+    kept: `(example) -> ` how a state is kept that is not saved as it is;
+      None where it is.
   """
 
   init: Callable[[Experience], Any]
@@ -57,6 +59,7 @@ class Replay(NamedTuple):
   update: Callable[[Any, Sample, chex.Array], Any]
   ready: Callable[[Any], Any]
   is_pure: bool
+  kept: Callable[[Experience], Any] | None = None
 
 
 class ReplayState(NamedTuple):

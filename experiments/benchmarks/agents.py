@@ -332,7 +332,6 @@ def _learner(experiment, env, agent, update, mode: Any, updates: int):
     waited.append(sum(waits))
 
   def close():
-    assert source.close is not None
     source.close(carry.source)
 
   return _Learner(work, close, waited)

@@ -18,6 +18,7 @@ import numpy as np
 
 from agents.core.types import Agent, Discrete, Experience
 from experiments.envs.host import HostEnvironment
+from experiments.runtime.persistence import Persistence
 from experiments.runtime.sources import (
   Measures,
   Source,
@@ -250,9 +251,11 @@ def from_host(
     no_feedback,
     example,
     is_pure=False,
-    restart=restart,
-    save=save,
-    load=load,
-    template=dict,
-    close=lambda state: state.close(),
+    kept=Persistence(
+      save,
+      load,
+      dict,
+      restart=restart,
+      close=lambda state: state.close(),
+    ),
   )

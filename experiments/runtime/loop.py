@@ -110,7 +110,7 @@ def init(
   state = init_agent(agent, key, where.agent)
   make = source.init
   # What is loaded from elsewhere must not become a constant of a program.
-  if source.is_pure and source.load is None:
+  if source.is_pure and source.kept is None:
     make = jax.jit(source.init, out_shardings=where.source)
   step, source_state = jnp.zeros((), jnp.int32), make(source_key(key))
   if where.step is not None and source.is_pure:
@@ -130,7 +130,7 @@ def init_agent(agent: Agent, key: chex.PRNGKey, sharding: Any = None) -> Any:
 
 
 def source_key(key: chex.PRNGKey) -> chex.PRNGKey:
-  """The key that `init` gave to the source, for `Source.load`."""
+  """The key that `init` gave to the source, for `Persistence.load`."""
   return jax.random.split(jax.random.fold_in(key, 2**31 - 1))[1]
 
 
@@ -462,9 +462,8 @@ def run(
 
 def _save(source: Source, carry: Carry, hooks: Hooks) -> Carry:
   # Also where nothing is saved: the run is the same with and without.
-  if source.restart is not None:
-    restarted = source.restart(carry.source, int(carry.step))
-    carry = carry._replace(source=restarted)
+  restarted = source.restart(carry.source, int(carry.step))
+  carry = carry._replace(source=restarted)
   if hooks.save is not None:
     hooks.save(carry)
   return carry

@@ -20,6 +20,7 @@ import numpy as np
 
 from agents.core.types import Agent, Mixed, Trajectory, Transition
 from experiments.files.errors import UserError
+from experiments.runtime.persistence import Persistence
 from experiments.runtime.sources import Measures, Source, no_feedback
 
 
@@ -126,9 +127,7 @@ def from_dataset(
     no_feedback,
     example,
     is_pure=on_device,
-    save=save,
-    load=load,
-    template=template,
+    kept=Persistence(save, load, template),
     axes=None,
     fill=lambda shared: shared,
   )
@@ -281,20 +280,20 @@ def mixed(
     return state, batch, measures._replace(gauges=gauges)
 
   def save(state: Imagined, directory, step):
-    assert inner.save is not None
-    arrays, facts = inner.save(state.real, directory, step)
+    assert inner.kept is not None
+    arrays, facts = inner.kept.save(state.real, directory, step)
     own = {'real': arrays, 'ring': state.ring, 'count': state.count}
     return own, facts
 
   def load(arrays, facts, directory, key):
-    assert inner.load is not None
-    real_state = inner.load(arrays['real'], facts, directory, key)
+    assert inner.kept is not None
+    real_state = inner.kept.load(arrays['real'], facts, directory, key)
     return Imagined(real_state, arrays['ring'], arrays['count'])
 
   def template():
-    assert inner.template is not None
+    assert inner.kept is not None
     ring, count = empty()
-    return {'real': inner.template(), 'ring': ring, 'count': count}
+    return {'real': inner.kept.template(), 'ring': ring, 'count': count}
 
   return Source(
     init,
@@ -302,9 +301,7 @@ def mixed(
     no_feedback,
     inner.example,
     is_pure=True,
-    save=save,
-    load=load,
-    template=template,
+    kept=Persistence(save, load, template),
     # Axes in the place of arrays.
     axes=Imagined(inner.axes, *_BATCHED),
     fill=fill,

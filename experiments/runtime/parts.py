@@ -37,7 +37,8 @@ from experiments.files.errors import UserError
 from experiments.runtime import mesh as meshes
 from experiments.runtime import replay
 from experiments.runtime.integrity import Damaged
-from experiments.runtime.sources import Held, Measures, Source
+from experiments.runtime.persistence import Held, Persistence
+from experiments.runtime.sources import Measures, Source
 
 
 def choose(wanted: int, saved: int, sizes: dict[str, int], mesh: Mesh) -> int:
@@ -186,26 +187,26 @@ def hosted(
   def save(state: State, directory, step):
     saved = {}
     for k, part, old in zip(numbers, parts, state.parts):
-      assert part.save is not None
+      assert part.kept is not None
       folder = _folder(directory, k)
-      saved[folder.name] = part.save(old, folder, step)
+      saved[folder.name] = part.kept.save(old, folder, step)
     return Held(saved), {'parts': number}
 
   def load(arrays: Held, facts, directory, key):
     del facts
     states = []
     for k, part, part_key in zip(numbers, parts, keys(key)):
-      assert part.load is not None
+      assert part.kept is not None
       folder = _folder(directory, k)
       saved, own = arrays.parts[folder.name]
-      states.append(part.load(saved, own, folder, part_key))
+      states.append(part.kept.load(saved, own, folder, part_key))
     return State(states, [])
 
   def template():
     found = {}
     for k, part in zip(numbers, parts):
-      assert part.template is not None
-      found[_folder('', k).name] = part.template(), {}
+      assert part.kept is not None
+      found[_folder('', k).name] = part.kept.template(), {}
     return Held(found)
 
   def prune(directory, rows):
@@ -219,20 +220,17 @@ def hosted(
         }
         for some in rows
       ]
-      if part.prune is not None:
-        part.prune(folder, own)
+      kept = part.kept
+      if kept is not None and kept.prune is not None:
+        kept.prune(folder, own)
 
   def restart(state: State, step):
-    states = [
-      old if part.restart is None else part.restart(old, step)
-      for part, old in zip(parts, state.parts)
-    ]
+    states = [part.restart(old, step) for part, old in zip(parts, state.parts)]
     return State(states, state.drawn)
 
   def close(state: State):
     for part, old in zip(parts, state.parts):
-      if part.close is not None:
-        part.close(old)
+      part.close(old)
 
   def rest(state: State):
     states = [
@@ -247,12 +245,7 @@ def hosted(
     feedback,
     lambda: None,
     is_pure=False,
-    restart=restart,
-    save=save,
-    load=load,
-    template=template,
-    prune=prune,
-    close=close,
+    kept=Persistence(save, load, template, prune, restart, close),
     rest=rest if parts[0].rest is not None else None,
   )
 

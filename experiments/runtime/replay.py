@@ -31,6 +31,7 @@ from experiments.files.arrays import Stored
 from experiments.files.errors import UserError
 from experiments.runtime import integrity
 from experiments.runtime.integrity import Damaged
+from experiments.runtime.persistence import Persistence
 
 VERSION = 2
 
@@ -262,7 +263,21 @@ def host_replay(
   def ready(state):
     return bool((eligible_mass(state) > 0).any())
 
-  return core.Replay(init, add, sample, update, ready, is_pure=False)
+  def persistence(example):
+    return Persistence(
+      lambda state, directory, step: _kept(*save(state, directory)),
+      lambda priority, facts, directory, key: load(
+        init(example), directory, priority, facts['replay']
+      ),
+      lambda: init(example).priority,
+      prune,
+    )
+
+  return core.Replay(init, add, sample, update, ready, False, persistence)
+
+
+def _kept(priority, meta):
+  return priority, {'replay': meta, 'rows': files_of(meta)}
 
 
 def save(

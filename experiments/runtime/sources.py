@@ -7,6 +7,7 @@ both alike; only a pure one may be traced.
 Axes: `E` parallel environments, one row of experience each a step.
 """
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -17,8 +18,7 @@ import jax.numpy as jnp
 
 from agents.core.replay import Replay
 from agents.core.types import Agent, Experience, Trajectory
-from experiments.files.arrays import Stored
-from experiments.runtime import replay as host_replay
+from experiments.runtime.persistence import Persistence
 from search.model import Environment, TimeStep
 
 
@@ -39,24 +39,6 @@ class Measures(NamedTuple):
   gauges: dict[str, Any]
 
 
-class Held(NamedTuple):
-  """What this process alone saves, in the place of a source's arrays.
-
-  Attributes:
-    parts: `(arrays, facts)` of each part by the name of its folder.
-  """
-
-  parts: dict[str, tuple[Any, dict[str, Any]]]
-
-  def rows(self) -> dict[str, Stored]:
-    """The files of rows of all parts."""
-    return {
-      f'{name}/{file}': Stored(*must_be)
-      for name, (_, facts) in self.parts.items()
-      for file, must_be in facts.get('rows', {}).items()
-    }
-
-
 class Source(NamedTuple):
   """A stream of batches.
 
@@ -67,18 +49,8 @@ class Source(NamedTuple):
     feedback: `(source_state, batch, info) -> source_state`.
     example: `() -> ` a batch of `jax.ShapeDtypeStruct`.
     is_pure: whether `next` and `feedback` may be traced.
-    restart: `(source_state, step) -> source_state`: simulators on the host
-      start afresh from a seed derived from the step; None where all state is
-      in the pytree.
-    save: `(source_state, directory, step) -> (arrays, facts)`: a pytree of
-      arrays, or `Held`; a dict that JSON can hold; and large data appended to
-      files in the directory, which `rows` of the facts names. None for a pure
-      source whose state is saved as it is.
-    load: `(arrays, facts, directory, key) -> source_state`, the inverse; raises
-      `Damaged` where rows are not as they were written.
-    template: `() -> arrays`, of the shapes that `save` returns.
-    prune: `(directory, list of rows)`: drops files that none of them names.
-    close: `(source_state) -> None`, stops threads and simulators.
+    kept: how its state is kept; None for a pure source whose state is
+      saved as it is.
     axes: axes of the state, a prefix of its tree, where many runs train in one
       program: 0, or None for what they share, the rows of a data set.
     fill: `(rows) -> source_state`, a fresh state around rows that are shared;
@@ -93,15 +65,21 @@ class Source(NamedTuple):
   feedback: Callable[..., Any]
   example: Callable[[], Any]
   is_pure: bool
-  restart: Callable[..., Any] | None = None
-  save: Callable[..., Any] | None = None
-  load: Callable[..., Any] | None = None
-  template: Callable[[], Any] | None = None
-  prune: Callable[..., None] | None = None
-  close: Callable[[Any], None] | None = None
+  kept: Persistence | None = None
   axes: Any = 0
   fill: Callable[[Any], Any] | None = None
   rest: Callable[[Any], Any] | None = None
+
+  def close(self, state: Any) -> None:
+    """Stops the threads and simulators of a state, where it has any."""
+    if self.kept is not None and self.kept.close is not None:
+      self.kept.close(state)
+
+  def restart(self, state: Any, step: int) -> Any:
+    """The state whose simulators start afresh, where it has any."""
+    if self.kept is None or self.kept.restart is None:
+      return state
+    return self.kept.restart(state, step)
 
 
 def no_feedback(source_state, batch, info):
@@ -410,45 +388,46 @@ def replayed(
   )
   if is_pure:
     return source
+  return source._replace(kept=_of_replayed(inner, replay, no_rest))
+
+
+def _of_replayed(
+  inner: Source, replay: Replay, no_rest: Callable[[], Any]
+) -> Persistence:
+  """That of the inner source and that of the replay, each as it is."""
+  own, of = inner.kept, replay.kept
+  assert own is not None and of is not None
+  # Its rows' shapes are asked for when it is, and not before.
+  memory = functools.cache(lambda: of(inner.example()))
 
   def save(state: Replayed, directory, step):
-    assert inner.save is not None
-    arrays, facts = inner.save(state.inner, directory, step)
-    priority, meta = host_replay.save(state.replay, directory)
-    rows = host_replay.files_of(meta)
-    facts = {'inner': facts, 'replay': meta, 'rows': rows}
-    return {'inner': arrays, 'priority': priority}, facts
+    arrays, facts = own.save(state.inner, directory, step)
+    priority, rows = memory().save(state.replay, directory, step)
+    return {'inner': arrays, 'priority': priority}, {'inner': facts} | rows
 
   def load(arrays, facts, directory, key):
-    assert inner.load is not None
-    inner_state = inner.load(arrays['inner'], facts['inner'], directory, key)
-    empty = replay.init(inner.example())
-    kept = host_replay.load(
-      empty, directory, arrays['priority'], facts['replay']
-    )
+    inner_state = own.load(arrays['inner'], facts['inner'], directory, key)
+    kept = memory().load(arrays['priority'], facts, directory, key)
     return Replayed(inner_state, kept, no_rest())
 
   def template():
-    assert inner.template is not None
-    priority = replay.init(inner.example()).priority
-    return {'inner': inner.template(), 'priority': priority}
+    return {'inner': own.template(), 'priority': memory().template()}
+
+  def prune(directory, rows):
+    drop = memory().prune
+    assert drop is not None
+    drop(directory, rows)
 
   def restart(state: Replayed, step):
-    if inner.restart is None:
-      return state
     return state._replace(inner=inner.restart(state.inner, step))
 
-  def close(state: Replayed):
-    if inner.close is not None:
-      inner.close(state.inner)
-
-  return source._replace(
-    save=save,
-    load=load,
-    template=template,
-    prune=host_replay.prune,
-    restart=restart,
-    close=close,
+  return Persistence(
+    save,
+    load,
+    template,
+    prune,
+    restart,
+    lambda state: inner.close(state.inner),
   )
 
 

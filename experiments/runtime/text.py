@@ -18,6 +18,7 @@ import numpy as np
 
 from agents.core.types import Text
 from experiments.files.errors import UserError
+from experiments.runtime.persistence import Persistence
 from experiments.runtime.sources import Measures, Source, no_feedback
 
 _ROUNDS = 6
@@ -135,9 +136,7 @@ def from_tokens(
     no_feedback,
     example,
     is_pure=True,
-    save=save,
-    load=load,
-    template=template,
+    kept=Persistence(save, load, template),
     # Axes in the place of arrays.
     axes=Stream(*_AXES),
     fill=fill,

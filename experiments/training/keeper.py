@@ -24,7 +24,7 @@ class Saved:
     parts: that its experience was begun with; 0 if nothing is saved.
     phase: which of the run's phases it belongs to.
     decisions: taken by then.
-    source: facts of the experience, see `Source.save`.
+    source: facts of the experience, see `Persistence.save`.
     metrics: digest of the rows of metrics.csv by then, '' where none is kept.
     acted: after which update acting was over, see `budget.Budget`.
   """
@@ -152,20 +152,22 @@ class Keeper:
   def enter(self, phase: int, source) -> None:
     """From here on a phase's carry is kept, whose source this is."""
     self.phase, self._source = phase, source
+    self._persistence = source.kept
 
   def save(self, carry) -> None:
     """Saves the carry and the newest parameters."""
     from experiments.runtime import integrity
-    from experiments.runtime.sources import Held
+    from experiments.runtime.persistence import Held
 
     step = int(carry.step)
     arrays, facts, parts, rows = carry.source, {}, {}, {}
-    if self._source.save is not None:
+    kept = self._persistence
+    if kept is not None:
       carry = carry._replace(step=np.asarray(step, np.int32))
       # What is being written decides what is whole.
       newest = self._latest.latest_step()
       with integrity.saving(step, self._replay, newest):
-        arrays, facts = self._source.save(carry.source, self._replay, step)
+        arrays, facts = kept.save(carry.source, self._replay, step)
       if isinstance(arrays, Held):
         arrays, parts, rows = {}, arrays.parts, arrays.rows()
     extra = Saved(
@@ -184,11 +186,11 @@ class Keeper:
       {f'{self._replay.name}/{name}': one for name, one in rows.items()},
     )
     self._save_final(step, carry.agent.params)
-    if self._source.prune is not None:
+    if kept is not None and kept.prune is not None:
       self._rows = [*self._rows, rows][-self._most :]
       # After a resume older steps may still be there.
       if len(self._rows) == self._most:
-        self._source.prune(self._replay, self._rows)
+        kept.prune(self._replay, self._rows)
 
   def _save_final(self, step: int, params) -> None:
     from experiments.runtime import integrity
@@ -235,7 +237,7 @@ class Keeper:
       bad = distributed.sum_over_processes({'bad': float(bool(trouble))})
       if not bad['bad']:
         break
-      if restored is not None and self._source.close is not None:
+      if restored is not None:
         self._source.close(restored.source)
       self._latest.reject(trouble or 'the rows of another process are')
     assert restored is not None
@@ -246,12 +248,12 @@ class Keeper:
     """The newest checkpoint's carry."""
     from experiments.runtime import integrity, loop
     from experiments.runtime.parts import read_old
-    from experiments.runtime.sources import Held
+    from experiments.runtime.persistence import Held
 
-    source, template = self._source, carry
+    kept, template = self._persistence, carry
     parts = {}
-    if source.template is not None:
-      arrays = source.template()
+    if kept is not None:
+      arrays = kept.template()
       if isinstance(arrays, Held):
         parts = {name: one for name, (one, _) in arrays.parts.items()}
         arrays = {}
@@ -269,7 +271,7 @@ class Keeper:
     bad = loop.not_finite(carry.agent.params)
     if bad:
       raise integrity.Damaged(f'the parameters {bad[0]} are not finite')
-    if source.load is not None:
+    if kept is not None:
       arrays, rows = carry.source, {}
       if parts:
         old = saved.source.get('step')
@@ -279,7 +281,7 @@ class Keeper:
           arrays = Held(self._latest.restore_local(parts))
         rows = arrays.rows()
       key = loop.source_key(self._key)
-      state = source.load(arrays, saved.source, self._replay, key)
+      state = kept.load(arrays, saved.source, self._replay, key)
       carry, self._rows = carry._replace(source=state), [rows]
     self.decisions, self.metrics = saved.decisions, saved.metrics
     if self.budget is not None:

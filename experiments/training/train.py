@@ -91,7 +91,7 @@ def train(
       experiment, stage.source, trainer.layout.parts, workdir, key, saved.phase
     )
     carry = keeper.restore(fresh) or fresh
-    if carry is not fresh and stage.source.close is not None:
+    if carry is not fresh:
       stage.source.close(fresh.source)
     del fresh  # or its state would stay beside the restored one
     begin = int(carry.step)
@@ -170,7 +170,7 @@ def _admitted(
     {'config_is_there': (workdir / 'config.json').exists()},
     f'workdir={workdir}: must be a folder that all processes share',
   )
-  if saved.parts and stage.source.is_pure and stage.source.load is not None:
+  if saved.parts and stage.source.is_pure and stage.source.kept is not None:
     # Its rows are loaded again, and there may be no room for them twice.
     fresh = fresh._replace(source=None)
   return trainer, saved, fresh
@@ -225,8 +225,7 @@ def _through_phases(
       if stage.end is not None and int(carry.step) < stage.end:
         break
   finally:
-    if stage.source.close is not None:
-      stage.source.close(carry.source)
+    stage.source.close(carry.source)
     writer.close()
     keeper.close()
   return carry

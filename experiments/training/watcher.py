@@ -33,8 +33,7 @@ class HeldOut:
     self._key = jax.random.fold_in(jax.random.key(experiment.seed), 2**31 - 2)
     state = source.init(self._key)
     state, self._batch, _ = source.next(state, agent_state, 0, self._key)
-    if source.close is not None:
-      source.close(state)
+    source.close(state)
     self._agent, self._untrained = agent, agent_state.params
     self._losses = jax.jit(agent.evaluate)
 
