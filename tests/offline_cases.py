@@ -6,6 +6,7 @@ update can be computed a second time from the equations alone.
 
 import math
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +27,7 @@ UNIT = Continuous((1,), -np.ones(1, np.float32), np.ones(1, np.float32))
 
 
 def make_agent(module, config, spec=SPEC, networks=None, **keywords):
-  networks = networks or module.make_networks(config, spec)
-  return module.make(config, networks, module.make_losses(), spec, **keywords)
+  return conformance.make_agent(module, config, spec, networks, **keywords)
 
 
 def make_observation(rng, size=B):

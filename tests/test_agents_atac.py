@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import assert_close, assert_equal
 
 from agents import atac
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec, Transition
@@ -47,20 +48,6 @@ def build(config, spec=SPEC, networks=None, is_game=True, **changes):
   losses = atac.make_losses()._replace(**changes)
   warm_start, game = atac.make_phases(config, networks, losses, spec)
   return game.agent if is_game else warm_start.agent
-
-
-def assert_equal(got, want):
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def assert_close(got, want, tolerance):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=tolerance, atol=tolerance
-    ),
-    got,
-    want,
-  )
 
 
 # --- One update, written again: each critic on its own, in float64.

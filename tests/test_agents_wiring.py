@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_agents import (
+from conformance import (
   AGENTS,
   NETWORK,
   K,

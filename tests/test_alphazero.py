@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +41,7 @@ DISTINCT = dataclasses.replace(
 
 
 def make_agent(config=CONFIG, spec=ENV.spec):
-  networks = alphazero.make_networks(config, spec)
-  return alphazero.make(config, networks, alphazero.make_losses(), spec)
+  return conformance.make_agent(alphazero, config, spec)
 
 
 def shake(params):

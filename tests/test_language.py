@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,7 @@ CONFIG = agent_module.Config(
 
 
 def make_agent(config=CONFIG):
-  networks = agent_module.make_networks(config, SPEC)
-  return agent_module.make(config, networks, agent_module.make_losses(), SPEC)
+  return conformance.make_agent(agent_module, config, SPEC)
 
 
 def with_network(**changes):

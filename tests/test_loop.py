@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import chex
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -431,9 +432,7 @@ PACE = Pace(NUM_ENVS, 48, Fraction(6))
 
 
 def make_agent(spec, config=CONFIG):
-  networks = efficientzero.make_networks(config, spec)
-  losses = efficientzero.make_losses()
-  return efficientzero.make(config, networks, losses, spec)
+  return conformance.make_agent(efficientzero, config, spec)
 
 
 def make_source(agent, inner, kept):

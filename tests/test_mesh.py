@@ -3,6 +3,7 @@
 import re
 from typing import Any, NamedTuple
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +64,7 @@ class State(NamedTuple):
 def make_agent(module, **keywords):
   config = module.Config(**SHARED)
   networks = module.make_networks(config, SPEC, keywords.get('reduce'))
-  losses = module.make_losses()
-  return module.make(config, networks, losses, SPEC, **keywords)
+  return conformance.make_agent(module, config, SPEC, networks, **keywords)
 
 
 def make_batch(size, length=5, ends=True):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import make_agent
 
 from agents import atac, efficientzero, muzero, sampled_muzero
 from agents.core import optim, planning, unroll
@@ -81,10 +82,6 @@ def assert_close(got, want, tolerance=1e-5):
     got,
     want,
   )
-
-
-def assert_equal(got, want):
-  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def make_networks(config, spec=VECTOR):
@@ -447,11 +444,6 @@ def make_batch(config, spec):
   timestep = make_timestep(spec, B, length)
   experience = Experience(timestep, action, extras)
   return Trajectory(experience, jnp.ones((B, length), bool), None)
-
-
-def make_agent(module, config, spec):
-  networks = module.make_networks(config, spec)
-  return module.make(config, networks, module.make_losses(), spec)
 
 
 CASES = {
