@@ -26,6 +26,7 @@ and makes only those that are missing.
 import pathlib
 
 from experiments.runtime import config as configs
+from experiments.runtime import overrides
 from experiments.training import collect
 
 
@@ -87,7 +88,7 @@ def main() -> None:
       transitions=values.transitions,
       seed=values.seed,
       minari=values.minari,
-      **configs.override(sections, values.set),
+      **overrides.override(sections, values.set),
     )
 
 

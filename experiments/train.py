@@ -10,7 +10,7 @@ from experiments import build, presets
 from experiments.presets.settings import refuse_unused
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import devices
+from experiments.runtime import devices, overrides, run_config
 from experiments.runtime import flags as flag_checks
 from experiments.training import run, stages
 from experiments.training.keeper import peek
@@ -178,7 +178,7 @@ def _check(experiment: build.Experiment, workdir: str | None) -> None:
   folder = pathlib.Path(workdir or run.default_workdir(experiment))
   configs.check_place('workdir', folder, folder=True)
   about = experiment.as_dict() | experiment.material.fingerprint(experiment)
-  configs.check_run_config(folder, about, terminal.device(), configs.FREE)
+  run_config.check_run_config(folder, about, terminal.device(), run_config.FREE)
   print('no problem found')
 
 
@@ -220,7 +220,7 @@ def _show(experiment: build.Experiment) -> None:
   rows = []
 
   def add(prefix, config):
-    docs = {field.name: field for field in configs.describe(config)}
+    docs = {field.name: field for field in overrides.describe(config)}
     for field in dataclasses.fields(config):
       value = getattr(config, field.name)
       if dataclasses.is_dataclass(value):

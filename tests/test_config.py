@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from experiments.files.errors import UserError
-from experiments.runtime import config as config_lib
-from experiments.runtime.config import describe, override
+from experiments.runtime import config as configs
+from experiments.runtime import run_config as run_configs
+from experiments.runtime.overrides import describe, override
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -221,12 +222,12 @@ def test_a_mixture_of_an_older_version_is_read(tmp_path):
     'router': {'name': 'balanced', 'k': 2, 'limit': 3},
     'capacity_factor': 2.0,
   }
-  agent = config_lib.read_run_config(tmp_path)['agent']
+  agent = run_configs.read_run_config(tmp_path)['agent']
   assert agent == {'network': {'moe': new}, 'critic_moe': new}
   # Checkpoints know the settings as they were written.
-  identity = config_lib.read_identity(tmp_path)
+  identity = run_configs.read_identity(tmp_path)
   assert identity is not None
-  assert identity['settings'] == config_lib.digest(content)
+  assert identity['settings'] == run_configs.digest(content)
 
 
 def test_unknown_field_lists_all_fields():
@@ -303,9 +304,9 @@ def run_config(**changes):
 
 def test_run_config_is_written_whole_and_found_equal(tmp_path):
   workdir = tmp_path / 'a' / 'run'
-  assert config_lib.check_run_config(workdir, run_config(), 'cpu') is None
+  assert run_configs.check_run_config(workdir, run_config(), 'cpu') is None
   assert not workdir.exists()
-  config_lib.write_run_config(workdir, run_config(), 'cpu')
+  run_configs.write_run_config(workdir, run_config(), 'cpu')
   assert [p.name for p in workdir.iterdir()] == ['config.json']
   content = json.loads((workdir / 'config.json').read_text())
   assert content['agent'] == {
@@ -321,22 +322,22 @@ def test_run_config_is_written_whole_and_found_equal(tmp_path):
   assert made['device'] == 'cpu'
   assert made['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
   assert made['versions']['jax'] == sys.modules['jax'].__version__
-  assert config_lib.check_run_config(workdir, run_config(), 'cpu') == []
+  assert run_configs.check_run_config(workdir, run_config(), 'cpu') == []
 
 
 def test_other_device_is_noted_not_refused(tmp_path):
-  config_lib.write_run_config(tmp_path, run_config(), 'cpu')
-  notes = config_lib.check_run_config(tmp_path, run_config(), 'gpu')
+  run_configs.write_run_config(tmp_path, run_config(), 'cpu')
+  notes = run_configs.check_run_config(tmp_path, run_config(), 'gpu')
   assert notes == ['device was "cpu", is "gpu"']
 
 
 def test_another_config_is_refused_and_its_fields_named(tmp_path):
-  config_lib.write_run_config(tmp_path, run_config(), 'cpu')
+  run_configs.write_run_config(tmp_path, run_config(), 'cpu')
   other = run_config(
     seed=1, agent=Agent(search=Search(simulations=9)), extra=True
   )
   with pytest.raises(UserError) as caught:
-    config_lib.check_run_config(tmp_path, other, 'cpu')
+    run_configs.check_run_config(tmp_path, other, 'cpu')
   assert str(caught.value) == (
     f'{tmp_path} holds another run: seed was 0, is 1; '
     'agent.search.simulations was 8, is 9; extra was unset, is true. '
@@ -345,23 +346,23 @@ def test_another_config_is_refused_and_its_fields_named(tmp_path):
 
 
 def test_bool_is_not_an_integer(tmp_path):
-  config_lib.write_run_config(tmp_path, {'a': 1}, 'cpu')
+  run_configs.write_run_config(tmp_path, {'a': 1}, 'cpu')
   with pytest.raises(UserError, match='a was 1, is true'):
-    config_lib.check_run_config(tmp_path, {'a': True}, 'cpu')
+    run_configs.check_run_config(tmp_path, {'a': True}, 'cpu')
 
 
 def test_read_run_config_refuses_other_folders(tmp_path):
   with pytest.raises(UserError, match="is no run's folder"):
-    config_lib.read_run_config(tmp_path)
+    run_configs.read_run_config(tmp_path)
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match='is not JSON'):
-    config_lib.read_run_config(tmp_path)
+    run_configs.read_run_config(tmp_path)
 
 
 def test_user_errors_turns_value_errors_only():
-  with pytest.raises(UserError, match=r'^bad$'), config_lib.user_errors():
+  with pytest.raises(UserError, match=r'^bad$'), configs.user_errors():
     raise ValueError('bad')
-  with pytest.raises(KeyError), config_lib.user_errors():
+  with pytest.raises(KeyError), configs.user_errors():
     raise KeyError('bug')
 
 

@@ -25,7 +25,7 @@ from experiments.playing import (
   actor_critic_runs,
   planners,
 )
-from experiments.runtime import checkpoint
+from experiments.runtime import checkpoint, run_config
 from experiments.runtime import config as configs
 from experiments.studies import control as study_control
 from networks.ensemble import Prediction
@@ -263,7 +263,7 @@ def make_run(folder, preset, env, settings=TINY, dataset='none'):
   )
   spec = build.make_env(experiment, training=False, num_envs=1).spec
   agent = build.make_agent(experiment, spec)
-  configs.write_run_config(folder, experiment.as_dict())
+  run_config.write_run_config(folder, experiment.as_dict())
   keeper = checkpoint.open(folder / 'final')
   keeper.save(0, jax.jit(agent.init)(jax.random.key(0)).params)
   keeper.close()
@@ -327,7 +327,7 @@ def test_a_finished_run_is_played(runs, model):
 def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
   def write(name, preset, env, **keywords):
     experiment = build.describe(preset, env=env, **keywords)
-    configs.write_run_config(tmp_path / name, experiment.as_dict())
+    run_config.write_run_config(tmp_path / name, experiment.as_dict())
     return str(tmp_path / name)
 
   catch = write('catch', 'efficientzero_catch', 'jax:catch')

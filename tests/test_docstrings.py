@@ -119,7 +119,7 @@ EXAMPLES = (
   'experiments.files.tables',
   'experiments.playing.match',
   'experiments.playing.planners',
-  'experiments.runtime.config',
+  'experiments.runtime.overrides',
   'experiments.report.statistics',
   'experiments.sweeps.run',
   'networks.balance',

@@ -28,7 +28,14 @@ from experiments import build, presets
 from experiments.data import layout, npz
 from experiments.files import writing
 from experiments.files.errors import UserError, shown
-from experiments.runtime import checkpoint, distributed, mesh, watch
+from experiments.runtime import (
+  checkpoint,
+  distributed,
+  mesh,
+  overrides,
+  run_config,
+  watch,
+)
 from experiments.runtime import config as configs
 from experiments.sweeps import engines, pool
 from experiments.training.collect import Collection
@@ -58,7 +65,7 @@ def folder(tmp_path_factory):
 def _write_runs(root):
   def run(name, preset, **changes):
     experiment = build.describe(preset, **changes)
-    configs.write_run_config(root / name, experiment.as_dict(), 'cpu')
+    run_config.write_run_config(root / name, experiment.as_dict(), 'cpu')
     return json.loads((root / name / 'config.json').read_text())
 
   def saved(name, params):
@@ -390,7 +397,7 @@ def _leaves(config, prefix=()):
     if dataclasses.is_dataclass(value):
       yield from _leaves(value, (*prefix, field.name))
     else:
-      yield (*prefix, field.name), configs._type_name(hints[field.name])
+      yield (*prefix, field.name), overrides._type_name(hints[field.name])
 
 
 def _bad_values(name, kind):
@@ -414,7 +421,7 @@ def test_every_field_refuses_what_it_cannot_be(section):
     name = path[-1]
     for text in () if name in TEXTS else _bad_values(name, kind):
       with pytest.raises(UserError) as caught:
-        configs.override(sections, [f'{section}.{".".join(path)}={text}'])
+        overrides.override(sections, [f'{section}.{".".join(path)}={text}'])
       message = str(caught.value)
       assert name in message and text in message and 'must be' in message
       assert '\n' not in message

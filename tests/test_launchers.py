@@ -14,6 +14,7 @@ import pytest
 from experiments import build, presets
 from experiments.build import saved as saved_run
 from experiments.runtime import config as configs
+from experiments.runtime import run_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = (
@@ -358,6 +359,6 @@ def _refresh_fits(experiment, spec, agent):
 def test_a_saved_config_is_read_back(finished):
   workdir, _ = finished
   experiment = saved_run.load_experiment(str(workdir))
-  saved = configs.read_run_config(workdir)
+  saved = run_config.read_run_config(workdir)
   saved.pop('made_with')
-  assert configs._plain(experiment.as_dict()) == saved
+  assert run_config._plain(experiment.as_dict()) == saved

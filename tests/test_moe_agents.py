@@ -21,6 +21,7 @@ from agents.core.types import (
   Transition,
 )
 from experiments.runtime import config as configs
+from experiments.runtime import overrides
 from networks import actor_critic, mixture, moe, routers
 from networks import muzero as muzero_networks
 from networks.muzero import NetworkConfig
@@ -229,7 +230,7 @@ def test_latents_that_do_not_make_the_tokens_are_refused():
 
 def test_settings_are_set_by_their_path():
   sections = {'agent': efficientzero.Config(), 'critic': atac.Config()}
-  changed = configs.override(
+  changed = overrides.override(
     sections,
     [
       'network.mixture=heads',
@@ -247,7 +248,7 @@ def test_settings_are_set_by_their_path():
   )
   assert (critic.num_experts, critic.load_weight) == (4, 0.5)
   with pytest.raises(configs.UserError, match='expert_choice'):
-    configs.override(
+    overrides.override(
       changed | {'critic': atac.Config()},
       ['network.moe.router=expert_choice'],
     )

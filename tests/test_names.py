@@ -24,6 +24,7 @@ from experiments.envs import names
 from experiments.files.errors import UserError
 from experiments.report import terminal
 from experiments.runtime import config as configs
+from experiments.runtime import run_config
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import rows as sweep_rows
 
@@ -170,7 +171,7 @@ def dynamics_of_a_module(trained, planted, folder):
 def game_and_run_of_a_module(trained, planted, folder):
   run_of_a_module(trained, planted, folder)
   game = build.describe('alphazero_tic_tac_toe')
-  configs.write_run_config(folder / 'game', game.as_dict())
+  run_config.write_run_config(folder / 'game', game.as_dict())
 
 
 def data_of_a_module(trained, planted, folder):
@@ -354,12 +355,12 @@ def test_a_run_goes_on_only_with_the_flag_that_began_it(
   experiment = build.describe('bc_small', env=planted.env, dataset='plain')
   about = experiment.as_dict()
   about |= experiment.material.fingerprint(experiment)
-  configs.write_run_config(tmp_path / 'run', about)
+  run_config.write_run_config(tmp_path / 'run', about)
   code, _, message = launch('train', *flags, '--dataset=plain')
   assert code == 2 and message.count('\n') == 1
   assert f'env_name was "{planted.env}", is "Pendulum-v1"' in message
   assert not planted.mark.exists()
-  notes = configs.check_run_config(tmp_path / 'run', about)
+  notes = run_config.check_run_config(tmp_path / 'run', about)
   assert notes == []
 
 

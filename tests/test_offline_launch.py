@@ -14,7 +14,14 @@ from test_launchers import ENVIRONMENT, ROOT, command, launch, rows
 from experiments import build, presets
 from experiments.build import dataset, evaluation
 from experiments.data import layout, npz
-from experiments.runtime import checkpoint, distributed, evaluate, loop, mesh
+from experiments.runtime import (
+  checkpoint,
+  distributed,
+  evaluate,
+  loop,
+  mesh,
+  run_config,
+)
 from experiments.runtime import config as configs
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import program as sweep_program
@@ -156,7 +163,7 @@ def test_a_run_has_its_phases_and_scores(whole, data):
     if row['eval_return']:
       want = 100 * (float(row['eval_return']) - REF_MIN) / (REF_MAX - REF_MIN)
       np.testing.assert_allclose(float(row['eval_score']), want, rtol=1e-4)
-  saved = configs.read_run_config(workdir)
+  saved = run_config.read_run_config(workdir)
   assert saved['dataset'] == data
   assert saved['dataset_checksum'] == dataset.checksum(data)
   (played,) = rows(workdir / 'evaluation.csv')

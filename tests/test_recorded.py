@@ -16,7 +16,7 @@ from experiments.data import minari_files
 from experiments.data.open import open_dataset
 from experiments.envs import recorded
 from experiments.files.errors import UserError
-from experiments.runtime import config as configs
+from experiments.runtime import run_config
 
 pytest.importorskip('h5py')
 _ID = 'RecordedReach-v0'
@@ -175,7 +175,7 @@ def test_without_its_simulator_a_set_is_trained_on_even_so(minari, home):
 def test_a_run_is_played_as_it_was_without_its_data(minari, home, tmp_path):
   record(minari, limit=7, speed=0.1)
   experiment = described()
-  configs.write_run_config(tmp_path / 'run', experiment.as_dict(), 'cpu')
+  run_config.write_run_config(tmp_path / 'run', experiment.as_dict(), 'cpu')
   (home / 'me').rename(home / 'gone')
   again = saved.load_experiment(str(tmp_path / 'run'))
   assert again.env == experiment.env and again.env_name == experiment.env_name

@@ -10,8 +10,7 @@ from experiments import build
 from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.playing import gnubg, match, planners, players
-from experiments.runtime import checkpoint
-from experiments.runtime import config as configs
+from experiments.runtime import checkpoint, run_config
 from experiments.studies import backgammon_players, equity
 
 
@@ -96,7 +95,7 @@ def test_means_are_over_seeds_and_drawn(tmp_path):
 def _saved(folder, hidden):
   experiment = build.describe('td_gammon', settings=[f'hidden={hidden}'])
   workdir = folder / f'hidden_{hidden}_s0'
-  configs.write_run_config(workdir, experiment.as_dict(), 'cpu')
+  run_config.write_run_config(workdir, experiment.as_dict(), 'cpu')
   env = build.make_env(experiment, training=False, num_envs=1)
   agent = build.make_agent(experiment, env.spec)
   keeper = checkpoint.open(workdir / 'final', keep=1)

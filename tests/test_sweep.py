@@ -13,8 +13,7 @@ import pytest
 
 from experiments import build
 from experiments.files.errors import UserError
-from experiments.runtime import config as configs
-from experiments.runtime import evaluate, loop, mesh
+from experiments.runtime import evaluate, loop, mesh, run_config
 from experiments.sweeps import engines, halving, kept, run, status
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import pool as sweep_pool
@@ -647,7 +646,7 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
   )
   content = swept._asdict() | {'engine': 'processes'}
   workdir = tmp_path / 'sweep'
-  configs.write_run_config(workdir, content, 'none')
+  run_config.write_run_config(workdir, content, 'none')
   status.note_rows(workdir, swept, 2)
   rows = sweep_plan.rows(swept, 2)
   done, runs, fails, _ = sweep_rows.jobs(swept, rows, workdir)
@@ -682,7 +681,7 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
 def test_status_of_programs(tmp_path):
   swept = sweep_plan.make_plan('muzero_catch', **SHARED)
   content = swept._asdict() | {'engine': 'vmap'}
-  configs.write_run_config(tmp_path, content, 'none')
+  run_config.write_run_config(tmp_path, content, 'none')
   status.note_rows(tmp_path, swept, 3)
   for number, steps in enumerate(('10', '')):
     folder = tmp_path / 'programs' / f'00{number}'

@@ -19,7 +19,7 @@ from experiments import build, corpus, play, presets, train
 from experiments.build import saved, text
 from experiments.data import text as texts
 from experiments.runtime import config as configs
-from experiments.runtime import loop, mesh
+from experiments.runtime import loop, mesh, run_config
 from experiments.runtime import text as runtime
 from experiments.studies import specialisation
 from experiments.sweeps import plan as sweep_plan
@@ -341,7 +341,7 @@ def test_a_run_leaves_what_it_promises(whole, path):
   )
   # The best parameters are those of the highest likelihood.
   assert (whole / 'best').is_dir()
-  saved = configs.read_run_config(whole)
+  saved = run_config.read_run_config(whole)
   assert saved['dataset_checksum'] == texts.checksum(path)
 
 

@@ -45,6 +45,7 @@ def describe(
     ValueError: with one line that names what is wrong and what would be right.
   """
   from experiments.runtime import config as configs
+  from experiments.runtime import overrides
 
   preset: Preset = presets.find(preset_name)
   agent_name = presets.find_agent(agent or preset.agent)
@@ -53,8 +54,8 @@ def describe(
   own = preset.settings
   if agent_name != preset.agent:
     own = [s for s in own if _has(sections, s)]
-  sections = configs.override(sections, own)
-  sections = configs.override(sections, settings)
+  sections = overrides.override(sections, own)
+  sections = overrides.override(sections, settings)
   experiment = Experiment(
     name=preset_name,
     agent_name=agent_name,
@@ -146,9 +147,10 @@ def _check_recorded(text: str) -> None:
 
 def _has(sections, setting: str) -> bool:
   from experiments.runtime import config as configs
+  from experiments.runtime import overrides
 
   try:
-    configs.override(sections, [setting])
+    overrides.override(sections, [setting])
   except configs.UserError:
     return False
   return True

@@ -11,6 +11,7 @@ from experiments.build.material import Experiment
 from experiments.files import reading, writing
 from experiments.files.errors import Missing, shown
 from experiments.runtime import config as configs
+from experiments.runtime import run_config
 
 # What config.json holds of an experiment.
 _KINDS = {
@@ -34,7 +35,7 @@ def load_experiment(workdir: str, env: str | None = None) -> Experiment:
   """
   from experiments.envs import names
 
-  saved = configs.read_run_config(workdir)
+  saved = run_config.read_run_config(workdir)
   file = f'{workdir}/config.json'
   try:
     for name, kind in _KINDS.items():
@@ -147,7 +148,7 @@ def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   from experiments.runtime import checkpoint, integrity, loop
 
   params = jax.eval_shape(agent.init, jax.random.key(0)).params
-  folder, run = pathlib.Path(workdir), configs.read_identity(workdir)
+  folder, run = pathlib.Path(workdir), run_config.read_identity(workdir)
 
   def restore(where: pathlib.Path, inside: str = '') -> Any:
     keeper = checkpoint.open(where, read_only=True, run=run, check_rows=False)

@@ -14,7 +14,7 @@ from experiments.files.errors import UserError
 from experiments.report import atari_scores, style
 from experiments.report.runs import Path, Run, find_runs, read_column
 from experiments.report.statistics import bootstrap_interval, mean_interval
-from experiments.runtime import config as configs
+from experiments.runtime import run_config
 
 
 class Curve(NamedTuple):
@@ -284,7 +284,7 @@ def budget_figure(
   if isinstance(evaluation, str | os.PathLike):
     workdir = pathlib.Path(evaluation).parent
     if (workdir / 'config.json').exists():
-      config = configs.read_run_config(workdir)
+      config = run_config.read_run_config(workdir)
   if title is None and config:
     title = (
       f'{config["agent_name"]} on {config["env_name"]}, seed {config["seed"]}'

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.files import tables
 from experiments.files.errors import Missing, UserError
-from experiments.runtime import config as configs
+from experiments.runtime import run_config
 
 Path = str | os.PathLike
 
@@ -83,7 +83,7 @@ def find_runs(workdirs: Iterable[Path]) -> list[Run]:
 
 def _settings(folder: pathlib.Path) -> tuple[dict[str, Any], int]:
   """What makes a run's group, flat, and its seed."""
-  saved = configs.read_run_config(folder)
+  saved = run_config.read_run_config(folder)
   flat = {}
 
   def add(prefix, tree):

@@ -9,6 +9,7 @@ import shutil
 from typing import Any, NamedTuple
 
 from experiments.runtime import config as configs
+from experiments.runtime import run_config
 from experiments.sweeps.program import Program
 
 
@@ -36,7 +37,7 @@ def identity(program: Program) -> dict[str, Any]:
   # As of a single run: the data set may lie elsewhere by now.
   about |= {'dataset': '', 'seed': program.seeds, 'rows': program.values}
   about |= {'paths': program.paths}
-  return {'seed': program.seeds, 'settings': configs.digest(about)}
+  return {'seed': program.seeds, 'settings': run_config.digest(about)}
 
 
 class _History(NamedTuple):

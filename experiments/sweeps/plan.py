@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments import build
 from experiments.files.errors import UserError
-from experiments.runtime import config as configs
+from experiments.runtime import overrides
 
 # Each is described before the first one runs, each row leaves files.
 _MAX_SETTINGS = 10_000
@@ -242,7 +242,7 @@ def find_path(experiment: build.Experiment, name: str) -> str:
     name: the end of the path, known to be good: `build.describe` took it.
   """
   known = [tuple(path.split('.')) for path in _paths(experiment)]
-  return '.'.join(configs.matching(known, tuple(name.split('.')))[0])
+  return '.'.join(overrides.matching(known, tuple(name.split('.')))[0])
 
 
 def _paths(experiment):

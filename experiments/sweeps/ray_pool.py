@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from experiments.files import writing
 from experiments.files.errors import UserError, shown
 from experiments.report import terminal
-from experiments.runtime import config, signals
+from experiments.runtime import run_config, signals
 from experiments.sweeps.pool import Ended, Limits, Pool
 from experiments.sweeps.rows import Job
 
@@ -107,7 +107,7 @@ def fingerprint() -> dict[str, str]:
     for path in sorted((root / room).rglob('*.py')):
       digest.update(str(path.relative_to(root)).encode() + b'\0')
       digest.update(path.read_bytes())
-  versions = config.made_with('')['versions']
+  versions = run_config.made_with('')['versions']
   return {**versions, 'source of the suite': digest.hexdigest()[:12]}
 
 

@@ -21,7 +21,7 @@ from experiments.files import locking
 from experiments.presets.settings import refuse_unused
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import devices, signals
+from experiments.runtime import devices, run_config, signals
 from experiments.runtime import flags as flag_checks
 from experiments.sweeps import engines, halving, metrics, ray_pool, status
 from experiments.sweeps import plan as sweep_plan
@@ -86,14 +86,17 @@ def run(held: contextlib.ExitStack) -> None:
     kind = 'vmap' if engine == 'vmap' else 'processes'
     content = plan._asdict() | {'engine': kind}
     content |= first.material.fingerprint(first)
-    configs.check_run_config(workdir, content, engine, ('dataset',))
+    run_config.check_run_config(workdir, content, engine, ('dataset',))
     if values.check:
       print('no problem found')
       return
     if values.share is None:  # tasks of one sweep share its folder
       held.enter_context(locking.locked(workdir))
-    if configs.check_run_config(workdir, content, engine, ('dataset',)) is None:
-      configs.write_run_config(workdir, content, engine)
+    if (
+      run_config.check_run_config(workdir, content, engine, ('dataset',))
+      is None
+    ):
+      run_config.write_run_config(workdir, content, engine)
     status.note_rows(workdir, plan, values.seeds)
     terminal.begin(
       f'{len(plan.settings)} settings x {values.seeds} seeds = {len(rows)} '

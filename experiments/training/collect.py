@@ -40,7 +40,7 @@ from experiments.files import arrays, locking, reading, tables, writing
 from experiments.files.errors import Missing, shown
 from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import metrics, signals
+from experiments.runtime import metrics, run_config, signals
 from experiments.training import behaviour, collector, plan, words
 
 # In an order in which each finds what it is made of.
@@ -218,10 +218,10 @@ def run(
   if not own['options']:  # Folders from before they were known go on.
     del own['options']
   wanted |= {'seed': seed, 'sac': sac, 'collection': own}
-  configs.check_run_config(out, wanted)
+  run_config.check_run_config(out, wanted)
   with locking.locked(out):
-    if configs.check_run_config(out, wanted) is None:
-      configs.write_run_config(out, wanted)
+    if run_config.check_run_config(out, wanted) is None:
+      run_config.write_run_config(out, wanted)
     ended = _make(
       env, agent, out, experiment, transitions, seed, collection, minari
     )

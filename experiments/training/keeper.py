@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.files import locking
 from experiments.files.errors import UserError, shown
-from experiments.runtime import config as configs
+from experiments.runtime import run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def peek(workdir: pathlib.Path) -> Saved:
   saved = checkpoint.open(
     workdir / 'checkpoints',
     read_only=True,
-    run=configs.read_identity(workdir),
+    run=run_config.read_identity(workdir),
   )
   try:
     found = saved.peek()
@@ -129,7 +129,7 @@ class Keeper:
     self._key, self._workdir, self._settings = key, workdir, experiment.run
     self._replay = integrity.place(workdir / 'replay')
     self._pool = futures.ThreadPoolExecutor(1, 'checkpoints')
-    options = {'run': configs.read_identity(workdir), 'pool': self._pool}
+    options = {'run': run_config.read_identity(workdir), 'pool': self._pool}
     self._latest = checkpoint.open(
       workdir / 'checkpoints', keep=experiment.run.keep_checkpoints, **options
     )

@@ -16,6 +16,7 @@ from experiments.build import capacity
 from experiments.build import saved as saved_run
 from experiments.report import terminal
 from experiments.runtime import config as configs
+from experiments.runtime import run_config
 from experiments.training import stages, words
 from experiments.training import watcher as watching
 from experiments.training.keeper import Keeper, Saved, alone, peek
@@ -143,7 +144,7 @@ def _admitted(
     device = terminal.device()
     about = experiment.as_dict() | experiment.material.fingerprint(experiment)
     distributed.agree(_decisive(about, device, profile, workdir))
-    notes = configs.check_run_config(workdir, about, device, configs.FREE)
+    notes = run_config.check_run_config(workdir, about, device, run_config.FREE)
     if not is_new:
       held.enter_context(alone(workdir, is_new=notes is None))
     # Whatever is refused is refused by all, before the first one writes.
@@ -160,7 +161,7 @@ def _admitted(
     held.enter_context(alone(workdir, is_new=True))
   if is_main:
     if notes is None:
-      configs.write_run_config(workdir, about, device)
+      run_config.write_run_config(workdir, about, device)
     saved_run.save_spec(workdir, trainer.spec)
     experiment.material.keep(experiment, workdir)
     for note in notes or ():
@@ -250,7 +251,7 @@ def _intervals(settings):
 def _decisive(about, device, profile, workdir) -> dict[str, Any]:
   """What all processes of a run must have been given alike."""
   begun = (workdir / 'config.json').exists()
-  made_with = configs.made_with(device)
+  made_with = run_config.made_with(device)
   # Machines may keep data in different places, and differ in Python's patches.
   del made_with['versions']['python']
   given = {n: value for n, value in about.items() if n != 'dataset'}

@@ -1,0 +1,349 @@
+"""Settings by text: `--set=field=value` on frozen dataclasses.
+
+Ranges are refused by their `__post_init__` or by a `validate` function, always
+on concrete values.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.files.errors import UserError
+from experiments.runtime import config as configs
+from experiments.runtime.flags import MAX_INT as MAX_INT
+
+
+def override(
+  sections: Mapping[str, Any],
+  assignments: Sequence[str],
+  validate: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+  """Applies `field=value` assignments to frozen dataclasses.
+
+  A field whose type is one of several dataclasses, each with a field `name`, is
+  set to another one by that name, `router=balanced`; fields that both have keep
+  their values.
+
+  Args:
+    sections: instances by section's name; dataclasses in them are searched
+      too. A field is named as `matching` says.
+    assignments: in order, the later one wins, but first those that choose a
+      dataclass; those that their dataclass refuses are tried again after the
+      others. Values are read by the field's
+      annotation: int (`1e5` too), float, bool (true, false), str, `Literal`,
+      `tuple` (`1,2,3`; nothing for an empty one), `T | None` (`none`).
+    validate: called with the result; raises a `ValueError` for what must not
+      be.
+
+  Returns:
+    The sections with new instances.
+
+  Raises:
+    UserError: unknown or ambiguous field, value of a wrong type, value that
+      the dataclass or `validate` refuses.
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   widths: tuple[int, ...] = (64,)
+  ...   steps: int = 100
+  >>> override({'agent': Config()}, ['widths=32,32', 'agent.steps=1e5'])
+  {'agent': Config(widths=(32, 32), steps=100000)}
+  """
+  result, left = dict(sections), list(enumerate(assignments))
+  left.sort(key=lambda item: not _chooses(sections, item[1]))
+  applied: dict[tuple[str, ...], int] = {}
+  while left:
+    refused: list[tuple[int, str]] = []
+    first: ValueError | None = None
+    for number, assignment in left:
+      name, equals, text = assignment.partition('=')
+      name, text = name.strip(), text.strip()
+      if not (name and equals):
+        raise UserError(f'--set={assignment}: should be field=value')
+      where = _find(result, name)
+      if applied.get(where, -1) > number:
+        continue
+      section, *path = where
+      try:
+        result[section] = _replace(result[section], path, name, text)
+        applied[where] = number
+      except UserError:
+        raise
+      except ValueError as error:
+        # Fields that only fit together may come in any order.
+        refused.append((number, assignment))
+        first = first or error
+    if len(refused) == len(left):
+      raise UserError(f'--set={refused[0][1]}: {first}') from first
+    left = refused
+  if validate is not None:
+    with configs.user_errors():
+      validate(result)
+  return result
+
+
+def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
+  """The config with the field at `path` read from `text`."""
+  field, *rest = path
+  annotation = typing.get_type_hints(type(config))[field]
+  if rest == ['name'] and typing.get_args(annotation):
+    value = _chosen(annotation, getattr(config, field), name, text)
+  elif rest:
+    value = _replace(getattr(config, field), rest, name, text)
+  else:
+    try:
+      value = _parse(annotation, text)
+    except ValueError as error:
+      why = str(error) if isinstance(error, _Refused) else ''
+      why = why if why[:1] in ('', ';') else f' {why}'
+      raise UserError(
+        f'{name} is {text!r}, must be {_type_name(annotation)}{why}'
+      ) from None
+  return dataclasses.replace(config, **{field: value})
+
+
+def _chosen(annotation: Any, old: Any, name: str, text: str) -> Any:
+  """The dataclass of a union that has a name, with what the old one shares."""
+  kinds = {kind.name: kind for kind in typing.get_args(annotation)}
+  if text not in kinds:
+    raise UserError(f'{name} is {text!r}, must be one of {", ".join(kinds)}')
+  if type(old) is kinds[text]:
+    return old
+  shared = {f.name for f in dataclasses.fields(kinds[text])} - {'name'}
+  return kinds[text](**{n: getattr(old, n) for n in shared if hasattr(old, n)})
+
+
+def _chooses(sections: Mapping[str, Any], assignment: str) -> bool:
+  """Whether an assignment sets which of several dataclasses a field has."""
+  known = [p for s, config in sections.items() for p in _paths(config, (s,))]
+  asked = tuple(assignment.partition('=')[0].strip().split('.'))
+  return [p[-1] for p in matching(known, asked)] == ['name']
+
+
+def matching(
+  known: Sequence[tuple[str, ...]], asked: tuple[str, ...]
+) -> list[tuple[str, ...]]:
+  """Paths of fields that a name may mean.
+
+  Args:
+    known: all paths, `('agent', 'network', 'moe', 'router', 'k')`.
+    asked: the parts of the name: a whole path; else the end of it; else some of
+      its parts in order, the last one included, `('network', 'moe', 'k')`. A
+      last part `name` may be left out.
+
+  Returns:
+    The paths, none or several where the name is no good.
+  """
+  if asked in known:
+    return [asked]
+  if asked == ('name',):  # of whatever is inside, it says too little
+    return [p for p in known if p[1:] == asked]
+  for name in (asked, (*asked, 'name')):
+    ends = [p for p in known if p[-1] == name[-1]]
+    whole = [p for p in ends if p[-len(name) :] == name]
+    found = whole or [p for p in ends if _in_order(name, p)]
+    if found:
+      return found
+  return []
+
+
+def _in_order(parts: Sequence[str], path: Sequence[str]) -> bool:
+  rest = iter(path)
+  return all(part in rest for part in parts)
+
+
+def _paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+  """Paths of all fields that can be set."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _paths(value, (*prefix, field.name))
+    elif field.init:
+      yield (*prefix, field.name)
+
+
+def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
+  """The path that a name on the command line means."""
+  known = [p for s, config in sections.items() for p in _paths(config, (s,))]
+  asked = tuple(name.split('.'))
+  found = matching(known, asked)
+  if len(found) == 1:
+    return found[0]
+  if found:
+    choices = ' or '.join('.'.join(p) for p in found)
+    raise UserError(f'{name} is ambiguous: say {choices}')
+  inner = lambda p: p[-1] == 'name' and len(p) > 2
+  known = [p[:-1] if inner(p) else p for p in known]
+  fields = [p[-1] for p in known]
+  names = sorted(
+    p[-1] if fields.count(p[-1]) == 1 else '.'.join(p) for p in known
+  )
+  near = difflib.get_close_matches(asked[-1], sorted(set(fields)), n=3)
+  hint = f'did you mean {" or ".join(near)}? ' if near else ''
+  raise UserError(f'no field {name}: {hint}fields are {", ".join(names)}')
+
+
+# What a file of settings can hold, and no number that is longer to read.
+_MAX_INT = 2**63 - 1
+_LONGEST_NUMBER = 400
+_CLOSING = {'(': ')', '[': ']', '{': '}'}
+
+
+class _Refused(ValueError):
+  """A text that is no value; says what more than its type is wrong."""
+
+
+def _parse(annotation: Any, text: str) -> Any:
+  """Reads a value by its annotation, or raises `ValueError`."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    if type(None) in args and text.lower() == 'none':
+      return None
+    for arg in args:
+      with contextlib.suppress(ValueError):
+        if arg is not type(None):
+          return _parse(arg, text)
+    raise ValueError
+  if origin is typing.Literal:
+    for choice in args:
+      with contextlib.suppress(ValueError):
+        if _parse(type(choice), text) == choice:
+          return choice
+    raise ValueError
+  if origin is tuple:
+    parts = _split(text)
+    if len(args) == 2 and args[1] is Ellipsis:
+      args = (args[0],) * len(parts)
+    if len(parts) != len(args):
+      raise ValueError
+    return tuple(_parse(arg, part) for arg, part in zip(args, parts))
+  if annotation is bool and text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  if annotation in (int, float):
+    return _parse_number(annotation, text)
+  if annotation is str:
+    return text
+  raise ValueError
+
+
+def _parse_number(kind: type, text: str) -> Any:
+  """An int or a float, or raises `ValueError`."""
+  if not text.isascii() or len(text) > _LONGEST_NUMBER:
+    raise ValueError
+  if kind is int:
+    with contextlib.suppress(ValueError):
+      return _bounded(int(text))
+  value = float(text)
+  # Infinity is what says so, not what is too large for a float.
+  overflown = math.isinf(value) and any(c.isdigit() for c in text)
+  if math.isnan(value) or overflown:
+    raise ValueError
+  if kind is float:
+    return value
+  if value.is_integer():
+    return _bounded(int(value))
+  raise ValueError
+
+
+def _bounded(value: int) -> int:
+  if abs(value) > _MAX_INT:
+    raise _Refused(f'of at most {_MAX_INT}')
+  return value
+
+
+def _split(text: str) -> list[str]:
+  """What stands between commas, but for those within brackets or quotes."""
+  parts, open_, quote = [''], [], ''
+  for c in text:
+    if quote:
+      quote = '' if c == quote else quote
+    elif c in '"\'':
+      quote = c
+    elif c in _CLOSING:
+      open_.append(_CLOSING[c])
+    elif c in _CLOSING.values() and (not open_ or open_.pop() != c):
+      raise _Refused('; a bracket is closed that is not open')
+    if c == ',' and not (quote or open_):
+      parts.append('')
+    else:
+      parts[-1] += c
+  if quote or open_:
+    raise _Refused(f'; {quote or open_[-1]} is missing at the end')
+  parts = [part.strip() for part in parts]
+  if len(parts) == 1 and parts[0][:1] in ('(', '['):
+    return _split(parts[0][1:-1])
+  if not parts[-1]:
+    del parts[-1]  # an empty tuple, or a comma as Python writes behind one
+  if not all(parts):
+    raise _Refused('; an item is empty')
+  return parts
+
+
+def _type_name(annotation: Any) -> str:
+  """A type in words: what a person has to write."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    return ' or '.join(map(_type_name, args))
+  if origin is typing.Literal:
+    return 'one of ' + ', '.join(map(str, args))
+  if origin is tuple:
+    if len(args) == 2 and args[1] is Ellipsis:
+      return f'{_type_name(args[0])},{_type_name(args[0])},...'
+    return ','.join(map(_type_name, args))
+  if annotation is type(None):
+    return 'none'
+  if annotation is bool:
+    return 'true or false'
+  return getattr(annotation, '__name__', str(annotation))
+
+
+class Field(NamedTuple):
+  """One setting, for help texts: path, type in words, default, meaning."""
+
+  name: str
+  type: str
+  default: Any
+  doc: str
+
+
+def describe(config: Any) -> list[Field]:
+  """All settings of a dataclass (nested ones with dots), in order.
+
+  Args:
+    config: an instance, whose values are given as the defaults, or a class
+      that has a default for every field.
+
+  The meaning is taken from the `Attributes:` of the class's docstring.
+  """
+  config = config() if isinstance(config, type) else config
+  hints = typing.get_type_hints(type(config))
+  docs = _attribute_docs(type(config))
+  found = []
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      found += [
+        inner._replace(name=f'{field.name}.{inner.name}')
+        for inner in describe(value)
+      ]
+    else:
+      name = _type_name(hints[field.name])
+      found.append(Field(field.name, name, value, docs.get(field.name, '')))
+  return found
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+  """The `Attributes:` section of a docstring, name -> text on one line."""
+  text = inspect.cleandoc(cls.__doc__ or '').partition('Attributes:\n')[2]
+  # Names stand at the section's own indentation, continuations deeper.
+  entries = re.findall(
+    r'^  (\w+): (.*(?:\n {3,}.*)*)', text.partition('\n\n')[0], re.M
+  )
+  return {name: ' '.join(doc.split()) for name, doc in entries}

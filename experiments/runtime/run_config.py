@@ -1,0 +1,259 @@
+"""A run's config.json: written, read, and compared with what goes on."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from experiments.files import reading, writing
+from experiments.files.errors import Missing, UserError, shown
+from experiments.runtime.flags import MAX_INT as MAX_INT
+
+# Whose versions may change a run's numbers.
+_PACKAGES = (
+  'outplay',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'chex',
+  'mctx',
+  'rlax',
+  'envpool',
+  'gymnasium',
+  'numpy',
+)
+
+
+def made_with(device: str | None = None) -> dict[str, Any]:
+  """What a run was made with: versions, commit, device.
+
+  Args:
+    device: its name; None asks JAX, which starts it (so call this after
+      `jax.distributed.initialize`).
+  """
+  if device is None:
+    import jax
+
+    device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+  versions = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  return {'versions': versions, 'commit': _commit(), 'device': device}
+
+
+def _commit() -> str | None:
+  """The commit of this checkout, `-dirty` where it is changed, or None."""
+  here = pathlib.Path(__file__).resolve().parents[2]
+  if not (here / '.git').exists():
+    return None
+  try:
+    described = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+      cwd=here,
+      capture_output=True,
+      text=True,
+      timeout=10,
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return described.stdout.strip() or None
+
+
+# Settings that may differ when a run is resumed.
+FREE = ('run.devices', 'run.acting_devices', 'dataset')
+
+
+def write_run_config(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  device: str | None = None,
+) -> None:
+  """Makes a run's folder and its `config.json`, atomically.
+
+  Args:
+    workdir: the run's folder.
+    config: all that decides the run's numbers: preset, agent, env, seed,
+      steps and the sections of settings (dataclasses are written as
+      dictionaries).
+    device: see `made_with`, which is written beside it.
+
+  Raises:
+    UserError: something in it cannot be written as JSON.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  content = {**_plain(config), 'made_with': made_with(device)}
+  writing.write_text(path, json.dumps(content, indent=2) + '\n')
+
+
+def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
+  """A run's `config.json`; dataclasses are dictionaries, tuples lists.
+
+  Settings that an older version has written elsewhere are where they are now.
+
+  Raises:
+    UserError: `workdir` is no run's folder, or the file cannot be read.
+  """
+  return _upgraded(_read(workdir))
+
+
+def _read(workdir: str | os.PathLike) -> dict[str, Any]:
+  try:
+    return reading.read_json(pathlib.Path(workdir) / 'config.json')
+  except Missing as error:
+    raise UserError(
+      f"workdir={shown(workdir)}: is no run's folder, it has no config.json; "
+      'name the --workdir of python -m experiments.train'
+    ) from error
+
+
+# What a mixture's router took of its fields, where routers had no configs.
+_ROUTERS = {
+  'noisy_top_k': (
+    *('k', 'groups', 'group_k', 'noise', 'noise_epsilon'),
+    *('prune_below', 'load_momentum'),
+  ),
+  'balanced': ('k', 'limit', 'threshold_weight'),
+  'expert_choice': ('capacity_factor',),
+  'soft': ('slots',),
+  'biased_top_k': ('k', 'bias_rate', 'prune_below', 'load_momentum'),
+}
+
+
+def _upgraded(saved: Any) -> Any:
+  """Settings of an older version as this one would have written them."""
+  for path in (('agent', 'network', 'moe'), ('agent', 'critic_moe')):
+    moe: Any = saved
+    for name in path:
+      moe = moe.get(name) if isinstance(moe, dict) else None
+    router = moe.get('router') if isinstance(moe, dict) else None
+    if not isinstance(router, str) or router not in _ROUTERS:
+      continue
+    own = {n: moe[n] for n in _ROUTERS[router] if n in moe}
+    for name in {n for names in _ROUTERS.values() for n in names}:
+      if name != 'capacity_factor':  # it is the mixture's, too
+        moe.pop(name, None)
+    moe['router'] = {'name': router, **own}
+  return saved
+
+
+def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """What tells a run from others: its seed, a digest of its settings.
+
+  Args:
+    workdir: the run's folder.
+
+  Returns:
+    None where there is no config.json.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  if not os.path.lexists(pathlib.Path(workdir) / 'config.json'):
+    return None
+  # As it was written, as the checkpoints beside it were.
+  config = _read(workdir)
+  config.pop('made_with', None)
+  return {'seed': config.get('seed'), 'settings': digest(config)}
+
+
+def digest(config: Mapping[str, Any]) -> str:
+  """SHA-256 of the settings that must not change during a run.
+
+  Args:
+    config: of `read_run_config`, or what is written there.
+
+  Raises:
+    UserError: something in it cannot be written as JSON.
+  """
+  leaves = [leaf for leaf in _leaves(_plain(config)) if leaf[0] not in FREE]
+  text = json.dumps(sorted(leaves, key=lambda leaf: leaf[0]))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_run_config(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  device: str | None = None,
+  free: Sequence[str] = (),
+) -> list[str] | None:
+  """Whether a folder may go on with this config.
+
+  Args:
+    workdir: the run's folder.
+    config: as for `write_run_config`.
+    device: likewise.
+    free: paths of settings that may change during a run (`run.devices`).
+
+  Returns:
+    None where there is no run yet; else what it was made with that is
+    different now (versions, commit, device), which does no harm but may
+    change numbers: `['versions.jax was 0.10.1, is 0.10.2']`.
+
+  Raises:
+    UserError: the folder holds a run of another config; names the fields.
+  """
+  if not os.path.lexists(pathlib.Path(workdir) / 'config.json'):
+    return None
+  saved = read_run_config(workdir)
+  then = saved.pop('made_with', {})
+  differences = [
+    change
+    for change in _changes(saved, _plain(config))
+    if change.partition(' ')[0] not in free
+  ]
+  if differences:
+    raise UserError(
+      f'{workdir} holds another run: {"; ".join(differences)}. '
+      'Take another --workdir, or delete it'
+    )
+  return _changes(then, made_with(device))
+
+
+def _changes(then: Any, now: Any) -> list[str]:
+  """`'a.b was 1, is 2'` for each leaf of two JSON dictionaries."""
+  then, now = dict(_leaves(then)), dict(_leaves(now))
+  # As JSON: there NaN equals itself, and True is not 1.
+  text = {
+    name: tuple(
+      json.dumps(side[name]) if name in side else 'unset'
+      for side in (then, now)
+    )
+    for name in (*then, *(n for n in now if n not in then))
+  }
+  return [
+    f'{name} was {before}, is {after}'
+    for name, (before, after) in text.items()
+    if before != after
+  ]
+
+
+def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  if isinstance(tree, dict) and tree:
+    for name, value in tree.items():
+      yield from _leaves(value, f'{prefix}.{name}' if prefix else name)
+  elif prefix:
+    yield prefix, tree
+
+
+def _plain(value: Any) -> Any:
+  """Dataclasses, tuples and numpy scalars as what JSON gives back."""
+
+  def default(x: Any) -> Any:
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+      return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    as_python = getattr(x, 'tolist', None)  # numpy's
+    if as_python is not None:
+      return as_python()
+    raise UserError(f'{x!r} cannot be written to config.json')
+
+  return json.loads(json.dumps(value, default=default))
