@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
   Args:
     argv: the program's name and its arguments.
   """
+  from absl import flags
+
   if len(argv) < 2 or argv[1] in ('--help', '-h', '--helpfull', '--helpshort'):
     show()
     return
@@ -92,7 +94,11 @@ def main(argv: Sequence[str]) -> None:
   except UserError as error:
     configs.fail(str(error), error)
   sys.argv = [argv[0], *argv[2:]]
+  known = set(flags.FLAGS)
   study.define_flags()
+  for name in set(flags.FLAGS) - known:
+    # absl's --help lists those of the main module only.
+    flags.declare_key_flag(name)
   configs.run_main(study.main)
 
 

@@ -270,6 +270,13 @@ def test_help_is_no_error(launcher, launch, capsys, monkeypatch):
   assert '--helpfull' in told.out and not told.err
 
 
+def test_help_of_a_study_lists_its_own_flags():
+  command = [sys.executable, '-m', 'experiments.study', 'newton', '--help']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, '')
+  assert '--out: ' in done.stdout
+
+
 @pytest.mark.parametrize(
   'launcher',
   [
