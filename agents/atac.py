@@ -69,34 +69,35 @@ class Config:
 
   Attributes:
     hidden_sizes: widths of the layers of policy and critics.
-    normalise: whether observations are, by `spec.statistics`.
-    gamma: discount a decision.
+    normalise: whether observations are normalised, by `spec.statistics`.
+    gamma: discount per decision.
     beta: weight of the Bellman term; the paper takes the best of many a data
       set, 16 is the official code's.
-    residual_weight: w, of the temporal difference in the Bellman term, 1 for
-      it alone; the rest is the residual error's.
+    residual_weight: w, the weight of the temporal difference in the Bellman
+      term, 1 for it alone; the rest is the residual error's.
     pessimism: `'relative'` to the data's actions, or of `'initial'` values
       (ATAC_0), which needs batches with `o_0`.
-    radius: of the Frobenius ball of each of the critics' matrices.
-    fast_rate: Adam's, of critics and temperature, and of the policy in the
-      warm start.
-    slow_rate: Adam's, of the policy in the game.
-    target_rate: share of the new critics in the targets, an update.
+    radius: radius of the Frobenius ball of each of the critics' matrices.
+    fast_rate: Adam's learning rate for critics and temperature, and for the
+      policy in the warm start.
+    slow_rate: Adam's learning rate for the policy in the game.
+    target_rate: share of the new critics that enters the targets per update.
     value_clip: bounds of the targets' minimum before the backup, or None.
     actor_critic: which of the two critics the policy climbs.
-    init_temperature: alpha at first, in each phase.
-    target_entropy: in nats over the unit box; None for -D.
+    init_temperature: initial value of alpha, in each phase.
+    target_entropy: target of the entropy, in nats over the unit box; None for
+      -D.
     entropy_mode: log-densities as the `'sum'` over components of an action or
       as the mean, `'per_dim'`.
     min_std: the policy's least standard deviation; not to be traced.
     max_std: the largest; not to be traced.
-    warm_start_updates: before the game, see `make_phases`.
+    warm_start_updates: number of updates before the game, see `make_phases`.
     critic_moe: a mixture of experts in the critics, in the place of all hidden
-      layers but the first; 0 experts for none. Its loss is counted once an
-      update, over all rows of the critics' loss, with noisy gates; targets,
+      layers but the first; 0 experts for none. Its loss is counted once
+      per update, over all rows of the critics' loss, with noisy gates; targets,
       policy and evaluation have those of acting. Not with `expert_choice`,
       a dropping backend or a router that needs statistics.
-    critic_tokens: chunks that its input is cut into, a token each.
+    critic_tokens: number of chunks that its input is cut into, each a token.
     critic_control: one expert in the place of many, with the same tokens and
       operations: the control that arXiv 2410.01930 demands.
   """

@@ -35,13 +35,13 @@ class Config:
   Attributes:
     hidden_sizes: widths of the policy's layers.
     layer_norm: whether they are normalised.
-    normalise: whether observations are, by `spec.statistics`.
+    normalise: whether observations are normalised, by `spec.statistics`.
     loss: `likelihood`, a stochastic policy; `squared`, a deterministic one.
     min_entropy: least entropy of the policy, in nats over the unit box (-D is
       usual); None for no floor. Of `likelihood` only.
-    policy_rate: Adam's, of the policy.
-    temperature_rate: of the temperature's logarithm.
-    init_temperature: alpha at first.
+    policy_rate: Adam's learning rate for the policy.
+    temperature_rate: Adam's learning rate for the temperature's logarithm.
+    init_temperature: initial value of alpha.
   """
 
   hidden_sizes: tuple[int, ...] = (256, 256)

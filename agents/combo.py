@@ -65,27 +65,28 @@ class Config:
   Attributes:
     hidden_sizes: widths of the layers of policy and critics.
     layer_norm: whether the critics' hidden layers are normalised.
-    normalise: whether observations are, by `spec.statistics`.
-    gamma: discount a decision.
-    policy_rate: Adam's, of the policy.
-    critic_rate: of the critics.
-    temperature_rate: of the temperature's logarithm.
-    target_rate: share of the new critics in the targets, an update.
-    init_temperature: alpha at first.
-    target_entropy: in nats over the unit box; None for -D.
+    normalise: whether observations are normalised, by `spec.statistics`.
+    gamma: discount per decision.
+    policy_rate: Adam's learning rate for the policy.
+    critic_rate: Adam's learning rate for the critics.
+    temperature_rate: Adam's learning rate for the temperature's logarithm.
+    target_rate: share of the new critics that enters the targets per update.
+    init_temperature: initial value of alpha.
+    target_entropy: target of the entropy, in nats over the unit box; None for
+      -D.
     deterministic_backup: whether targets leave out the entropy.
     penalty: w, the weight of the penalty.
-    num_samples: actions of each kind in the penalty.
+    num_samples: number of actions of each kind in the penalty.
     penalty_states: where values are pushed down: states of both kinds
       (`mixed`) or the model's alone.
     real_fraction: f, the share of real transitions.
     rollouts: the actions of rollouts: the policy's, or uniform.
-    rollout_length: h.
-    rollout_batch: rollouts that begin at each update.
-    model_capacity: imagined transitions that are kept; a multiple of
+    rollout_length: h, the number of steps of a rollout.
+    rollout_batch: number of rollouts begun per update.
+    model_capacity: number of imagined transitions kept; a multiple of
       `rollout_length * rollout_batch`.
-    model_updates: of the model, before the policy learns.
-    model: its hyper-parameters.
+    model_updates: number of updates of the model before the policy learns.
+    model: hyper-parameters of the model.
   """
 
   hidden_sizes: tuple[int, ...] = (256, 256, 256)

@@ -54,19 +54,20 @@ class Config:
   Attributes:
     hidden_sizes: widths of the layers of policy and critics.
     layer_norm: whether the critics' hidden layers are normalised.
-    normalise: whether observations are, by `spec.statistics`.
-    gamma: discount a decision.
-    policy_rate: Adam's, of the policy.
-    critic_rate: of the critics.
-    temperature_rate: of the temperature's logarithm.
-    target_rate: share of the new critics in the targets, an update.
-    init_temperature: alpha at first.
-    target_entropy: in nats over the unit box; None for -D.
+    normalise: whether observations are normalised, by `spec.statistics`.
+    gamma: discount per decision.
+    policy_rate: Adam's learning rate for the policy.
+    critic_rate: Adam's learning rate for the critics.
+    temperature_rate: Adam's learning rate for the temperature's logarithm.
+    target_rate: share of the new critics that enters the targets per update.
+    init_temperature: initial value of alpha.
+    target_entropy: target of the entropy, in nats over the unit box; None for
+      -D.
     deterministic_backup: whether targets leave out the entropy.
-    penalty: w, the weight of the penalty; where it starts if it is learned.
-    num_samples: n, actions of each kind in the penalty.
+    penalty: w, the weight of the penalty; its initial value if w is learned.
+    num_samples: n, the number of actions of each kind in the penalty.
     gap_target: tau, the gap above which w grows; None for a fixed w.
-    multiplier_rate: of w's logarithm.
+    multiplier_rate: Adam's learning rate for w's logarithm.
   """
 
   hidden_sizes: tuple[int, ...] = (256, 256, 256)

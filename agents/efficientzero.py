@@ -74,7 +74,7 @@ class Config:
   Attributes:
     network: sizes and kinds of the networks.
     search: the search when acting and when reanalysing.
-    gamma: discount a decision (0.997 a frame, 4 frames a decision).
+    gamma: discount per decision (0.997 per frame, 4 frames per decision).
     unroll_steps: K, steps that the model is unrolled in training.
     td_steps: n, the longest bootstrap horizon.
     value_prefix: predict sums of rewards by an LSTM instead of rewards.

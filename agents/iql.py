@@ -48,16 +48,16 @@ class Config:
   Attributes:
     hidden_sizes: widths of the layers of policy, critics and value.
     layer_norm: whether the critics' and the value's layers are normalised.
-    normalise: whether observations are, by `spec.statistics`.
-    gamma: discount a decision.
-    policy_rate: Adam's, of the policy, at its start.
-    critic_rate: of the critics and the value.
-    target_rate: share of the new critics in the targets, an update.
+    normalise: whether observations are normalised, by `spec.statistics`.
+    gamma: discount per decision.
+    policy_rate: Adam's initial learning rate for the policy.
+    critic_rate: Adam's learning rate for the critics and the value.
+    target_rate: share of the new critics that enters the targets per update.
     expectile: tau, in (0, 1); 0.9 in the paper's mazes.
     temperature: beta, how sharply the weights rise; 10 in the mazes.
     max_weight: c, the largest weight.
     cosine: whether the policy's rate falls to 0 along a cosine.
-    total_updates: over which it falls; follows from --steps.
+    total_updates: number of updates over which it falls; follows from --steps.
   """
 
   hidden_sizes: tuple[int, ...] = (256, 256)
@@ -162,7 +162,8 @@ def make_losses() -> Losses:
 def log_prob(gaussian: Gaussian, unit: chex.Array) -> chex.Array:
   """Log-density `[B]` of actions `[B, D]` in the unit box.
 
-  Of a normal around `tanh(gaussian.mean)`, which is not squashed.
+  The distribution is a normal around `tanh(gaussian.mean)`; its samples are not
+  squashed.
   """
   z = (unit - jnp.tanh(gaussian.mean)) / gaussian.std
   each = -0.5 * jnp.square(z) - jnp.log(gaussian.std) - _HALF_LOG_TAU

@@ -60,7 +60,7 @@ class Config:
   Attributes:
     network: sizes and kinds of the networks.
     search: the search when acting and when reanalysing.
-    gamma: discount a decision.
+    gamma: discount per decision.
     unroll_steps: K, steps that the model is unrolled in training.
     td_steps: n, the bootstrap horizon.
     reanalyze_fraction: share of policy targets searched again, in eighths.

@@ -44,14 +44,15 @@ class Config:
   Attributes:
     hidden_sizes: widths of the layers of policy and critics.
     layer_norm: whether the critics' hidden layers are normalised.
-    normalise: whether observations are, by `spec.statistics`.
-    gamma: discount a decision.
-    policy_rate: Adam's, of the policy.
-    critic_rate: of the critics.
-    temperature_rate: of the temperature's logarithm.
-    target_rate: share of the new critics in the targets, an update.
-    init_temperature: alpha at first.
-    target_entropy: in nats over the unit box; None for -D.
+    normalise: whether observations are normalised, by `spec.statistics`.
+    gamma: discount per decision.
+    policy_rate: Adam's learning rate for the policy.
+    critic_rate: Adam's learning rate for the critics.
+    temperature_rate: Adam's learning rate for the temperature's logarithm.
+    target_rate: share of the new critics that enters the targets per update.
+    init_temperature: initial value of alpha.
+    target_entropy: target of the entropy, in nats over the unit box; None for
+      -D.
     residual_weight: weight of the temporal difference in the critics' loss, 1
       for it alone; the rest is the residual error's.
   """

@@ -76,7 +76,7 @@ class Config:
     bins: values a dimension of a factored policy over continuous actions.
     min_std: least standard deviation of a Gaussian before its squashing.
     init_std: the one that it starts with.
-    gamma: discount a decision.
+    gamma: discount per decision.
     unroll_steps: steps that the model is unrolled in training.
     td_steps: n, the longest bootstrap horizon.
     value_prefix: predict sums of rewards by an LSTM instead of rewards.
@@ -262,7 +262,7 @@ def make_loss(
   losses: Losses,
   distribution: ActionDistribution,
 ) -> Callable[..., tuple[chex.Array, tuple[Any, Info]]]:
-  """The whole loss.
+  """The weighted sum of all loss terms, as one function.
 
   Returns:
     `(params, statistics, batch, key, train=True) -> (loss, (statistics,

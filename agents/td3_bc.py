@@ -50,15 +50,16 @@ class Config:
   Attributes:
     hidden_sizes: widths of the layers of policy and critics.
     layer_norm: whether the critics' hidden layers are normalised.
-    normalise: whether observations are, by `spec.statistics`.
+    normalise: whether observations are normalised, by `spec.statistics`.
     behaviour_cloning: whether the policy's loss has the second term and
       lambda; without them this is TD3.
     alpha: how much the critic counts against the data.
-    gamma: discount a decision.
-    policy_rate: Adam's, of the policy.
-    critic_rate: of the critics.
-    target_rate: share of the new parameters in the targets, a policy update.
-    policy_delay: critics' updates a policy update.
+    gamma: discount per decision.
+    policy_rate: Adam's learning rate for the policy.
+    critic_rate: Adam's learning rate for the critics.
+    target_rate: share of the new parameters that enters the targets per policy
+      update.
+    policy_delay: number of updates of the critics per policy update.
     target_noise: deviation of the target action's noise, in the unit box.
     target_noise_clip: its largest size.
     exploration_noise: deviation of the noise when acting, in the unit box.

@@ -61,10 +61,11 @@ class Config:
 
   Attributes:
     hidden: units of the hidden layer.
-    learning_rate: alpha, of the mean over the streams.
-    trace_decay: lambda, of the eligibility traces.
-    chunk: candidates valued at once, when acting; see `greedy`.
-    streams: games played at once; follows from env.num_envs.
+    learning_rate: alpha, applied to the mean update over the streams.
+    trace_decay: lambda, the decay of the eligibility traces.
+    chunk: number of candidate moves evaluated at once when acting; see
+      `greedy`.
+    streams: number of games played at once; follows from env.num_envs.
   """
 
   # It takes every step of its streams once and in order, not a replay's.

@@ -34,17 +34,17 @@ class Config:
   """The ensemble's hyper-parameters; defaults are those of MOPO and COMBO.
 
   Attributes:
-    widths: of each member's hidden layers.
-    activation: of the layers.
-    members: E.
-    elites: how many of them predict, those of the least held-out loss.
-    learning_rate: Adam's.
-    weight_decay: half the sum of squares of all matrices is weighted by it.
-    bound_weight: of the distance between the bounds of the log-variance.
-    termination_weight: of the cross-entropy of termination.
+    widths: of the hidden layers of each member.
+    activation: activation of the hidden layers.
+    members: E, the number of networks in the ensemble.
+    elites: number of members that predict: those with the lowest held-out loss.
+    learning_rate: Adam's learning rate.
+    weight_decay: weight of half the sum of squares of all matrices.
+    bound_weight: weight of the distance between the bounds of the log-variance.
+    termination_weight: weight of the cross-entropy of termination.
     held_out: share of the rows that are never trained on.
-    held_out_decay: of the running mean of held-out losses, an update.
-    planning_gamma: discount a decision, for planners in the ensemble alone.
+    held_out_decay: decay per update of the running mean of held-out losses.
+    planning_gamma: discount per decision; only planners in the ensemble use it.
   """
 
   widths: tuple[int, ...] = (200, 200, 200, 200)

@@ -172,7 +172,7 @@ def searched(
 def re_value(
   model: Model, params: Params, key: chex.PRNGKey, batch: Trajectory
 ) -> Trajectory:
-  """The batch with the values of a model's roots for `search_value`."""
+  """The batch with `search_value` replaced by the model's own root values."""
   timestep = batch.experience.timestep
   value = model.root(params, flatten_steps(timestep), key).value
   value = value.reshape(timestep.reward.shape[0], -1)
@@ -230,7 +230,8 @@ def unrolled_actions(
 
   Args:
     batch: `B` windows.
-    target: of them.
+    target: the training targets of these windows; `policy_mask` says where an
+      episode has ended.
     draw: `(recorded actions [B, K, ...]) -> random ones` of the same shape.
 
   Returns:

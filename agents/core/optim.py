@@ -204,7 +204,10 @@ def init(optimisers: Parts, params: Any) -> Parts:
 def minimise_each(
   losses: Any, optimisers: Any, reduce: Callable[[Any], Any]
 ) -> Any:
-  """`minimise` for each pair, in the same `NamedTuple` as the optimisers."""
+  """Calls `minimise` on each pair of loss and optimiser.
+
+  The result is a `NamedTuple` of the optimisers' type.
+  """
   pairs = zip(losses, optimisers)
   return type(optimisers)(*(minimise(*pair, reduce) for pair in pairs))
 
@@ -304,14 +307,15 @@ def scale_by_factored_adam(
 def project_kernels(
   params: Any, radius: chex.Numeric, stacked: bool = False
 ) -> Any:
-  """Each layer's matrix onto the Frobenius ball: `W min(1, radius / |W|)`.
+  """Projects each layer's matrix onto the Frobenius ball.
 
-  Other parameters, such as biases, are unchanged. The matrices of a mixture's
-  experts are in one leaf under `experts`; each counts as a layer.
+  It becomes `W min(1, radius / |W|)`. Other parameters, such as biases, are
+  unchanged. The matrices of a mixture's experts are in one leaf under
+  `experts`; each counts as a layer.
 
   Args:
-    params: of a network, its matrices named `kernel`.
-    radius: of the ball, above 0; may be traced.
+    params: a network's parameters, its matrices named `kernel`.
+    radius: radius of the ball, above 0; may be traced.
     stacked: whether the first axis counts members of an ensemble, each of
       which is projected on its own.
 

@@ -153,7 +153,7 @@ def planning_model(
     ensemble: from `networks.ensemble`.
     select: `(params) -> ModelParams`, the model's among an agent's.
     distribution: of actions, from `networks.actions`.
-    gamma: discount a decision.
+    gamma: discount per decision.
     prior: `(params, observation) -> [B, P]`, parameters of the distribution;
       None for zeros.
     value: `(params, observation) -> [B]`; None for 0.
