@@ -65,7 +65,11 @@ def pick(table, digits):
 
 
 def invert_cdf(probs, uniforms):
-  """Which of `[B, F, n]` uniforms `[B, K, F]` hit, int32 `[B, K, F]`."""
+  """Samples by inverting the CDF.
+
+  Returns the bin of `probs [B, F, n]` that each of `uniforms [B, K, F]` falls
+  into, int32 `[B, K, F]`.
+  """
   bins, uniforms = probs.shape[-1], uniforms.swapaxes(1, 2)
   if bins <= _COMPARE_ALL:
     total = running_sum(probs)

@@ -497,7 +497,9 @@ def _check_keep(keep, experts, k):
     return None
   _check_size('keep', keep, experts)
   if not isinstance(keep, Tracer) and np.sum(keep) < k:
-    raise ValueError(f'keep: {np.sum(keep)} experts, must be {k} at least')
+    raise ValueError(
+      f'keep: leaves {np.sum(keep)} experts; must be at least {k}'
+    )
   return jnp.asarray(keep)
 
 
@@ -511,7 +513,8 @@ def _check_groups(keep, groups, size, k_primary, k_secondary):
     number = np.asarray(kept).sum(1)
     if (number > 0).sum() < k_primary or min(number[number > 0]) < k_secondary:
       raise ValueError(
-        f'keep: {number.tolist()} experts a group, must be {k_secondary} at '
-        f'least, or none, and in {k_primary} groups at least some'
+        f'keep: leaves {number.tolist()} experts per group; each group must '
+        f'keep none or at least {k_secondary}, and at least {k_primary} groups '
+        'must keep some'
       )
   return jnp.asarray(kept), jnp.asarray(kept).any(1)

@@ -354,7 +354,7 @@ ONE = np.arange(6) < 1
     ),
     (
       lambda: routing.noisy_top_k(LOGITS, None, None, 2, ONE),
-      'keep: 1 experts, must be 2 at least',
+      'keep: leaves 1 experts; must be at least 2',
     ),
     (
       lambda: routing.noisy_top_k(LOGITS, None, None, 2, ONE[:3]),
@@ -374,7 +374,7 @@ ONE = np.arange(6) < 1
     ),
     (
       lambda: routing.hierarchical(GROUPS, (PAIR, None, None), 2, 1, ONE),
-      r'keep: \[1, 0, 0\] experts a group, must be 1 at least',
+      r'keep: leaves \[1, 0, 0\] experts per group; .* at least 1,',
     ),
     (lambda: routing.balanced(LOGITS, SIX[:3], 3), r'thresholds: \(3,\)'),
     (lambda: routing.thresholded(LOGITS, SIX, 7), 'limit=7: .* 1 to 6'),
