@@ -58,9 +58,10 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'preset',
     None,
-    'the preset whose learner and environment are measured; if left out, '
-    f'{presets.DEFAULT}, or the usual presets of scale, or all that compile '
-    'knows; compile takes several, and also the names search and experts',
+    'the preset whose learner and environment are measured; '
+    f'{presets.DEFAULT} if left out, but with --suite=scale its own presets '
+    'and with --suite=compile all that it knows; --suite=compile also takes a '
+    'list, which may contain search and experts',
   )
   flags.DEFINE_list(
     'target',

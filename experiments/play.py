@@ -136,8 +136,8 @@ def define_flags() -> None:
   text(
     'env',
     None,
-    "the run's environment, needed if it imports code (FILE.py:NAME) or if "
-    'the run names none',
+    "the run's environment; needed if it imports code (gymnasium:MODULE:ID) "
+    'or if the run names no environment',
   )
   flags.DEFINE_list(
     'checkpoint',

@@ -185,7 +185,7 @@ TABLE = {
   # Runs.
   'play --workdir=empty': "workdir=empty: is no run's folder ... name the --wo",
   'play --workdir=file': "workdir=file: is no run's folder ... name the --work",
-  'play --workdir=torn': 'torn/config.json is not JSON: ... copy it back',
+  'play --workdir=torn': 'torn/config.json is not JSON: ... from a copy',
   'play --workdir=list': 'list/config.json: Expected `object`, got `array`; co',
   'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
   'play --workdir=typed': "typed/config.json: steps is 'x', must be of type in",
@@ -307,7 +307,7 @@ TABLE = {
     'sizes=1: must be whole numbers, each at least 2'
   ),
   'study sampling_operators --ks=4': (
-    'ks=4: must be whole numbers from 1 up, two of them'
+    'ks=4: must be whole numbers, each at least 1, and at least two'
   ),
   # Flags.
   'train --prest=x': "Unknown command line flag 'prest'. Did you mean: preset",

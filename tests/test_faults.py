@@ -165,7 +165,7 @@ def test_only_damaged_checkpoints_end_the_run_and_stay(copy, capsys):
       message = str(caught.value)
       assert message.startswith(f'no checkpoint in {copy} is whole (step 20: ')
       assert 'step 10: ' in message and '\n' not in message
-      assert 'put back a copy of one, or delete the run' in message
+      assert 'restore one from a copy, or delete the run' in message
     checkpoints.close()
     assert {p.name for p in copy.iterdir()} == {'10', '20'}
   # Parameters that are written again anyway may be damaged.

@@ -370,7 +370,8 @@ def test_rollouts_begin_apart_from_the_rows_of_the_batch(mixed):
 
 
 def test_a_ring_takes_whole_rollouts_only(dataset):
-  with pytest.raises(ValueError, match=f'^model_capacity=13: .* {IMAGINED} '):
+  match = f'^model_capacity=13: .* of {IMAGINED}, '
+  with pytest.raises(ValueError, match=match):
     make_mixed(dataset, capacity=13).init(jax.random.key(0))
 
 

@@ -234,7 +234,7 @@ def test_the_number_of_parts(wanted, saved, processes, each, number):
   'wanted, saved, processes, sizes, words',
   [
     (3, 0, 1, SIZES, r'num_envs=16: must be a multiple of parts=3'),
-    (2, 4, 1, SIZES, r'parts=2: this run was begun with 4'),
+    (2, 4, 1, SIZES, r'parts=2: this run was begun with parts=4; leave'),
     (0, 4, 3, {'batch_size': 24}, r'parts=4: 3 processes cannot share them'),
     (0, 0, 3, SIZES, r'num_envs=16: .* 3 parts that 3 processes share'),
   ],

@@ -117,7 +117,7 @@ def test_probability_of_improvement():
   # Game a: a tie and three wins of four pairs.
   chance = statistics.probability_of_improvement(ours, theirs)
   assert chance == pytest.approx((3.5 / 4 + 0) / 2)
-  with pytest.raises(ValueError, match='must be the same'):
+  with pytest.raises(ValueError, match='must be the same games'):
     statistics.probability_of_improvement(ours, {'a': [1.0]})
 
 

@@ -39,16 +39,16 @@ def test_rows_are_read_as_written(tmp_path):
   'plan, row, message',
   [
     ({'games': 7}, {}, 'games=7: must be even'),
-    ({'games': 10}, {}, 'games=10: the results hold rows of 8; take those'),
+    ({'games': 10}, {}, 'games=10: the results hold rows with games=8; set'),
     (
       {},
       {'opponent': 'judge', 'games': 30, 'plies': 1},
-      'positions=20: the results hold rows of 30',
+      'positions=20: the results hold rows with positions=30; set',
     ),
     (
       {'plies': 2},
       {'opponent': 'judge', 'games': 20, 'plies': 1},
-      'plies=2: the results hold rows of 1',
+      'plies=2: the results hold rows with plies=1; set plies=1',
     ),
   ],
 )

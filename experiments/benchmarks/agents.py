@@ -75,7 +75,7 @@ def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
 
 
 def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
-  """Updates a second, and FLOP/s relative to the machine's matrix products.
+  """Updates per second, and FLOP/s relative to the machine's matrix products.
 
   `update` is the gradient step alone, `reanalyze and update` with the searches
   that make its targets.
@@ -132,7 +132,7 @@ def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
 
 
 def acting_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
-  """Decisions and frames a second, and how long the learner waits for them.
+  """Decisions and frames per second, and how long the learner waits for them.
 
   Raises:
     UserError: the environment is no simulator on the host.
@@ -213,7 +213,7 @@ def _simulator_rows(experiment, env, agent, case: Case) -> list[Measurement]:
 
 
 def frames_per_decision(experiment: build.Experiment) -> int:
-  """Frames of the simulator a decision: the frame skip on Atari, else 1."""
+  """Frames of the simulator per decision: the frame skip on Atari, else 1."""
   if ':' in experiment.env_name:
     return 1
   task = ours.resolve_id(experiment.env_name)
@@ -227,7 +227,10 @@ def frames_per_decision(experiment: build.Experiment) -> int:
 
 
 def timed(source: Any, waits: list[float]) -> Any:
-  """The same source; the seconds of each `next` are appended to `waits`."""
+  """The same source, except that it records how long each `next` takes.
+
+  It appends the seconds of each `next` to `waits`.
+  """
 
   def next_(*args):
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """The largest rates of a machine, and how near programs come to them.
 
 The roofline (Williams 2009): a program that does I operations for each byte it
-moves reaches at most min(peak, I * bandwidth) operations a second. Both are
+moves reaches at most min(peak, I * bandwidth) operations per second. Both are
 measured, in the run that measures the program.
 """
 
@@ -92,10 +92,12 @@ def _moved(name: str, equation: Any) -> int:
 
 
 def measure_roof(case: Case) -> tuple[Roof, list[Measurement]]:
-  """Large matrix products (bfloat16 too on accelerators) and a large triad.
+  """Measures the machine's limits by large matrix products and a large triad.
+
+  On accelerators the products are also measured in bfloat16.
 
   Args:
-    case: its sizes of both, and for how long they are measured.
+    case: has the sizes of both and the duration of the measurement.
   """
   size, length = case.matrix, case.triad
   kinds = ['float32'] + ['bfloat16'] * (jax.default_backend() != 'cpu')
@@ -139,7 +141,7 @@ def roof_rows(
     name: of the program.
     setting: its sizes.
     does: each update.
-    speed: its updates a second.
+    speed: its updates per second.
     roof: of the machine.
 
   Returns:

@@ -478,7 +478,10 @@ def columns(experiment: Experiment, agent: Any) -> set[str]:
 
 
 def finisher(experiment: Experiment, agent: Any):
-  """`environment.finisher`, with a line on how well the data plays."""
+  """`environment.finisher`, with a line that adds the score.
+
+  For comparison it also gives the mean return of the data set itself.
+  """
   remark = functools.partial(scored, experiment.dataset)
   return environment.finisher(experiment, agent, remark)
 

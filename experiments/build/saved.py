@@ -124,12 +124,14 @@ def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
     numbers = np.asarray(saved.get(name, ()), np.float64)
     if numbers.shape != (size,) or not (np.abs(numbers) < 1e38).all():
       raise configs.UserError(
-        f'{shown(path)}: {name} must be {size} finite numbers; copy it back'
+        f'{shown(path)}: {name} must be {size} finite numbers; restore the '
+        'file from a copy'
       )
     found.append(numbers.astype(np.float32))
   if not (found[1] > 0).all():
     raise configs.UserError(
-      f'{shown(path)}: std must be above 0 everywhere; copy it back'
+      f'{shown(path)}: std must be above 0 everywhere; restore the file from '
+      'a copy'
     )
   return env_spec._replace(statistics=tuple(found))
 

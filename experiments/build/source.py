@@ -192,10 +192,11 @@ def _make_fresh(experiment: Experiment, env, agent):
 
 
 def state_sharding(experiment: Experiment, agent: Any, mesh: Any):
-  """How an agent's state lies on several devices; None: whole on each.
+  """The sharding of an agent's state over devices; None if each has all of it.
 
   Raises:
-    ValueError: experts are to be divided, and there are none to divide.
+    ValueError: experts=divided with parallel=pmap, or without experts that the
+      devices can divide.
   """
   import jax
 

@@ -116,7 +116,7 @@ class Reader:
       ) from error
 
   def claim(self, key: str, size: int) -> None:
-    """Adds to the memory that arrays take, and refuses too much.
+    """Adds an array to the memory in use, and refuses it if that is too large.
 
     Args:
       key: the array's name, for the message.

@@ -406,7 +406,7 @@ def normalised_score(about: About, returns: Any) -> Any:
   if low is None or high is None:
     raise UserError(
       f'{about.name}: ref_min={low}, ref_max={high}: a normalised score needs '
-      'both; report returns'
+      'both numbers; report returns instead'
     )
   if not low < high:
     raise UserError(

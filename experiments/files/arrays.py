@@ -230,7 +230,9 @@ def _header(file: BinaryIO, size: int, where: str) -> dict[str, _Entry]:
   start = file.read(16)
   length = int.from_bytes(start[8:], 'little')
   if start[:8] != _MAGIC or length > min(size - 16, _HEADER_LIMIT):
-    raise UserError(f'{shown(where)}: is not a file of arrays; copy it back')
+    raise UserError(
+      f'{shown(where)}: is not a file of arrays; restore the file from a copy'
+    )
   found = reading.decode_json(file.read(length), list[_Entry], where)
   return {e.name: e._replace(offset=e.offset + 16 + length) for e in found}
 

@@ -171,10 +171,13 @@ def read_text(
     text = content.decode('utf-8')
   except UnicodeDecodeError as error:
     raise UserError(
-      f'{shown(path)}: is not UTF-8 text (byte {error.start}); copy it back'
+      f'{shown(path)}: is not UTF-8 text (byte {error.start}); restore the '
+      'file from a copy'
     ) from error
   if '\0' in text:
-    raise UserError(f'{shown(path)}: is binary, must be text; copy it back')
+    raise UserError(
+      f'{shown(path)}: is binary, must be text; restore the file from a copy'
+    )
   return text
 
 
@@ -225,12 +228,14 @@ def decode_json(content: bytes | str, kind: Any, where: str) -> Any:
     plain = json.loads(content)
   except ValueError as error:
     raise UserError(
-      f'{where} is not JSON: {shown(error)}; copy it back'
+      f'{where} is not JSON: {shown(error)}; restore the file from a copy'
     ) from error
   try:
     return msgspec.convert(plain, kind)
   except msgspec.ValidationError as error:
-    raise UserError(f'{where}: {shown(error)}; copy it back') from error
+    raise UserError(
+      f'{where}: {shown(error)}; restore the file from a copy'
+    ) from error
 
 
 def _check_depth(content: bytes, where: str) -> None:
@@ -248,7 +253,8 @@ def _check_depth(content: bytes, where: str) -> None:
       depth += 1
       if depth > _MAX_DEPTH:
         raise UserError(
-          f'{where}: nests more than {_MAX_DEPTH} levels deep; copy it back'
+          f'{where}: nests more than {_MAX_DEPTH} levels deep; restore the '
+          'file from a copy'
         )
     elif byte in b']}':
       depth -= 1

@@ -120,7 +120,8 @@ def parse_csv(
     lines = [(reader.line_num, line) for line in reader if line]
   except csv.Error as error:
     raise UserError(
-      f'{where}: line {reader.line_num}: is not CSV ({error}); copy it back'
+      f'{where}: line {reader.line_num}: is not CSV ({error}); restore the '
+      'file from a copy'
     ) from error
   head = lines[0][1] if lines else []
   if len(head) > _MAX_COLUMNS:
@@ -138,7 +139,7 @@ def parse_csv(
     if len(line) != len(head):
       raise UserError(
         f'{where}: line {number}: {len(line)} cells, must be {len(head)}; '
-        'copy it back'
+        'restore the file from a copy'
       )
     rows.append(dict(zip(head, line)))
   return head, rows
@@ -185,7 +186,8 @@ def reading_cells(path: str | os.PathLike) -> Iterator[None]:
     if isinstance(error, UserError):
       raise
     raise UserError(
-      f'{shown(path)}: is damaged ({shown(error)}); copy it back'
+      f'{shown(path)}: is damaged ({shown(error)}); restore the file from a '
+      'copy'
     ) from error
 
 

@@ -58,7 +58,7 @@ def make_player(
   if agent.model is None:
     raise UserError(
       f'player={name}: {experiment.agent_name} has no model to plan in; take '
-      'an agent that has one'
+      'the run of an agent with a model'
     )
   params = saved.load_params(folder, agent, [checkpoint])[checkpoint]
   search = getattr(experiment.config, 'search', None)

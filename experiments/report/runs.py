@@ -102,7 +102,8 @@ def _settings(folder: pathlib.Path) -> tuple[dict[str, Any], int]:
     raise UserError(f'{folder}/config.json has no {error}') from error
   except (TypeError, ValueError) as error:
     raise UserError(
-      f'{folder}/config.json: seed is no number ({error}); copy it back'
+      f'{folder}/config.json: seed is no number ({error}); restore the file '
+      'from a copy'
     ) from error
   return {n: v for n, v in flat.items() if n not in _DERIVED}, seed
 
@@ -153,7 +154,7 @@ def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(pairs, np.float64).reshape(-1, 2)
   except ValueError as error:
     raise UserError(
-      f'{path}: {x} or {y} is no number: {error}; put back a copy of the file'
+      f'{path}: {x} or {y} is no number ({error}); restore the file from a copy'
     ) from error
   values = values[np.isfinite(values).all(axis=1)]
   if not len(values):

@@ -117,14 +117,15 @@ def probability_of_improvement(
     others: the same games of what it is compared with.
 
   Raises:
-    ValueError: if the games differ.
+    ValueError: the games differ, or there are none.
 
   >>> probability_of_improvement({'pong': [1, 3]}, {'pong': [0, 3]})
   0.625
   """
   if set(scores) != set(others) or not scores:
     raise ValueError(
-      f'games={sorted(scores)} and {sorted(others)}: must be the same'
+      f'games={sorted(scores)} and {sorted(others)}: must be the same games, '
+      'at least one'
     )
   chances = []
   for game in scores:

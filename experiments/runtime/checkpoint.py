@@ -96,14 +96,14 @@ def open(
 
   Args:
     directory: made where it is missing; it must not be a link.
-    keep: how many of the latest steps stay.
+    keep: number of the latest steps that stay.
     read_only: for a reader beside a running writer: makes no folder and does
       not tidy up unfinished steps, which are the writer's.
-    run: the identity of the run, which JSON can hold: steps of another one
-      count as damaged. None takes all.
+    run: the identity of the run, as JSON can hold it; steps of another run
+      count as damaged. None accepts all.
     check_rows: whether a step without the rows beside it is damaged.
-    pool: with one thread, which writes; None starts one. Folders that share
-      it are written in the order of their saves.
+    pool: executor with one thread, which writes; None starts one. Folders that
+      share it are written in the order of their saves.
 
   Raises:
     UserError: `keep` below 1, or nothing to read, or a link.
@@ -272,7 +272,7 @@ def open(
     if not steps[1:]:
       raise UserError(
         f'the only checkpoint in {shown(root)}, step {step}, is damaged '
-        f'({why}): put back a copy of it, or delete the run to begin it anew'
+        f'({why}): restore it from a copy, or delete the run to begin it anew'
       )
     if integrity.is_first():
       aside = integrity.set_aside(folder)

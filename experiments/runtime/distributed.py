@@ -135,18 +135,19 @@ _REMEDY = 'all processes must have the same flags, data and code'
 
 
 def agree(given: Mapping[str, Any], remedy: str = _REMEDY) -> None:
-  """Ends processes that were not given the same; all must call it first.
+  """Refuses to go on if the processes were given different arguments.
 
-  Whatever differs would train another run on each process, or leave one in a
-  collective that the others never enter.
+  All processes must call it before anything else that needs them all. Whatever
+  differs would train another run on each process, or leave one in a collective
+  that the others never enter.
 
   Args:
-    given: what decides the run; of JSON's types, nested as it likes.
+    given: all that determines the run, as nested JSON types.
     remedy: what would be right.
 
   Raises:
-    UserError: it is not the same everywhere. All processes raise it, have left
-      each other, and may end as they like.
+    UserError: it is not the same everywhere. All processes raise it; they are
+      disconnected by then, so each may end on its own.
   """
   import jax
 
@@ -412,8 +413,8 @@ def _check_port(coordinator: str) -> None:
       probe.bind(('', port))
     except OSError as error:
       raise UserError(
-        f'distributed={coordinator}: process 0 cannot listen on port {port}, '
-        f'{error.strerror}; take another'
+        f'distributed={coordinator}: process 0 cannot listen on port {port} '
+        f'({error.strerror}); take another port'
       ) from error
 
 

@@ -14,9 +14,9 @@ MAX_INT = 2**31 - 1
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """Parses absl's flags and refuses what it would take in silence.
+  """Parses flags, and refuses what absl would silently accept.
 
-  Of a flag that is given twice the last one counts, as of a field of `--set`:
+  If a flag or a field of `--set` is given twice, the last one counts, because
   scripts append to a command.
 
   Args:
@@ -26,7 +26,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     The name and what is left that is no flag.
 
   Raises:
-    UserError: an unknown flag, a value that is none of its flag's or empty.
+    UserError: an unknown flag, or a value that is empty or invalid for its
+      flag.
     SystemExit: with 0 for help.
   """
   from absl import flags

@@ -455,8 +455,8 @@ def _settle(root, read_only, run, rows, below) -> Settled:
       None,
       None,
       [],
-      f'no checkpoint in {shown(root)} is whole ({reasons}): put back a copy '
-      'of one, or delete the run to begin it anew'
+      f'no checkpoint in {shown(root)} is whole ({reasons}): restore one '
+      'from a copy, or delete the run to begin it anew'
       if damaged
       else None,
     )

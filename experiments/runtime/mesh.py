@@ -168,7 +168,10 @@ def compile_update(
   if how == 'pmap' and state_sharding is not None:
     raise ValueError('state_sharding: experts over devices need how=jit')
   if how == 'pmap' and jax.process_count() > 1:
-    raise ValueError(f'how=pmap: {jax.process_count()} processes need how=jit')
+    raise ValueError(
+      'how=pmap: works in one process only, and there are '
+      f'{jax.process_count()}; take how=jit'
+    )
   compiled = (
     _jitted(agent, mesh, state_sharding)
     if how == 'jit'

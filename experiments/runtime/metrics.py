@@ -79,7 +79,8 @@ def csv_writer(
   if must_be and must_be != sums.hexdigest():
     print(
       f'note: {shown(path)} is not what it was at update {resume_step}: rows '
-      'are missing or changed; put back a copy to have the whole curve',
+      'are missing or changed; restore the file from a copy to have the whole '
+      'curve',
       flush=True,
     )
   write_text(path, _csv_text(columns, rows))

@@ -208,8 +208,8 @@ def mixed(
     imagine: `(agent_state, observations [starts, ...], key) -> Transition` of
       `[M, ...]`.
     agent: whose state `imagine` takes.
-    starts: rollouts a step.
-    capacity: of the ring, a multiple of `M`.
+    starts: number of rollouts begun per step.
+    capacity: rows of the ring, a multiple of `M`.
     real: rows of each batch from the inner source.
     model: rows of each batch from the ring.
 
@@ -236,8 +236,8 @@ def mixed(
     number = rows.r_t.shape[0]
     if capacity % number:
       raise ValueError(
-        f'model_capacity={capacity}: must be a multiple of the {number} '
-        'transitions that a step imagines'
+        f'model_capacity={capacity}: must be a multiple of {number}, the '
+        'number of transitions imagined per update'
       )
     ring = jax.tree.map(
       lambda x: jnp.zeros((capacity, *x.shape[1:]), x.dtype), rows

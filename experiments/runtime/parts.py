@@ -59,7 +59,10 @@ def choose(wanted: int, saved: int, sizes: dict[str, int], mesh: Mesh) -> int:
   """
   processes = len({d.process_index for d in mesh.devices})
   if wanted and saved and wanted != saved:
-    raise ValueError(f'parts={wanted}: this run was begun with {saved}')
+    raise ValueError(
+      f'parts={wanted}: this run was begun with parts={saved}; leave it out, '
+      'or begin a new run in another folder'
+    )
   number = wanted or saved
   if not number:
     fitting = [

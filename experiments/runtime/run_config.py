@@ -254,6 +254,9 @@ def _plain(value: Any) -> Any:
     as_python = getattr(x, 'tolist', None)  # numpy's
     if as_python is not None:
       return as_python()
-    raise UserError(f'{x!r} cannot be written to config.json')
+    raise UserError(
+      f'{x!r}: cannot be written to config.json; use numbers, text, lists or '
+      'dataclasses'
+    )
 
   return json.loads(json.dumps(value, default=default))

@@ -33,21 +33,21 @@ class Points(NamedTuple):
 
   Attributes:
     hidden: units of the network; None for players without.
-    seed: of training.
+    seed: the seed of training.
     player: its name.
     opponent: its name, or `judge`.
-    games: or judged turns.
-    points: a game; for the judge those lost a turn.
+    games: number of games, or of judged turns.
+    points: points per game; for the judge, those lost per turn.
     points_se: standard error over pairs of games, or turns.
     gain: for the judge, by how much less than with one stage in the same
       turns; None for opponents and players without a network.
     gain_se: its standard error.
     score: share of games won; None for the judge.
-    evaluations: of the network a decision at most, had every turn as many
-      boards as there are places; None for rollouts to the end and for players
-      without a network.
-    ms_per_decision: wall time in a batch.
-    plies: of the judge; None for opponents.
+    evaluations: evaluations of the network per decision at most, had every
+      turn as many boards as there are places; None for rollouts to the end and
+      for players without a network.
+    ms_per_decision: wall time per decision in a batch, in milliseconds.
+    plies: plies that the judge looks ahead; None for opponents.
   """
 
   hidden: int | None
@@ -186,7 +186,7 @@ class _Arenas:
     return self._meet((hidden, seed), name, opponent)
 
   def _lose(self, key, name: str) -> Points:
-    """The points that a player loses a turn."""
+    """The points that a player loses per turn."""
     player = self.find(key, name)
     if key not in self._first:
       first = self.find(key, 'lookahead=1')
@@ -230,7 +230,7 @@ class _Arenas:
 
 
 def outsider(player: Any, judged: Sequence[Any]) -> Points:
-  """The points that a player without a network loses a turn."""
+  """The points that a player without a network loses per turn."""
   losses = _losses(player, judged)
   return _points(equity.compare(player.name, losses, losses))
 
@@ -258,14 +258,14 @@ def _check(rows: Sequence[Points], plan: Plan) -> None:
       continue
     if row.opponent == JUDGE and row.plies != plan.plies:
       raise configs.UserError(
-        f'plies={plan.plies}: the results hold rows of {row.plies}; take '
-        'those, or other results'
+        f'plies={plan.plies}: the results hold rows with plies={row.plies}; '
+        f'set plies={row.plies}, or write to another --results folder'
       )
     if row.games != asked:
       field = 'positions' if row.opponent == JUDGE else 'games'
       raise configs.UserError(
-        f'{field}={asked}: the results hold rows of {row.games}; take those, '
-        'or other results'
+        f'{field}={asked}: the results hold rows with {field}={row.games}; set '
+        f'{field}={row.games}, or write to another --results folder'
       )
 
 

@@ -62,16 +62,17 @@ class Strength(NamedTuple):
   """How well a player does against an opponent: a line of the CSV.
 
   Attributes:
-    seed: of training.
+    seed: the seed of training.
     player: see `PLAYERS`.
     opponent: `judge`, `solver`, `third`, or `network`, its own.
-    games: or judged positions.
+    games: number of games, or of judged positions.
     score: share of points; for the judge, of positions whose value was kept.
     score_se: standard error over openings or positions.
-    optimal: for the judge, the share of moves that none is better than.
-    evaluations: of the network a decision; None for rollouts to the end.
-    ms_per_decision: wall time in a batch.
-    other: seed of the opponent's network; None for those without one.
+    optimal: for the judge, the share of moves that are as good as the best.
+    evaluations: evaluations of the network per decision; None for rollouts to
+      the end.
+    ms_per_decision: wall time per decision in a batch, in milliseconds.
+    other: seed of the opponent's network; None for opponents without a network.
     opening_plies: random moves before the games; None for the judge.
   """
 
@@ -301,7 +302,7 @@ def draw_search(rows: Sequence[Strength], out: pathlib.Path) -> None:
 
 
 def table(rows: Sequence[Strength]) -> list[dict[str, Any]]:
-  """Means over seeds, one dict a player, with `_se` over seeds."""
+  """Means over seeds, one dict per player, with `_se` over seeds."""
   lines = []
   for name in dict.fromkeys(row.player for row in rows):
     own = [row for row in rows if row.player == name]

@@ -172,7 +172,7 @@ def finished(
 
 
 def workdir_of(run: table.Run, folder: pathlib.Path) -> pathlib.Path:
-  """The folder of a run in that of all runs."""
+  """The folder of a run, inside the study's folder of runs."""
   return folder / f'{run.variant}_s{run.seed}'
 
 

@@ -378,7 +378,8 @@ def define_flags() -> None:
   flags.DEFINE_list(
     'ks',
     [str(2**i) for i in range(2, 11)],
-    f'numbers of sampled actions, two or more from {_FIT_FROM} up',
+    'numbers of sampled actions to measure; at least two of them must be '
+    f'{_FIT_FROM} or more, to fit a slope',
   )
 
 
@@ -389,8 +390,8 @@ def _read_ks(texts: Sequence[str]) -> list[int]:
     ks = []
   if len([k for k in ks if k >= _FIT_FROM]) < 2 or ks[0] < 1:
     raise UserError(
-      f'ks={",".join(texts)}: must be whole numbers from 1 up, two of them '
-      f'from {_FIT_FROM} up'
+      f'ks={",".join(texts)}: must be whole numbers, each at least 1, and at '
+      f'least two of them {_FIT_FROM} or more'
     )
   return ks
 

@@ -111,12 +111,12 @@ def save(keeper, axes, carry, points, count, number, acted) -> None:
 
   Args:
     keeper: `runtime.checkpoint.Checkpoints` of the program.
-    axes: of the carry, see `program.Functions`.
-    carry: of all rows, leaves `[R, ...]`.
+    axes: axes of the carry, see `program.Functions`.
+    carry: the carry of all rows, leaves `[R, ...]`.
     points: the curves so far.
-    count: rows; those behind are repeated.
-    number: of the phase.
-    acted: updates after which acting was over; None while it goes on.
+    count: number of real rows; those after them are padding, copies of others.
+    number: index of the phase.
+    acted: number of updates when acting ended; None while it goes on.
   """
   import jax
   import numpy as np
@@ -148,7 +148,7 @@ def restore(keeper, phases, values, seeds, count, mesh):
     phases: its functions, see `program.compiled`.
     values: float32 `[R, F]` of the traced fields.
     seeds: uint32 `[R]`.
-    count: rows; those behind are repeated.
+    count: number of real rows; those after them are padding, copies of others.
     mesh: the devices.
 
   Raises:

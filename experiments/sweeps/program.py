@@ -21,8 +21,8 @@ class Program(NamedTuple):
   """What one compiled program trains.
 
   Attributes:
-    experiment: of every row, but for what is traced.
-    paths: of the `F` traced fields, see `plan.find_path`.
+    experiment: that of every row, apart from the seed and the traced fields.
+    paths: paths of the `F` traced fields, see `plan.find_path`.
     values: `R` lists of `F` floats.
     seeds: `R` seeds.
   """

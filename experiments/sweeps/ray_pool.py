@@ -199,7 +199,7 @@ def room_for(
 
 
 class Cluster:
-  """A cluster's machines, of which those that answer well take rows."""
+  """The machines of a Ray cluster; rows go to those that pass the check."""
 
   def __init__(self, ray, workdir, cpus, gpus, limits):
     self._ray = ray
@@ -257,7 +257,7 @@ class Cluster:
     )
 
   def look(self) -> None:
-    """Asks the machines that are new."""
+    """Checks machines that have joined since the last look."""
     now = time.monotonic()
     if now - self._looked < _LOOKS_EVERY:
       return
@@ -391,17 +391,17 @@ def connect(
   gpus: float,
   limits: Limits,
 ) -> Pool:
-  """The machines of a cluster; they are asked before the first row.
+  """Connects to a cluster, whose machines are checked before their first row.
 
-  Ray's own handler of SIGTERM, which ends a driver with a stack of C++, is
-  taken away again.
+  Ray's own SIGTERM handler, which ends the driver with a C++ stack trace, is
+  removed again.
 
   Args:
-    address: of the cluster; None finds a running one or starts one here.
+    address: the cluster's address; None finds a running one or starts one here.
     workdir: the sweep's folder, which all machines must share.
-    cpus: that a row needs.
-    gpus: that a row needs.
-    limits: of a row; its memory is asked for, too.
+    cpus: number of CPUs that a row needs.
+    gpus: number of GPUs that a row needs.
+    limits: limits of a row; Ray also reserves its memory.
 
   Raises:
     UserError: Ray is not installed, there is no cluster, or no machine has

@@ -92,7 +92,7 @@ def _read_plan(workdir: pathlib.Path) -> tuple[Plan, str, _Asked]:
   if len(asked.updates) != len(plan.settings):
     raise UserError(
       f'{shown(workdir / "rows.json")}: has {len(asked.updates)} settings, '
-      f'config.json {len(plan.settings)}; copy it back'
+      f'config.json {len(plan.settings)}; restore both files from a copy'
     )
   return plan, saved.engine, asked
 

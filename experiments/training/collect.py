@@ -280,8 +280,8 @@ def _check_stored(out, quality, is_new):
       npz.check_stored(out / quality, known[quality])
     except configs.UserError as error:
       raise configs.UserError(
-        f'{error}; put back a copy, or delete {shown(out / quality)}, then the '
-        'same command makes it again'
+        f'{error}; restore it from a copy, or delete {shown(out / quality)}, '
+        'then the same command makes it again'
       ) from error
     return
   known[quality] = npz.stored(out / quality)
@@ -435,8 +435,8 @@ def _load(folder, agent):
       params[quality] = behaviour.read_params(path, agent, about.params)
     except configs.UserError as error:
       raise configs.UserError(
-        f'{error}; put back a copy, or delete {shown(folder)}, then the same '
-        'command makes it again'
+        f'{error}; restore it from a copy, or delete {shown(folder)}, then the '
+        'same command makes it again'
       ) from error
   told = dataclasses.asdict(facts)
   for quality in ('medium', 'expert'):

@@ -214,10 +214,10 @@ class Keeper:
       self._best.save(step, metric, agent_state.params)
 
   def restore(self, carry):
-    """The saved carry in the place of a fresh one, or None.
+    """The newest saved carry, or None if nothing was saved.
 
-    Where a checkpoint or the rows beside it are damaged the one before is
-    taken; parameters in `final` that are not the checkpoint's are replaced.
+    If a checkpoint or its replay rows are damaged, the one before is used.
+    Parameters in `final` that differ from the checkpoint's are replaced.
 
     Raises:
       UserError: no checkpoint is whole, or none is left of a run that had one.
@@ -324,8 +324,8 @@ class Keeper:
     if had or (every and last >= 2 * every):
       raise UserError(
         f'{shown(self._workdir / "checkpoints")}: holds no checkpoint, but the '
-        f'run had come to update {last}: put back a copy, or delete the run to '
-        'begin it anew'
+        f'run had come to update {last}: restore one from a copy, or delete '
+        'the run to begin it anew'
       )
     if last and distributed.is_main():
       print(

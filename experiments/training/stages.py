@@ -33,12 +33,12 @@ class Stage(NamedTuple):
 
 
 class Trainer(NamedTuple):
-  """What a run is made of once it is known who does what.
+  """The parts of a run, once its devices and processes have their roles.
 
   Attributes:
     stages: at least one.
-    spec: what its agents were told of the environment.
-    layout: which devices do what.
+    spec: the environment's spec, as its agents got it.
+    layout: the roles of the devices.
   """
 
   stages: tuple[Stage, ...]
@@ -67,8 +67,8 @@ def make(
   material = experiment.material
   if not (material.acts or alone):
     raise ValueError(
-      f'distributed: what --{material.flag} names is learned from by one '
-      'process; leave it out'
+      f'distributed: learning from --{material.flag} runs in one process only; '
+      'leave --distributed out'
     )
   layout = build.make_layout(experiment, saved.parts)
   opened = material.open(experiment, layout.parts)
