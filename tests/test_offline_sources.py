@@ -120,6 +120,15 @@ def test_the_key_alone_decides(dataset, on_device):
   assert (rewards[0] != rewards[2]).any()
 
 
+def test_its_example_has_the_shapes_of_its_batches(dataset):
+  source = make_source(dataset, on_device=False)
+  _, batch, _ = source.next(source.init(None), None, 0, jax.random.key(0))
+  about = lambda x: (x.shape, x.dtype)
+  example = source.example()
+  assert jax.tree.structure(example) == jax.tree.structure(batch)
+  assert jax.tree.map(about, example) == jax.tree.map(about, batch)
+
+
 def test_a_checkpoint_holds_no_rows_and_knows_them(dataset, tmp_path):
   source = make_source(dataset)
   state = source.init(jax.random.key(0))
