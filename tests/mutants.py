@@ -83,7 +83,7 @@ MUTANTS = (
     'learner_resets and (2 or 3)',
   ),
   Mutant(
-    'experiments/training/run.py',
+    'experiments/training/train.py',
     'jax.random.key(experiment.seed)',
     'jax.random.key(0)',
     'tests/test_offline_launch.py',

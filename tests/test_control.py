@@ -84,7 +84,7 @@ def trained(gamma=GAMMA):
   experiment = types.SimpleNamespace(
     config=types.SimpleNamespace(gamma=gamma),
     run=types.SimpleNamespace(reward_factor=FACTOR),
-    dataset='some',
+    material=types.SimpleNamespace(acts=False),
   )
   params = Weights(jnp.float32(BASE), jnp.float32(K))
   return actor_critic_runs.Trained(experiment, agent, networks, params, SPEC)

@@ -1,11 +1,13 @@
 """Connect Four, against envpool and plain Python."""
 
+# Fixtures of the other half are imported. ruff: noqa: F811
+
 import envpool
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_envs_more import COPIES, compiled, keys
+from test_envs_more import COPIES, compiled, envs, keys  # noqa: F401
 
 from experiments.envs import connect_four
 from experiments.runtime.sources import select

@@ -477,7 +477,7 @@ def with_bounds(low, high):
 @pytest.mark.parametrize(
   'env, num_bins, message',
   [
-    (count(3), 3, 'Count: num_bins=3 divides .* 2 actions are discrete'),
+    (count(3), 3, 'Count: num_bins=3 needs continuous actions, but its 2 '),
     (wide(), 1, 'Wide: num_bins=1 must be an integer of at least 2'),
     (wide(), 2.0, 'Wide: num_bins=2.0 must be an integer'),
     (

@@ -1,5 +1,7 @@
 """Distributions over large sets of actions."""
 
+# Fixtures of the other half are imported. ruff: noqa: F811
+
 import math
 
 import jax
@@ -7,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from test_networks_actions import (
+from test_networks_actions import (  # noqa: F401
   JOINT,
   UNIT,
   _compiled,
   _keys,
   _logits,
+  bins,
+  gaussian,
+  joint,
+  product,
 )
 
 from networks import actions

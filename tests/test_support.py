@@ -18,7 +18,7 @@ from agents.core.types import (
   Trajectory,
 )
 from experiments import build
-from experiments.build import support
+from experiments.build import environment, support
 from experiments.files import tables
 from experiments.training import run
 from networks import heads
@@ -166,7 +166,9 @@ def arms(scale):
 
 @pytest.mark.parametrize('scale', [1.0, 100.0])
 def test_a_run_says_it_once(scale, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(build, 'make_env', lambda *args, **named: arms(scale))
+  monkeypatch.setattr(
+    environment, 'make_env', lambda *args, **named: arms(scale)
+  )
   settings = [
     'value_bins=601',
     'blocks=0',
