@@ -1,6 +1,6 @@
 """Connect Four, against envpool and plain Python."""
 
-# Fixtures of the other half are imported. ruff: noqa: F811
+# ruff: noqa: F811 (fixtures of the other half are imported)
 
 import envpool
 import jax

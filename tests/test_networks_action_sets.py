@@ -1,6 +1,6 @@
 """Distributions over large sets of actions."""
 
-# Fixtures of the other half are imported. ruff: noqa: F811
+# ruff: noqa: F811 (fixtures of the other half are imported)
 
 import math
 

@@ -114,9 +114,8 @@ def make_trainer(experiment):
 def read_carry(stage, workdir):
   """All that a run's newest checkpoint holds, and its `extra`."""
   state = jax.eval_shape(stage.agent.init, jax.random.key(0))
-  template = loop.Carry(
-    state, stage.source.kept.template(), np.zeros((), np.int32)
-  )
+  rows = stage.source.kept.template()
+  template = loop.Carry(state, rows, np.zeros((), np.int32))
   saved = checkpoint.open(workdir / 'checkpoints', read_only=True)
   try:
     return saved.restore(template)

@@ -608,5 +608,5 @@ def test_who_cannot_fetch_is_told(tmp_path, monkeypatch):
   for name in ('apt-get', 'dpkg-deb'):
     (tmp_path / name).write_text('#!/bin/sh\necho "E: no network" >&2\nexit 1')
     (tmp_path / name).chmod(0o755)
-  with pytest.raises(configs.UserError, match='download: failed .E: no net'):
+  with pytest.raises(configs.UserError, match=r'download: failed .E: no net'):
     corpus.fetch(package)
