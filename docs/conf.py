@@ -56,33 +56,37 @@ _REFERENCE = {
   'networks': ('Networks', 'networks/*.py'),
   'search': ('Search', 'search/*.py'),
   'exact': ('What has closed forms', 'search/exact/*.py'),
-  'launchers': ('Launchers', 'experiments/*.py'),
-  'experiments': ('Behind the launchers', 'experiments/*.py'),
+  'commands': ('Commands', 'experiments/*.py'),
+  'studies': ('Studies', 'experiments/studies/*.py'),
+  'sweeps': ('Many runs', 'experiments/sweeps/*.py'),
+  'training': ('One run', 'experiments/training/*.py'),
+  'playing': ('Players and their opponents', 'experiments/playing/*.py'),
+  'benchmarks': ('What it costs', 'experiments/benchmarks/*.py'),
+  'build': ('From names to objects', 'experiments/build/*.py'),
+  'presets': ('What is run, as a table', 'experiments/presets/*.py'),
+  'report': ('Tables and figures', 'experiments/report/*.py'),
   'environments': ('Environments', 'experiments/envs/*.py'),
   'runtime': ('Loop, devices, threads, clocks', 'experiments/runtime/*.py'),
   'files': ('Reading and writing', 'experiments/files/*.py'),
   'data': ('Data sets and texts', 'experiments/data/*.py'),
 }
-_MAIN = "\nif __name__ == '__main__':"
 _SECTION = re.compile(r'(Args|Attributes|Raises|Returns|Yields):$')
 _ARGS = re.compile(r'(Args\b.*):$')
 _NAMES = re.compile(r'  \w+(?:, \w+)+:')
 _CODE = re.compile(r'(`[^`]+`)')
 
 
-def _modules(page, pattern):
+def _modules(pattern):
   """Names of the public modules of a page."""
   for path in sorted(_ROOT.glob(pattern)):
-    is_launcher = _MAIN in path.read_text()
-    wanted = {'launchers': True, 'experiments': False}.get(page, is_launcher)
-    if path.stem[0] != '_' and is_launcher == wanted:
+    if path.stem[0] != '_':
       yield '.'.join(path.relative_to(_ROOT).with_suffix('').parts)
 
 
 def write_reference():
   """Writes the lists of modules, so that a new one is never forgotten."""
   for page, (title, pattern) in _REFERENCE.items():
-    rows = ''.join(f'   {name}\n' for name in _modules(page, pattern))
+    rows = ''.join(f'   {name}\n' for name in _modules(pattern))
     text = (
       f'# {title}\n\n```{{eval-rst}}\n.. autosummary::\n'
       f'   :toctree: generated\n\n{rows}```\n'

@@ -49,7 +49,7 @@ class Replay(NamedTuple):
       finite; where a row was drawn twice, the larger one holds.
     ready: `(state) -> bool`, whether something can be drawn.
     is_pure: whether all of these can be traced; if not, the state is mutated.
-    kept: `(example) -> ` how a state is kept that is not saved as it is;
+    kept: `(example) -> Persistence`, of a state that is not saved as it is;
       None where it is.
   """
 

@@ -92,18 +92,18 @@ class Material(NamedTuple):
     sizes: those of them that change what is kept to learn from.
     complete: `(experiment, env) -> experiment`, checked, with what the material
       decides of it; `env` is the user's.
-    name: `(experiment) -> ` how a run's folder names it.
+    name: `(experiment) -> str`, how a run's folder names it.
     fingerprint: `(experiment) -> dict` that config.json holds, so that a run
       goes on with what it began with.
     open: `(experiment, parts) -> Opened`, of as many environments as one of so
       many parts has.
-    rows: `(experiment) -> ` arrays that all runs on it share; None for none.
+    rows: `(experiment) -> arrays` that all runs on it share; None for none.
     kept: `(experiment, agent, spec) -> Kept`.
     describe: `(experiment, spec) -> About`.
     evaluate: `(experiment, agent) -> ((params, step) -> {metric: float})`, or
       None where nothing is measured.
-    measure: `(experiment, agent) -> Measure`, likewise.
-    columns: `(experiment, agent) -> ` names of the metrics of an evaluation.
+    measure: `(experiment, agent) -> Measure`, or None in the same case.
+    columns: `(experiment, agent) -> names` of the metrics of an evaluation.
     keep: `(experiment, workdir)`: writes what playing needs of it.
     finish: `(experiment, agent) -> ((workdir, params by checkpoint) -> None)`,
       which measures what has been learned and says how to go on; None where

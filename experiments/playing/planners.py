@@ -83,7 +83,7 @@ class Strategy:
 
   @property
   def depth(self) -> int:
-    """Stages of lookahead: 0 for the critic alone, -1 for the policy alone."""
+    """Stages of lookahead, 0 for the critic alone and -1 for the policy."""
     return {'network': -1, 'actor': -1, 'critic': 0}.get(
       self.planner, self.budget
     )
