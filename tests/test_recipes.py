@@ -160,7 +160,8 @@ def test_a_slurm_sweep_waits_until_its_rows_are_saved(tmp_path):
   ) as process:
     assert [process.stdout.readline() for _ in 'ab'] == ['saver\n', 'ready\n']
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.read() == 'saved\nscontrol\nrequeue 7\n'
+    told, _ = process.communicate(timeout=60)
+    assert told == 'saved\nscontrol\nrequeue 7\n'
   assert process.returncode == 143
 
 
