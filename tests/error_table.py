@@ -186,7 +186,7 @@ TABLE = {
   'play --workdir=empty': "workdir=empty: is no run's folder ... name the --wo",
   'play --workdir=file': "workdir=file: is no run's folder ... name the --work",
   'play --workdir=torn': 'torn/config.json is not JSON: ... from a copy',
-  'play --workdir=list': 'list/config.json: Expected `object`, got `array`; co',
+  'play --workdir=list': 'list/config.json: Expected `object`, got `array`; re',
   'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
   'play --workdir=typed': "typed/config.json: steps is 'x', must be of type in",
   'play --workdir=catch --env=zzz': (
