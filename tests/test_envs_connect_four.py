@@ -50,7 +50,7 @@ def drop(rules, columns):
 
 def test_connect_four_plays_like_envpools(rules):
   # Rows of observations and rewards go by a game's two player numbers. Which
-  # number begins is drawn; the board says 0 for who began, 1 for the other.
+  # number begins is random; on the board 0 is the player who moved first.
   theirs = envpool.make(
     'ConnectFour-v1',
     env_type='gymnasium',

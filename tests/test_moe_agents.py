@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,26 +25,12 @@ from experiments.runtime import config as configs
 from experiments.runtime import overrides
 from networks import actor_critic, mixture, moe, routers
 from networks import muzero as muzero_networks
-from networks.muzero import NetworkConfig
 from search.model import TimeStep
 
 B, A, K, N = 4, 3, 3, 2
 KEY = jax.random.key(3)
 MOE = moe.Config(3, routers.NoisyTopK(k=2), hidden=4, z_weight=0.01)
-NETWORK = NetworkConfig(
-  torso='vector',
-  latent_size=8,
-  blocks=0,
-  norm='layer',
-  lstm_size=4,
-  value_bins=11,
-  reward_bins=11,
-  projector=(6, 6),
-  predictor=(4,),
-  head_hidden=(6,),
-  mixture='dynamics',
-  moe=MOE,
-)
+NETWORK = dataclasses.replace(conformance.NETWORK, mixture='dynamics', moe=MOE)
 IMAGE_NETWORK = dataclasses.replace(
   NETWORK, torso='image', channels=4, head_channels=2, norm='batch'
 )

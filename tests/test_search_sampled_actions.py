@@ -241,7 +241,7 @@ def test_invalid_actions_have_no_weight(rule, replacement, key):
   assert (weights[invalid[rows[:, None], drawn]] == 0).all()
   assert not invalid[rows, output.action].any()
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-  # Below the root they are told by logits: a visit would show by its 1e6.
+  # Below the root their logits mask them: a visit would show as a value of 1e6.
   assert (abs(output.search_tree.node_values) < 1e3).all()
   few = (~invalid).sum(-1) < num_samples
   assert few.sum() > 5

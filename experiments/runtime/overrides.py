@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from experiments.files.errors import UserError
 from experiments.runtime import config as configs
-from experiments.runtime.flags import MAX_INT as MAX_INT
 
 
 def override(

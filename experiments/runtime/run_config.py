@@ -14,7 +14,6 @@ from typing import Any
 
 from experiments.files import reading, writing
 from experiments.files.errors import Missing, UserError, shown
-from experiments.runtime.flags import MAX_INT as MAX_INT
 
 # Whose versions may change a run's numbers.
 _PACKAGES = (

@@ -36,7 +36,7 @@ def run(
   A signal stops it with a checkpoint; `signals.received` then says which.
 
   Raises:
-    UserError: the folder cannot be gone on with.
+    UserError: the run in the folder cannot be resumed.
   """
   from experiments.runtime import distributed, signals
   from experiments.training import plan

@@ -1,4 +1,4 @@
-"""One run in its folder: refused or begun, gone on with, trained, kept."""
+"""Trains one run in its folder, new or resumed, and keeps what it leaves."""
 
 import contextlib
 import functools
@@ -75,7 +75,7 @@ def train(
     also: what else is done.
 
   Raises:
-    UserError: the folder cannot be gone on with.
+    UserError: the run in the folder cannot be resumed.
   """
   import jax
 
