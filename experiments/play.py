@@ -12,9 +12,6 @@ python -m experiments.play --workdir=runs/NAME --record=agent.gif
 `experiments.playing.planners` lists the names of players.
 """
 
-from typing import Any
-
-from experiments import build
 from experiments.build import saved
 from experiments.runtime import config as configs
 from experiments.runtime import flags as flag_checks
@@ -28,6 +25,7 @@ def main() -> None:
   """
   from absl import flags
 
+  from experiments.playing import ways
   from experiments.runtime.devices import use_compilation_cache
 
   values = flags.FLAGS
@@ -45,85 +43,20 @@ def main() -> None:
     if not experiment.material.plays:
       from experiments.playing import continuation
 
-      flag_checks.refuse([*_ALL, 'out'], 'on a language model')
+      flag_checks.refuse([*ways.ALL, 'out'], 'on a language model')
       use_compilation_cache()
       name = values.checkpoint[0] if values.checkpoint else 'final'
       continuation.continue_text(experiment, values.workdir, name, values)
       return
-    flag_checks.refuse(_OF_TEXT, 'without a language model')
+    flag_checks.refuse(ways.OF_TEXT, 'without a language model')
     if not experiment.env_name:
       raise configs.UserError(
         f'workdir={values.workdir}: its data set names no environment to play '
         'in; give --env=NAME'
       )
-    launch = _choose(experiment, values)
+    launch = ways.choose(experiment, values)
     use_compilation_cache()
     launch(experiment, values)
-
-
-# Flags that only some ways of playing read.
-_OF_TEXT = ('tokens', 'temperature')
-_OF_MATCH = ('openings', 'opening_plies')
-_OF_SEARCH = ('planner', 'simulations')
-_OF_EPISODES = ('episodes', 'num_envs')
-_OF_CONTROL = ('dynamics', 'candidates', 'later_candidates', 'value')
-_OF_GAME = ('opponents', 'human', 'begin')
-_ALL = (*_OF_MATCH, *_OF_SEARCH, *_OF_EPISODES, *_OF_CONTROL, *_OF_GAME)
-_ALL += ('players', 'record', 'frames')
-
-
-def _choose(experiment: build.Experiment, values: Any) -> Any:
-  """The function that plays what the flags ask for.
-
-  Raises:
-    UserError: a flag was given that this function would ignore.
-  """
-  from experiments.playing import (
-    actor_critic_play,
-    actor_critic_runs,
-    arena,
-    episodes,
-    record,
-  )
-
-  refuse = flag_checks.refuse
-  one = ['checkpoint'] if len(values.checkpoint) > 1 else []
-  actor_critic = experiment.agent_name in actor_critic_runs.AGENTS
-  of_control = () if actor_critic and values.players else _OF_CONTROL
-  refuse(of_control, 'without --players of an actor and a critic')
-  if values.record:
-    refuse(
-      ['human', 'begin', *_OF_EPISODES, 'out', *_OF_MATCH, *one],
-      'with --record',
-    )
-    if values.players and values.opponents:
-      refuse(['simulations'], 'with --players and --opponents')
-    return record.launch
-  refuse(['frames'], 'without --record')
-  if values.human:
-    others = ('opponents', 'out', *_OF_SEARCH, *_OF_EPISODES, *_OF_MATCH)
-    refuse([*others, *one], 'with --human')
-    if len(values.players) > 1:
-      refuse(['players'], 'beyond the first with --human', 'take one')
-    return arena.launch
-  refuse(['begin'], 'without --human')
-  if values.opponents or (values.players and _is_game(experiment)):
-    others = (*_OF_SEARCH, *_OF_EPISODES, *one)
-    refuse(others, 'with --players and --opponents')
-    return arena.launch
-  refuse(_OF_MATCH, 'without --players or --opponents of a game')
-  if not values.players:
-    return episodes.launch
-  refuse(_OF_SEARCH, 'with --players')
-  if not actor_critic:
-    return episodes.launch
-  refuse(one, 'with --players')
-  return actor_critic_play.launch
-
-
-def _is_game(experiment: build.Experiment) -> bool:
-  env = build.make_env(experiment, training=False, num_envs=1)
-  return env.spec.game is not None
 
 
 def define_flags() -> None:

@@ -3,17 +3,14 @@
 Running the same command again resumes the run in its folder.
 """
 
-import dataclasses
 import pathlib
 
 from experiments import build, presets
 from experiments.presets.settings import refuse_unused
-from experiments.report import terminal
 from experiments.runtime import config as configs
-from experiments.runtime import devices, overrides, run_config
+from experiments.runtime import devices
 from experiments.runtime import flags as flag_checks
-from experiments.training import run, stages
-from experiments.training.keeper import peek
+from experiments.training import fields, run
 from experiments.training.train import Also
 
 
@@ -125,6 +122,7 @@ def main() -> None:
   from absl import flags
 
   from experiments.runtime import distributed, metrics
+  from experiments.training import plan
 
   values = flags.FLAGS
   with configs.user_errors():
@@ -139,6 +137,7 @@ def main() -> None:
     )
     refuse_unused(
       values.set,
+      experiment.config,
       on_data=not experiment.material.acts,
       is_fresh=build.is_fresh(experiment.config),
     )
@@ -147,13 +146,14 @@ def main() -> None:
         ['profile', 'tensorboard', 'wandb', 'workdir', 'plan', 'target'],
         'with --show',
       )
-      return _show(experiment)
+      return fields.show(experiment)
     if values.plan:
-      return _plan(experiment, values)
+      folder = pathlib.Path(values.workdir or run.default_workdir(experiment))
+      return plan.launch(experiment, values, folder)
     flag_checks.refuse(['target'], 'without --plan')
     metrics.check_installed(values.tensorboard, values.wandb or '')
     if values.check:
-      return _check(experiment, values.workdir)
+      return run.check(experiment, values.workdir)
     distributed.initialize(
       values.distributed, values.num_processes, values.process_id
     )
@@ -164,76 +164,6 @@ def main() -> None:
     values.profile, values.tensorboard, values.wandb or '', values.measure
   )
   return run.run(experiment, workdir, also)
-
-
-def _check(experiment: build.Experiment, workdir: str | None) -> None:
-  """Refuses what a run would refuse, except for devices and processes."""
-  devices.use_compilation_cache()
-  if not experiment.material.acts:
-    folder = workdir or run.default_workdir(experiment)
-    stages.make(experiment, peek(pathlib.Path(folder)), lambda: False)
-  else:
-    env = build.make_env(experiment, training=True)
-    build.make_agent(experiment, env.spec)
-  folder = pathlib.Path(workdir or run.default_workdir(experiment))
-  configs.check_place('workdir', folder, folder=True)
-  about = experiment.as_dict() | experiment.material.fingerprint(experiment)
-  run_config.check_run_config(folder, about, terminal.device(), run_config.FREE)
-  print('no problem found')
-
-
-def _plan(experiment: build.Experiment, values) -> None:
-  """Prints how much memory a run needs, and refuses one that does not fit."""
-  from experiments.runtime import distributed
-  from experiments.training import plan
-
-  flag_checks.refuse(
-    ['check', 'profile', 'measure', 'tensorboard', 'wandb'], 'with --plan'
-  )
-  if values.target is None:
-    distributed.initialize(
-      values.distributed, values.num_processes, values.process_id
-    )
-    devices.use_compilation_cache()
-    folder = pathlib.Path(values.workdir or run.default_workdir(experiment))
-    plans = plan.here(experiment, peek(folder).parts)
-  else:
-    flag_checks.refuse(
-      ['workdir', 'distributed', 'num_processes', 'process_id'],
-      'with --target',
-    )
-    flags = ('agent', 'env', 'steps', 'seed')
-    about = {name: getattr(values, name) for name in flags} | {
-      'preset_name': values.preset,
-      'settings': values.set,
-      'dataset': build.text_or_dataset(values),
-    }
-    plans = plan.elsewhere(experiment, values.target, about)
-  if distributed.is_main():
-    plan.show(plans)
-  plan.check(plans)
-  if distributed.is_main():
-    print('it fits')
-
-
-def _show(experiment: build.Experiment) -> None:
-  rows = []
-
-  def add(prefix, config):
-    docs = {field.name: field for field in overrides.describe(config)}
-    for field in dataclasses.fields(config):
-      value = getattr(config, field.name)
-      if dataclasses.is_dataclass(value):
-        add(f'{prefix}{field.name}.', value)
-      else:
-        doc = docs[field.name].doc or ''
-        rows.append((prefix + field.name, str(value), doc))
-
-  add('', experiment.config)
-  add('env.', experiment.env)
-  add('run.', experiment.run)
-  title = f'{experiment.name}: --set=FIELD=VALUE'
-  terminal.print_table(('field', 'value', 'meaning'), rows, title, left=3)
 
 
 if __name__ == '__main__':

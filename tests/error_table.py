@@ -29,6 +29,15 @@ TABLE = {
   'train --set=gamma=2': '--set=gamma=2: gamma=2.0: must be within [0, 1]',
   'train --set=momentum=-1': 'momentum=-1.0: must be within [0, 1]',
   'train --set=name=x': 'no field name: ',
+  'train --set=network.mixture=torso --set=limit=2': (
+    'no field limit: it needs router=balanced'
+  ),
+  'train --set=router=balanced': (
+    'router=balanced: there is no mixture of experts; set network.mixture='
+  ),
+  'train --preset=atac_small --dataset=data.npz --set=router.k=1': (
+    'router.k=1: there is no mixture of experts; set critic_moe.num_experts='
+  ),
   'train --set=env.options=zzz': 'env.options=zzz: should be name=value',
   'train --set=env.options=zzz=1 --env=jax:catch': (
     'env.options=zzz=1: unknown; jax:catch has rows, columns'

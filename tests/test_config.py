@@ -201,7 +201,7 @@ def test_one_of_several_dataclasses_is_chosen_by_its_name(name):
   ('settings', 'message'),
   [
     (['part=middle'], "part is 'middle', must be one of low, high"),
-    (['low=3', 'part=high'], 'no field low: '),
+    (['low=3', 'part=high'], 'no field low: it needs part=low'),
     (['part.agent.k=3'], 'no field part.agent.k: '),
   ],
 )

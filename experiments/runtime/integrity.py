@@ -271,7 +271,7 @@ def _check_run(manifest: Manifest, run: Mapping[str, Any] | None) -> None:
   was = {n: manifest.run.get(n) for n in changed}
   if 'seed' in was:
     raise Damaged(f'is of another run: seed {shown(was["seed"])}')
-  raise Damaged('is of another run: other settings')
+  raise Damaged('is of another run: other settings, or of another release')
 
 
 def _check_file(

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.files.errors import UserError
@@ -66,7 +66,7 @@ def override(
       name, text = name.strip(), text.strip()
       if not (name and equals):
         raise UserError(f'--set={assignment}: should be field=value')
-      where = _find(result, name)
+      where = find(result, name)
       if applied.get(where, -1) > number:
         continue
       section, *path = where
@@ -121,7 +121,7 @@ def _chosen(annotation: Any, old: Any, name: str, text: str) -> Any:
 
 def _chooses(sections: Mapping[str, Any], assignment: str) -> bool:
   """Whether an assignment sets which of several dataclasses a field has."""
-  known = [p for s, config in sections.items() for p in _paths(config, (s,))]
+  known = [p for s, config in sections.items() for p in paths(config, (s,))]
   asked = tuple(assignment.partition('=')[0].strip().split('.'))
   return [p[-1] for p in matching(known, asked)] == ['name']
 
@@ -158,19 +158,32 @@ def _in_order(parts: Sequence[str], path: Sequence[str]) -> bool:
   return all(part in rest for part in parts)
 
 
-def _paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-  """Paths of all fields that can be set."""
+def paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+  """Paths of all fields that can be set.
+
+  Args:
+    config: a dataclass; those in it are searched, too.
+    prefix: put before each path.
+  """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
-      yield from _paths(value, (*prefix, field.name))
+      yield from paths(value, (*prefix, field.name))
     elif field.init:
       yield (*prefix, field.name)
 
 
-def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
-  """The path that a name on the command line means."""
-  known = [p for s, config in sections.items() for p in _paths(config, (s,))]
+def find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
+  """The path that a name on the command line means.
+
+  Args:
+    sections: as for `override`.
+    name: `k`, `router.k` or `agent.network.moe.router.k`.
+
+  Raises:
+    UserError: there is no such field, or several.
+  """
+  known = [p for s, config in sections.items() for p in paths(config, (s,))]
   asked = tuple(name.split('.'))
   found = matching(known, asked)
   if len(found) == 1:
@@ -184,9 +197,25 @@ def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
   names = sorted(
     p[-1] if fields.count(p[-1]) == 1 else '.'.join(p) for p in known
   )
+  if others := sorted(set(_with_field(sections.values(), asked[-1]))):
+    raise UserError(f'no field {name}: it needs {" or ".join(others)}')
   near = difflib.get_close_matches(asked[-1], sorted(set(fields)), n=3)
   hint = f'did you mean {" or ".join(near)}? ' if near else ''
   raise UserError(f'no field {name}: {hint}fields are {", ".join(names)}')
+
+
+def _with_field(configs: Iterable[Any], name: str) -> Iterator[str]:
+  """Choices of a dataclass, not taken, that have a field of this name."""
+  for config in configs:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+      value = getattr(config, field.name)
+      if not dataclasses.is_dataclass(value):
+        continue
+      yield from _with_field([value], name)
+      for kind in typing.get_args(hints[field.name]):
+        if any(f.name == name for f in dataclasses.fields(kind)):
+          yield f'{field.name}={kind.name}'
 
 
 # What a file of settings can hold, and no number that is longer to read.

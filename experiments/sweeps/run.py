@@ -65,6 +65,7 @@ def run(held: contextlib.ExitStack) -> None:
     first = plan.describe(sweep_plan.Row(0, 0))
     refuse_unused(
       [*plan.fixed, *plan.assignments(0)],
+      first.config,
       on_data=not first.material.acts,
       is_fresh=build.is_fresh(first.config),
     )

@@ -16,8 +16,53 @@ from experiments import build
 from experiments.build import capacity, programs
 from experiments.files.errors import UserError, shown
 from experiments.report import terminal
-from experiments.runtime import compile_targets
+from experiments.runtime import compile_targets, devices
+from experiments.runtime import flags as flag_checks
+from experiments.training.keeper import peek
 from experiments.training.plan_memory import FULL, Plan, Row, of_phase, settings
+
+
+def launch(
+  experiment: build.Experiment, values: Any, folder: pathlib.Path
+) -> None:
+  """Prints how much memory a run needs, and refuses one that does not fit.
+
+  Args:
+    experiment: from `build.describe`.
+    values: the flags of `python -m experiments.train`.
+    folder: of the run, whose checkpoint may have been split already.
+
+  Raises:
+    UserError: it does not fit, or a flag would be ignored.
+  """
+  from experiments.runtime import distributed
+
+  flag_checks.refuse(
+    ['check', 'profile', 'measure', 'tensorboard', 'wandb'], 'with --plan'
+  )
+  if values.target is None:
+    distributed.initialize(
+      values.distributed, values.num_processes, values.process_id
+    )
+    devices.use_compilation_cache()
+    plans = here(experiment, peek(folder).parts)
+  else:
+    flag_checks.refuse(
+      ['workdir', 'distributed', 'num_processes', 'process_id'],
+      'with --target',
+    )
+    flags = ('agent', 'env', 'steps', 'seed')
+    about = {name: getattr(values, name) for name in flags} | {
+      'preset_name': values.preset,
+      'settings': values.set,
+      'dataset': build.text_or_dataset(values),
+    }
+    plans = elsewhere(experiment, values.target, about)
+  if distributed.is_main():
+    show(plans)
+  check(plans)
+  if distributed.is_main():
+    print('it fits')
 
 
 def here(experiment: build.Experiment, saved_parts: int = 0) -> list[Plan]:

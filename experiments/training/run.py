@@ -9,7 +9,11 @@ import time
 
 from experiments import build
 from experiments.build import saved as saved_run
-from experiments.training import words
+from experiments.report import terminal
+from experiments.runtime import config as configs
+from experiments.runtime import devices, run_config
+from experiments.training import stages, words
+from experiments.training.keeper import peek
 from experiments.training.train import NOTHING, Also, train
 
 
@@ -70,3 +74,27 @@ def run(
     return
   if players is not None and finish is not None:
     finish(workdir, players)
+
+
+def check(experiment: build.Experiment, workdir: str | None) -> None:
+  """Refuses what a run would refuse, except for devices and processes.
+
+  Args:
+    experiment: from `build.describe`.
+    workdir: the run's folder; `default_workdir` if left out.
+
+  Raises:
+    UserError: the run cannot begin, or resume in its folder.
+  """
+  devices.use_compilation_cache()
+  if not experiment.material.acts:
+    folder = workdir or default_workdir(experiment)
+    stages.make(experiment, peek(pathlib.Path(folder)), lambda: False)
+  else:
+    env = build.make_env(experiment, training=True)
+    build.make_agent(experiment, env.spec)
+  folder = pathlib.Path(workdir or default_workdir(experiment))
+  configs.check_place('workdir', folder, folder=True)
+  about = experiment.as_dict() | experiment.material.fingerprint(experiment)
+  run_config.check_run_config(folder, about, terminal.device(), run_config.FREE)
+  print('no problem found')
