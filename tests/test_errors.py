@@ -254,10 +254,11 @@ def test_there_are_enough_values():
 
 @pytest.mark.parametrize('launcher', launching.LAUNCHERS)
 def test_help_is_no_error(launcher, launch, capsys, monkeypatch):
-  from absl import flags
+  from absl import app, flags
 
   _, module, _ = launching.find(launcher.split())
   monkeypatch.setattr(sys, 'argv', [launcher, '--help'])
+  app.define_help_flags()  # once in a process, so they must stay
   known = set(flags.FLAGS)
   module.define_flags()
   try:
