@@ -6,7 +6,7 @@ Running the same command again resumes the run in its folder.
 import pathlib
 
 from experiments import build, presets
-from experiments.presets.settings import refuse_unused
+from experiments.build.unused import refuse_unused
 from experiments.runtime import config as configs
 from experiments.runtime import devices
 from experiments.runtime import flags as flag_checks

@@ -3,7 +3,6 @@
 from experiments.presets.settings import EnvConfig as EnvConfig
 from experiments.presets.settings import Preset as Preset
 from experiments.presets.settings import RunConfig as RunConfig
-from experiments.presets.settings import refuse_unused as refuse_unused
 from experiments.presets.table import AGENTS as AGENTS
 from experiments.presets.table import DEFAULT as DEFAULT
 from experiments.presets.table import PRESETS as PRESETS

@@ -17,8 +17,8 @@ import pathlib
 
 from experiments import build
 from experiments.build import capacity, support
+from experiments.build.unused import refuse_unused
 from experiments.files import locking
-from experiments.presets.settings import refuse_unused
 from experiments.report import terminal
 from experiments.runtime import config as configs
 from experiments.runtime import devices, run_config, signals
