@@ -21,7 +21,7 @@ from experiments.build import dataset as datasets
 from experiments.data import layout
 from experiments.runtime import loop
 from experiments.runtime import mesh as meshes
-from experiments.runtime import offline as runtime
+from experiments.runtime import transitions as runtime
 from search.model import TimeStep
 
 N, BATCH, SCALE = 60, 16, 0.5

@@ -12,7 +12,7 @@ from experiments.files.errors import UserError
 from experiments.runtime import compile_targets, compiled
 from experiments.runtime import config as configs
 from experiments.training import plan, plan_memory
-from experiments.training.plan_memory import Plan, Row
+from experiments.training.plan_memory import Need, Plan
 
 PRESET = 'sac_pendulum'
 SMALL = (
@@ -109,10 +109,10 @@ def test_a_program_that_its_compiler_refuses_is_named(monkeypatch):
 
 def test_of_programs_the_largest_counts():
   rows = (
-    Row('parameters', (), 10, 0),
-    Row('program update', ('batch_size=8',), 60, 0, stays=False),
-    Row('program refresh', ('reanalyze_chunk=0',), 80, 0, stays=False),
-    Row('replay', ('replay_capacity=9',), 0, 50),
+    Need('parameters', (), 10, 0),
+    Need('program update', ('batch_size=8',), 60, 0, stays=False),
+    Need('program refresh', ('reanalyze_chunk=0',), 80, 0, stays=False),
+    Need('replay', ('replay_capacity=9',), 0, 50),
   )
   found = Plan('train', rows, '1 x small', 100, 50)
   assert (found.device, found.host) == (90, 50)

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import build, corpus, play, presets, train
-from experiments.build import saved, text
+from experiments.build import corpus as corpus_lib
+from experiments.build import saved
 from experiments.data import text as texts
 from experiments.runtime import config as configs
 from experiments.runtime import loop, mesh, run_config
-from experiments.runtime import text as runtime
+from experiments.runtime import token_windows as runtime
 from experiments.studies import specialisation
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps import program as sweep_program
@@ -347,8 +348,8 @@ def test_a_run_leaves_what_it_promises(whole, path):
 
 def test_held_out_windows_are_the_end_of_the_text(path):
   experiment = describe(path)
-  corpus = text.opened(experiment)
-  windows = text.held_out(experiment, corpus)
+  corpus = corpus_lib.opened(experiment)
+  windows = corpus_lib.held_out(experiment, corpus)
   # Fewer than a batch of them: one, whatever batch is trained on.
   assert windows.shape[::2] == (1, 9) and windows.dtype == np.int32
   flat = windows[..., :-1].reshape(-1)
@@ -447,7 +448,9 @@ def test_what_experts_specialise_in(whole, path, tmp_path, capsys):
     shares = [float(row[f'expert_{e}']) for e in range(4)]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
   shares = specialisation.route(str(whole), 'final', 0)
-  windows = text.held_out(describe(path), text.opened(describe(path)))
+  windows = corpus_lib.held_out(
+    describe(path), corpus_lib.opened(describe(path))
+  )
   # Two experts a token.
   assert shares.counts.sum() == 2 * windows[..., :-1].size
   history = specialisation.through_training(str(whole), 0)
@@ -515,7 +518,7 @@ def test_every_preset_builds(path, name):
   assert presets.PRESETS[name].source
   more = ['text.held_out=0.2', 'text.length=8']
   experiment = build.describe(name, dataset=str(path), settings=more)
-  assert experiment.material is text.MATERIAL
+  assert experiment.material is corpus_lib.MATERIAL
   assert experiment.updates == presets.PRESETS[name].steps
   spec = experiment.material.open(experiment).spec
   agent = build.make_agent(experiment, spec)
@@ -563,7 +566,7 @@ def test_no_program_holds_the_text(path):
   """Only the digits of its length grow."""
   experiment = describe(path)
   stage = stages.make(experiment, Saved(), lambda: False).stages[0]
-  tokens = text.opened(experiment).train
+  tokens = corpus_lib.opened(experiment).train
 
   def size(tokens):
     source = runtime.from_tokens(tokens, 8, 8)

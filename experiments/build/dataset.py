@@ -230,7 +230,7 @@ def checksum(name: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _checksum(name: str, stamp: tuple) -> str:
-  from experiments.runtime import offline as runtime
+  from experiments.runtime import transitions as runtime
 
   return runtime.fingerprint(rows_of(_opened(name, stamp)))
 
@@ -334,12 +334,12 @@ def _is_spec(x):
 
 
 def rows_of(dataset: Any) -> Any:
-  """`runtime.offline.Rows` of a data set."""
+  """`transitions.Rows` of a data set."""
   import numpy as np
 
   from agents.core.types import Transition
   from experiments.data import layout
-  from experiments.runtime.offline import Rows
+  from experiments.runtime.transitions import Rows
 
   transitions = Transition(
     o_tm1=dataset.observation,
@@ -367,7 +367,7 @@ def make_source(
     UserError: rows on the host for an agent that imagines, or rollouts of more
       rows than a batch has.
   """
-  from experiments.runtime import offline as runtime
+  from experiments.runtime import transitions as runtime
 
   run, config = experiment.run, experiment.config
   source = runtime.from_dataset(

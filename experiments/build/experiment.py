@@ -8,8 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 from experiments import presets
+from experiments.build import corpus, environment
 from experiments.build import dataset as datasets
-from experiments.build import environment, text
 from experiments.build.material import Experiment, Material, is_fresh
 from experiments.files.errors import shown
 from experiments.presets.table import EnvConfig, Preset, RunConfig
@@ -105,7 +105,7 @@ def _material(
     return environment.MATERIAL
   # A preset without an environment is not for play, whatever env is given.
   if dataset or not preset.env or presets.is_offline(agent_name):
-    return text.MATERIAL if hasattr(config, 'text') else datasets.MATERIAL
+    return corpus.MATERIAL if hasattr(config, 'text') else datasets.MATERIAL
   return environment.MATERIAL
 
 

@@ -234,7 +234,7 @@ def batch_of(experiment: Experiment, agent: Any, source: Any, spec: Any) -> Any:
   import jax
 
   from agents.core import replay
-  from experiments.runtime import offline, sources
+  from experiments.runtime import sources, transitions
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   if source is not None and not source.is_pure:
@@ -257,4 +257,4 @@ def batch_of(experiment: Experiment, agent: Any, source: Any, spec: Any) -> Any:
   batch = jax.eval_shape(memory.sample, kept, key, 1.0)
   if hasattr(experiment.config, 'window'):
     return batch
-  return jax.eval_shape(offline.to_transition, batch)
+  return jax.eval_shape(transitions.to_transition, batch)

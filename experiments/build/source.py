@@ -264,6 +264,6 @@ def _make_part(
   )
   if hasattr(experiment.config, 'window'):
     return source
-  from experiments.runtime import offline as transitions
+  from experiments.runtime import transitions
 
   return transitions.transitions(source)

@@ -26,7 +26,7 @@ from experiments import build
 from experiments.build.dataset import rows_of, spec_of, told
 from experiments.data import layout
 from experiments.report import style
-from experiments.runtime import evaluate, loop, offline, sources
+from experiments.runtime import evaluate, loop, sources, transitions
 from experiments.studies import atac_game_selection
 from experiments.training import collector
 from search.exact import bellman, offline_game
@@ -235,7 +235,9 @@ config = atac.Config(
 )
 networks = atac.make_networks(config, spec)
 losses = atac.make_losses()
-source = offline.from_dataset(rows_of(dataset), BATCH_SIZE, reward_scale=0.1)
+source = transitions.from_dataset(
+  rows_of(dataset), BATCH_SIZE, reward_scale=0.1
+)
 
 
 def score(agent, params):

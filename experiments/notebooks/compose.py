@@ -26,7 +26,7 @@ from agents.core import optim
 from agents.core.types import Agent, Info, Transition
 from experiments.envs import pendulum
 from experiments.report import statistics, style
-from experiments.runtime import evaluate, loop, offline
+from experiments.runtime import evaluate, loop, transitions
 from networks import actor_critic
 
 # %% tags=["parameters"]
@@ -47,7 +47,7 @@ REWARD_SCALE = 0.1
 # The pendulum is written in JAX, so its episodes are one `scan` under `vmap`. A
 # row of a data set is a `Transition`: what was seen, what was done, the reward,
 # a discount that is 0 at a termination only (this task has none), and what was
-# seen next. `offline.Rows` adds the first observations of episodes.
+# seen next. `transitions.Rows` adds the first observations of episodes.
 #
 # Two behaviours are recorded: one without any sense, and a controller that
 # pumps energy, holds the pendulum when it is up, and trembles.
@@ -93,7 +93,7 @@ def record(behaviour):
   keys = jax.random.split(jax.random.key(0), NUM_EPISODES)
   episodes = jax.jit(jax.vmap(episode))(keys)
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episodes)
-  return offline.Rows(flat, episodes.o_tm1[:, 0])
+  return transitions.Rows(flat, episodes.o_tm1[:, 0])
 
 
 data = {'random': record(at_random), 'controller': record(controller)}
@@ -118,7 +118,7 @@ for name, rows in data.items():
 # %%
 def train(agent):
   """Returns of both data sets, all seeds, all evaluations, `[2, seeds, P]`."""
-  source = offline.from_dataset(
+  source = transitions.from_dataset(
     data['random'], BATCH_SIZE, reward_scale=REWARD_SCALE
   )
   interval = loop.compile_interval(agent, source)

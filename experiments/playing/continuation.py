@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from experiments.build import text
+from experiments.build import corpus
 from experiments.data import text as texts
 from experiments.files.errors import UserError, shown
 
@@ -26,7 +26,7 @@ def continue_text(
 
   from experiments import build
   from experiments.build.saved import load_params
-  from experiments.runtime import text as runtime
+  from experiments.runtime import token_windows as runtime
 
   if not options.prompt:
     raise UserError(
@@ -34,8 +34,8 @@ def continue_text(
       "as --prompt='The '"
     )
   folder = pathlib.Path(workdir)
-  vocabulary = text.read_vocabulary(folder)
-  spec = text.spec_of(folder.name, vocabulary)
+  vocabulary = corpus.read_vocabulary(folder)
+  spec = corpus.spec_of(folder.name, vocabulary)
   agent = build.make_agent(experiment, spec)
   params = load_params(workdir, agent, [name])[name]
   networks = build.make_networks(experiment, spec)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import build
-from experiments.build import saved, text
+from experiments.build import corpus as corpus_lib
+from experiments.build import saved
 from experiments.files import tables
 from experiments.files.errors import UserError
 from experiments.report import style, terminal
@@ -77,13 +78,13 @@ def route(workdir: str, checkpoint: str, layer: int) -> Shares:
   experiment = saved.load_experiment(workdir)
   if experiment.material.plays:
     raise UserError(f'workdir={workdir}: is no run of a language model')
-  corpus = text.opened(experiment)
-  spec = text.spec_of(corpus.name, corpus.vocabulary)
+  corpus = corpus_lib.opened(experiment)
+  spec = corpus_lib.spec_of(corpus.name, corpus.vocabulary)
   agent = build.make_agent(experiment, spec)
   networks = build.make_networks(experiment, spec)
   params = saved.load_params(workdir, agent, [checkpoint])[checkpoint]
   plans = jax.jit(networks.plans)
-  windows = text.held_out(experiment, corpus)[..., :-1]
+  windows = corpus_lib.held_out(experiment, corpus)[..., :-1]
   experts = experiment.config.network.moe.num_experts
   counts = np.zeros((experts + 1, corpus.vocabulary.size))
   for tokens in windows:

@@ -19,7 +19,13 @@ from experiments.report import terminal
 from experiments.runtime import compile_targets, devices
 from experiments.runtime import flags as flag_checks
 from experiments.training.keeper import peek
-from experiments.training.plan_memory import FULL, Plan, Row, of_phase, settings
+from experiments.training.plan_memory import (
+  FULL,
+  Need,
+  Plan,
+  of_phase,
+  settings,
+)
 
 
 def launch(
@@ -105,7 +111,7 @@ def elsewhere(
     if 'error' in found:
       raise UserError(found['error'])
     rows = [
-      Row(what, tuple(some), *rest) for what, some, *rest in found['rows']
+      Need(what, tuple(some), *rest) for what, some, *rest in found['rows']
     ]
     found['rows'] = tuple(rows)
     plans.append(Plan(**found))

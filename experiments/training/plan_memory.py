@@ -27,7 +27,7 @@ _CHANGES = {
 }
 
 
-class Row(NamedTuple):
+class Need(NamedTuple):
   """Something that takes memory.
 
   Attributes:
@@ -59,14 +59,14 @@ class Plan(NamedTuple):
   """
 
   phase: str
-  rows: tuple[Row, ...]
+  rows: tuple[Need, ...]
   machine: str
   has: int
   host_has: int
   on_host: int = 0
 
   @property
-  def counted(self) -> list[Row]:
+  def counted(self) -> list[Need]:
     """The rows that are in memory at once, largest first."""
     passing = [row for row in self.rows if not row.stays]
     largest = max(passing, key=lambda row: row.device, default=None)
@@ -122,12 +122,12 @@ def of_phase(
       if part in ('update', 'interval'):
         # Compilers for accelerators fill arrays up to whole tiles.
         rows.append(
-          Row('padding and keys', (), max(found.arguments - held, 0.0))
+          Need('padding and keys', (), max(found.arguments - held, 0.0))
         )
-    rows.append(Row(f'code of {part}', (), code))
+    rows.append(Need(f'code of {part}', (), code))
     stays = part == 'act' and beside
     fields = settings(experiment, *_CHANGES[part])
-    rows.append(Row(f'program {part}', fields, size, 0.0, stays))
+    rows.append(Need(f'program {part}', fields, size, 0.0, stays))
   first = mesh.devices.flat[0]
   machine = f'{mesh.size} x {first.device_kind}'
   some = tuple(row for row in rows if row.device or row.host)
@@ -152,7 +152,7 @@ def _compiled(program: programs.Program) -> compiled.Memory | None:
     return None
 
 
-def _kept(experiment, layout, agent, source, spec, sharding) -> list[Row]:
+def _kept(experiment, layout, agent, source, spec, sharding) -> list[Need]:
   """What is in memory whatever is computed."""
   import jax
   import numpy as np
@@ -166,11 +166,11 @@ def _kept(experiment, layout, agent, source, spec, sharding) -> list[Row]:
   params = _shards(state.params, sharding.params if sharding else whole)
   network = (f'network={experiment.agent_name}',)
   rows = [
-    Row('parameters', network, params),
-    Row('optimiser and other state', network, total - params),
+    Need('parameters', network, params),
+    Need('optimiser and other state', network, total - params),
   ]
   batch = programs.batch_of(experiment, agent, source, spec)
-  batch = Row(
+  batch = Need(
     'batch',
     settings(experiment, 'batch_size'),
     _shards(batch, meshes.split(mesh)),
@@ -187,26 +187,26 @@ def _kept(experiment, layout, agent, source, spec, sharding) -> list[Row]:
     data = jax.tree.leaves(experiment.material.rows(experiment))
     # Files that are mapped may be larger than memory.
     held = sum(x.nbytes for x in data if not isinstance(x, np.memmap))
-    return [*rows, Row('data', _data(experiment), 0.0, held)]
+    return [*rows, Need('data', _data(experiment), 0.0, held)]
   if experiment.run.acting == 'asynchronous' and not layout.acting:
     # The next copy is made before the last one goes.
     copies = 2 * layout.parts / mesh.size * params
-    rows.append(Row(_COPIES, network, copies))
+    rows.append(Need(_COPIES, network, copies))
   processes = len({d.process_index for d in mesh.devices.flat})
   held = capacity.host_replay(experiment, agent, spec) / processes
   fields = settings(experiment, 'replay_capacity')
-  return [*rows, Row('replay', fields, 0.0, held)]
+  return [*rows, Need('replay', fields, 0.0, held)]
 
 
-def _pure(experiment, state, where) -> Iterator[Row]:
+def _pure(experiment, state, where) -> Iterator[Need]:
   """The state of a pure source, divided over the devices or whole on each."""
   size, replay = _shards(state, where), getattr(state, 'replay', None)
   if not experiment.material.acts:
-    yield Row('data', _data(experiment), size)
+    yield Need('data', _data(experiment), size)
     return
   kept = 0.0 if replay is None else _shards(replay, where)
-  yield Row('replay', settings(experiment, 'replay_capacity'), kept)
-  yield Row('environments', settings(experiment, 'num_envs'), size - kept)
+  yield Need('replay', settings(experiment, 'replay_capacity'), kept)
+  yield Need('environments', settings(experiment, 'num_envs'), size - kept)
 
 
 def _data(experiment) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ def prepared(experiment: Experiment, parts: int = 1) -> Opened:
   Raises:
     ValueError: they cannot be read.
   """
-  from experiments.runtime import text as runtime
+  from experiments.runtime import token_windows as runtime
 
   del parts
   corpus = opened(experiment)
@@ -166,7 +166,7 @@ def held_out(experiment: Experiment, corpus: Corpus):
   """
   import numpy as np
 
-  from experiments.runtime import text as runtime
+  from experiments.runtime import token_windows as runtime
 
   length = experiment.config.text.length
   windows = runtime.num_windows(corpus.held_out, length)
