@@ -214,7 +214,9 @@ def _backward(tree: mctx.Tree, leaf: chex.Array) -> mctx.Tree:
   """Backs up the values of nodes `leaf`, int32 `[B]`, along their paths.
 
   Elements that have arrived at their root write back what they read there,
-  which costs less than a scatter that drops them.
+  which costs less than a scatter that drops them. Whatever is read of an array
+  is an ancestor of what is written to it: otherwise XLA may order the write
+  first, and copies the whole array at every step to keep the old numbers.
   """
   batch_range = jnp.arange(tree.node_values.shape[0])
   scatter = {
@@ -227,7 +229,7 @@ def _backward(tree: mctx.Tree, leaf: chex.Array) -> mctx.Tree:
     return jnp.any(state[-1] != mctx.Tree.ROOT_INDEX)
 
   def step(state):
-    values, visits, child_values, child_visits, leaf_value, index = state
+    values, visits, child_values, child_visits, child, returns, index = state
     is_live = index != mctx.Tree.ROOT_INDEX
     parent = jnp.where(is_live, tree.parents[batch_range, index], 0)
     action = jnp.where(is_live, tree.action_from_parent[batch_range, index], 0)
@@ -236,22 +238,22 @@ def _backward(tree: mctx.Tree, leaf: chex.Array) -> mctx.Tree:
       tree.children_rewards[edge],
       tree.children_discounts[edge],
     )
-    leaf_value = reward + discount * leaf_value
+    returns = reward + discount * returns
     node = (batch_range, parent)
     count, value = visits[node], values[node]
-    mean = (value * count + leaf_value) / (count + 1.0)
+    mean = (value * count + returns) / (count + 1.0)
+    mean = jnp.where(is_live, mean, value)
 
-    child_value = jnp.where(
-      is_live, values[batch_range, index], child_values[edge]
-    )
+    child_value = jnp.where(is_live, child, child_values[edge])
     one = is_live.astype(visits.dtype)
     child_values = child_values.at[edge].set(child_value, **scatter)
     child_visits = child_visits.at[edge].add(one, **scatter)
-    values = values.at[node].set(jnp.where(is_live, mean, value), **scatter)
-    visits = visits.at[node].add(one, **scatter)
-    return values, visits, child_values, child_visits, leaf_value, parent
+    values = values.at[node].set(mean, **scatter)
+    visits = visits.at[node].set(count + one, **scatter)
+    return values, visits, child_values, child_visits, mean, returns, parent
 
-  values, visits, child_values, child_visits, _, _ = jax.lax.while_loop(
+  value = tree.node_values[batch_range, leaf]
+  values, visits, child_values, child_visits, *_ = jax.lax.while_loop(
     is_climbing,
     step,
     (
@@ -259,7 +261,8 @@ def _backward(tree: mctx.Tree, leaf: chex.Array) -> mctx.Tree:
       tree.node_visits,
       tree.children_values,
       tree.children_visits,
-      tree.node_values[batch_range, leaf],
+      value,
+      value,
       leaf,
     ),
   )
