@@ -142,7 +142,7 @@ TABLE = {
   'train --distributed=here:1 --num_processes=2 --process_id=2': (
     'process_id=2: must be below num_processes=2'
   ),
-  'launch': 'no command: put it behind --',
+  'launch': 'no command: put it after --',
   'launch -- zzz': 'command zzz: no such program',
   'launch zzz': "unexpected argument 'zzz': flags are --name=value",
   # Where to write.
@@ -192,8 +192,8 @@ TABLE = {
   'study offline --study=betas --folder=file': 'folder=file: is a file, must',
   'study offline --study=betas --results=file': 'results=file: is a file, must',
   # Runs.
-  'play --workdir=empty': "workdir=empty: is no run's folder ... name the --wo",
-  'play --workdir=file': "workdir=file: is no run's folder ... name the --work",
+  'play --workdir=empty': "workdir=empty: is not a run's folder ... name the",
+  'play --workdir=file': "workdir=file: is not a run's folder ... name the --",
   'play --workdir=torn': 'torn/config.json is not JSON: ... from a copy',
   'play --workdir=list': 'list/config.json: Expected `object`, got `array`; re',
   'play --workdir=lacks': "lacks/config.json lacks 'run': was it written by an",
@@ -217,7 +217,7 @@ TABLE = {
   'study specialisation --workdir=catch --checkpoint=zzz': (
     'workdir=catch: is no run of a language model'
   ),
-  'study specialisation --workdir=none': "workdir=none: is no run's folder",
+  'study specialisation --workdir=none': "workdir=none: is not a run's folder",
   'play --workdir=pendulum --dynamics=x': (
     'flag --dynamics=x: has no effect without'
   ),

@@ -315,7 +315,7 @@ def test_reader_makes_and_tidies_nothing(saved, tmp_path):
 
 
 def test_keep_is_checked(tmp_path):
-  with pytest.raises(UserError, match='keep is 0, must be at least 1'):
+  with pytest.raises(UserError, match='keep=0: must be at least 1'):
     checkpoint.open(tmp_path, keep=0)
 
 

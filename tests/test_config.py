@@ -352,7 +352,7 @@ def test_bool_is_not_an_integer(tmp_path):
 
 
 def test_read_run_config_refuses_other_folders(tmp_path):
-  with pytest.raises(UserError, match="is no run's folder"):
+  with pytest.raises(UserError, match="is not a run's folder"):
     run_configs.read_run_config(tmp_path)
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match='is not JSON'):

@@ -315,9 +315,7 @@ def test_an_old_jax_is_refused(launch, monkeypatch):
 def test_a_folder_that_must_not_be_written_to_is_refused(launch, monkeypatch):
   # A superuser may write everywhere.
   monkeypatch.setattr(os, 'access', lambda path, mode: False)
-  _says(
-    launch('train --workdir=empty/run'), 'empty must not be written to; tak'
-  )
+  _says(launch('train --workdir=empty/run'), 'empty is not writable; tak')
 
 
 def test_devices_that_are_not_there_end_a_process_in_one_line(tmp_path):

@@ -215,7 +215,7 @@ def test_a_damaged_best_is_replaced(tmp_path, capsys):
 )
 def test_a_refusal_is_one_line(error, reason, remedy):
   for newest, words in (
-    (6, f'the one of update 6 is whole: {remedy}, then the same command goes'),
+    (6, f'that of update 6 is whole: {remedy}, then the same command resumes'),
     (None, f'there is none before it: {remedy}, then the same command begins'),
   ):
     saving = integrity.saving(7, '/a/run', newest)
@@ -248,7 +248,7 @@ def test_files_without_room_are_one_line(tmp_path, monkeypatch):
     writer.write(2, {'loss': 1.0, 'more': 2.0})
   assert str(caught.value) == (
     f'cannot write {tmp_path}/metrics.csv: No space left on device; make room, '
-    'then the same command goes on from the last checkpoint'
+    'then the same command resumes from the last checkpoint'
   )
   assert (tmp_path / 'metrics.csv').read_text() == 'step,loss\n1,1\n'
 
@@ -532,8 +532,8 @@ def test_a_full_disk_ends_the_run_with_one_line(ended, fault):
   assert found[fault]['status'] == 2
   assert found[fault]['errors'] == (
     f'error: cannot save the checkpoint at update 8 into {where}: File too '
-    'large; the one of update 4 is whole: make room, then the same command '
-    'goes on from there\n'
+    'large; that of update 4 is whole: make room, then the same command '
+    'resumes from there\n'
   )
   assert found[fault]['steps'] == [4]
   check_goes_on(found, fault, 4)

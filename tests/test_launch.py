@@ -256,7 +256,7 @@ def test_commands_get_this_python():
   assert processes.resolve(['x.py', 'y']) == [here, 'x.py', 'y']
   assert processes.resolve(['python', '-m', 'x']) == [here, '-m', 'x']
   assert processes.resolve(['sh', '-c', ':']) == ['sh', '-c', ':']
-  with pytest.raises(UserError, match='no command: put it behind --'):
+  with pytest.raises(UserError, match='no command: put it after --'):
     processes.resolve([])
   with pytest.raises(UserError, match='command nowhere: no such program'):
     processes.resolve(['nowhere'])
@@ -454,7 +454,7 @@ def test_restarts_are_counted(tmp_path, fails_with, restarts, code, tries):
 
 def test_a_wrong_command_line_is_one_line():
   for command, complaint in (
-    (launched(), 'no command: put it behind --'),
+    (launched(), 'no command: put it after --'),
     (launched('x.py', flags=['--processes=0']), 'processes'),
     (launched('x.py', flags=['y']), "unexpected argument 'y'"),
   ):

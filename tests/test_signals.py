@@ -308,7 +308,7 @@ def test_a_study_stops_with_its_runs(tmp_path):
   said = (tmp_path / 'log').read_text()
   assert code == 143, said
   assert logs() == ['ready\nsaved\n'] * 2
-  assert '10 runs are left; the same command goes on from here' in said
+  assert '10 runs are left; the same command resumes from here' in said
 
 
 def test_a_study_of_planners_lets_its_run_save(tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def test_what_is_killed_is_gone_on_with(cluster, tmp_path, what):
   tries = [len(read(p)) for p in sorted(kept.glob('rows/*.tries.csv'))]
   assert max(tries) >= 2
   if what == 'a row':
-    assert 'SIGKILL: somebody killed it, or the memory ran out' in out
+    assert 'SIGKILL: killed by the user or for lack of memory' in out
   plain = tmp_path / 'plain'
   process = sweep(plain, *rows, engine='processes')
   out, _ = process.communicate(timeout=900)

@@ -39,7 +39,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     raise UserError(
       f'cannot write {shown(path)}: {error.strerror or shown(error)}; '
       f'{remedy(error.errno)}, '
-      'then the same command goes on from the last checkpoint'
+      'then the same command resumes from the last checkpoint'
     ) from error
 
 

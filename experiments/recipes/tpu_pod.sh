@@ -52,6 +52,6 @@ on_all "cd outplay && exec .venv/bin/python -m experiments.train \
 --distributed=auto$(printf ' %q' "$@")" || code=$?
 case $code in
   130 | 143)
-    echo 'stopped with a checkpoint; the same command goes on from there' >&2 ;;
+    echo 'stopped with a checkpoint; the same command resumes from there' >&2 ;;
 esac
 exit "$code"

@@ -1,10 +1,9 @@
-"""How far a run that acts may go: so many decisions, then further updates.
+"""How far a run that acts may go: a number of decisions, then more updates.
 
-Updates are paced by rows (`sources.Pace`), so that the number of updates that
-N decisions are due depends on the lengths of episodes. A run therefore counts
-as it goes on. It never needs to look at each update: `Budget.stop` is an update
-until which it cannot have taken more than N. Where the run ends is thus the
-same whatever its intervals are.
+Updates are paced by rows (`sources.Pace`), so the number of updates for N
+decisions depends on the lengths of episodes and a run counts as it goes. It
+need not look at each update: it cannot have taken more than N before update
+`Budget.stop`. So where the run ends does not depend on its intervals.
 """
 
 import copy
@@ -22,16 +21,11 @@ class Budget:
   Attributes:
     taken: decisions so far; float `[R]` of several runs in one program, which
       share their updates: the one with the fewest decides.
-    acted: updates after which acting was over; None while it goes on.
+    acted: updates after which acting was over; None before that.
   """
 
   def __init__(self, pace: Pace, extra_updates: int = 0):
-    """The budget of a fresh run.
-
-    Args:
-      pace: of all environments together, with `max_decisions`.
-      extra_updates: that follow when acting is over.
-    """
+    """`extra_updates` follow when acting is over."""
     assert pace.max_decisions is not None
     self._pace, self._most = pace, pace.max_decisions
     self._extra = extra_updates
@@ -43,13 +37,9 @@ class Budget:
     self.taken = self.taken + np.asarray(decisions, np.float64)
 
   def stop(self, step: int) -> int:
-    """The update up to which the run may go before it counts again.
+    """The update after `step` up to which to go before counting again.
 
-    Args:
-      step: updates made, of which `taken` is the count.
-
-    Returns:
-      A larger number, or where all is done `step`.
+    It is `step` itself where all is done. `taken` must be counted at `step`.
     """
     if self.acted is None:
       left = self._most - int(np.min(self.taken))
@@ -60,10 +50,9 @@ class Budget:
     return max(self.acted + self._extra, step)
 
   def is_spent(self, rows: Iterable[tuple[int, float]]) -> bool:
-    """Whether a run that left these rows of metrics has ended.
+    """Whether a run with these rows (updates, decisions so far) has ended.
 
-    Args:
-      rows: updates and decisions so far, in order; one is where acting ended.
+    One of them is where acting ended.
     """
     budget, step = copy.copy(self), 0
     for step, budget.taken in rows:

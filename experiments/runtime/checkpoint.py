@@ -1,26 +1,22 @@
 """Checkpoints: whole carries, asynchronous and atomic.
 
-A step is written to a temporary folder and renamed when it is complete: a
-kill at any moment leaves the steps before it as they were. Each step holds
+A step is written to a temporary folder and renamed when it is complete: a kill
+at any moment leaves the steps before it as they were. Each step holds
 
 - `leaves`: the carry's arrays, written and read by orbax, small ones in packs;
 - `local_PPPP.bin`: what process P alone had, see `files.arrays`;
-- `manifest.json`: an entry for each leaf of the carry (path, dtype, shape; the
-  value itself of Python numbers and strings), the caller's `extra`, the step's
-  own number, the run's identity, size and digest of every file of the step and
-  of the rows beside it.
+- `manifest.json`: each leaf of the carry (path, dtype, shape; the value of
+  Python numbers and strings), the caller's `extra`, the step's number, the
+  run's identity, size and digest of every file of the step and of its rows.
 
-All that is checked when a folder is opened, see `integrity`: a newest step
-that is damaged is set aside as `N.corrupt` and the one before it taken. The
-first step that is saved is read back at once.
-
-The tree's structure comes from a template on restoring, leaf by leaf checked
-against what was saved, before any array is read.
+It is checked when a folder is opened (`integrity`): a newest step that is
+damaged is set aside as `N.corrupt` and the one before it taken. The first step
+of a run is read back at once. A template gives the tree's structure, and is
+checked against what was saved before any array is read.
 
 With several processes, `jax.Array`s are saved by all of them together, numpy
-arrays by the first alone. What one process alone has, a part of the experience,
-is `local`. The first process alone checks for damage, and tells the others
-which step it is.
+arrays by the first alone, and what one process alone has, a part of the
+experience, as `local`. The first process checks for damage for all.
 """
 
 import dataclasses
@@ -51,24 +47,23 @@ class Checkpoints(NamedTuple):
     save: `(step, carry, extra=None, local=None, rows=None) -> None`, starts
       writing and returns as soon as the carry may be changed or donated; waits
       for the save before. `extra` is a JSON dictionary; `local` maps names to
-      `(arrays, facts)` that this process alone has; `rows` maps files beside
-      the checkpoints to what they must be. A step that is already there is
-      left alone.
+      `(arrays, facts)` that this process alone has; `rows` maps files outside
+      the checkpoints to their `Stored`. An existing step is left alone.
     peek: `() -> (step, extra)` of the latest step, or None: what is needed to
       build the template (the phase's number).
     restore: `(template, inside='') -> (carry, extra)` of the latest step, or
-      None. `template` has the structure of the carry, or of the part of it
-      whose paths begin with `inside`; its leaves are arrays or
-      `jax.ShapeDtypeStruct`s and say what is wanted back: numpy arrays, or
-      `jax.Array`s with their sharding.
-    restore_local: `({name: template}) -> {name: (arrays, facts)}` of the
-      latest step, whichever process saved them.
-    latest_step: `() -> int` or None. Like all that reads, it waits for the
-      save before.
+      None. `template` has the structure of the carry, or of the part whose
+      paths begin with `inside`; its leaves, arrays or `jax.ShapeDtypeStruct`s,
+      say what is wanted back: numpy arrays, or `jax.Array`s with their
+      sharding.
+    restore_local: `({name: template}) -> {name: (arrays, facts)}` of the latest
+      step, whichever process saved them.
+    latest_step: `() -> int` or None. Like all that reads, it waits for the save
+      before.
     reject: `(why) -> None`, sets the latest step aside, with a printed line,
-      for what its owner keeps beside it is damaged. All processes call it.
-    wait: `() -> None`, until the last save is complete; raises what it met.
-    close: `() -> None`, waits and lets go of the folder.
+      because its owner's other files are damaged. All processes call it.
+    wait: `() -> None`, until the last save is complete; raises its error.
+    close: `() -> None`, waits and releases the folder.
   """
 
   save: Callable[..., None]
@@ -92,32 +87,31 @@ def open(
 ) -> Checkpoints:
   """Opens a folder of checkpoints, which one process may write.
 
-  Prints one line for each damaged step that it passes over.
+  Prints one line for each damaged step that it skips.
 
   Args:
-    directory: made where it is missing; it must not be a link.
+    directory: made if missing; it must not be a link.
     keep: number of the latest steps that stay.
-    read_only: for a reader beside a running writer: makes no folder and does
-      not tidy up unfinished steps, which are the writer's.
-    run: the identity of the run, as JSON can hold it; steps of another run
-      count as damaged. None accepts all.
-    check_rows: whether a step without the rows beside it is damaged.
+    read_only: for a reader while another process writes: makes no folder and
+      leaves unfinished steps, which are the writer's.
+    run: the run's identity, JSON types; steps of another run count as damaged.
+      None accepts all.
+    check_rows: whether a step whose rows are missing is damaged.
     pool: executor with one thread, which writes; None starts one. Folders that
       share it are written in the order of their saves.
 
   Raises:
-    UserError: `keep` below 1, or nothing to read, or a link.
-    Damaged: (from `restore`, `peek`, `latest_step`) every step is damaged;
-      they are set aside if something is saved nevertheless.
-    UserError: (from `reject`) there is no step before it.
-    UserError: (from `restore`) a template of another structure, shape or
-      dtype; (from `save`) a leaf that is no array, number, string or bytes.
-    Foreign: (from all that reads) written by another release or program.
-    UserError: (from all, for the save before) it could not be written: the
-      disk is full or refuses. The steps before it are whole.
+    UserError: `keep` below 1, or nothing to read, or a link; `reject` finds no
+      step before; `restore` has a template of another structure, shape or
+      dtype; `save` has a leaf that is no array, number, string or bytes; from
+      all, for the save before: the disk is full or refuses (the steps before
+      are whole).
+    Damaged: from all that reads: every step is damaged; they are set aside if
+      something is saved nevertheless.
+    Foreign: from all that reads: written by another release or program.
   """
   if keep < 1:
-    raise UserError(f'keep is {keep}, must be at least 1')
+    raise UserError(f'keep={keep}: must be at least 1')
   root = integrity.place(directory)
   if read_only and not root.is_dir():
     raise UserError(f'no checkpoints in {shown(root)}')
@@ -178,9 +172,8 @@ def open(
     )
     [token] = integrity.agreed([secrets.randbits(59)])
     if _processes() > 1:
-      write(
-        manifest, contents, local_contents, token
-      )  # together, hence in the main thread
+      # Together, hence in the main thread.
+      write(manifest, contents, local_contents, token)
       return
     if own_pool is None:
       own_pool = pool or futures.ThreadPoolExecutor(1, 'checkpoints')
@@ -361,7 +354,7 @@ def _together(function: Callable, *args: Any, first_only: bool = False) -> None:
 
 
 def _merged(manifests: Sequence[Manifest]) -> Manifest:
-  """One manifest of those of all processes."""
+  """The manifests of all processes as one."""
   joined = lambda name: {
     k: v for one in manifests for k, v in getattr(one, name).items()
   }
@@ -396,11 +389,11 @@ def _read_back(folder: pathlib.Path, contents: Mapping[str, Any]) -> None:
 
 
 class Best(NamedTuple):
-  """The best by a metric, beside the latest.
+  """The best by a metric, besides the latest.
 
   Attributes:
     save: `(step, metric, params, extra=None) -> bool`, keeps `params` if
-      `metric` exceeds all before it (never if it is NaN); whether it did.
+      `metric` exceeds all before (never if it is NaN); whether it did.
     metric: `() -> float`, of the best, or None.
     restore: `(template) -> (params, extra)`, or None; `extra` has `step` and
       `metric` in it.
@@ -416,15 +409,10 @@ class Best(NamedTuple):
 def best(
   directory: str | os.PathLike, read_only: bool = False, **options: Any
 ) -> Best:
-  """Opens a folder that holds the best parameters so far.
-
-  Args:
-    directory: see `open`.
-    read_only: see `open`.
-    options: `run` and `pool` of `open`.
+  """Opens a folder that holds the best parameters so far; see `open`.
 
   Raises:
-    Damaged: `read_only`, and it is not whole.
+    Damaged: `read_only`, and it is damaged.
   """
   checkpoints = open(directory, keep=1, read_only=read_only, **options)
 
@@ -522,12 +510,8 @@ def _pack(
 ) -> tuple[Leaf, ...]:
   """Describes all leaves; `contents` gets copies of the arrays, by name.
 
-  With several processes the carry's are not copied: they are written at once.
-
-  Args:
-    tree: of arrays, numbers, strings and bytes.
-    contents: what is to be written.
-    local: the name of what this process alone has; None for the carry.
+  Several processes write the carry at once, uncopied. `local` names what this
+  process alone has; it is None for the carry.
   """
   import jax
 
@@ -585,9 +569,6 @@ def _restore(
   """A tree of the template's structure from what is saved of it.
 
   `read` gives the arrays that are wanted, by their number in `saved`.
-
-  Raises:
-    UserError: something else is saved.
   """
   differences = _differences(saved, template)
   if differences:

@@ -1,7 +1,7 @@
-"""Processes that a launcher starts: they get its signals once, and die with it.
+"""Processes of a launcher: they get its signals once, and die with it.
 
-Each leads a group of its own, so that a terminal's Ctrl-C reaches it through
-the launcher alone: a second signal would end it before it has saved.
+Each leads a group of its own, so that Ctrl-C reaches it only through the
+launcher: a second signal would end it before it has saved.
 """
 
 import contextlib
@@ -24,14 +24,10 @@ if os.getppid() == int(sys.argv[1]):  # it has not died meanwhile
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
-  """Starts a process in a group of its own; see `subprocess.Popen`.
+  """Starts a process in a group of its own, with options of `Popen`.
 
-  When the launcher itself is killed, the kernel kills it (Linux). The thread
-  that starts it must not end before it does.
-
-  Args:
-    command: program and arguments.
-    **options: of `Popen`.
+  If the launcher is killed, the kernel kills it (Linux). The thread that starts
+  it must not end before it does.
   """
   tied = []
   if sys.platform == 'linux':
@@ -44,17 +40,13 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen:
 def run(
   command: Sequence[str], stopping: Callable[[], bool], **options: Any
 ) -> tuple[int, Any]:
-  """Runs a process to its end; asks it to save and leave where that is due.
+  """Runs a process to its end, with options of `Popen`.
 
-  Args:
-    command: program and arguments.
-    stopping: polled; where it is True before the process begins, there is
-      none, and the code is that of SIGTERM.
-    **options: of `Popen`.
+  `stopping` is polled: True sends the process SIGTERM, so that it saves and
+  leaves; before the process begins, there is none, and the code is SIGTERM's.
 
   Returns:
-    `Popen.returncode`, and what `resource.getrusage` tells of such a process;
-    None if there was none.
+    `Popen.returncode`, and its `resource.getrusage`; None if there was none.
   """
   if stopping():
     return 128 + signal.SIGTERM, None
@@ -75,13 +67,13 @@ def run(
 
 
 def send(child: subprocess.Popen, signum: int) -> None:
-  """Sends a signal to all of a child's group; nothing where it has ended."""
+  """Sends a signal to all of a child's group, if it has not ended."""
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(child.pid, signum)
 
 
 def kill(child: subprocess.Popen) -> None:
-  """Ends a child and all that it has started, and waits for it."""
+  """Kills a child and all that it has started, and waits for it."""
   send(child, signal.SIGKILL)
   child.wait()
 

@@ -1,8 +1,8 @@
-"""Machines that programs are compiled for and that need not be there.
+"""Machines that programs are compiled for, which need not be there.
 
-The compilers for TPU and CUDA come with wheels that jax's own extras name; with
-them a machine without an accelerator compiles for one. They are kept apart from
-the environment, a folder each, for one process cannot have both:
+The compilers for TPU and CUDA come with wheels that jax's extras name; with
+them a machine without an accelerator compiles for one. Each has a folder of its
+own outside the environment, for one process cannot have both:
 
     'h100'          one NVIDIA H100 with 80 GB
     'h100:8'        eight in one machine
@@ -61,7 +61,7 @@ class Target(NamedTuple):
     platform: `tpu`, `cuda` or `cpu`.
     topology: as the compiler wants it.
     devices: how many.
-    memory: bytes of each device; 0 where that is not known.
+    memory: bytes of each device; 0 if unknown.
   """
 
   name: str
@@ -75,7 +75,7 @@ def parse(name: str) -> Target:
   """The machine of a name.
 
   Raises:
-    UserError: there is no such.
+    UserError: an unknown name.
   """
   kind, _, shape = name.partition(':')
   if name == 'cpu':
@@ -99,7 +99,7 @@ def parse(name: str) -> Target:
 
 
 def usable(target: Target) -> int:
-  """Bytes of a device that jax takes; 0 where that is not known."""
+  """Bytes of a device that jax takes; 0 if unknown."""
   if target.platform != 'cuda':
     return target.memory
   # What jax reserves of a card unless it is asked for another share.
@@ -110,10 +110,7 @@ def usable(target: Target) -> int:
 
 
 def requirements(platform: str) -> list[str]:
-  """The wheels of a platform's compiler, as this jax asks for them.
-
-  What the environment has already is left out.
-  """
+  """The wheels of a platform's compiler for this jax that are missing."""
   wanted = []
   for text in importlib.metadata.requires('jax') or ():
     need, _, marker = (part.strip() for part in text.partition(';'))
@@ -129,14 +126,13 @@ def requirements(platform: str) -> list[str]:
 
 
 def prepare(platform: str, folder: pathlib.Path) -> pathlib.Path | None:
-  """Installs a platform's compiler beside the environment, once.
+  """Installs a platform's compiler outside the environment, once.
 
   Args:
-    platform: of a target.
-    folder: that holds one folder for each platform.
+    folder: holds one folder for each platform.
 
   Returns:
-    What has to be on the path of a process that compiles; None if nothing has.
+    A folder that must be on the path of a process that compiles, or None.
 
   Raises:
     UserError: the wheels cannot be installed.
@@ -169,12 +165,7 @@ def prepare(platform: str, folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def environment(target: Target, place: pathlib.Path | None) -> dict[str, str]:
-  """Variables of a process that compiles for a target.
-
-  Args:
-    target: what for.
-    place: from `prepare`.
-  """
+  """Variables of a process that compiles for a target; see `prepare`."""
   own = dict(os.environ) | {'JAX_PLATFORMS': 'cpu'}
   path = [os.getcwd(), *filter(None, own.get('PYTHONPATH', '').split(':'))]
   if place is not None:
@@ -196,13 +187,13 @@ def ask(
   """What a module answers in a process that can compile for a target.
 
   Args:
-    module: run by `python -m`; reads one object of JSON, prints one a line.
-    target: what it compiles for; its compiler is installed first.
+    module: run by `python -m`; reads one JSON object, prints one a line.
+    target: its compiler is installed first.
     folder: see `prepare`.
     asked: the object that the module reads.
 
   Raises:
-    UserError: the compiler cannot be had, or the process fails.
+    UserError: the compiler cannot be installed, or the process fails.
   """
   place = prepare(target.platform, folder)
   with (
@@ -240,7 +231,7 @@ def devices(target: Target) -> list[Any]:
   """A target's devices, which programs can be compiled for.
 
   Raises:
-    UserError: its compiler is not there, or does not know the topology.
+    UserError: its compiler is missing, or does not know the topology.
   """
   import jax
   from jax.experimental import topologies
@@ -267,7 +258,7 @@ def devices(target: Target) -> list[Any]:
 
 
 def h100() -> str:
-  """The card's description, in the words of the compiler."""
+  """The card's description in the compiler's format."""
   figures = '\n'.join(f'  {name}: {value}' for name, value in _H100.items())
   return (
     f'gpu_device_info {{\n{figures}\n'

@@ -1,9 +1,9 @@
-"""What is known of a compiled program before it runs.
+"""What is known of a compiled program before it runs, for one device.
 
 Memory, operations and bytes are the compiler's own analysis; loops, kernels and
-collectives are counted in its text. All are of one device. What the compiler
-counts has limits: it takes a loop's body once whatever its length, and a
-custom kernel as nothing, so that figures of like programs alone compare.
+collectives are counted in its text. The compiler counts a loop's body once
+whatever its length, and a custom kernel as nothing, so only figures of similar
+programs compare.
 """
 
 import math
@@ -21,7 +21,7 @@ COLLECTIVES = (
   'ragged-all-to-all',
 )
 
-# What no kernel is launched for.
+# Opcodes that launch no kernel.
 _FREE = {
   'parameter',
   'constant',
@@ -50,11 +50,7 @@ class Memory(NamedTuple):
 
 
 def memory(compiled: Any) -> Memory:
-  """The compiler's own analysis of a program's memory.
-
-  Args:
-    compiled: from `jax.jit(...).lower(...).compile()`.
-  """
+  """The compiler's own analysis of the memory of a `jax.stages.Compiled`."""
   found = compiled.memory_analysis()
   return Memory(
     found.temp_size_in_bytes,
@@ -69,10 +65,10 @@ class Counts(NamedTuple):
 
   Attributes:
     temporaries: bytes that it needs while it runs, besides the next two.
-    arguments: bytes of what it is called with.
-    results: bytes of what it returns, without what is written over arguments.
+    arguments: bytes of its arguments.
+    results: bytes of its results, without those written over arguments.
     code: bytes of the program.
-    flops: operations as the compiler counts them; NaN where it does not say.
+    flops: operations as the compiler counts them; NaN if it does not say.
     bytes: read and written, likewise.
     loops: `while` loops.
     loops_known: of them, those whose length is known beforehand.
@@ -108,11 +104,7 @@ class Counts(NamedTuple):
 
 
 def count(compiled: Any) -> Counts:
-  """Counts what a program has.
-
-  Args:
-    compiled: from `jax.jit(...).lower(...).compile()`.
-  """
+  """Counts what a `jax.stages.Compiled` has."""
   text = compiled.as_text()
   cost = compiled.cost_analysis() or {}
   code = read(text)

@@ -1,4 +1,4 @@
-"""The frame of a command: errors for people, exit codes, places to write."""
+"""The frame of a command: errors for users, exit codes, places to write."""
 
 import contextlib
 import os
@@ -24,10 +24,7 @@ MAX_SEED = 2_000_000_000
 def fail(message: str, cause: BaseException | None = None) -> NoReturn:
   """Prints `error: message` as one line on stderr and exits with code 2.
 
-  Args:
-    message: what is wrong, and what would be right.
-    cause: the exception behind it; `OUTPLAY_TRACEBACK` in the environment
-      shows its traceback below the line.
+  `OUTPLAY_TRACEBACK` in the environment shows the traceback of `cause`.
 
   Raises:
     SystemExit: always.
@@ -42,10 +39,10 @@ def fail(message: str, cause: BaseException | None = None) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Makes every `ValueError` in its block a `UserError`.
+  """Turns every `ValueError` in its block into a `UserError`.
 
-  For the part of a launcher that builds agents and environments from flags:
-  they refuse bad input with a plain `ValueError`.
+  For launchers that build agents and environments from flags: these refuse bad
+  input with a plain `ValueError`.
 
   Raises:
     UserError: in place of a `ValueError`.
@@ -61,10 +58,10 @@ def user_errors() -> Iterator[None]:
 def run_main(main: Callable[[], None]) -> None:
   """Parses absl's flags and calls a launcher's `main()`.
 
-  A `UserError`, a wrong flag or a stray argument becomes one line and exit
-  code 2 (`OUTPLAY_TRACEBACK=1` shows what caused it); any other exception
-  keeps its traceback. An interrupted launcher exits with 130, a terminated one
-  with 143; see `runtime.signals`.
+  A `UserError`, a wrong flag or a stray argument becomes one line and exit code
+  2 (`OUTPLAY_TRACEBACK=1` shows its cause); other exceptions keep their
+  traceback. An interrupted launcher exits with 130, a terminated one with 143;
+  see `runtime.signals`.
 
   Raises:
     SystemExit: with the exit code.
@@ -77,7 +74,7 @@ def run_main(main: Callable[[], None]) -> None:
 
   def guarded(argv: list[str]) -> None:
     if not flags.FLAGS['verbosity'].present:
-      # Libraries tell each file that they write.
+      # Libraries log each file that they write.
       logging.set_verbosity(logging.WARNING)
     with _one_line():
       flags_of.check_arguments(argv)
@@ -91,22 +88,16 @@ def run_main(main: Callable[[], None]) -> None:
         raise
 
 
-# As a shell says it of a program that SIGPIPE has ended.
+# A shell's code for a program that SIGPIPE ended.
 _NOBODY_READS = 128 + 13
 
 
 @contextlib.contextmanager
 def _one_line(unread: int = _NOBODY_READS) -> Iterator[None]:
-  """Ends the process in one line for a mistake of the person who runs it.
+  """Ends the process with code 2 and one line for a mistake of its user.
 
-  It ends without any where nobody reads what it prints any more, as in
-  `... --help | head`.
-
-  Args:
-    unread: the code that it then ends with, unless it was to end anyway.
-
-  Raises:
-    SystemExit: with 2 for a mistake; else as the block leaves.
+  Without a line if nobody reads its output any more (`... --help | head`): then
+  with `unread`, unless it was about to end.
   """
   try:
     try:
@@ -124,7 +115,7 @@ def _one_line(unread: int = _NOBODY_READS) -> Iterator[None]:
     raise SystemExit(code) from None
 
 
-# What the kernel shows as files. Some of it may be written to, nothing kept.
+# What the kernel shows as files: some can be written to, nothing is kept.
 _KERNEL = ('/proc', '/sys', '/dev')
 _KERNEL_MEMORY = '/dev/shm'
 # What `files.writing` adds to a name while it writes.
@@ -138,13 +129,13 @@ def check_place(
 
   Args:
     field: the flag that names it.
-    path: of the file to write, which may be there already.
-    folder: whether it is a folder and not a file; neither need be there.
+    path: to write to, which may exist already.
+    folder: whether it is a folder, not a file.
 
   Raises:
     UserError: a folder in the place of a file, or the reverse, at the path or
       above it; a name that cannot be written or shown; the root folder or one
-      of the kernel's; or the operating system does not let us write there.
+      of the kernel's; or no permission.
   """
   named = f'{field}={shown(path)}'
   _check_name(named, str(path), folder)
@@ -179,12 +170,12 @@ def check_place(
     )
   if not os.access(above, os.W_OK | os.X_OK):
     raise UserError(
-      f'{named}: {shown(above)} must not be written to; take another place'
+      f'{named}: {shown(above)} is not writable; take another place'
     )
 
 
 def _check_name(named: str, path: str, folder: bool) -> None:
-  """Refuses a path that cannot be written, or not be shown."""
+  """Refuses a path that cannot be written or printed."""
   if not path.isprintable():
     raise UserError(
       f'{named}: holds characters that cannot be printed; take another name'

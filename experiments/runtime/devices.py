@@ -12,7 +12,7 @@ def check_jax() -> None:
   """Refuses a JAX that is too old or finds no devices.
 
   Raises:
-    UserError: names what it is and what would do.
+    UserError: says which would do.
   """
   import jax
 
@@ -35,7 +35,7 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs in the user's cache folder, if none is set.
 
   Raises:
-    UserError: JAX is too old, or has not the devices that it was asked for.
+    UserError: as `check_jax`.
   """
   import jax
 

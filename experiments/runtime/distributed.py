@@ -3,11 +3,10 @@
 Every process runs the same command; `initialize` connects them, and from then
 on `jax.devices()` are the devices of all. Process 0 writes what people read.
 
-Signals have one owner, `signals.graceful_exit`, so that one process and
-many stop alike. jax's own preemption service is switched off: it reacts on
-SIGTERM by a handler of its own, which a later Python handler silently
-displaces, and which swallows the signal of a process that does not yet poll.
-`stopping` makes the processes agree instead.
+Signals have one owner, `signals.graceful_exit`. jax's own preemption service is
+switched off: its handler of SIGTERM is silently displaced by a later Python
+handler, and swallows the signal of a process that does not yet poll. `stopping`
+makes the processes agree instead.
 """
 
 import atexit
@@ -50,29 +49,27 @@ def initialize(
 ) -> None:
   """Connects this process to the others, before any device is used.
 
-  What is left out is read from the environment: OUTPLAY_COORDINATOR,
+  Missing arguments are read from the environment: OUTPLAY_COORDINATOR,
   OUTPLAY_NUM_PROCESSES, OUTPLAY_PROCESS_ID, OUTPLAY_LOCAL_DEVICES.
 
-  A run that ends well calls `shutdown` at its end, and only then: a process
-  that comes to its exit without it has failed, and leaves at once, with code 1
-  or that of its refusal or signal, instead of waiting for peers that wait for
-  it.
+  A run that ends well calls `shutdown`, and only such a run: a process that
+  exits without it has failed, and leaves at once, with code 1 or that of its
+  refusal or signal, without waiting for peers that wait for it. Processes that
+  do not find each other in time exit with code 2 and one line on stderr, which
+  cannot be caught.
 
   Args:
-    coordinator: 'none' or None, a single process unless the environment names
-      a coordinator; 'auto', jax asks the TPU pod, Slurm, Kubernetes or Open
-      MPI that has started this process; HOST:PORT of process 0.
-    num_processes: how many there are; with HOST:PORT.
+    coordinator: 'none' or None, a single process unless the environment names a
+      coordinator; 'auto', jax asks the TPU pod, Slurm, Kubernetes or Open MPI
+      that started this process; HOST:PORT of process 0.
+    num_processes: with HOST:PORT.
     process_id: which of them this is, from 0; with HOST:PORT.
     local_devices: virtual CPU devices of this process; None for jax's choice.
     timeout: seconds to wait for the others.
 
   Raises:
-    UserError: arguments that do not fit each other, devices that are in use
-      already, a port in use, or 'auto' where nothing is found.
-
-  Processes that do not find each other in time exit with code 2 and one line
-  on stderr; it cannot be caught.
+    UserError: arguments that do not fit each other, devices that are already in
+      use, a port in use, or 'auto' where nothing is found.
   """
   coordinator, num_processes, process_id, local_devices = _settings(
     coordinator, num_processes, process_id, local_devices
@@ -99,10 +96,7 @@ def initialize(
 
 
 def shutdown() -> None:
-  """Waits for all processes and disconnects; nothing for one process.
-
-  For the end of a run that went well; a failing process just exits.
-  """
+  """Waits for all processes and disconnects; for the end of a good run."""
   import jax
 
   if jax.distributed.is_initialized():
@@ -137,16 +131,16 @@ _REMEDY = 'all processes must have the same flags, data and code'
 def agree(given: Mapping[str, Any], remedy: str = _REMEDY) -> None:
   """Refuses to go on if the processes were given different arguments.
 
-  All processes must call it before anything else that needs them all. Whatever
-  differs would train another run on each process, or leave one in a collective
-  that the others never enter.
+  All processes must call it before any other collective. Differences would
+  train another run on each process, or leave one in a collective that the
+  others never enter.
 
   Args:
     given: all that determines the run, as nested JSON types.
-    remedy: what would be right.
+    remedy: the end of the message.
 
   Raises:
-    UserError: it is not the same everywhere. All processes raise it; they are
+    UserError: it is not the same everywhere; in all processes, which are
       disconnected by then, so each may end on its own.
   """
   import jax
@@ -172,15 +166,14 @@ def agree(given: Mapping[str, Any], remedy: str = _REMEDY) -> None:
 def disagreement(
   given: Sequence[Mapping[str, Any]], remedy: str = _REMEDY
 ) -> str:
-  """One line on which process was given something else than the others.
+  """One line on which process was given something other than the others.
+
+  What most have is right, or process 0 if there is no majority; the line names
+  the odd ones with their fields and values.
 
   Args:
     given: of each process, see `agree`; not all alike.
-    remedy: what would be right.
-
-  Returns:
-    The odd ones with their fields and values. What most have is right; process
-    0 is where there is no majority.
+    remedy: the end of the line.
   """
   leaves = [dict(_leaves(each)) for each in given]
   texts = [json.dumps(each, sort_keys=True) for each in leaves]
@@ -217,7 +210,7 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def _disconnect() -> None:
-  """Leaves the others, who do so at the same place."""
+  """Leaves the others, which do so at the same place."""
   import jax
 
   jax.distributed.shutdown()
@@ -225,12 +218,9 @@ def _disconnect() -> None:
 
 
 def sum_over_processes(counts: Mapping[str, float]) -> dict[str, float]:
-  """Sums of equal-named counts over all processes, in float64.
+  """Sums of up to 64 equal-named counts over all processes, in float64.
 
-  All processes must call it at the same place; it is one collective.
-
-  Args:
-    counts: at most 64, with the same names everywhere.
+  One collective, which all processes must call at the same place.
 
   Raises:
     ValueError: too many counts.
@@ -253,21 +243,20 @@ def stopping(
 ) -> Callable[[int], bool]:
   """A rule to stop on which all processes agree at the same step.
 
-  Any process may want to stop, for any reason: its vote is heard where all of
-  them ask, so that none is left alone in a collective. One process decides
-  for itself at every step.
+  Any process may want to stop; its vote counts where all of them ask, so that
+  none is left alone in a collective. A single process decides for itself at
+  every step.
 
   A vote takes a collective of one number (2 ms between two processes of one
   busy machine) and waits for the updates before it; `every` makes it rarer.
 
   Args:
-    local: `() -> bool`, whether this process wants to stop
-      (`signals.graceful_exit`).
+    local: whether this process wants to stop (`signals.graceful_exit`).
     every: steps from vote to vote.
 
   Returns:
-    `(step) -> bool`, which all processes must ask at the same steps. Once it
-    is True it stays so.
+    `(step) -> bool`, which all processes must ask at the same steps. Once it is
+    True it stays so.
   """
   voted, answer = None, 0
 
@@ -291,7 +280,7 @@ def _settings(
   process_id: int | None,
   local_devices: int | None,
 ) -> tuple[str, int | None, int | None, int | None]:
-  """The arguments, completed by the environment and checked."""
+  """The arguments, completed from the environment and checked."""
   if coordinator in (None, '', 'none'):
     coordinator = os.environ.get(VARIABLES['distributed']) or 'none'
   num_processes = _number('num_processes', num_processes, 1)
@@ -419,11 +408,11 @@ def _check_port(coordinator: str) -> None:
 
 
 def _leave() -> None:
-  """Ends a process that has not come to `shutdown`.
+  """Ends a process that has not called `shutdown`.
 
   jax's own exit handler would wait for all others first, while they wait in a
-  collective for this one: minutes of silence, then all are aborted at once,
-  and none knows who was the first.
+  collective for this one: minutes of silence, then all are aborted at once, and
+  none knows which was the first.
   """
   print(
     'error: this process ends before the run does; the others cannot go on',
@@ -468,7 +457,7 @@ def _gather(data: bytes, size: int) -> list[bytes]:
 
 
 def _explain_names(names: list[str], index: int) -> None:
-  """Raises: who has other names than this process, and which."""
+  """Raises: which process has other names than this one."""
   rows = _gather('\0'.join(names).encode()[:_NAMES_BYTES], _NAMES_BYTES)
   here, lines = set(names), []
   for i, row in enumerate(rows):

@@ -1,7 +1,7 @@
 """Evaluation: whole episodes of a planner, on the host or on the device.
 
-Every environment plays the same number of episodes, so that short episodes
-are not counted more often than long ones.
+Every environment plays equally many episodes, so that short ones are not
+counted more often than long ones.
 """
 
 import functools
@@ -68,17 +68,12 @@ def on_host(
   Args:
     env: environments with the evaluation's protocol.
     play: from `player`, or any `(params, key, timestep) -> action`.
-    params: of the agent.
     key: for the planner.
     num_episodes: rounded up to a multiple of `env.num_envs`.
     seed: of the simulators.
-    max_steps: decisions after which an episode is cut and counts with its
-      return so far; Atari's longest have 27,000. A simulator cannot be reset
-      alone, so an environment whose episode is cut plays no other. The user is
-      told.
-
-  Returns:
-    `Episodes`.
+    max_steps: decisions after which an episode is cut, with a printed note, and
+      counts with its return so far; Atari's longest have 27,000. A simulator
+      cannot be reset alone, so that environment plays no other.
   """
   quota = -(-num_episodes // env.num_envs)
   returns = [[] for _ in range(env.num_envs)]
@@ -126,22 +121,17 @@ def on_device(
   max_steps: int = 10_000,
   devices: Sequence[Any] = (),
 ) -> Episodes:
-  """Plays episodes of a pure-JAX environment, one per parallel copy.
+  """Plays episodes of an unbatched JAX environment, one per parallel copy.
 
-  What is played does not depend on the devices.
+  The result does not depend on the devices.
 
   Args:
-    env: an unbatched environment.
     play: from `player`.
-    params: of the agent.
     key: for environment and planner.
-    num_episodes: exactly so many.
+    num_episodes: exactly this many.
     max_steps: episodes are cut there.
-    devices: that share the episodes, as many of them as can equally; () for
-      the one where the parameters are.
-
-  Returns:
-    `Episodes`.
+    devices: that share the episodes, as many of them as can equally; () for the
+      parameters' own.
   """
   size = max(len(devices), 1)
   size = next(n for n in range(size, 0, -1) if num_episodes % n == 0)
@@ -177,7 +167,7 @@ def device_episodes(
 ) -> tuple[chex.Array, chex.Array]:
   """What `on_device` compiles; it may be traced and vmapped.
 
-  Traced by `runtime.mesh.by_rows`, `num` are those of a device.
+  Traced by `runtime.mesh.by_rows`, `num` counts those of one device.
 
   Returns:
     Returns float32 `[num]` and lengths int32 `[num]`.

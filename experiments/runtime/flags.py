@@ -1,4 +1,4 @@
-"""What is wrong with a command's flags, before its launcher looks at them."""
+"""What is wrong with a command's flags, before its launcher reads them."""
 
 import math
 import os
@@ -19,11 +19,8 @@ def parse(argv: Sequence[str]) -> list[str]:
   If a flag or a field of `--set` is given twice, the last one counts, because
   scripts append to a command.
 
-  Args:
-    argv: the program's name and its arguments.
-
   Returns:
-    The name and what is left that is no flag.
+    The program's name and what is left that is no flag.
 
   Raises:
     UserError: an unknown flag, or a value that is empty or invalid for its
@@ -47,7 +44,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def check_arguments(argv: Sequence[str]) -> None:
-  """Refuses what is left of a command's arguments that is no flag.
+  """Refuses arguments that are not flags.
 
   Raises:
     UserError: names the first of them.
@@ -61,8 +58,8 @@ def refuse(names: Sequence[str], where: str, remedy: str = '') -> None:
 
   Args:
     names: flags that have no effect in it.
-    where: what makes them so, such as `--human`.
-    remedy: what to do; to leave them out if not given.
+    where: why, such as `--human`.
+    remedy: to leave them out if not given.
 
   Raises:
     UserError: one of them was given.
@@ -100,7 +97,7 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _check_texts(given: Sequence[tuple[str, str]]) -> None:
-  """Refuses texts that no file system, terminal or number should get."""
+  """Refuses texts that are bad for file systems, terminals or numbers."""
   from absl import flags
 
   for name, text in given:
@@ -128,7 +125,7 @@ def _stat(name: str, text: str) -> os.stat_result:
 
 
 def _check_value(flag: Any, value: Any) -> None:
-  """Refuses an empty text or item, and numbers that nothing can count."""
+  """Refuses an empty text or item, and numbers out of range."""
   if not flag.present:
     return
   texts = [value] if isinstance(value, str) else value

@@ -1,9 +1,9 @@
-"""Acting on simulators of the host: in step with the learner, or beside it.
+"""Acting on host simulators: in step with the learner, or ahead of it.
 
 `synchronous`: a row is taken when the learner asks for it, with the learner's
 own parameters; the same seed gives the same numbers. `asynchronous`: a thread
-acts ahead into a bounded queue with a published copy of the parameters, so
-that the simulator works while the learner does; the lag is measured.
+acts ahead into a bounded queue with a published copy of the parameters, so the
+simulator works while the learner does; the lag is measured.
 """
 
 import queue
@@ -157,23 +157,17 @@ def from_host(
   queue_size: int = 4,
   device: Any = None,
 ) -> Source:
-  """Fresh experience from simulators of the host, one row a call.
+  """Fresh `Experience` rows `[E, ...]`, numpy arrays, from host simulators.
+
+  An asynchronous source measures the gauge `policy_lag`, updates between the
+  parameters that acted and the learner's, and the count `wait_seconds`, how
+  long the learner waited for the row.
 
   Args:
-    env: `E` environments stepped together.
-    agent: who acts.
-    mode: see the module's docstring.
-    publish_every: updates between copies of the parameters for the actor
-      (asynchronous only).
-    queue_size: rows that the actor may be ahead (asynchronous only).
-    device: where the network acts (asynchronous only); None where the
-      parameters are.
-
-  Returns:
-    A source of `Experience` rows `[E, ...]` of numpy arrays. When
-    asynchronous it measures the gauge `policy_lag`, updates between the
-    parameters that acted and the learner's, and the count `wait_seconds`, how
-    long the learner waited for the row.
+    mode: see the module's docstring; the rest is for the asynchronous one.
+    publish_every: updates between copies of the parameters for the actor.
+    queue_size: rows that the actor may be ahead.
+    device: where the network acts; None for where the parameters are.
 
   Raises:
     ValueError: an argument out of range.

@@ -1,10 +1,10 @@
-"""Whether checkpoints are whole, and what happens where they are not.
+"""Whether checkpoints are whole, and what happens if they are not.
 
 A step's folder holds a manifest that names everything that belongs to it: its
-own number, the run, every file with its size and digest, and the files beside
-the checkpoints (rows of a replay). A step that is not what its manifest says
-is set aside as `N.corrupt` and an older one taken; what lies under another
-name than its manifest's, there too, is put back once it is whole.
+own number, the run, and every file, also the rows of a replay, with size and
+digest. A step that does not match its manifest is set aside as `N.corrupt` and
+an older one taken; a whole step under another name than its manifest's is put
+back.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Leaf:
   """A leaf of a saved tree.
 
   Attributes:
-    path: its key path in the tree.
+    path: its key path.
     dtype: of an array, `python int` and the like, or `bytes`.
     shape: of an array.
     value: of a Python number or string.
@@ -63,12 +63,7 @@ class Leaf:
 
 
 class Place(NamedTuple):
-  """Where a small array is.
-
-  Attributes:
-    pack: the array of bytes that it is a part of.
-    offset: of its first byte in there.
-  """
+  """Where a small array is: its pack of bytes and the first byte in it."""
 
   pack: str
   offset: int
@@ -76,12 +71,12 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-  """What one process alone had: a part of the experience.
+  """What one process alone had, a part of the experience.
 
   Attributes:
     file: of its arrays, in the step's folder.
     leaves: of its arrays.
-    facts: what JSON can hold.
+    facts: JSON types.
   """
 
   file: str
@@ -96,12 +91,12 @@ class Manifest:
   Attributes:
     schema: the version of this layout.
     step: the step's number.
-    run: which run's it is, or None.
+    run: the run's identity, or None.
     extra: the caller's.
     leaves: of the carry.
     local: by name.
     files: of the step's folder.
-    rows: files beside the checkpoints, relative to the folder above them.
+    rows: other files, relative to the folder above the checkpoints.
     packs: where small arrays are, by the number of their leaf.
   """
 
@@ -120,16 +115,12 @@ class Manifest:
 def saving(
   update: int | None, folder: str | os.PathLike, newest: int | None = None
 ) -> Iterator[None]:
-  """Makes the disk's refusal to take a checkpoint one line for people.
+  """Turns the disk's refusal of a checkpoint into one line for the user.
 
-  Args:
-    update: which one's the checkpoint is.
-    folder: where it was to be.
-    newest: the update of the newest whole checkpoint; None without.
+  `newest` is the update of the newest whole checkpoint, None without one.
 
   Raises:
-    UserError: the block met a full disk, or another refusal of the operating
-      system.
+    UserError: a full disk, or another refusal of the operating system.
   """
   try:
     yield
@@ -139,7 +130,7 @@ def saving(
       raise
     words, end = 'there is none before it', 'begins'
     if newest is not None:
-      words, end = f'the one of update {newest} is whole', 'goes on from there'
+      words, end = f'that of update {newest} is whole', 'resumes from there'
     raise UserError(
       f'cannot save the checkpoint at update {update} into {shown(folder)}: '
       f'{os.strerror(cause.errno)}; {words}: {writing.remedy(cause.errno)}, '
@@ -170,7 +161,7 @@ def read_manifest(folder: pathlib.Path, name: str = MANIFEST) -> Manifest:
 
   Raises:
     Foreign: it was written by another release or program.
-    Damaged: there is none, or it is not as it was written.
+    Damaged: it is missing or not as it was written.
   """
   import msgspec
 
@@ -234,13 +225,10 @@ def check(
   rows: bool = True,
   thorough: bool = False,
 ) -> None:
-  """Compares a step with its manifest.
+  """Compares a step with its manifest, and its run if one is given.
 
   Args:
-    folder: the step's.
-    manifest: of `read_manifest`.
-    run: whose it must be; None for any.
-    rows: whether the files beside the checkpoints must be there, too.
+    rows: whether the files outside the checkpoints must be there, too.
     thorough: whether to read these as well, which loading does anyway.
 
   Raises:
@@ -281,7 +269,7 @@ def _check_file(
   if (
     pathlib.PurePath(name).is_absolute() or '..' in pathlib.PurePath(name).parts
   ):
-    raise Damaged(f'{shown(name)} is no name of a file of the run')
+    raise Damaged(f'{shown(name)} does not name a file of the run')
   try:
     found = path.lstat()
     reading.check_regular(name, found)
@@ -291,7 +279,7 @@ def _check_file(
     raise Damaged(f'{shown(name)}: {error.strerror}') from error
   except UserError as error:
     raise Damaged(str(error)) from error
-  if must_be.size < 0:  # of an older release, which kept no sums of it
+  if must_be.size < 0:  # from an older release, which kept no sums of it
     return
   if found.st_size != must_be.size:
     raise Damaged(
@@ -321,12 +309,7 @@ class _Entry(NamedTuple):
 
 
 def _scan(root: pathlib.Path) -> tuple[list[_Entry], list[pathlib.Path]]:
-  """Steps, the newest first, and what else has a step's name.
-
-  Raises:
-    UserError: a link is among them, or the folder cannot be read.
-    Foreign: the newest is another release's.
-  """
+  """Steps, the newest first, and what else has a step's name."""
   entries, strays, foreign = [], [], []
   if not os.path.lexists(root):
     return [], []
@@ -368,10 +351,10 @@ class Settled(NamedTuple):
   """What was found in a folder of checkpoints.
 
   Attributes:
-    step: the newest that is whole, or None.
+    step: the newest whole one, or None.
     folder: where it is.
-    steps: all that are in their places, as far as was looked, descending.
-    hopeless: what to tell the user where there are only damaged ones.
+    steps: all that are in place, as far as was looked, descending.
+    hopeless: the message for the user if there are only damaged ones.
   """
 
   step: int | None
@@ -387,18 +370,11 @@ def settle(
   rows: bool = True,
   below: int | None = None,
 ) -> Settled:
-  """Finds the newest step that is whole, and sets newer ones aside.
+  """Finds the newest whole step and sets newer ones aside, with a line each.
 
-  Prints one line for each of them. All processes call it, unless `read_only`.
-  Where there are only damaged ones they stay in their place: the next run must
-  not begin anew unasked.
-
-  Args:
-    root: the folder of the steps.
-    read_only: leave them where they are.
-    run: see `check`.
-    rows: see `check`.
-    below: only steps before this one are looked at.
+  All processes call it, unless `read_only`. If all are damaged they stay in
+  place: the next run must not begin anew unasked. `below` leaves out steps from
+  there on.
 
   Raises:
     UserError: the folder cannot be used as it is; all processes raise.
@@ -433,7 +409,7 @@ def _settle(root, read_only, run, rows, below) -> Settled:
   entries, strays = _scan(root)
   for path in strays if not read_only else ():
     aside = set_aside(path).name
-    print(f'note: {shown(path)} is no folder: it is set aside as {aside}')
+    print(f'note: {shown(path)} is not a folder: it is set aside as {aside}')
   damaged, newest = [], None
   if below is not None:
     entries = [entry for entry in entries if entry.step < below]
@@ -504,7 +480,7 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
   """Renames a step to the first free `N.corrupt`, `N.corrupt-2`, ...
 
   Raises:
-    UserError: the folder takes no renaming.
+    UserError: the folder cannot be renamed.
   """
   number = 1
   while True:
@@ -536,7 +512,7 @@ def place(directory: str | os.PathLike) -> pathlib.Path:
 
 
 def set_all_aside(root: pathlib.Path) -> None:
-  """Sets aside every step that is in its place; see `set_aside`."""
+  """Sets aside every step that is in place; see `set_aside`."""
   for name in os.listdir(root):
     found = _STEP.fullmatch(name)
     if found is not None and found[2] is None:
@@ -551,7 +527,7 @@ def begin(root: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def unfinished(root: pathlib.Path, step: int, token: int) -> pathlib.Path:
-  """The folder that a step is written to, under a name that nobody guesses."""
+  """The folder that a step is written to; its name cannot be guessed."""
   return root / f'.{step}.{token:015x}.tmp'
 
 
@@ -565,7 +541,7 @@ def finish(root: pathlib.Path, folder: pathlib.Path, step: int) -> None:
 
 
 def forget(root: pathlib.Path, step: int) -> None:
-  """Deletes a step; one that is half deleted has no step's name any more."""
+  """Deletes a step, renamed first: half a step must not look like one."""
   gone = root / f'.{step}.{secrets.token_hex(8)}.old'
   with contextlib.suppress(OSError):
     os.rename(root / str(step), gone)

@@ -1,9 +1,9 @@
 """The one loop: it knows no agent, and an agent knows nothing of it.
 
-A step takes a batch from the source, updates the agent and hands the result
-back, with a key that is the run's key folded with the step. Around a pure
-source a whole interval is one compiled program; around a source on the host
-the same step runs there, with `agent.update` compiled and its state donated.
+A step takes a batch from the source, updates the agent and returns the result
+to the source; its key is the run's key folded with the step. With a pure source
+a whole interval is one compiled program; with a source on the host the step
+runs there and `agent.update` is compiled, its state donated.
 """
 
 import functools
@@ -32,10 +32,10 @@ class Carry(NamedTuple):
 
 
 class Intervals(NamedTuple):
-  """How often, in updates, what happens; 0 for never.
+  """How often things happen, in updates; 0 for never.
 
   Attributes:
-    log: metrics are averaged and handed on.
+    log: metrics are averaged and logged.
     checkpoint: the carry is saved (and host simulators start afresh).
     evaluate: the evaluation runs.
   """
@@ -51,17 +51,16 @@ class Intervals(NamedTuple):
 
 
 class Hooks(NamedTuple):
-  """What the loop calls; every one may be None.
+  """What the loop calls; each may be None.
 
   Attributes:
     log: `(step, metrics: dict of floats)`.
     save: `(carry)`, at checkpoints and at the end.
     evaluate: `(step, agent_state) -> metrics`.
     stopping: `(step) -> bool`, asked after every step on the host and every
-      interval of a pure run; True saves and leaves. Several processes must
-      get the same answer at the same step.
-    sum_counts: `(counts) -> counts`, adds up the counts of a source on the
-      host over all processes.
+      interval of a pure run; True saves and leaves. Several processes must get
+      the same answer at the same step.
+    sum_counts: `(counts) -> counts`, over all processes, for a host source.
   """
 
   log: Callable[[int, dict[str, float]], None] | None = None
@@ -75,16 +74,16 @@ _NO_HOOKS = Hooks()
 
 
 class Diverged(UserError):
-  """A metric or a parameter is not finite: the run cannot go on from there."""
+  """A metric or a parameter is not finite: the run cannot go on."""
 
 
 class Watch(NamedTuple):
   """The first update with a number that is not finite.
 
   Attributes:
-    step: int32, its number, counted from 1; 0 if there was none.
-    values: dict of float32 scalars, its metrics, gauges and counts; those of
-      the last update if there was none.
+    step: int32, its number, counted from 1; 0 if there is none.
+    values: dict of float32 scalars, its metrics, gauges and counts; the last
+      update's if there is none.
   """
 
   step: Any
@@ -100,11 +99,7 @@ def init(
   """The carry of step 0.
 
   Args:
-    agent: the agent.
-    source: where its batches come from.
-    key: the run's key.
-    shardings: of the carry's parts, where it lies on several devices; see
-      `runtime.mesh.init`.
+    shardings: of the carry's parts, over several devices (`runtime.mesh.init`).
   """
   where = shardings or Carry(None, None, None)
   state = init_agent(agent, key, where.agent)
@@ -120,31 +115,23 @@ def init(
 
 
 def init_agent(agent: Agent, key: chex.PRNGKey, sharding: Any = None) -> Any:
-  """The agent's state of step 0.
+  """The agent's state of step 0, from a compiled function.
 
-  It comes out of a compiled function: its leaves then share no buffers, and
-  donating them is safe.
+  So its leaves share no buffers and can be donated.
   """
   agent_key, _ = jax.random.split(jax.random.fold_in(key, 2**31 - 1))
   return jax.jit(agent.init, out_shardings=sharding)(agent_key)
 
 
 def source_key(key: chex.PRNGKey) -> chex.PRNGKey:
-  """The key that `init` gave to the source, for `Persistence.load`."""
+  """The key that `init` passes to the source, for `Persistence.load`."""
   return jax.random.split(jax.random.fold_in(key, 2**31 - 1))[1]
 
 
 def step(
   agent: Agent, source: Source, carry: Carry, key: chex.PRNGKey, update=None
 ) -> tuple[Carry, dict[str, Any], dict[str, Any]]:
-  """One update.
-
-  Args:
-    agent: the agent.
-    source: where its batches come from.
-    carry: all state.
-    key: the run's key; this step's is folded from it.
-    update: a compiled `agent.update`; None traces it here.
+  """One update, with the run's key and perhaps a compiled `agent.update`.
 
   Returns:
     The carry, means (agent metrics and the source's gauges) and sums (the
@@ -163,19 +150,16 @@ def step(
 def compile_interval(agent: Agent, source: Source) -> Callable:
   """A compilable `(carry, key, num_steps) -> (carry, means, counts)`.
 
-  One program serves every number of steps, so that an uneven last interval
-  compiles nothing. It can be vmapped over carries and keys, with one shared
-  step. A number that is not finite shows in the means: nothing is raised.
+  One program serves every number of steps. It can be vmapped over carries and
+  keys, with a shared step. It raises nothing: a number that is not finite shows
+  in the means.
   """
   watched = watched_interval(agent, source)
   return lambda carry, key, num_steps: watched(carry, key, num_steps)[:3]
 
 
 def watched_interval(agent: Agent, source: Source) -> Callable:
-  """`compile_interval` with a fourth result, the interval's `Watch`.
-
-  It tells which update diverged first, and in what; for `run`, which raises.
-  """
+  """`compile_interval` with the interval's `Watch` as a fourth result."""
   one = functools.partial(step, agent, source)
 
   def interval(carry: Carry, key, num_steps):
@@ -201,7 +185,7 @@ def watched_interval(agent: Agent, source: Source) -> Callable:
 
 
 def _look(watch: Watch, step, values) -> Watch:
-  """What was found so far, or this update where nothing was yet."""
+  """The watch so far, or this update if it is the first with a bad number."""
   values = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
   finite = [jnp.isfinite(x).all() for x in values.values()]
   bad = ~jnp.stack(finite).all() if finite else False
@@ -215,7 +199,6 @@ def _look(watch: Watch, step, values) -> Watch:
 
 
 def _check_numbers(step: int, values: dict[str, Any]) -> None:
-  """Raises `Diverged` if an update's numbers are not all finite."""
   bad = {n: float(x) for n, x in values.items() if not np.isfinite(x)}
   if bad:
     what = ', '.join(f'{name} is {x}' for name, x in sorted(bad.items()))
@@ -228,11 +211,7 @@ def _are_finite(leaves):
 
 
 def not_finite(params: Any) -> list[str]:
-  """Key paths of the floating-point leaves that are not all finite.
-
-  Args:
-    params: a pytree of arrays.
-  """
+  """Key paths of the floating-point leaves that are not all finite."""
   floats = {
     jax.tree_util.keystr(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -245,9 +224,9 @@ def not_finite(params: Any) -> list[str]:
 
 
 def _check_params(step: int, params: Any) -> None:
-  """Raises `Diverged` if the parameters after an update are not all finite.
+  """Raises `Diverged` if an update made the parameters not finite.
 
-  The metrics of the update that spoils them may still be finite.
+  The metrics of that update may still be finite.
   """
   bad = not_finite(params)
   if bad:
@@ -259,13 +238,10 @@ def _check_params(step: int, params: Any) -> None:
 
 
 class Piece(NamedTuple):
-  """What was measured in some updates that follow each other.
+  """What was measured in consecutive updates, in `seconds` of wall time.
 
-  Attributes:
-    means: dict of scalars, or of arrays with a row for each run.
-    counts: likewise; they add up.
-    seconds: of wall time.
-    updates: how many.
+  `means` and `counts` are dicts of scalars, or of arrays with a row for each
+  run; counts add up.
   """
 
   means: dict[str, Any]
@@ -277,7 +253,7 @@ class Piece(NamedTuple):
 def joined(pieces: Sequence[Piece]) -> Piece:
   """Pieces as one: means over all updates, sums of all counts.
 
-  A mean that some pieces do not have is that of the others.
+  A mean that some pieces lack is taken over the others.
   """
   if len(pieces) == 1:
     return pieces[0]
@@ -310,12 +286,11 @@ def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
 
 
 class Reading(NamedTuple):
-  """How the numbers of some updates are looked at.
+  """How the numbers of some updates are checked and summarised.
 
   Attributes:
-    check: `(step, agent_state, Piece) -> None`, raises where the run cannot go
-      on.
-    summary: `(Piece) -> metrics`, what is handed on.
+    check: `(step, agent_state, Piece) -> None`, raises if the run cannot go on.
+    summary: `(Piece) -> metrics`, what is logged.
   """
 
   check: Callable[[int, Any, Piece], None]
@@ -372,30 +347,20 @@ def run(
 ) -> Carry:
   """Runs updates until the carry's step is `steps`, or the budget is spent.
 
-  Args:
-    agent: the agent.
-    source: where its batches come from.
-    carry: where to begin; its agent state is donated.
-    key: the run's key.
-    steps: updates of the whole run; None where the budget ends it.
-    intervals: how often what happens.
-    hooks: what happens.
-    update: a compiled update (from `runtime.mesh`); None compiles one.
-    interval: a compiled interval of a pure source (from `runtime.mesh`); None
-      compiles one.
-    budget: ends the run by its decisions; those that are taken are added.
-    reading: how the numbers are looked at, of one run or of many in a program.
+  An exception, also one of an environment, passes through and nothing more is
+  saved: what it left half done must not become a checkpoint. The same command
+  resumes from the last one.
 
-  Returns:
-    The last carry.
+  Args:
+    carry: where to begin; its agent state is donated.
+    steps: updates of the whole run; None where the budget ends it.
+    update: for a host source, from `runtime.mesh`; None compiles one.
+    interval: for a pure source, likewise.
+    budget: ends the run by its decisions, which are added to it.
 
   Raises:
     Diverged: a metric, gauge, count or parameter is not finite; at the end of
       the interval, before anything of it is evaluated, logged or saved.
-
-  An exception, of an environment too, passes through and nothing more is
-  saved: what it left half done must not become a checkpoint. The last one
-  stays, and the same command goes on from it.
   """
   if source.is_pure:
     compiled = interval or jax.jit(
@@ -404,10 +369,10 @@ def run(
   else:
     update = update or jax.jit(agent.update, donate_argnums=0)
     compiled = None
-  # Where nothing is done there is nothing to save.
+  # If nothing is done there is nothing to save.
   done = saved = int(carry.step)
   stop = hooks.stopping or (lambda step: False)
-  # Of an interval that the budget divides; it is logged as one.
+  # Parts of an interval that the budget divides; it is logged as one.
   pieces: list[Piece] = []
 
   def end() -> int:
@@ -441,9 +406,9 @@ def run(
     if budget is not None:
       was_acting = budget.acted is None
       budget.add(counts.get('decisions', 0.0))
-      # A row tells where acting ended, too.
-      goes_on = end() > done and (budget.acted is None) == was_acting
-      if goes_on and done < halt:
+      # A row also says where acting ended.
+      continues = end() > done and (budget.acted is None) == was_acting
+      if continues and done < halt:
         continue
     metrics, pieces = reading.summary(joined(pieces)), []
     if intervals.evaluate and done % intervals.evaluate == 0 and hooks.evaluate:
@@ -461,7 +426,7 @@ def run(
 
 
 def _save(source: Source, carry: Carry, hooks: Hooks) -> Carry:
-  # Also where nothing is saved: the run is the same with and without.
+  # Also if nothing is saved: the run is the same with and without.
   restarted = source.restart(carry.source, int(carry.step))
   carry = carry._replace(source=restarted)
   if hooks.save is not None:

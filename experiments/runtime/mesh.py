@@ -1,20 +1,19 @@
 """Learner steps over several devices, of one process or of many.
 
 No agent contains a collective. `jit` (the default): a batch is split over the
-mesh's `data` axis, the state is replicated, and the compiler inserts the sums;
-one device and several give the same numbers up to rounding, batch statistics
-included, because the program's mean is the whole batch's. A mixture's experts
-may be divided (`state_sharding`). A mesh is set where the program is traced,
-for `networks.expert_parallel` to find. `pmap`: each device runs `update` on its
-own rows; the means that a `reduce` of `agent.make` takes (gradients,
-statistics, metrics) make the parameters agree, while a BatchNorm normalises by
-the statistics of all devices only where its network was made with the same
-`reduce`. Keys are folded with the device's index there, so that it equals one
-device for updates that draw nothing.
+mesh's `data` axis, the state is replicated (a mixture's experts may be divided:
+`state_sharding`), and the compiler inserts the sums; one device and several
+give the same numbers up to rounding, batch statistics included. A mesh is set
+where the program is traced, for `networks.expert_parallel` to find. `pmap`:
+each device runs `update` on its own rows; the means that a `reduce` of
+`agent.make` takes (gradients, statistics, metrics) make the parameters agree,
+while a BatchNorm normalises by the statistics of all devices only if its
+network was made with the same `reduce`. Keys are folded with the device's index
+there, so it equals one device for updates that draw nothing.
 
 What is done row by row (searching, acting, whole episodes of an evaluation) is
-not left to the partitioner but mapped over the devices (`by_rows`), for loops
-that end with the last row would ask all devices at every turn.
+mapped over the devices (`by_rows`) instead of being left to the partitioner:
+loops that end with the last row would ask all devices at every turn.
 
 Every process calls the same functions in the same order.
 """
@@ -67,9 +66,8 @@ def local_devices(mesh: Mesh) -> list[Any]:
 def local(tree: Any) -> Any:
   """A tree as arrays of one device of this process, divided ones gathered.
 
-  What acts or plays on its own needs them: a program over arrays of all
-  processes has to be run by all of them together, and so has this where some
-  array is divided.
+  For what acts on its own: a program over arrays of all processes must be run
+  by all together, and so must this if some array is divided.
   """
 
   def one(x):
@@ -104,14 +102,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_sharding(state: Any, mesh: Mesh) -> Any:
   """Shardings of an agent's state that divide its experts over the mesh.
 
-  Args:
-    state: the state or its shapes, `jax.eval_shape(agent.init, key)`.
-    mesh: from `make_mesh`.
-
-  Returns:
-    The state's tree of shardings: `split` for every array below a dictionary's
-    key `experts` (parameters, their targets and moments) whose first axis the
-    number of devices divides, `replicated` for all else.
+  Arrays below a dictionary's key `experts` (parameters, their targets and
+  moments) are `split` if the number of devices divides their first axis; the
+  rest is `replicated`. Shapes from `jax.eval_shape(agent.init, key)` will do.
   """
 
   def one(path, leaf):
@@ -125,7 +118,7 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 def _under(mesh, state_sharding, function):
   """`function` traced with a mesh set, for `networks.expert_parallel`.
 
-  A divided state's experts find the mesh itself, whole ones one of `rows`.
+  A divided state's experts find the mesh itself, whole ones that of `rows`.
   """
   around = mesh if state_sharding is not None else _of_rows(mesh)
 
@@ -149,19 +142,18 @@ def compile_update(
   """`agent.update` compiled over a mesh, its state donated.
 
   Args:
-    agent: the agent; for `pmap`, made with `reduce=pmean`.
-    mesh: from `make_mesh`.
+    agent: for `pmap`, made with `reduce=pmean`.
     how: see the module's docstring.
     state_sharding: shardings of the state, a prefix of its tree, as the
       function of that name makes them; None replicates it. `jit` only.
 
   Returns:
-    `(state, batch, key) -> (state, info)`; leaves of the batch are split
-    along their first axis, which the number of devices must divide.
+    `(state, batch, key) -> (state, info)`; leaves of the batch are split along
+    their first axis, which the number of devices must divide.
 
   Raises:
-    ValueError: another `how`; a sharded state or several processes with
-      `pmap`; by the returned function, a batch that does not divide.
+    ValueError: another `how`; a sharded state or several processes with `pmap`;
+      by the returned function, a batch that does not divide.
   """
   if how not in ('jit', 'pmap'):
     raise ValueError(f"how={how!r}: must be 'jit' or 'pmap'")
@@ -190,10 +182,9 @@ def compile_update(
 
 
 def jit_update(agent: Agent, mesh: Mesh, state_sharding: Any = None) -> Any:
-  """What `compile_update` compiles by `jit`: it may be lowered, too.
+  """What `compile_update` compiles by `jit`; it can also be lowered.
 
-  `state_sharding` is that of `compile_update`; the batch must lie split over
-  the mesh, or on the host.
+  The batch must be split over the mesh, or on the host.
   """
   whole, rows = replicated(mesh), split(mesh)
   state = whole if state_sharding is None else state_sharding
@@ -209,8 +200,8 @@ def _jitted(agent, mesh, state_sharding):
   rows, compiled = split(mesh), jit_update(agent, mesh, state_sharding)
 
   def update(state, batch, key):
-    # What a program over the mesh has made (reanalysis) lies elsewhere, and
-    # jit would refuse to move it.
+    # A batch that a program over the mesh has made (reanalysis) lies
+    # elsewhere, and jit would refuse to move it.
     return compiled(state, jax.device_put(batch, rows), key)
 
   return update
@@ -244,19 +235,17 @@ def _pmapped(agent, mesh):
 def by_rows(function: Callable, mesh: Mesh, which: Sequence[int]) -> Callable:
   """A function of rows, over rows that are split over a mesh.
 
-  Each device calls it for its own rows, with the random numbers that they
-  would have on one device (`search.rows`), and asks no other: a tree's loop
-  ends when its own rows are done. Not for what takes means over a batch.
+  Each device calls it for its own rows, with the random numbers that they would
+  have on one device (`search.rows`), so a tree's loop ends when its own rows
+  are done. Each row of the results must follow from the same row of the
+  arguments, the whole arguments, and what `search.rows` draws.
 
   Args:
-    function: of arrays; each row that it returns follows from the same row of
-      its arguments, from the whole ones, and from what `search.rows` draws.
-    mesh: from `make_mesh`.
-    which: positions of the arguments that have rows along their first axis;
-      the others are whole on each device.
+    which: positions of the arguments that have rows along their first axis; the
+      others are whole on each device.
 
   Returns:
-    The function, to be traced, or compiled by `jax.jit`; its results are split
+    The function, to be traced or compiled by `jax.jit`; its results are split
     along their first axis.
   """
   whole, rows = PartitionSpec(), PartitionSpec(search_rows.AXIS)
@@ -282,9 +271,8 @@ def compile_refresh(
 ) -> Callable:
   """`agent.refresh` compiled over a mesh, the batch split.
 
-  `state_sharding` is that of `compile_update`. With a state that is whole on
-  each device rows are searched where they lie (`by_rows`); a state whose
-  experts are divided is left to the partitioner.
+  With a replicated state rows are searched where they lie (`by_rows`); a state
+  whose experts are divided is left to the partitioner.
   """
   assert agent.refresh is not None
   whole, rows = replicated(mesh), split(mesh)
@@ -306,18 +294,14 @@ def init(
   """`loop.init` over a mesh: the agent whole everywhere, a pure source split.
 
   On several devices a pure source must come from `parts.stacked`: all leaves of
-  its state have the parts in front. `state_sharding` is that of
-  `compile_update`; parameters are drawn as on one device.
+  its state have the parts in front. Parameters are drawn as on one device.
   """
   carry = carry_sharding(mesh, source, state_sharding)
   return loop.init(agent, source, key, carry)
 
 
 def carry_sharding(mesh: Mesh, source: Source, state: Any = None) -> loop.Carry:
-  """Where the parts of a pure source's carry lie, a prefix of its tree.
-
-  `state` is the `state_sharding` of `compile_update`.
-  """
+  """Where the parts of a pure source's carry lie, a prefix of its tree."""
   whole = replicated(mesh)
   # On one device a source need not be stacked; a data set is whole everywhere.
   parted = mesh.size > 1 and source.axes == 0
@@ -329,10 +313,7 @@ def carry_sharding(mesh: Mesh, source: Source, state: Any = None) -> loop.Carry:
 def compile_interval(
   agent: Agent, source: Source, mesh: Mesh, state_sharding: Any = None
 ) -> Callable:
-  """`loop.watched_interval` of a pure source over a mesh, its carry donated.
-
-  `state_sharding` is that of `compile_update`.
-  """
+  """`loop.watched_interval` of a pure source over a mesh, its carry donated."""
   whole = replicated(mesh)
   carry = carry_sharding(mesh, source, state_sharding)
   interval = loop.watched_interval(agent, source)

@@ -22,10 +22,10 @@ class Writer(NamedTuple):
   """Something that takes rows of numbers.
 
   Attributes:
-    write: `(step, row) -> None`; `row` maps names to scalars (Python's,
-      numpy's or 0-d arrays) or to short strings.
+    write: `(step, row) -> None`; `row` maps names to scalars (Python's, numpy's
+      or 0-d arrays) or to short strings.
     close: `() -> None`.
-    digest: `() -> str`, of the rows so far; None where none is kept.
+    digest: `() -> str`, of the rows so far; None if none is kept.
   """
 
   write: Callable[[int, Mapping[str, Any]], None]
@@ -54,20 +54,20 @@ def csv_writer(
 ) -> Writer:
   """Appends rows to a CSV file whose first column is `step`.
 
-  A name that is new gets a column at the end (the file is rewritten, at once
-  or not at all) and blanks before. Rows are on their way to the disk when
-  `write` returns, so that a killed process has lost none of them.
+  A new name gets a column at the end (the file is rewritten atomically), blank
+  in earlier rows. Rows are flushed when `write` returns, so a killed process
+  has lost none.
 
   Args:
     path: the file; its folder must exist.
-    resume_step: the step that a resumed run goes on from. Rows behind it, of
-      the future that was lost, are removed, so that the file becomes that of
-      the uninterrupted run. None begins anew.
-    must_be: the digest of the rows up to there, '' where it is not known; a
-      line says if they have another one.
+    resume_step: where a resumed run continues. Later rows, of the future that
+      was lost, are removed, so that the file becomes the uninterrupted run's.
+      None begins anew.
+    must_be: the digest of the rows up to there, '' if unknown; a line is
+      printed if they have another one.
 
   Raises:
-    UserError: the file to go on with is damaged.
+    UserError: the file to be continued is damaged.
   """
   path = pathlib.Path(path)
   columns, rows = ['step'], []
@@ -106,7 +106,7 @@ def _known(row: Mapping[str, str]) -> bytes:
 
 
 def last_step(path: str | os.PathLike) -> int:
-  """The step of the last row that `csv_writer` has written, 0 without any.
+  """The step of the last row that `csv_writer` wrote, 0 if there is none.
 
   Raises:
     UserError: the file is damaged.
@@ -122,8 +122,7 @@ def _read(
 ) -> tuple[list[str], list[dict[str, str]]]:
   """Columns and rows up to a step, each step once, in order.
 
-  What a kill left half-written is dropped, and so is what a second run on the
-  folder once wrote again.
+  Drops what a kill left half-written or a second run wrote again.
   """
   try:
     header, rows = tables.read_csv(path)
@@ -132,11 +131,11 @@ def _read(
     by_step = {int(row['step']): row for row in rows}
   except ValueError as error:
     raise UserError(
-      f'{error}; or move {shown(path)} away, then the same command goes on'
+      f'{error}; or move {shown(path)} away, then the same command resumes'
       if isinstance(error, UserError)
-      else f'{shown(path)}: is damaged, step is missing or no number '
-      f'({shown(error)}); mend it or move it away, then the same command goes '
-      'on'
+      else f'{shown(path)}: is damaged, step is missing or not a number '
+      f'({shown(error)}); repair it or move it away, then the same command '
+      'resumes'
     ) from error
   rows = [by_step[n] for n in sorted(by_step) if last is None or n <= last]
   if last is not None:
@@ -169,14 +168,10 @@ def _cell(value: Any) -> str:
 
 
 def check_installed(tensorboard: bool, wandb: str) -> None:
-  """Refuses early what the writers below would refuse when a run begins.
-
-  Args:
-    tensorboard: whether TensorBoard's events are wanted.
-    wandb: the project of wandb's; '' for none.
+  """Refuses early if a package of the writers below is not installed.
 
   Raises:
-    UserError: a package is not installed.
+    UserError: says how to install it.
   """
   if tensorboard:
     _extra('tensorboardX', 'tensorboard')
@@ -185,7 +180,6 @@ def check_installed(tensorboard: bool, wandb: str) -> None:
 
 
 def _extra(package: str, extra: str) -> Any:
-  """A package that is installed on demand."""
   try:
     return importlib.import_module(package)
   except ImportError as error:
@@ -199,9 +193,7 @@ def tensorboard_writer(
 ) -> Writer:
   """Writes scalars for TensorBoard; strings are left out.
 
-  Args:
-    directory: of the event files.
-    resume_step: as for `csv_writer`: TensorBoard hides what lies behind it.
+  TensorBoard hides what lies after `resume_step`, see `csv_writer`.
 
   Raises:
     UserError: tensorboardX is not installed.
@@ -232,17 +224,15 @@ def wandb_writer(
   """Writes scalars to a run of Weights & Biases; strings are left out.
 
   WANDB_MODE and its other variables are respected. The run's id is kept in
-  `wandb_id.txt`, so that a resumed run goes on in the same one. What a killed
-  run had logged behind its checkpoint stays, for wandb's steps only grow: rows
-  up to there are left out. Off-line each start has a folder of its own under
-  `wandb`, all of the same id.
+  `wandb_id.txt`, so that a resumed run continues it. What a killed run logged
+  after its checkpoint stays, for wandb's steps only grow: rows up to there are
+  left out. Off-line each start has a folder of its own under `wandb`, all with
+  the same id.
 
   Args:
     workdir: the run's folder; its name is the run's.
-    project: wandb's.
-    config: the settings that it shows.
-    resume_step: the step that a resumed run goes on from; None begins a new
-      run.
+    config: the settings that wandb shows.
+    resume_step: where a resumed run continues; None begins a new run.
 
   Raises:
     UserError: wandb is not installed, or does not start (no key, no network).
@@ -290,16 +280,15 @@ def progress(
 ) -> Writer:
   """Shows how far a run is: steps, chosen numbers, steps/s and time left.
 
-  On a terminal a live bar; else one line at the first row, at most one every
-  `every_seconds`, and one at the last step. The speed is that since the first
-  row, which leaves compiling out.
+  On a terminal a live bar; else a line at the first row, at most one every
+  `every_seconds`, and one at the last step. Speed is since the first row, which
+  leaves compiling out.
 
   Args:
     total: steps of the whole run.
     start: the step that a resumed run begins at.
-    columns: names of the numbers to show, each with its last known value;
-      none shows the first four numbers of the last row.
-    every_seconds: between lines where there is no terminal.
+    columns: the numbers to show, each with its last known value; by default the
+      first four of the last row.
     stream: stderr if None.
     clock: seconds.
   """
@@ -356,7 +345,6 @@ def _live(
   status: Callable[[int, Mapping[str, Any]], str],
   stream: TextIO,
 ) -> Writer:
-  """A bar that is drawn in place."""
   from rich.console import Console
   from rich.progress import BarColumn, Progress, TextColumn
 

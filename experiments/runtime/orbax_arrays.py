@@ -1,15 +1,13 @@
-"""The arrays of a checkpoint's step, through orbax; all we ask of it.
+"""The arrays of a checkpoint's step, through orbax.
 
-One handler serves the whole process: what `Checkpointer` starts for each save
-(an event loop, its thread, its descriptors) is never there. A folder is shown
-to orbax under an alias, for in a path it takes `*`, `?`, `[` and a backslash
-for something else. zarr's metadata is compared with what
-is expected before tensorstore sees it: it allocates what these files say, and
-some of them end the process.
+One handler serves the whole process, so there is none of what `Checkpointer`
+starts for each save (an event loop, its thread, its descriptors). Folders have
+an alias for orbax, because it interprets `*`, `?`, `[` and backslashes in
+paths. zarr's metadata is compared with what is expected before tensorstore sees
+it: it allocates what these files say, and some of them end the process.
 
-Each array is two files, which are created, flushed and deleted one by one. Of
-a carry's hundreds of leaves those that are small and numpy's are therefore
-written as a few arrays of bytes, packs.
+Each array is two files, which are created, flushed and deleted one by one, so
+small numpy leaves are written together as a few arrays of bytes, packs.
 """
 
 import asyncio
@@ -34,7 +32,7 @@ from experiments.runtime.integrity import Damaged, Place
 # into one. Packs are compressed and written at the same time.
 _PACK = 8 << 20
 _SMALL = 1 << 20
-# So that an array of any dtype lies well in a pack.
+# So that an array of any dtype is aligned in a pack.
 _ALIGNED = 64
 
 
@@ -47,7 +45,7 @@ def packed(
     arrays: by name, numpy's or jax's; no name begins with `pack`.
 
   Returns:
-    What to `save`, and where in it those are that are no arrays of their own.
+    What to `save`, and the places of the arrays that are in packs.
   """
   alone, places, packs = {}, {}, []
   size = 0  # of the last pack
@@ -68,12 +66,9 @@ def packed(
 
 
 def save(folder: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  """Writes arrays; all processes call it together, if there are several.
+  """Writes arrays; all processes call it together.
 
-  Args:
-    folder: empty.
-    arrays: numpy's, which the first process writes, and jax's, of which each
-      process writes its own shards.
+  The first process writes numpy's, each process its own shards of jax's.
 
   Raises:
     OSError: the disk refuses.
@@ -106,8 +101,8 @@ def load(
     wanted: by name, a numpy array or a `jax.ShapeDtypeStruct` with a sharding:
       shape, dtype and where it goes.
     places: of those that are in packs.
-    check: whether zarr's metadata are files of their own; the releases before
-      wrote a database, in which they are not.
+    check: whether zarr's metadata are files of their own; earlier releases
+      wrote a database instead.
 
   Returns:
     Arrays of the same kinds by name.
@@ -204,10 +199,10 @@ def _handler() -> Any:
 
 
 def _run_to_the_end(work: Coroutine[Any, Any, Any]) -> Any:
-  """Runs what orbax runs in a loop of its own, and all that it has begun.
+  """Runs what orbax runs in a loop of its own, with all that it has begun.
 
   Orbax closes the loop as soon as one array fails, on a full disk. tensorstore
-  goes on with the others, in a folder that is deleted meanwhile, and its
+  continues with the others, in a folder that is deleted meanwhile, and its
   threads print that the loop is closed.
   """
 
@@ -226,7 +221,7 @@ def _run_to_the_end(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Drops what orbax logs of what it then raises."""
+  """Drops what orbax logs before it raises it."""
   is_orbax = 'orbax' in record.pathname
   return not (is_orbax and (record.exc_info or record.levelno < logging.ERROR))
 
@@ -243,7 +238,7 @@ def _alias(folder: pathlib.Path) -> Iterator[Any]:
 
 
 def _said(error: Exception) -> str:
-  """What orbax, tensorstore or numpy say, as one line."""
+  """The message of orbax, tensorstore or numpy as one line."""
   return shown(' '.join(str(error).split()) or type(error).__name__)
 
 

@@ -1,7 +1,7 @@
 """Settings by text: `--set=field=value` on frozen dataclasses.
 
-Ranges are refused by their `__post_init__` or by a `validate` function, always
-on concrete values.
+Their `__post_init__` or a `validate` function refuses bad ranges, always on
+concrete values.
 """
 
 import contextlib
@@ -26,27 +26,22 @@ def override(
 ) -> dict[str, Any]:
   """Applies `field=value` assignments to frozen dataclasses.
 
-  A field whose type is one of several dataclasses, each with a field `name`, is
-  set to another one by that name, `router=balanced`; fields that both have keep
-  their values.
+  A field that may hold one of several dataclasses, each with a field `name`, is
+  set by that name, `router=balanced`; fields that both have keep their values.
 
   Args:
-    sections: instances by section's name; dataclasses in them are searched
-      too. A field is named as `matching` says.
-    assignments: in order, the later one wins, but first those that choose a
-      dataclass; those that their dataclass refuses are tried again after the
-      others. Values are read by the field's
-      annotation: int (`1e5` too), float, bool (true, false), str, `Literal`,
-      `tuple` (`1,2,3`; nothing for an empty one), `T | None` (`none`).
-    validate: called with the result; raises a `ValueError` for what must not
-      be.
-
-  Returns:
-    The sections with new instances.
+    sections: instances by the section's name; dataclasses in them are searched
+      too. `matching` says how fields are named.
+    assignments: the later one wins, but those that choose a dataclass come
+      first; those that their dataclass refuses are tried again after the
+      others. Values are read by the field's annotation: int (`1e5` too), float,
+      bool (true, false), str, `Literal`, `tuple` (`1,2,3`; nothing for an empty
+      one), `T | None` (`none`).
+    validate: called with the result; raises `ValueError` to refuse it.
 
   Raises:
-    UserError: unknown or ambiguous field, value of a wrong type, value that
-      the dataclass or `validate` refuses.
+    UserError: unknown or ambiguous field, value of a wrong type, or refused by
+      the dataclass or `validate`.
 
   >>> @dataclasses.dataclass(frozen=True)
   ... class Config:
@@ -109,7 +104,7 @@ def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
 
 
 def _chosen(annotation: Any, old: Any, name: str, text: str) -> Any:
-  """The dataclass of a union that has a name, with what the old one shares."""
+  """The dataclass of a union with this name; it keeps shared fields."""
   kinds = {kind.name: kind for kind in typing.get_args(annotation)}
   if text not in kinds:
     raise UserError(f'{name} is {text!r}, must be one of {", ".join(kinds)}')
@@ -120,7 +115,7 @@ def _chosen(annotation: Any, old: Any, name: str, text: str) -> Any:
 
 
 def _chooses(sections: Mapping[str, Any], assignment: str) -> bool:
-  """Whether an assignment sets which of several dataclasses a field has."""
+  """Whether an assignment chooses among dataclasses."""
   known = [p for s, config in sections.items() for p in paths(config, (s,))]
   asked = tuple(assignment.partition('=')[0].strip().split('.'))
   return [p[-1] for p in matching(known, asked)] == ['name']
@@ -129,16 +124,13 @@ def _chooses(sections: Mapping[str, Any], assignment: str) -> bool:
 def matching(
   known: Sequence[tuple[str, ...]], asked: tuple[str, ...]
 ) -> list[tuple[str, ...]]:
-  """Paths of fields that a name may mean.
+  """Paths of fields that a name may mean; none or several for a bad name.
 
   Args:
     known: all paths, `('agent', 'network', 'moe', 'router', 'k')`.
     asked: the parts of the name: a whole path; else the end of it; else some of
       its parts in order, the last one included, `('network', 'moe', 'k')`. A
       last part `name` may be left out.
-
-  Returns:
-    The paths, none or several where the name is no good.
   """
   if asked in known:
     return [asked]
@@ -174,11 +166,7 @@ def paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
-  """The path that a name on the command line means.
-
-  Args:
-    sections: as for `override`.
-    name: `k`, `router.k` or `agent.network.moe.router.k`.
+  """The path that a name means, `k` or `agent.network.moe.router.k`.
 
   Raises:
     UserError: there is no such field, or several.
@@ -218,14 +206,14 @@ def _with_field(configs: Iterable[Any], name: str) -> Iterator[str]:
           yield f'{field.name}={kind.name}'
 
 
-# What a file of settings can hold, and no number that is longer to read.
+# The largest int of a file of settings, and the longest number to read.
 _MAX_INT = 2**63 - 1
 _LONGEST_NUMBER = 400
 _CLOSING = {'(': ')', '[': ']', '{': '}'}
 
 
 class _Refused(ValueError):
-  """A text that is no value; says what more than its type is wrong."""
+  """A text that is not a value; says what is wrong besides its type."""
 
 
 def _parse(annotation: Any, text: str) -> Any:
@@ -269,7 +257,7 @@ def _parse_number(kind: type, text: str) -> Any:
     with contextlib.suppress(ValueError):
       return _bounded(int(text))
   value = float(text)
-  # Infinity is what says so, not what is too large for a float.
+  # A number too large for a float is refused; only `inf` is infinity.
   overflown = math.isinf(value) and any(c.isdigit() for c in text)
   if math.isnan(value) or overflown:
     raise ValueError
@@ -287,7 +275,7 @@ def _bounded(value: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-  """What stands between commas, but for those within brackets or quotes."""
+  """What stands between commas outside brackets and quotes."""
   parts, open_, quote = [''], [], ''
   for c in text:
     if quote:
@@ -308,14 +296,14 @@ def _split(text: str) -> list[str]:
   if len(parts) == 1 and parts[0][:1] in ('(', '['):
     return _split(parts[0][1:-1])
   if not parts[-1]:
-    del parts[-1]  # an empty tuple, or a comma as Python writes behind one
+    del parts[-1]  # an empty tuple, or a trailing comma as Python writes it
   if not all(parts):
     raise _Refused('; an item is empty')
   return parts
 
 
 def _type_name(annotation: Any) -> str:
-  """A type in words: what a person has to write."""
+  """A type in words: what a user has to write."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if origin in (typing.Union, types.UnionType):
     return ' or '.join(map(_type_name, args))
@@ -342,13 +330,10 @@ class Field(NamedTuple):
 
 
 def describe(config: Any) -> list[Field]:
-  """All settings of a dataclass (nested ones with dots), in order.
+  """All settings of a dataclass, nested ones with dots, in order.
 
-  Args:
-    config: an instance, whose values are given as the defaults, or a class
-      that has a default for every field.
-
-  The meaning is taken from the `Attributes:` of the class's docstring.
+  `config` is an instance, whose values are the defaults, or a class that has a
+  default for every field. Meanings are from `Attributes:` of its docstring.
   """
   config = config() if isinstance(config, type) else config
   hints = typing.get_type_hints(type(config))
@@ -368,7 +353,7 @@ def describe(config: Any) -> list[Field]:
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
-  """The `Attributes:` section of a docstring, name -> text on one line."""
+  """The `Attributes:` of a docstring, name -> text on one line."""
   text = inspect.cleandoc(cls.__doc__ or '').partition('Attributes:\n')[2]
   # Names stand at the section's own indentation, continuations deeper.
   entries = re.findall(

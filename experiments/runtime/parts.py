@@ -1,21 +1,21 @@
 """Experience in parts, so that devices and processes hold and sample their own.
 
-A run has a fixed number of parts. Each has a share of the environments, of
-the replay's capacity and of the batch, its own keys and its own folder. What
-a part does depends on its number and on nothing else, so that the same parts
-dealt to other devices or processes give the same numbers.
+A run has a fixed number of parts. Each has a share of the environments, of the
+replay's capacity and of the batch, its own keys and its own folder. What a part
+does depends on its number alone, so the same parts on other devices or
+processes give the same numbers.
 
-On the host the parts are dealt to the processes in equal consecutive blocks:
-of N parts, process p of P holds p N / P to (p + 1) N / P - 1. Within a process
+On the host the parts are dealt to the processes in equal consecutive blocks: of
+N parts, process p of P holds p N / P to (p + 1) N / P - 1. Within a process
 they are dealt likewise to its learning devices, where their windows are put
-together, and round robin to acting devices. A run may therefore go on with
-any number of processes that divides its parts, if all can read its folder.
-Pure parts are stacked along a leading axis that is split over the devices.
+together, and round robin to acting devices. A run may thus resume with any
+number of processes that divides its parts, if all can read its folder. Pure
+parts are stacked along a leading axis that is split over the devices.
 
-One replay of everything is expected to give what the parts give: a row's
+The parts give what one replay of everything gives in expectation: a row's
 importance weight carries its part's total priority (`agents.core.replay`'s
 `scale`), and ages count the decisions of all parts. New rows get the largest
-priority seen in their own part. A batch's rows come part by part.
+priority of their own part. A batch's rows come part by part.
 
 Axes: `N` parts, `B` windows of a batch.
 """
@@ -45,10 +45,9 @@ def choose(wanted: int, saved: int, sizes: dict[str, int], mesh: Mesh) -> int:
   """How many parts a run has.
 
   Args:
-    wanted: by the person; 0 for any.
+    wanted: by the user; 0 for any.
     saved: what the run's checkpoint has; 0 for none.
     sizes: what is divided, by the field's name.
-    mesh: whose processes share the parts.
 
   Returns:
     `wanted`, or `saved`, or else the largest number up to the mesh's devices
@@ -112,12 +111,7 @@ class _Only(NamedTuple):
 
 
 class State(NamedTuple):
-  """State of `hosted`, mutable as its parts are.
-
-  Attributes:
-    parts: the state of each part that this process holds.
-    drawn: `Sample` of each in the last batch.
-  """
+  """State of `hosted`: of each part of this process, and its last `Sample`."""
 
   parts: list[Any]
   drawn: list[Sample]
@@ -129,15 +123,13 @@ def hosted(
   """Parts on the host as one source of global batches.
 
   Args:
-    parts: of those that this process holds, in order; each makes windows of
+    parts: those that this process holds, in order; each makes windows of
       `batch_size / number`.
     number: N, of all processes.
-    mesh: over which a batch is split.
-    batch_size: B.
 
   Returns:
-    A source of `Trajectory`s whose leaves are split over the mesh, part by
-    part. Its counts are those of this process.
+    A source of `Trajectory`s split over the mesh, part by part. Its counts are
+    this process's.
 
   Raises:
     ValueError: a batch that the devices cannot share.
@@ -317,12 +309,7 @@ def _folder(directory, part: int) -> pathlib.Path:
 
 
 def read_old(directory: Any, step: int, templates: dict[str, Any]) -> Held:
-  """What releases before `Held` kept of the parts, in files of their own.
-
-  Args:
-    directory: of the replay.
-    step: of the checkpoint.
-    templates: of the arrays, by the part's name.
+  """Parts as releases before `Held` saved them, in files of their own.
 
   Raises:
     Damaged: a part is missing or not as it was written.
@@ -349,16 +336,10 @@ def read_old(directory: Any, step: int, templates: dict[str, Any]) -> Held:
 
 
 def stacked(part: Source, number: int, mesh: Mesh) -> Source:
-  """Pure parts as one pure source of global batches.
+  """`number` (N) pure parts as one pure source of global `Trajectory`s.
 
-  Args:
-    part: a pure source of windows, one part's share.
-    number: N.
-    mesh: over which the parts are split; its size must divide N.
-
-  Returns:
-    A pure source of `Trajectory`s. All leaves of its state are `[N, ...]`, to
-    be split over the mesh; what a part does needs no other device.
+  All leaves of its state are `[N, ...]`, to be split over the mesh; a part
+  needs no other device.
 
   Raises:
     ValueError: the devices cannot share the parts equally.

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a source or a replay, and how it comes back."""
+"""How a source or a replay is saved in a checkpoint and restored."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,10 +7,9 @@ from experiments.files.arrays import Stored
 
 
 class Held(NamedTuple):
-  """What this process alone saves, in the place of a source's arrays.
+  """What this process alone saves, in place of a source's arrays.
 
-  Attributes:
-    parts: `(arrays, facts)` of each part by the name of its folder.
+  `parts` maps folders' names to `(arrays, facts)`.
   """
 
   parts: dict[str, tuple[Any, dict[str, Any]]]
@@ -25,20 +24,21 @@ class Held(NamedTuple):
 
 
 class Persistence(NamedTuple):
-  """How a state is kept that is not saved as it is.
+  """How a state is saved that is not saved as it is.
 
   Attributes:
     save: `(state, directory, step) -> (arrays, facts)`: a pytree of arrays, or
-      `Held`; a dict that JSON can hold; and large data appended to files in the
-      directory, which `rows` of the facts names.
+      `Held`; a dict of JSON types. Large data is appended to files in the
+      directory, named by the facts' `rows`.
     load: `(arrays, facts, directory, key) -> state`, the inverse; raises
-      `Damaged` where rows are not as they were written.
+      `Damaged` if rows are not as they were written.
     template: `() -> arrays`, of the shapes that `save` returns.
-    prune: `(directory, list of rows)`: drops files that none of them names;
-      None where there are no files.
-    restart: `(state, step) -> state`: simulators on the host start afresh from
-      a seed derived from the step; None where all state is in the pytree.
-    close: `(state) -> None`, stops threads and simulators; None without.
+    prune: `(directory, list of rows)`: deletes files that none of them names;
+      None if there are no files.
+    restart: `(state, step) -> state`: host simulators start afresh from a seed
+      derived from the step; None if all state is in the pytree.
+    close: `(state) -> None`, stops threads and simulators; None if there are
+      none.
   """
 
   save: Callable[..., Any]

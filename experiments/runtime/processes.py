@@ -2,10 +2,9 @@
 
 `python -m experiments.launch --processes=2 -- python -m experiments.train ...`
 
-Every line of a process is printed behind its number. When one fails, the
-others are stopped, and the one that failed first is named. A refusal (exit
-code 2) and a stop (130, 143) are not tried again. Running the same command
-again resumes, as it does for one process.
+Every line of a process is printed after its number. When one fails, the others
+are stopped and the first to fail is named. A refusal (exit code 2) and a stop
+(130, 143) are not tried again. The same command resumes.
 """
 
 import os
@@ -32,7 +31,7 @@ class Exit(NamedTuple):
   returncode: int
 
   def status(self) -> int:
-    """As a shell says it: 128 and the signal's number for signals."""
+    """As a shell has it: 128 and the signal's number for signals."""
     return self.returncode if self.returncode >= 0 else 128 - self.returncode
 
   def __str__(self) -> str:
@@ -50,9 +49,9 @@ class Outcome(NamedTuple):
   """How all of them ended.
 
   Attributes:
-    first: the first process that failed, or where none did the first that was
-      stopped; None if all ended with code 0.
-    signal: the first signal that the parent has passed on, or None.
+    first: the first process that failed, or else the first that was stopped;
+      None if all ended with code 0.
+    signal: the first signal that the parent passed on, or None.
   """
 
   first: Exit | None
@@ -60,17 +59,17 @@ class Outcome(NamedTuple):
 
 
 def resolve(command: Sequence[str]) -> list[str]:
-  """The command with this Python in front, where it is a Python program.
+  """The command with this Python in front if it is a Python program.
 
-  `-m module`, `script.py`, `python ...` and `python3 ...` run on the Python
-  that runs the launcher; all else is looked up on PATH.
+  `-m module`, `script.py`, `python ...` and `python3 ...` run on the launcher's
+  Python; the rest is looked up on PATH.
 
   Raises:
     UserError: no command, or no such program.
   """
   if not command:
     raise configs.UserError(
-      'no command: put it behind --, as in -- python -m experiments.train'
+      'no command: put it after --, as in -- python -m experiments.train'
     )
   first, *rest = command
   if first in ('python', 'python3'):
@@ -85,7 +84,7 @@ def resolve(command: Sequence[str]) -> list[str]:
 def environments(
   processes: int, devices_per_process: int | None = None
 ) -> list[dict[str, str]]:
-  """What each process finds in its environment besides the parent's own."""
+  """What each process's environment has in addition to the parent's."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{probe.getsockname()[1]}'
@@ -110,17 +109,16 @@ def supervise(
 ) -> Outcome:
   """Runs one process for each environment until all have ended.
 
-  SIGTERM and SIGINT are passed on to all, as often as they come, and waited
-  for without limit: the processes save their state. Each process leads a
-  group of its own, so that a terminal's Ctrl-C reaches it once, through the
-  parent. When the parent itself is killed, the kernel kills them (Linux).
+  SIGTERM and SIGINT are passed on to all, as often as they come, and waited for
+  without limit: the processes save their state. Each leads a group of its own,
+  so that Ctrl-C reaches it once, through the parent. If the parent is killed,
+  the kernel kills them (Linux).
 
   Args:
-    command: program and arguments.
     each: variables added to the environment, one dictionary a process.
     grace: seconds that the others have after SIGTERM when one has failed.
   """
-  # Signals and deaths in the order in which they come: (process, returncode),
+  # Signals and ends in the order they come: (process, returncode) or
   # (None, signal).
   events: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -167,8 +165,8 @@ def _watch(
 ) -> Outcome:
   """Waits for all; see `supervise`.
 
-  A process that was stopped lets the others vote and save: only those that are
-  still there after `grace` seconds are asked, too.
+  A process that was stopped lets the others vote and save: only those still
+  there after `grace` seconds are asked, too.
   """
   failed, stopped, passed_on = None, None, None
   alive = set(range(len(children)))

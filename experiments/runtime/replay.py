@@ -1,15 +1,15 @@
 """Prioritised replay in the host's memory, and on disk without rewriting.
 
-The same semantics as `agents.core.replay` (read that first): from the same
-contents and the same key both draw the same windows, up to the rounding of a
-sum. Here the state is mutated in place, frames may be compressed without loss,
-and a batch carries every frame to the device once: stacks are built there.
+The semantics are those of `agents.core.replay` (read that first): the same
+contents and key give the same windows, up to the rounding of a sum. Here the
+state is mutated in place, frames may be compressed without loss, and a batch
+carries each frame to the device once: stacks are built there.
 
 On disk, rows are appended as immutable segments `rows_<start>_<stop>_<token>`
-(numbers of rows, a random token). What changes, priorities and cursors, is in
-the small *meta*, which a checkpoint holds, with each segment's size and digest.
-A segment that no meta names is as if it were not there, so a kill at any moment
-between segments and checkpoint leaves the last checkpoint whole.
+(row numbers, a random token). What changes, priorities and cursors, is in the
+small *meta* of a checkpoint, with each segment's size and digest. A segment
+that no meta names does not count, so a kill between segments and checkpoint
+leaves the last checkpoint whole.
 """
 
 import dataclasses
@@ -37,15 +37,12 @@ VERSION = 2
 
 
 class Segment(NamedTuple):
-  """A file of rows.
+  """A file of rows `start` to `stop - 1`.
 
   Attributes:
-    start: number of its first row.
-    stop: number behind its last row.
-    token: tells it from another one of the same rows.
-    size: of the file, bytes; -1 where it is not known.
-    digest: of the file, see `arrays.Stored`; '' where it is not known, of the
-      `.npz` files of version 1.
+    token: distinguishes it from another one of the same rows.
+    size: bytes; -1 if unknown.
+    digest: see `arrays.Stored`; '' if unknown, for the `.npz` of version 1.
   """
 
   start: int
@@ -56,21 +53,14 @@ class Segment(NamedTuple):
 
   @property
   def name(self) -> str:
-    """Of the file."""
+    """The file's name."""
     kind = 'bin' if self.digest else 'npz'
     return f'rows_{self.start:012d}_{self.stop:012d}_{self.token}.{kind}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a checkpoint holds of a replay beside its priorities.
-
-  Attributes:
-    version: of this layout.
-    count: rows written so far.
-    max_priority: see `HostReplayState`.
-    segments: the files that hold rows, in order.
-  """
+  """What a checkpoint holds of a replay besides its priorities."""
 
   version: int
   count: int
@@ -149,9 +139,6 @@ def host_replay(
     frame_stack: `S`.
     alpha: exponent of the priorities, 0 for uniform.
     compress: keep uint8 images compressed (zlib, lossless).
-
-  Returns:
-    The `Replay`; its state is a `HostReplayState`, for `save` and `load`.
 
   Raises:
     ValueError: an argument out of range; in `init`, a capacity too small; in
@@ -283,18 +270,12 @@ def _kept(priority, meta):
 def save(
   state: HostReplayState, directory: str | os.PathLike
 ) -> tuple[np.ndarray, dict[str, Any]]:
-  """Writes the rows since the last save; returns what a checkpoint needs.
+  """Writes and flushes the rows since the last save.
 
-  When it returns, the new segments are on the disk for good. It never changes
-  or deletes a file: see `prune`.
-
-  Args:
-    state: the replay; it remembers what was saved where.
-    directory: the replay's own; made if missing.
+  It changes and deletes no file (see `prune`).
 
   Returns:
-    A copy of the priorities, float32 `[T, E]`, and the meta, which JSON can
-    hold.
+    A copy of the priorities, float32 `[T, E]`, and the meta, JSON types.
 
   Raises:
     UserError: the disk refuses, or a link is in a file's place.
@@ -320,9 +301,9 @@ def save(
 
 
 def files_of(meta: Mapping[str, Any]) -> dict[str, Stored]:
-  """The files that a meta names, and what they must be."""
+  """The files that a meta names, with their sizes and digests."""
   segments = [Segment(*s) for s in meta['segments']]
-  # Version 1 had an empty segment in the place of none.
+  # Version 1 wrote an empty segment for none.
   return {
     s.name: Stored(s.size, s.digest) for s in segments if s.stop > s.start
   }
@@ -337,19 +318,15 @@ def load(
   """The replay as it was when `save` returned these.
 
   Args:
-    state: fresh from `init`, of the same capacity; it is filled.
+    state: fresh from `init`, of the same capacity; it is filled and returned.
     directory: where `save` wrote.
-    priority: float32 `[T, E]`, as `save` returned it, or as a checkpoint
-      restored it.
-    meta: likewise.
-
-  Returns:
-    `state`.
+    priority: float32 `[T, E]`.
+    meta: from `save`.
 
   Raises:
     UserError: another version, another shape.
-    Damaged: rows are missing or not as they were written, or the numbers of
-      the meta contradict each other.
+    Damaged: rows are missing or not as they were written, or the numbers of the
+      meta contradict each other.
   """
   import msgspec
 
@@ -406,14 +383,10 @@ def _check(meta: Meta, priority: np.ndarray, oldest: int) -> None:
 def prune(
   directory: str | os.PathLike, needed: Iterable[Mapping[str, Stored]]
 ) -> None:
-  """Deletes the segments that no checkpoint needs.
+  """Deletes the segments that no checkpoint needs, given all their `files_of`.
 
-  Files of rows newer than every given one stay, for a checkpoint that is
-  still being written may need them.
-
-  Args:
-    directory: where `save` wrote.
-    needed: `files_of` all checkpoints that are still on disk.
+  Rows newer than all of those stay: a checkpoint that is being written may need
+  them.
   """
   names = {name for some in needed for name in some}
   newest = max((int(name.split('_')[2]) for name in names), default=0)
@@ -436,7 +409,7 @@ def _order(count, size, slot):
 
 
 def _weigh(state, slots):
-  """Recomputes `mass` of some slots; nothing starts at an episode's last."""
+  """Recomputes `mass` of some slots; no window starts at an episode's end."""
   timestep = state.rows.timestep
   last = (timestep.discount[slots] == 0) | timestep.truncated[slots]
   mass = state.priority[slots].astype(np.float64) ** state.alpha
@@ -444,7 +417,7 @@ def _weigh(state, slots):
 
 
 def _cut(state, slots, next_is_first):
-  """Truncates what another episode follows though it did not end."""
+  """Truncates episodes that another one follows though they did not end."""
   timestep = state.rows.timestep
   cut = next_is_first & (timestep.discount[slots] != 0)
   if cut.any():

@@ -1,4 +1,4 @@
-"""A run's config.json: written, read, and compared with what goes on."""
+"""A run's config.json: written, read, and compared with a new command's."""
 
 import contextlib
 import dataclasses
@@ -34,9 +34,8 @@ _PACKAGES = (
 def made_with(device: str | None = None) -> dict[str, Any]:
   """What a run was made with: versions, commit, device.
 
-  Args:
-    device: its name; None asks JAX, which starts it (so call this after
-      `jax.distributed.initialize`).
+  If `device` is None JAX is asked and thereby started (so call this after
+  `jax.distributed.initialize`).
   """
   if device is None:
     import jax
@@ -50,7 +49,7 @@ def made_with(device: str | None = None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-  """The commit of this checkout, `-dirty` where it is changed, or None."""
+  """The commit of this checkout, with `-dirty` if it is changed, or None."""
   here = pathlib.Path(__file__).resolve().parents[2]
   if not (here / '.git').exists():
     return None
@@ -79,11 +78,9 @@ def write_run_config(
   """Makes a run's folder and its `config.json`, atomically.
 
   Args:
-    workdir: the run's folder.
-    config: all that decides the run's numbers: preset, agent, env, seed,
-      steps and the sections of settings (dataclasses are written as
-      dictionaries).
-    device: see `made_with`, which is written beside it.
+    config: all that decides the run's numbers: preset, agent, env, seed, steps
+      and the sections of settings (dataclasses become dictionaries).
+    device: see `made_with`, which is added.
 
   Raises:
     UserError: something in it cannot be written as JSON.
@@ -97,7 +94,7 @@ def write_run_config(
 def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """A run's `config.json`; dataclasses are dictionaries, tuples lists.
 
-  Settings that an older version has written elsewhere are where they are now.
+  Settings that an older version wrote elsewhere are moved.
 
   Raises:
     UserError: `workdir` is no run's folder, or the file cannot be read.
@@ -110,12 +107,12 @@ def _read(workdir: str | os.PathLike) -> dict[str, Any]:
     return reading.read_json(pathlib.Path(workdir) / 'config.json')
   except Missing as error:
     raise UserError(
-      f"workdir={shown(workdir)}: is no run's folder, it has no config.json; "
+      f"workdir={shown(workdir)}: is not a run's folder, has no config.json; "
       'name the --workdir of python -m experiments.train'
     ) from error
 
 
-# What a mixture's router took of its fields, where routers had no configs.
+# A mixture's fields that its router used, before routers had configs.
 _ROUTERS = {
   'noisy_top_k': (
     *('k', 'groups', 'group_k', 'noise', 'noise_epsilon'),
@@ -146,20 +143,14 @@ def _upgraded(saved: Any) -> Any:
 
 
 def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """What tells a run from others: its seed, a digest of its settings.
-
-  Args:
-    workdir: the run's folder.
-
-  Returns:
-    None where there is no config.json.
+  """A run's seed and a digest of its settings; None without a config.json.
 
   Raises:
     UserError: it cannot be read.
   """
   if not os.path.lexists(pathlib.Path(workdir) / 'config.json'):
     return None
-  # As it was written, as the checkpoints beside it were.
+  # As it was written, for the checkpoints were written then.
   config = _read(workdir)
   config.pop('made_with', None)
   return {'seed': config.get('seed'), 'settings': digest(config)}
@@ -167,9 +158,6 @@ def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
 def digest(config: Mapping[str, Any]) -> str:
   """SHA-256 of the settings that must not change during a run.
-
-  Args:
-    config: of `read_run_config`, or what is written there.
 
   Raises:
     UserError: something in it cannot be written as JSON.
@@ -185,18 +173,17 @@ def check_run_config(
   device: str | None = None,
   free: Sequence[str] = (),
 ) -> list[str] | None:
-  """Whether a folder may go on with this config.
+  """Whether a folder's run may resume with this config.
 
   Args:
-    workdir: the run's folder.
     config: as for `write_run_config`.
     device: likewise.
     free: paths of settings that may change during a run (`run.devices`).
 
   Returns:
-    None where there is no run yet; else what it was made with that is
-    different now (versions, commit, device), which does no harm but may
-    change numbers: `['versions.jax was 0.10.1, is 0.10.2']`.
+    None if there is no run yet; else how what it was made with differs now
+    (versions, commit, device), which may change numbers: `['versions.jax was
+    0.10.1, is 0.10.2']`.
 
   Raises:
     UserError: the folder holds a run of another config; names the fields.
@@ -245,7 +232,7 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-  """Dataclasses, tuples and numpy scalars as what JSON gives back."""
+  """Dataclasses, tuples and numpy scalars as JSON would return them."""
 
   def default(x: Any) -> Any:
     if dataclasses.is_dataclass(x) and not isinstance(x, type):

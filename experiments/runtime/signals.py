@@ -1,11 +1,10 @@
 """Ctrl-C and SIGTERM, from a launcher's first moment to its exit code.
 
-An interrupted launcher exits with 130 and a terminated one with 143, whatever
-it was doing, so that `train && play` stops there. Where work can be saved,
-`graceful_exit` makes the signal a flag that a loop polls; everywhere else it
-is a `KeyboardInterrupt`, which libraries may swallow and long calls into C
-delay. A thread therefore hears every signal at once and ends the process if
-nothing else does.
+An interrupted launcher exits with 130 and a terminated one with 143, so that
+`train && play` stops there. Where work can be saved, `graceful_exit` turns the
+signal into a flag that a loop polls; everywhere else it is a
+`KeyboardInterrupt`, which libraries may swallow and long calls into C delay. So
+a thread hears every signal at once and ends the process if nothing else does.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a process has to clean up where nothing is saved.
+# Seconds that a process has to clean up where nothing is saved.
 _PATIENCE = 5.0
 
 _Handler = Callable[[int, FrameType | None], Any]
@@ -47,19 +46,19 @@ def received() -> int:
 
 
 def note(signum: int) -> None:
-  """Lets this process end as if it had received a signal: its peers did."""
+  """Lets this process end as if it had received a signal that its peers did."""
   if not _state.received and signum in SIGNALS:
     _state.received = signum
     _state.code = 128 + signum
 
 
 def set_exit_code(code: int) -> None:
-  """Notes what this process exits with, for those that end it otherwise."""
+  """Notes the exit code, for code that ends the process by other means."""
   _state.code = code
 
 
 def exit_code() -> int:
-  """The code that was noted: of a refusal, of a signal; 0 if there is none."""
+  """The noted code, of a refusal or a signal; 0 if there is none."""
   return _state.code
 
 
@@ -72,7 +71,7 @@ def name_of(signum: int) -> str:
 
 
 def is_stop(code: int) -> bool:
-  """Whether an exit code or `Popen.returncode` says: asked to stop."""
+  """Whether an exit code or `Popen.returncode` means: asked to stop."""
   return code in (*(128 + s for s in SIGNALS), *(-s for s in SIGNALS))
 
 
@@ -82,7 +81,7 @@ def explain(code: int) -> str:
   >>> explain(3)
   'exit code 3'
   >>> explain(-9)
-  'SIGKILL: somebody killed it, or the memory ran out'
+  'SIGKILL: killed by the user or for lack of memory'
   """
   signum = -code if code < 0 else code - 128
   if code == 2:
@@ -90,7 +89,7 @@ def explain(code: int) -> str:
   if is_stop(code):
     return f'stopped by {name_of(signum)}'
   if signum == signal.SIGKILL:
-    return 'SIGKILL: somebody killed it, or the memory ran out'
+    return 'SIGKILL: killed by the user or for lack of memory'
   return name_of(signum) if code < 0 else f'exit code {code}'
 
 
@@ -98,13 +97,12 @@ def explain(code: int) -> str:
 def launcher() -> Iterator[None]:
   """The life of a launcher: signals end it with 130 or 143.
 
-  Outside `handling` and `graceful_exit` a signal raises `KeyboardInterrupt`;
-  a process that lives on for 5 s is ended from another thread. In another
-  thread than the main one nothing changes.
+  Outside `handling` and `graceful_exit` a signal raises `KeyboardInterrupt`; a
+  process that is still there after 5 s is ended from another thread. Outside
+  the main thread nothing changes.
 
   Raises:
-    SystemExit: with 128 and the signal's number, in place of the interrupt
-      and where the block ends after a signal.
+    SystemExit: with 128 and the signal's number.
   """
   global _state
   if threading.current_thread() is not threading.main_thread():
@@ -137,12 +135,11 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def handling(handler: _Handler, *, takes: float = math.inf) -> Iterator[None]:
-  """Gives SIGTERM and SIGINT to a handler, in the main thread.
+  """Passes SIGTERM and SIGINT to a handler, in the main thread.
 
   Args:
-    handler: as for `signal.signal`.
-    takes: signals of this process that it takes care of; one more, and the
-      process is ended even if its main thread is stuck in a call.
+    takes: signals that the handler takes care of; one more ends the process
+      even if its main thread is stuck in a call.
   """
   before, outer = handlers(), _state.takes
   take_back([handler] * len(SIGNALS))
@@ -158,10 +155,10 @@ def handling(handler: _Handler, *, takes: float = math.inf) -> Iterator[None]:
 def graceful_exit() -> Iterator[Callable[[], bool]]:
   """Turns SIGTERM and SIGINT into a flag that a loop polls between steps.
 
-  `with graceful_exit() as should_stop: while not should_stop(): ...`. The
-  second signal ends the process at once, with 130 or 143. Handlers can be set
-  in the main thread only; in another one the flag stays False. In a launcher
-  that was interrupted before, and went on regardless, it is True at once.
+  `with graceful_exit() as should_stop: while not should_stop(): ...`. A second
+  signal ends the process at once, with 130 or 143. Outside the main thread the
+  flag stays False. In a launcher that was interrupted before, and went on
+  regardless, it is True at once.
   """
   flag = threading.Event()
   if not _state.is_launcher:
@@ -191,7 +188,7 @@ def take_back(handlers: list[Any]) -> None:
 
 
 def handlers() -> list[Any]:
-  """The handlers of `SIGNALS` as they are, for `take_back`."""
+  """The present handlers of `SIGNALS`, for `take_back`."""
   return [signal.getsignal(signum) for signum in SIGNALS]
 
 
@@ -203,7 +200,7 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def _raised_again() -> Iterator[None]:
-  """Interrupts anew where one was lost in a callback, as jax's for the GC."""
+  """Interrupts anew if one was lost in a callback, such as jax's for the GC."""
   before = sys.unraisablehook
 
   def again() -> None:
@@ -230,9 +227,9 @@ def _raised_again() -> Iterator[None]:
 def _heard_at_once() -> Iterator[None]:
   """A thread that hears signals while the main one is in a call into C.
 
-  Python runs handlers between two bytecodes of the main thread, which compiles
-  for a minute or waits for its peers; and a `KeyboardInterrupt` that is raised
-  in a callback of a library is printed and forgotten.
+  Python runs handlers between two bytecodes of the main thread, which may
+  compile for a minute or wait for its peers, and a `KeyboardInterrupt` in a
+  library's callback is printed and forgotten.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
@@ -281,7 +278,7 @@ def _release_signals() -> None:
 
 
 def _forget() -> None:
-  """In a forked child, which writes into no pipe and ends as others do."""
+  """In a forked child, which writes into no pipe and ends normally."""
   if _state.is_launcher:
     signal.set_wakeup_fd(-1)
     take_back([signal.default_int_handler, signal.SIG_DFL])

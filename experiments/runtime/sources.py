@@ -1,8 +1,8 @@
 """Where batches come from: sources, and sources that wrap sources.
 
-A source is pure (`from_env` over a JAX environment, a device replay around
-it) or lives on the host (envpool, Gymnasium, a host replay). The loop calls
-both alike; only a pure one may be traced.
+A source is pure (`from_env`, a device replay around it) or lives on the host
+(envpool, Gymnasium, a host replay). The loop calls both alike; only a pure one
+may be traced.
 
 Axes: `E` parallel environments, one row of experience each a step.
 """
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Measures(NamedTuple):
-  """What a source tells about one call of `next`.
+  """What a source reports of one call of `next`.
 
   Attributes:
     counts: dict of float32 scalars that add up over calls: `decisions`,
@@ -49,15 +49,15 @@ class Source(NamedTuple):
     feedback: `(source_state, batch, info) -> source_state`.
     example: `() -> ` a batch of `jax.ShapeDtypeStruct`.
     is_pure: whether `next` and `feedback` may be traced.
-    kept: how its state is kept; None for a pure source whose state is
-      saved as it is.
+    kept: how its state is saved; None for a pure source whose state is saved as
+      it is.
     axes: axes of the state, a prefix of its tree, where many runs train in one
-      program: 0, or None for what they share, the rows of a data set.
-    fill: `(rows) -> source_state`, a fresh state around rows that are shared;
-      None for a source that shares nothing.
+      program: 0, or None for what they share, a data set's rows.
+    fill: `(rows) -> source_state`, fresh around shared rows; None if it shares
+      nothing.
     rest: `(source_state) -> source_state` that takes no more rows from the
-      environments; of a loaded state, too. None where no updates follow the
-      last row.
+      environments, also after loading. None where no updates follow the last
+      row.
   """
 
   init: Callable[[chex.PRNGKey], Any]
@@ -71,12 +71,12 @@ class Source(NamedTuple):
   rest: Callable[[Any], Any] | None = None
 
   def close(self, state: Any) -> None:
-    """Stops the threads and simulators of a state, where it has any."""
+    """Stops the threads and simulators of a state, if it has any."""
     if self.kept is not None and self.kept.close is not None:
       self.kept.close(state)
 
   def restart(self, state: Any, step: int) -> Any:
-    """The state whose simulators start afresh, where it has any."""
+    """The state whose simulators start afresh, if it has any."""
     if self.kept is None or self.kept.restart is None:
       return state
     return self.kept.restart(state, step)
@@ -127,16 +127,7 @@ def select(mask: chex.Array, yes: Any, no: Any) -> Any:
 
 
 def from_env(env: Environment, agent: Agent, num_envs: int) -> Source:
-  """Fresh experience from a pure-JAX environment, one row a call.
-
-  Args:
-    env: an unbatched environment.
-    agent: who acts.
-    num_envs: environments stepped together.
-
-  Returns:
-    A pure source of `Experience` rows `[E, ...]`.
-  """
+  """Fresh `Experience` rows `[E, ...]` from an unbatched JAX environment."""
   reset = lambda key: jax.vmap(env.reset)(jax.random.split(key, num_envs))
 
   def init(key):
@@ -185,8 +176,8 @@ class Replayed(NamedTuple):
   Attributes:
     inner: of the inner source.
     replay: the rows.
-    rests: bool scalar, whether no more rows are taken; None where that is
-      never so.
+    rests: bool scalar, whether no more rows are taken; None if that never
+      happens.
   """
 
   inner: Any
@@ -197,23 +188,21 @@ class Replayed(NamedTuple):
 class Pace(NamedTuple):
   """When rows are taken from the environments, and how many decisions in all.
 
-  Two things are counted. A *row* is one time step of every environment. A
-  *decision* is an action that an environment acted upon. They differ: an
-  episode of `T` decisions has `T + 1` time steps, and what is chosen at the
-  last one is ignored.
+  A *row* is one time step of every environment. A *decision* is an action that
+  an environment acted upon. An episode of `T` decisions has `T + 1` time steps:
+  what is chosen at the last one is ignored.
 
-  Updates are paced by rows, so that it is known beforehand, and in a compiled
-  program, before which update how many are taken. The end of a run is counted
-  in decisions: once `max_decisions` were taken no row is added, and the
-  updates that the rows so far are due are still made. How many updates that
-  makes depends on how long episodes are, and is known at the end only
-  (`runtime.budget`); schedules go by a number that is planned (`updates`).
+  Updates are paced by rows, so that a compiled program knows when they are
+  taken. The run's end is counted in decisions: after `max_decisions` no row is
+  added, and the updates due for the rows so far are still made. Their number
+  depends on the lengths of episodes (`runtime.budget`); schedules use a planned
+  one (`updates`).
 
   Attributes:
     num_envs: time steps a row.
     warmup_decisions: time steps before the first update.
     decisions_per_update: time steps an update afterwards, an exact fraction.
-    max_decisions: decisions of the whole run; None for no bound.
+    max_decisions: of the whole run; None for no bound.
   """
 
   num_envs: int
@@ -248,12 +237,12 @@ class Pace(NamedTuple):
 
     Args:
       step: updates made.
-      decisions: that are left to take; 0 or less if none are.
+      decisions: left to take; 0 or less for none.
 
     Returns:
-      The largest number of updates whose rows cannot hold more than these
-      decisions. If decisions are left it is above `step`: a row is taken as a
-      whole, and so are all the rows before one update.
+      The largest number of updates whose rows cannot hold more decisions. It is
+      above `step` if any are left: a row, and all rows before one update, are
+      taken as a whole.
     """
     rows = self.rows_until(step - 1) if step else 0
     if decisions > 0:
@@ -275,25 +264,19 @@ def replayed(
   stopping: Callable[[], bool] = lambda: False,
   rests: bool = False,
 ) -> Source:
-  """Keeps an inner source's rows and hands out sampled windows.
+  """Keeps an inner source's `Experience` rows and returns `Trajectory`s.
+
+  It is pure if both parts are.
 
   Args:
-    inner: a source of `Experience` rows.
-    replay: a device replay around a pure source, or a host replay.
-    pace: when to take how many rows.
     total_updates: over which `beta` rises.
     beta: exponent of the importance weights at the start and at the end.
-    stopping: asked on the host at every row before the first update, of which
-      there may be many; True raises `Stopped`.
+    stopping: asked on the host at each of the rows before the first update.
     rests: whether updates follow the last row; the source then has `rest`.
 
-  Returns:
-    A source of `Trajectory`s, pure if both parts are.
-
   Raises:
-    ValueError: by a pure source's `init`, where the warm-up does not fill one
-      window.
-    Stopped: by its `next`, where `stopping` says so.
+    ValueError: by a pure source's `init`, if the warm-up fills no window.
+    Stopped: by its `next`, if `stopping` says so.
   """
   is_pure = inner.is_pure and replay.is_pure
 
@@ -315,7 +298,7 @@ def replayed(
     return jnp.zeros((), jnp.bool_) if is_pure else False
 
   def rest(state: Replayed):
-    # Of several parts, too, whose states are stacked.
+    # Works on the stacked states of several parts, too.
     return state._replace(rests=state.rests | True)
 
   def sampled(state: Replayed, step, key):
@@ -353,7 +336,7 @@ def replayed(
     counts: dict[str, float] = {}
     gauges: dict[str, Any] = {}
     for i in range(0 if state.rests else pace.rows_due(step)):
-      # Later a half-done call would leave rows that no checkpoint knows.
+      # Later, a half-done call would leave rows that no checkpoint knows.
       if step == 0 and stopping():
         raise Stopped
       inner_state, row, measures = inner.next(
@@ -376,7 +359,7 @@ def replayed(
     return state._replace(inner=inner_state, replay=kept)
 
   def example():
-    raise NotImplementedError('the windows of a replay are not kept again')
+    raise NotImplementedError('windows of a replay cannot be replayed')
 
   source = Source(
     init,
@@ -394,10 +377,10 @@ def replayed(
 def _of_replayed(
   inner: Source, replay: Replay, no_rest: Callable[[], Any]
 ) -> Persistence:
-  """That of the inner source and that of the replay, each as it is."""
+  """How the inner source and the replay are saved, together."""
   own, of = inner.kept, replay.kept
   assert own is not None and of is not None
-  # Its rows' shapes are asked for when it is, and not before.
+  # Lazily: it needs the shapes of the inner source's rows.
   memory = functools.cache(lambda: of(inner.example()))
 
   def save(state: Replayed, directory, step):
@@ -434,16 +417,11 @@ def _of_replayed(
 def reanalyzed(
   inner: Source, agent: Agent, refresh: Callable | None = None
 ) -> Source:
-  """Hands each batch through the agent's `refresh`, if it has one.
+  """Passes each batch through the agent's `refresh`, if it has one.
 
   Args:
-    inner: a source of batches.
-    agent: whose `refresh(state, batch, step, key)` makes new targets.
-    refresh: that function over a mesh, from `runtime.mesh`, compiled for a
-      source on the host; None compiles it here where that is needed.
-
-  Returns:
-    A source of the same batches with fresh targets.
+    refresh: that function compiled over a mesh (`runtime.mesh`); None compiles
+      it here where needed.
   """
   if agent.refresh is None:
     return inner

@@ -1,7 +1,7 @@
 """A pure source of windows of a text.
 
-Tokens are part of the source's state, as a data set's rows are: on the device
-once, whatever is compiled and however many seeds train on them.
+The tokens are part of the source's state: on the device once, whatever is
+compiled and however many seeds train on them.
 
 Axes: `N` tokens, `W` windows of the text, `B` of a batch, `L` steps.
 """
@@ -61,11 +61,11 @@ def from_tokens(
   *,
   place: Callable[[Any], Any] = lambda batch: batch,
 ) -> Source:
-  """Windows of a text, every one once an epoch, in a new order each time.
+  """`Text` windows, each once an epoch, in a new order each time.
 
-  An epoch has `W // B` updates; the few windows that do not fill a batch are
-  others in each epoch. The order is drawn from the key of an epoch's first
-  step, so that a run that goes on from a checkpoint goes on in it.
+  An epoch has `W // B` updates; the few windows that fill no batch are others
+  in each epoch. The order is drawn from the key of an epoch's first step, and
+  checkpoints keep it, but no tokens.
 
   Args:
     tokens: unsigned `[N]`.
@@ -73,12 +73,9 @@ def from_tokens(
     length: L.
     place: applied to a batch, to divide it over devices.
 
-  Returns:
-    A pure source of `Text`. Its checkpoints hold no tokens.
-
   Raises:
     ValueError: fewer windows than a batch has.
-    UserError: by the source's `load`, where the text is another one.
+    UserError: by the source's `load`, if the text is another one.
   """
   windows = num_windows(tokens, length)
   if windows < batch_size:
@@ -110,7 +107,7 @@ def from_tokens(
     return fill(jnp.asarray(tokens))
 
   def example():
-    raise NotImplementedError('a text is not kept again')
+    raise NotImplementedError('a text cannot be replayed')
 
   known = functools.cache(lambda: fingerprint(tokens))
 
@@ -149,9 +146,9 @@ _AXES: Any = (None, 0)
 def shuffled(index: chex.Array, number: int, key: chex.Array) -> chex.Array:
   """Where a random permutation of `range(number)` sends some of its members.
 
-  No permutation is written down: a Feistel network permutes the next power of
-  four, and is applied again to what lands outside of the range (Black and
-  Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
+  A Feistel network permutes the next power of four, and is applied again to
+  what lands outside of the range (Black and Rogaway 2002, "Ciphers with
+  arbitrary finite domains", section 3).
 
   Args:
     index: int32 `[B]`, below `number`.
@@ -188,7 +185,7 @@ def shuffled(index: chex.Array, number: int, key: chex.Array) -> chex.Array:
 
 
 def _mix(x):
-  """A bijection of uint32 in which every bit hangs on all (Murmur3's end)."""
+  """A bijection of uint32; each bit depends on all (Murmur3's finalizer)."""
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
@@ -203,9 +200,7 @@ def continuation(
   temperature: float,
   key: chex.PRNGKey,
 ) -> np.ndarray:
-  """Tokens drawn one after another behind a prompt.
-
-  What is seen is what was trained on: up to `L` tokens back.
+  """Tokens drawn one after another, each from up to `L` before it.
 
   Args:
     predict: `(tokens int32 [1, L]) -> logits [1, L, V]`, compiled.
@@ -213,7 +208,7 @@ def continuation(
     count: how many.
     length: L.
     temperature: logits are divided by it; 0 takes the likeliest token.
-    key: of the drawing.
+    key: of the draws.
 
   Returns:
     int32 `[count]`.

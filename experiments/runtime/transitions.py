@@ -2,7 +2,7 @@
 
 A data set is part of the source's state, never a constant of a compiled
 program: it lies in memory once, whatever is compiled and however many seeds
-train on it. A checkpoint holds its fingerprint only.
+train on it. A checkpoint holds only its fingerprint.
 
 Axes: `N` transitions of the data set, `B` of a batch, `M` imagined ones.
 """
@@ -55,21 +55,20 @@ def from_dataset(
   on_device: bool = True,
   place: Callable[[Any], Any] = lambda batch: batch,
 ) -> Source:
-  """Transitions drawn uniformly, with replacement, by the step's key.
+  """Uniform draws of `Transition`s with `o_0`, by the step's key.
+
+  Checkpoints hold no rows.
 
   Args:
     rows: numpy arrays or memory maps.
     batch_size: `B`.
     reward_scale: rewards are multiplied by it; may be traced.
-    on_device: whether all rows are copied to the device, which makes the
-      source pure; else batches are gathered on the host.
+    on_device: whether all rows are copied to the device, which makes the source
+      pure; else batches are gathered on the host.
     place: applied to a batch of a pure source, to divide it over devices.
 
-  Returns:
-    A source of `Transition`s with `o_0`. Its checkpoints hold no rows.
-
   Raises:
-    UserError: by the source's `load`, where the data set is another one.
+    UserError: by the source's `load`, if the data set is another one.
   """
   number = len(rows.transitions.r_t)
   begins = len(jax.tree.leaves(rows.firsts)[0])
@@ -104,7 +103,6 @@ def from_dataset(
     shapes = jax.tree.map(shape, rows.transitions)
     return shapes._replace(o_0=jax.tree.map(shape, rows.firsts))
 
-  # Of the rows themselves nothing is kept.
   known = functools.cache(lambda: fingerprint(rows))
 
   def save(state, directory, step):
@@ -178,7 +176,7 @@ _BATCHED: Any = (0, 0)
 
 
 def _some(tree, count):
-  """So many rows of those that were drawn, as many of each device's."""
+  """`count` of the rows that were drawn, equally many of each device."""
 
   def one(x):
     groups = math.gcd(x.shape[0], count)
@@ -198,25 +196,20 @@ def mixed(
   real: int,
   model: int,
 ) -> Source:
-  """Transitions of a pure inner source beside those that a model imagines.
+  """`Mixed` batches of a pure inner source and of what a model imagines.
 
-  At every step rollouts begin in `starts` observations of a batch of their own
-  and are written to a ring. That is as much as a large batch of
-  rollouts now and then, but even in time, and needs no branch that `vmap` over
-  seeds would take at every step.
+  At every step rollouts begin in `starts` observations of their own batch and
+  are written to a ring: as much as a large batch of rollouts now and then, but
+  even in time, and without a branch that `vmap` over seeds would take at every
+  step.
 
   Args:
-    inner: a pure source of `Transition`s, at least `real` and `starts` a batch.
+    inner: at least `real` and `starts` `Transition`s a batch.
     imagine: `(agent_state, observations [starts, ...], key) -> Transition` of
       `[M, ...]`.
-    agent: whose state `imagine` takes.
-    starts: number of rollouts begun per step.
     capacity: rows of the ring, a multiple of `M`.
     real: rows of each batch from the inner source.
     model: rows of each batch from the ring.
-
-  Returns:
-    A pure source of `Mixed`.
 
   Raises:
     ValueError: in `init`, a capacity that is not a multiple of `M`.
@@ -256,7 +249,7 @@ def mixed(
   def next_(state: Imagined, agent_state, step, key):
     keys = jax.random.split(key, 4)
     kept, batch, measures = inner.next(state.real, agent_state, step, keys[0])
-    # Rollouts begin apart from what is learned from in the same step.
+    # Rollouts do not begin in what is learned from in the same step.
     kept, begin, _ = inner.next(kept, agent_state, step, keys[1])
     begin = _some(begin.o_tm1, starts)
     rows = imagine(agent_state, begin, keys[2])

@@ -9,8 +9,8 @@ def compilations() -> Callable[[], int]:
   """Counts the programs that JAX compiles, or loads from its cache, from now.
 
   Returns:
-    `() -> int`, how many since it was asked last. In a run that has warmed up
-    it must be 0: more means that something is traced again and again.
+    `() -> int`, how many since the last call. After a run has warmed up it must
+    be 0: more means that something is traced again and again.
   """
   import jax
 
@@ -22,20 +22,20 @@ def compilations() -> Callable[[], int]:
     counted += event == '/jax/core/compile/backend_compile_duration'
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  told = 0
+  reported = 0
 
   def since() -> int:
-    nonlocal told
-    new, told = counted - told, counted
+    nonlocal reported
+    new, reported = counted - reported, counted
     return new
 
   return since
 
 
 def peak_memory() -> dict[str, float]:
-  """Most bytes in use so far: of this process, and of its first device.
+  """Peak bytes in use so far: of this process, and of its first device.
 
-  A device that does not tell is left out (CPUs: theirs are the process's).
+  A device that does not report it is left out (CPUs: see the process).
   """
   import jax
 
@@ -43,7 +43,7 @@ def peak_memory() -> dict[str, float]:
   unit = 1 if sys.platform == 'darwin' else 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   found = {'process': float(peak)}
-  told = jax.local_devices()[0].memory_stats() or {}
-  if 'peak_bytes_in_use' in told:
-    found['device'] = float(told['peak_bytes_in_use'])
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    found['device'] = float(stats['peak_bytes_in_use'])
   return found

@@ -2,7 +2,7 @@
 
 A cell is a command with a folder and a log of its own, or a row of a CSV that
 grows row by row. What is there is not done again; a signal stops the study
-where the same command goes on. `main` runs the tables of `studies.table`:
+where the same command resumes. `main` runs the tables of `studies.table`:
 
   python -m experiments.study catch
 
@@ -112,7 +112,7 @@ def run_all(
       if not stopping():
         print(f'{done} of {len(cells)} {what}', flush=True)
     if stopping():
-      print(f'{failed} {what} are left; the same command goes on from here')
+      print(f'{failed} {what} are left; the same command resumes from here')
       return None
   return failed
 

@@ -1,7 +1,7 @@
 """Rows of a sweep that are one program: what it is divided into, how it runs.
 
 What has finished is kept in the sweep's folder and left alone afterwards, so
-that the same command goes on where the last one ended: `programs/NNN` holds
+that the same command resumes where the last one ended: `programs/NNN` holds
 `program.json` (its rows and what is traced), checkpoints while it runs, and
 `curves.csv` when it has finished. `sweep_pool` runs rows that are processes.
 """

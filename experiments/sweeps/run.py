@@ -7,7 +7,7 @@
 
 On a pure-JAX environment seeds and floats are vmapped into one program, and
 what changes shapes becomes another one; any other environment runs as one
-process a row. The same command goes on with what is left, also with more
+process a row. The same command resumes with what is left, also with more
 `--seeds`.
 """
 
@@ -120,7 +120,7 @@ def run(held: contextlib.ExitStack) -> None:
     words = f'{sweep_results.label(plan, row.setting)} seed={row.seed}'
     terminal.say(f'failed: {words}: {reason}')
   if left:
-    print(f'{len(left)} rows are left; the same command goes on from here')
+    print(f'{len(left)} rows are left; the same command resumes from here')
   if failed and not signals.received():
     raise SystemExit(1)
 

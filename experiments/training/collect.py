@@ -349,7 +349,7 @@ def _train(env, agent, play, out, experiment, seed, collection) -> bool:
   if not trained.ended:
     print(
       f'stopped at update {trained.end:,} of {words.planned(experiment)}; the '
-      'same command goes on from here'
+      'same command resumes from here'
     )
     return False
   found = behaviour.evaluations(experiment, folder, agent)

@@ -266,7 +266,7 @@ class Keeper:
     if saved.phase != self.phase:
       raise UserError(
         f'checkpoints: the newest whole one is of phase {saved.phase}, a '
-        f'damaged one of phase {self.phase}: the same command goes on there'
+        f'damaged one of phase {self.phase}: the same command resumes there'
       )
     bad = loop.not_finite(carry.agent.params)
     if bad:

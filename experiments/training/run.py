@@ -64,13 +64,13 @@ def run(
   if not trained.ended:
     print(
       f'stopped at update {trained.end:,} of {words.planned(experiment)}; the '
-      'same command goes on from here'
+      'same command resumes from here'
     )
     return
   seconds = time.perf_counter() - started
   print(f'trained {trained.end - trained.begin:,} updates in {seconds:.0f} s')
   if players is not None and signals.received():
-    print('stopped before playing; the same command goes on from here')
+    print('stopped before playing; the same command resumes from here')
     return
   if players is not None and finish is not None:
     finish(workdir, players)
