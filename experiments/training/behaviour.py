@@ -1,13 +1,11 @@
-"""The agent that data are collected with: a run of SAC in a folder of its own.
+"""The agent that data are collected with: a run of SAC in its own folder.
 
-It is trained as any run is, and goes on where it was: its checkpoints hold all
-rows that it has experienced, and at each of them the simulators start afresh
-from a seed that follows from the update, in a run that was never stopped, too.
-The policy of every evaluation is kept.
+It resumes as any run: its checkpoints hold all its rows, and at each of them
+the simulators start afresh from a seed that follows from the update, also in a
+run that was never stopped. The policy of every evaluation is kept.
 
-Two things differ from `experiments.train`: the rows before the first update
-are of uniform actions, and an evaluation plays as the data are made, which is
-sampling.
+It differs from `experiments.train` in two ways: actions are uniform before the
+first update, and an evaluation plays as the data are made, which is sampling.
 """
 
 import dataclasses
@@ -29,12 +27,12 @@ CHECKPOINTS = 4
 
 
 class Evaluation(NamedTuple):
-  """A policy on its way.
+  """A policy during training.
 
   Attributes:
     decisions: of the training so far.
     mean_return: of whole episodes of the policy, sampling.
-    params: of the agent, on the host.
+    params: the agent's, on the host.
     rows: of the training so far, each a decision of all simulators.
   """
 
@@ -46,12 +44,7 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-  """What a policy's file of JSON holds.
-
-  Attributes:
-    mean_return: see `Evaluation`.
-    params: what the file of its parameters must be.
-  """
+  """A policy's JSON file; see `Evaluation`."""
 
   mean_return: float
   params: arrays.Stored
@@ -65,9 +58,8 @@ def describe(
   Args:
     env_name: envpool's.
     config: `agents.sac.Config`.
-    collection: `experiments.training.collect.Collection`.
+    collection: `collect.Collection`.
     steps: decisions.
-    seed: of the run.
 
   Raises:
     ValueError: its settings do not fit.
@@ -114,7 +106,7 @@ class _Nobody(NamedTuple):
 
 
 def _exploring(opened: Opened) -> Opened:
-  """Environments in which all that comes before the first update is random."""
+  """Environments in which everything before the first update is random."""
   low, high = (
     x[None] for x in (opened.spec.action.low, opened.spec.action.high)
   )
@@ -130,7 +122,7 @@ def _exploring(opened: Opened) -> Opened:
         shape = (timestep.reward.shape[0], *low.shape[1:])
         return jax.random.uniform(key, shape, jnp.float32, low, high), extras
       action, _ = phase.agent.act(params, key, timestep)
-      # Rounding may have left the bounds; what is stored is what was done.
+      # Rounding may leave the bounds; what is stored is what was done.
       return jnp.clip(action, low, high), extras
 
     own = phase._replace(agent=phase.agent._replace(act=act))
@@ -151,11 +143,9 @@ def learn(
   play: Callable[[Any, int], float],
   asked: Callable[[], bool],
 ) -> Trained:
-  """Trains, from the folder's last checkpoint if there is one.
+  """Trains `describe`'s run, from the folder's last checkpoint if any.
 
   Args:
-    experiment: from `describe`.
-    folder: of the run.
     play: `(params, number of the evaluation) -> mean return`.
     asked: whether the user wants to stop.
   """
@@ -190,11 +180,6 @@ def evaluations(
 ) -> list[Evaluation]:
   """The policies of a training that has ended, in order.
 
-  Args:
-    experiment: from `describe`.
-    folder: that `learn` wrote.
-    agent: from `collector.make_agent`.
-
   Raises:
     UserError: a file is missing or not as it was written.
   """
@@ -202,7 +187,7 @@ def evaluations(
   for row in tables.read_numbers(folder / 'metrics.csv'):
     step = int(row['step'])
     path = _policy(folder, step)
-    # Of the row at which acting ended there is one only if it is the last.
+    # The row at which acting ended has a policy only if it is the last.
     if step % experiment.run.evaluate_every and not path.exists():
       continue
     kept = reading.read_json(path.with_suffix('.json'), _Kept)
@@ -214,12 +199,9 @@ def evaluations(
 
 
 def history(trained: Trained) -> list[Rows]:
-  """All that was experienced, in order.
+  """All experience of an ended training, in order.
 
-  Where the simulators started afresh, at a checkpoint, nothing is valid.
-
-  Args:
-    trained: of `learn`, and it has ended.
+  Nothing is valid where the simulators started afresh, at a checkpoint.
   """
   (part,) = trained.carry.source.parts
   experience, count = part.replay.rows, part.replay.count
@@ -246,11 +228,6 @@ def leaves(params: Any) -> dict[str, np.ndarray]:
 
 def read_params(path: pathlib.Path, agent: Any, must_be: arrays.Stored) -> Any:
   """Parameters that were written as `leaves`.
-
-  Args:
-    path: of their file.
-    agent: whose they are.
-    must_be: see `arrays.read`.
 
   Raises:
     UserError: the file is missing or not as it was written.

@@ -1,12 +1,12 @@
-"""Trains SAC and keeps data sets of five qualities, as D4RL names them.
+"""Trains SAC and keeps data sets of five qualities, named as in D4RL.
 
 python -m experiments.collect --env=Pendulum-v1 --out=data/pendulum
 
   random         actions uniform within their bounds
   medium         of the policies before expert, the one whose evaluation came
                  nearest to a third of the way from `ref_min` to `ref_max`
-  medium-replay  all that had been experienced by then, the random beginning
-                 included; episodes that were open are cut
+  medium-replay  all experience until then, the random beginning included;
+                 open episodes are cut
   expert         the policy of the best evaluation (the last one may be in one
                  of SAC's dips)
   medium-expert  all rows of medium, then all of expert
@@ -17,9 +17,9 @@ episodes. D4RL's medium is the first policy to pass a third of the way; here
 learning may leap from far below to far above between two evaluations.
 
 The folder holds `config.json`, a data set in each folder of these names, and
-`agent/`: parameters, the evaluations on the way, the references. What is there
-is not made again by the same command, which compares it with `stored.json`; a
-training that was stopped goes on from its last checkpoint, see `behaviour`.
+`agent/`: parameters, evaluations, references. The same command makes only what
+is missing, compares the rest with `stored.json`, and resumes a training that
+was stopped (`behaviour`).
 """
 
 import contextlib
@@ -43,9 +43,9 @@ from experiments.runtime import config as configs
 from experiments.runtime import metrics, run_config, signals
 from experiments.training import behaviour, collector, plan, words
 
-# In an order in which each finds what it is made of.
+# Each after those that it is made of.
 QUALITIES = ('random', 'medium', 'medium-replay', 'expert', 'medium-expert')
-# What must not play the same episodes.
+# These must not play the same episodes.
 _STREAMS = ('train', 'evaluate', 'reference', *QUALITIES)
 _GAMES = 16
 # What is written of an evaluation.
@@ -63,10 +63,10 @@ class Collection:
     updates: updates a decision; times `num_envs` it must be whole.
     evaluate_every: decisions between evaluations.
     evaluate_episodes: of each.
-    reference_episodes: behind `ref_min` and `ref_max` each.
+    reference_episodes: for `ref_min` and `ref_max` each.
     medium_share: how far from `ref_min` to `ref_max` medium is.
-    options: the environment's own, `name=value` each; they are kept with the
-      data, and who learns from them is evaluated under them.
+    options: the environment's own, `name=value` each; saved with the data,
+      whose learners are evaluated with them.
   """
 
   num_envs: int = 8
@@ -97,7 +97,7 @@ class Collection:
 
 
 # Networks and rates that solve the task within a minute on two cores, and
-# evaluations that are close enough to catch the policy half way.
+# evaluations that are frequent enough to catch the policy half way.
 _SMALL = {'hidden_sizes': (64, 64)} | dict.fromkeys(
   ('policy_rate', 'critic_rate', 'temperature_rate'), 1e-3
 )
@@ -122,12 +122,12 @@ OTHERS: tuple[int, dict[str, Any], Collection] = (300_000, {}, Collection())
 
 
 class Trained(NamedTuple):
-  """What a training has left.
+  """What a training leaves.
 
   Attributes:
     params: `sac.Params` of `medium` and `expert`.
-    facts: `ref_min`, `ref_max`, the environment's options, and after how many
-      decisions each policy came with what return in its evaluation.
+    facts: `ref_min`, `ref_max`, the environment's options, and each policy's
+      decisions and return.
   """
 
   params: dict[str, Any]
@@ -136,13 +136,7 @@ class Trained(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Policy:
-  """A policy in facts.json.
-
-  Attributes:
-    decisions: that it was trained for.
-    mean_return: of its evaluation.
-    params: what the file of its parameters must be.
-  """
+  """A policy in facts.json."""
 
   decisions: int
   mean_return: float
@@ -171,21 +165,19 @@ def run(
   collection: Collection,
   minari: bool = False,
 ) -> None:
-  """Makes what is not there yet, and says what there is.
+  """Makes the data sets that are missing, and prints what there is.
 
   Args:
     env_name: envpool's.
-    out: the folder.
     steps: decisions of the training.
     transitions: rows of random, medium and expert each.
     seed: of everything.
     sac: `agents.sac.Config`.
-    collection: how it is trained.
     minari: whether to write Minari's folders, too.
 
   Raises:
     ValueError: settings that do not fit, a folder of other settings, or a
-      training that did not come as far as medium.
+      training that did not reach medium.
   """
   if steps <= collection.warmup:
     raise ValueError(
@@ -195,7 +187,9 @@ def run(
     raise ValueError("minari: needs h5py: pip install 'outplay[hdf5]'")
   env = _simulators(env_name, collection.num_envs, collection)
   if not hasattr(env.spec.observation, 'shape'):
-    raise ValueError(f'env={env_name}: its observations are no single array')
+    raise ValueError(
+      f'env={env_name}: observations of several arrays, must be a single one'
+    )
   agent = collector.make_agent(sac, env.spec)
   least = 3 * collection.num_envs
   if collection.warmup < least:
@@ -207,7 +201,7 @@ def run(
   experiment = behaviour.describe(
     env_name, sac, collection, steps=steps, seed=at
   )
-  # Medium and expert lie in memory together with what they are joined to.
+  # Medium and expert are in memory together with what they are joined to.
   floats = math.prod(env.spec.observation.shape) + math.prod(
     getattr(env.spec.action, 'shape', ())
   )
@@ -215,7 +209,7 @@ def run(
   capacity.check([capacity.Need('transitions', transitions, size, True)])
   wanted = {'env': env_name, 'steps': steps, 'transitions': transitions}
   own = dataclasses.asdict(collection)
-  if not own['options']:  # Folders from before they were known go on.
+  if not own['options']:  # Folders from before there were options resume.
     del own['options']
   wanted |= {'seed': seed, 'sac': sac, 'collection': own}
   run_config.check_run_config(out, wanted)
@@ -236,7 +230,7 @@ def run(
 def _make(
   env, agent, out, experiment, transitions, seed, collection, minari
 ) -> bool:
-  """Makes what is not there yet, and says what there is; False if stopped."""
+  """Makes what is missing, and prints what there is; False if stopped."""
   from experiments.data import npz
 
   env_name = env.spec.name
@@ -250,7 +244,7 @@ def _make(
     if not _train(env, agent, play, out, experiment, seed, collection):
       return False
     made.add('medium-replay')
-  # All that is wanted of it is kept by now.
+  # What is needed of it is saved by now.
   shutil.rmtree(out / 'training', ignore_errors=True)
   for quality in QUALITIES:
     if not (out / quality).exists():
@@ -269,7 +263,7 @@ def _make(
 
 
 def _check_stored(out, quality, is_new):
-  """Notes what a data set's files are, or compares them with the note."""
+  """Notes the files of a data set, or compares them with the note."""
   from experiments.data import npz
 
   path, known = out / 'stored.json', {}
@@ -291,10 +285,8 @@ def _check_stored(out, quality, is_new):
 def stream_seed(seed: int, what: str, number: int = 0) -> int:
   """A seed of simulators that nothing else has.
 
-  Args:
-    seed: of the run.
-    what: `train`, `evaluate`, `reference` or a quality.
-    number: of the evaluation.
+  `what` is `train`, `evaluate`, `reference` or a quality; `number` an
+  evaluation's.
   """
   return (seed * len(_STREAMS) + _STREAMS.index(what)) * 10**6 + number
 
@@ -306,7 +298,7 @@ def _simulators(env_name, num_envs, collection):
   options = parse_options(collection.options, 'options')
   if 'num_envs' in options:
     raise ValueError(
-      'options=num_envs: is no option of an environment; set num_envs'
+      'options=num_envs: is not an option of an environment; set num_envs'
     )
   return envpool.make_envpool(env_name, num_envs, **options)
 
@@ -330,11 +322,7 @@ def _play(env_name, collection, act, params, episodes, seed):
 
 
 def _train(env, agent, play, out, experiment, seed, collection) -> bool:
-  """Trains; writes `medium-replay` and, once that is there, `agent`.
-
-  Returns:
-    Whether it has come to its end.
-  """
+  """Trains; writes `medium-replay` and then `agent`; False if stopped."""
   from experiments.data import npz
 
   name, folder = env.spec.name, out / 'training'
@@ -377,7 +365,7 @@ def _train(env, agent, play, out, experiment, seed, collection) -> bool:
 
 
 def _write_agent(out, found, chosen, facts) -> None:
-  """The policies that play, with what is known of them."""
+  """Writes the policies that play, with their facts."""
   partial = out / f'.agent.{secrets.token_hex(8)}.partial'
   _write_evaluations(partial / 'evaluations.csv', found)
   for quality, one in chosen.items():
@@ -395,13 +383,9 @@ def choose_medium(
   ref_max: float,
   share: float,
 ) -> behaviour.Evaluation:
-  """The evaluation whose return is nearest to the share of the way.
+  """The evaluation whose return is nearest to `share` of the way.
 
-  Args:
-    found: evaluations before the expert's.
-    ref_min: mean return of random actions.
-    ref_max: of the expert.
-    share: in (0, 1).
+  `found` are those before the expert's.
 
   Raises:
     ValueError: there is none, or the expert is no better than random.
@@ -422,7 +406,6 @@ def _write_evaluations(path, found):
 
 
 def _load(folder, agent):
-  """What `_train` has written."""
   if (folder / 'medium.npz').exists():
     raise configs.UserError(
       f'{shown(folder)}: was written by an older release; delete it, then the '
@@ -438,16 +421,16 @@ def _load(folder, agent):
         f'{error}; restore it from a copy, or delete {shown(folder)}, then the '
         'same command makes it again'
       ) from error
-  told = dataclasses.asdict(facts)
+  known = dataclasses.asdict(facts)
   for quality in ('medium', 'expert'):
-    del told[quality]['params']
-  return Trained(params, told)
+    del known[quality]['params']
+  return Trained(params, known)
 
 
 def _about(spec, quality, facts):
   from experiments.data import layout
 
-  who = {
+  policies = {
     'random': 'uniform actions',
     'medium-replay': "SAC's whole memory up to medium",
     'medium-expert': 'SAC, half trained and trained',
@@ -462,7 +445,7 @@ def _about(spec, quality, facts):
     action_high=spec.action.high,
     ref_min=facts['ref_min'],
     ref_max=facts['ref_max'],
-    source=f'outplay, {who.get(quality, "SAC, sampling")}',
+    source=f'outplay, {policies.get(quality, "SAC, sampling")}',
     extra=extra,
   )
 
@@ -502,7 +485,7 @@ def _collect(quality, spec, collection, play, trained, out, transitions, seed):
 
 
 def _with_returns(dataset):
-  """The data set, its behaviour's returns written beside it."""
+  """The data set with a summary of its behaviour's returns in `extra`."""
   from experiments.data import layout
 
   returns, about = layout.returns(dataset), dataset.about

@@ -40,18 +40,15 @@ def make_agent(config: Any, spec: Any) -> Any:
 
 
 def transitions(simulator: Any, spec: Any, choose: Callable) -> Iterator[Rows]:
-  """Decision after decision, without end.
+  """Decision after decision of a fresh `host.Simulator`, without end.
 
-  Args:
-    simulator: a `host.Simulator` that has not begun.
-    spec: of its environment.
-    choose: `(rows, timestep) -> actions [E, ...]`; `rows` are those of the
-      decision before, None at first.
+  `choose` is `(rows, timestep) -> actions [E, ...]`; `rows` are the decision
+  before, None at first.
   """
   low, high = spec.action.low, spec.action.high
   timestep, rows = simulator.reset(), None
   while True:
-    # Rounding may have left the bounds; what is stored is what was done.
+    # Rounding may leave the bounds; what is stored is what was done.
     action = np.clip(np.asarray(choose(rows, timestep)), low, high)
     action = action.astype(np.float32)
     following, _ = simulator.step(action)
@@ -94,17 +91,11 @@ def players(agent: Any) -> dict[str, Callable]:
 def gather(
   env: Any, choose: Callable, num: int, seed: int, report: Callable
 ) -> list[Rows]:
-  """At least `num` transitions of whole episodes, as many of each simulator.
+  """At least `num` transitions of whole episodes, equally many per simulator.
 
-  Every simulator ends the episode in which it has its share: stopping all at
-  once would leave more of the short episodes than were played.
-
-  Args:
-    env: a `host.HostEnvironment`.
-    choose: `(step, timestep) -> actions`.
-    num: of transitions.
-    seed: of the simulators.
-    report: called with how many of them there are.
+  Every simulator ends the episode in which it reaches its share: stopping all
+  at once would favour short episodes. `choose` is `(step, timestep) ->
+  actions`; `report` is called with the number so far.
   """
   share = -(-num // env.num_envs)
   taken, done = np.zeros(env.num_envs, int), np.zeros(env.num_envs, bool)
@@ -128,10 +119,10 @@ def gather(
 
 
 def by_episode(history: Sequence[Rows], about: Any) -> Any:
-  """The valid rows as a `layout.Dataset`: one simulator behind the other.
+  """The valid rows as a `layout.Dataset`, one simulator after the other.
 
-  Episodes that are open at the end are cut, but for the last simulator's, and
-  so are those in the middle that another one follows though they did not end.
+  Cuts all open episodes but the last simulator's, and those in the middle that
+  another one follows though they did not end.
   """
   from experiments.data import layout
 

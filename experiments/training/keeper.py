@@ -1,4 +1,4 @@
-"""What a run keeps in its folder, and how it comes back from there."""
+"""What a run keeps in its folder, and how it is restored."""
 
 import contextlib
 import dataclasses
@@ -18,14 +18,14 @@ from experiments.runtime import run_config
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """What a run's newest checkpoint tells before it is read.
+  """What a run's newest checkpoint says before it is read.
 
   Attributes:
-    parts: that its experience was begun with; 0 if nothing is saved.
+    parts: of its experience; 0 if nothing is saved.
     phase: which of the run's phases it belongs to.
     decisions: taken by then.
     source: facts of the experience, see `Persistence.save`.
-    metrics: digest of the rows of metrics.csv by then, '' where none is kept.
+    metrics: digest of the rows of metrics.csv by then, '' if none is kept.
     acted: after which update acting was over, see `budget.Budget`.
   """
 
@@ -38,10 +38,10 @@ class Saved:
 
   @classmethod
   def read(cls, extra: dict[str, Any]) -> 'Saved':
-    """What a checkpoint's `extra` says.
+    """From a checkpoint's `extra`.
 
     Raises:
-      Damaged: it says something else.
+      Damaged: other fields or types.
     """
     import msgspec
 
@@ -54,7 +54,7 @@ class Saved:
 
 
 def peek(workdir: pathlib.Path) -> Saved:
-  """Of the run in a folder; all 0 if nothing is saved.
+  """What is `Saved` in a folder; all 0 if nothing is.
 
   Raises:
     UserError: the run cannot continue from what is saved.
@@ -77,11 +77,9 @@ def peek(workdir: pathlib.Path) -> Saved:
 
 @contextlib.contextmanager
 def alone(workdir: pathlib.Path, is_new: bool = False) -> Iterator[None]:
-  """Holds a run's folder against other runs; all processes call it.
+  """Holds a run's folder, which it makes, against other runs.
 
-  Args:
-    workdir: the run's folder, which is made.
-    is_new: whether no run must have begun there meanwhile.
+  All processes call it. `is_new`: no run may have begun there meanwhile.
 
   Raises:
     UserError: another run holds it, or has begun there.
@@ -111,13 +109,13 @@ class Keeper:
   """The checkpoints in a run's folder.
 
   `checkpoints` holds the whole carry and `replay` the rows of a host's replay;
-  `final`, `early` and `best` hold parameters on their own, so that a player
-  need not read a replay. One thread writes them, in the order of their saves.
+  `final`, `early` and `best` hold parameters alone, so that a player need not
+  read a replay. One thread writes them, in the order of their saves.
 
   Attributes:
     decisions: taken so far; saved, so that a resumed run counts on.
-    budget: of the decisions; None where the run ends by its updates.
-    phase: which one's carry is kept.
+    budget: of the decisions; None if the run ends by its updates.
+    phase: whose carry is kept.
     metrics: of the checkpoint that was restored, see `Saved`.
     digest: `() -> str`, of the rows of metrics.csv so far.
   """
@@ -150,7 +148,7 @@ class Keeper:
     self._parts = parts
 
   def enter(self, phase: int, source) -> None:
-    """From here on a phase's carry is kept, whose source this is."""
+    """From here on the carry of this phase is kept."""
     self.phase, self._source = phase, source
     self._persistence = source.kept
 
@@ -164,7 +162,7 @@ class Keeper:
     kept = self._persistence
     if kept is not None:
       carry = carry._replace(step=np.asarray(step, np.int32))
-      # What is being written decides what is whole.
+      # Waits for the save before, which may yet fail.
       newest = self._latest.latest_step()
       with integrity.saving(step, self._replay, newest):
         arrays, facts = kept.save(carry.source, self._replay, step)
@@ -188,7 +186,7 @@ class Keeper:
     self._save_final(step, carry.agent.params)
     if kept is not None and kept.prune is not None:
       self._rows = [*self._rows, rows][-self._most :]
-      # After a resume older steps may still be there.
+      # After a resume, older steps may still be there.
       if len(self._rows) == self._most:
         kept.prune(self._replay, self._rows)
 
@@ -196,7 +194,7 @@ class Keeper:
     from experiments.runtime import integrity
 
     final = self._params['final']
-    # Counted: a run that lost its newest checkpoint comes to a step again.
+    # Counted: a run that lost its newest checkpoint repeats a step.
     try:
       number = final.latest_step()
     except integrity.Damaged:
@@ -204,12 +202,12 @@ class Keeper:
     final.save(0 if number is None else number + 1, params, {'step': step})
 
   def save_early(self, step: int, agent_state) -> None:
-    """Keeps the parameters to compare with at the end, if the run asks."""
+    """Saves the parameters to compare with at the end, if the run asks."""
     if 'early' in self._params:
       self._params['early'].save(step, agent_state.params, {})
 
   def save_best(self, step: int, metric: float, agent_state) -> None:
-    """Keeps the parameters if their evaluation is the best so far."""
+    """Saves the parameters if their evaluation is the best so far."""
     if self._best is not None:
       self._best.save(step, metric, agent_state.params)
 
@@ -245,7 +243,6 @@ class Keeper:
     return restored
 
   def _load(self, carry):
-    """The newest checkpoint's carry."""
     from experiments.runtime import integrity, loop
     from experiments.runtime.parts import read_old
     from experiments.runtime.persistence import Held
@@ -289,10 +286,7 @@ class Keeper:
     return carry
 
   def _mend_final(self, carry) -> None:
-    """Writes `final` if it is not of the checkpoint that the run goes on from.
-
-    A damaged one, or that of a lost future.
-    """
+    """Replaces a `final` that is damaged or of a lost future."""
     from experiments.runtime import distributed, integrity
 
     step, why, final = int(carry.step), '', self._params['final']
@@ -310,8 +304,8 @@ class Keeper:
   def _check_lost(self) -> None:
     """Refuses to begin a run anew that has had checkpoints.
 
-    A run that was killed before its first one has none, but then `final`,
-    which is written after it, is not there either.
+    A run that was killed before its first one has no `final` either, which is
+    written after it.
     """
     from experiments.runtime import distributed, integrity, metrics
 
@@ -324,7 +318,7 @@ class Keeper:
     if had or (every and last >= 2 * every):
       raise UserError(
         f'{shown(self._workdir / "checkpoints")}: holds no checkpoint, but the '
-        f'run had come to update {last}: restore one from a copy, or delete '
+        f'run had reached update {last}: restore one from a copy, or delete '
         'the run to begin it anew'
       )
     if last and distributed.is_main():

@@ -1,7 +1,7 @@
 """Memory before anything runs: plans of a run, as tables and as refusals.
 
-Machines that are not there are planned for in a process of their own, which
-runs this module; see `compile_targets`.
+Plans for other machines are made in a process that runs this module; see
+`compile_targets`.
 """
 
 import contextlib
@@ -74,9 +74,7 @@ def launch(
 def here(experiment: build.Experiment, saved_parts: int = 0) -> list[Plan]:
   """Plans of a run's phases on this machine.
 
-  Args:
-    experiment: from `build.describe`.
-    saved_parts: of the checkpoint that it goes on from; 0 for none.
+  `saved_parts` are those of the checkpoint to resume from; 0 for none.
 
   Raises:
     ValueError: agent, environment, data set and devices do not fit.
@@ -92,12 +90,11 @@ def elsewhere(
   """Plans of a run's phases on a machine that need not be there.
 
   Args:
-    experiment: from `build.describe`.
     name: of the machine, see `compile_targets`.
-    about: what `build.describe` was called with.
+    about: the arguments of `build.describe`.
 
   Raises:
-    UserError: there is no such machine, or the run does not go with it.
+    UserError: an unknown machine, or the run does not fit it.
   """
   target = compile_targets.parse(name)
   for field in ('devices', 'acting_devices'):
@@ -120,20 +117,20 @@ def elsewhere(
 
 def show(plans: Sequence[Plan]) -> None:
   """Prints a table for each plan."""
-  told = lambda size: capacity.told(size) if 0 < size < math.inf else '-'
+  text = lambda size: capacity.told(size) if 0 < size < math.inf else '-'
   for plan in plans:
     rows = [
       (
         row.what,
         (*row.fields, '')[0][:24],
-        'too much' if row.device == math.inf else told(row.device),
-        told(row.host),
+        'too much' if row.device == math.inf else text(row.device),
+        text(row.host),
       )
       for row in plan.rows
     ]
-    rows.append(('largest at once', '', told(plan.device), told(plan.host)))
-    there = "the host's" if plan.on_host else told(plan.has)
-    rows.append(('there is', '', there, told(plan.host_has)))
+    rows.append(('largest at once', '', text(plan.device), text(plan.host)))
+    there = "the host's" if plan.on_host else text(plan.has)
+    rows.append(('there is', '', there, text(plan.host_has)))
     title = f'memory of {plan.phase} on {plan.machine}'
     columns = ('what', 'changed by', 'a device', 'a host')
     terminal.print_table(columns, rows, title, left=2)
@@ -159,8 +156,8 @@ def _refusal(plan: Plan, place: str, need: float, have: float) -> str:
   size = lambda row: row.device
   if place == 'host':
     size = lambda row: row.host + row.device * plan.on_host
-  # What takes less than a tenth does not help. A program that its compiler
-  # refuses may be so large for what it is called with, such as a replay.
+  # Changing what takes less than a tenth does not help. A program that its
+  # compiler refuses may be too large for its arguments, such as a replay.
   least = (have if need == math.inf else need) / 10
   most = [row for row in plan.counted if size(row) >= least]
   most.sort(key=size, reverse=True)
@@ -187,7 +184,7 @@ def out_of_memory(experiment: build.Experiment) -> Iterator[None]:
   """Turns a device's running out of memory into one line.
 
   Raises:
-    UserError: in its place; names the settings that change what is needed.
+    UserError: names the settings that change what is needed.
   """
   import jax
 

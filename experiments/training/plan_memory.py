@@ -1,9 +1,8 @@
 """How much memory a run needs, from its compiled programs, before it runs.
 
 What stays in memory follows from shapes; what a program needs on top is the
-compiler's own analysis of the programs that the run compiles, over its mesh.
-Machines that are not there are planned for in a process of their own, see
-`compile_targets`. Evaluations and the making of the first state are left out.
+compiler's analysis of the run's programs, over its mesh. Evaluations and the
+making of the first state are left out.
 """
 
 import math
@@ -35,8 +34,8 @@ class Need(NamedTuple):
     fields: `name=value` of the settings that change it.
     device: bytes on each device; infinite where the compiler gives up.
     host: bytes on each host.
-    stays: False if it is free again when a program ends; the largest of such
-      rows alone counts.
+    stays: False if it is free again when a program ends; only the largest such
+      row counts.
   """
 
   what: str
@@ -94,8 +93,7 @@ def of_phase(
   """Compiles a phase's programs, and adds up what they and the run need.
 
   Args:
-    experiment: from `build.describe`.
-    layout: its devices, which need not be there.
+    layout: its devices need not be there.
     phase: from `programs.phases`.
     target: the machine, if it is not this one.
   """

@@ -1,6 +1,6 @@
 """Trains everything: `python -m experiments.train [--preset=NAME] [...]`.
 
-Running the same command again resumes the run in its folder.
+The same command resumes the run in its folder.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from experiments.training.train import NOTHING, Also, train
 
 
 def default_workdir(experiment: build.Experiment) -> str:
-  """`runs/PRESET_ENV_sSEED`, or with the name of what is read for ENV."""
+  """`runs/PRESET_ENV_sSEED`; a data set's or text's name in place of ENV."""
   name = experiment.material.name(experiment)
   where = re.sub(r'[^\w.,+=@()-]', '-', name)[:80]
   return f'runs/{experiment.name}_{where}_s{experiment.seed}'
@@ -29,15 +29,8 @@ def run(
 ) -> None:
   """Trains in a folder, from its last checkpoint if it has one.
 
-  Where several processes run it together, all compute and all save; the first
-  one writes and prints.
-
-  Args:
-    experiment: from `build.describe`.
-    workdir: the run's folder; its config.json is there.
-    also: what else is done.
-
-  A signal stops it with a checkpoint; `signals.received` then says which.
+  If several processes run it, all compute and save; the first one writes and
+  prints. A signal stops it with a checkpoint; `signals.received` says which.
 
   Raises:
     UserError: the run in the folder cannot be resumed.

@@ -1,4 +1,4 @@
-"""The phases of a run, made ready: agents, sources, what devices compile."""
+"""The phases of a run, ready to run: agents, sources, compiled updates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,17 +8,16 @@ from experiments.training.keeper import Saved
 
 
 class Stage(NamedTuple):
-  """A phase, made ready to run.
+  """A phase, ready to run.
 
   Attributes:
     name: the phase's.
     agent: its agent.
     source: its source.
-    end: the number of updates at which it ends, counted from the run's begin;
-      None where it ends by its decisions.
+    end: the run's update at which it ends; None if it ends by its decisions.
     transfer: see `Phase`.
-    update: compiled over the devices; None where the loop compiles.
-    interval: compiled over the devices, of a pure source; None likewise.
+    update: compiled over the devices; None if the loop compiles.
+    interval: likewise, for a pure source.
     sharding: of the agent's state over the devices; None replicates it.
   """
 
@@ -35,10 +34,7 @@ class Stage(NamedTuple):
 class Trainer(NamedTuple):
   """The parts of a run, once its devices and processes have their roles.
 
-  Attributes:
-    stages: at least one.
-    spec: the environment's spec, as its agents got it.
-    layout: the roles of the devices.
+  `spec` is the environment's, as its agents got it.
   """
 
   stages: tuple[Stage, ...]
@@ -51,10 +47,7 @@ def make(
 ) -> Trainer:
   """Everything that a run needs; nothing is compiled yet.
 
-  Args:
-    experiment: from `build.describe`.
-    saved: what the run's newest checkpoint tells.
-    asked: whether the user wants to stop.
+  `saved` is of the newest checkpoint; `asked` says whether to stop.
 
   Raises:
     ValueError: agent, environment, data set and devices do not fit.
@@ -113,7 +106,7 @@ def enter(stage: Stage, carry):
   import jax
 
   assert stage.transfer is not None and stage.source.fill is not None
-  # Out of a compiled function leaves share no buffers: they can be donated.
+  # A compiled function's leaves share no buffers: they can be donated.
   state = jax.jit(stage.transfer, out_shardings=stage.sharding)(carry.agent)
   # The phase before drew from the data alone, which stays where it is.
   return carry._replace(agent=state, source=stage.source.fill(carry.source))

@@ -28,9 +28,9 @@ class Also(NamedTuple):
   Attributes:
     profile: updates to trace.
     tensorboard: whether to write events.
-    wandb: the project that wandb gets the numbers for; '' for none.
-    measure: whether the trained agent is measured at the end just as it is
-      every `evaluate_every` updates, into measured.csv.
+    wandb: the project for the numbers; '' for none.
+    measure: whether the trained agent is evaluated at the end as it is every
+      `evaluate_every` updates, into measured.csv.
   """
 
   profile: int = 0
@@ -43,10 +43,10 @@ NOTHING = Also()
 
 
 class Trained(NamedTuple):
-  """What has been trained.
+  """A run after training.
 
   Attributes:
-    trainer: all that was run.
+    trainer: what was run.
     carry: the last one; its simulators and threads are closed.
     begin: updates made before.
     end: updates made by now.
@@ -68,11 +68,7 @@ def train(
 ) -> Trained:
   """Trains in a folder, from its last checkpoint if it has one.
 
-  Args:
-    experiment: from `build.describe`.
-    workdir: the run's folder.
-    asked: whether the user wants to stop.
-    also: what else is done.
+  `asked` says whether the user wants to stop.
 
   Raises:
     UserError: the run in the folder cannot be resumed.
@@ -94,7 +90,7 @@ def train(
     carry = keeper.restore(fresh) or fresh
     if carry is not fresh:
       stage.source.close(fresh.source)
-    del fresh  # or its state would stay beside the restored one
+    del fresh  # or its state would stay in memory with the restored one
     begin = int(carry.step)
     if begin and is_main:
       planned = words.planned(experiment)
@@ -130,16 +126,16 @@ def train(
 def _admitted(
   experiment, workdir, key, held, asked, profile
 ) -> tuple[stages.Trainer, Saved, Any]:
-  """What is to be trained, where it goes on from, and a fresh carry.
+  """The trainer, what is saved, and a fresh carry.
 
-  What is wrong is refused before anything is written; `held` gets the lock of
-  the folder.
+  Refuses what is wrong before anything is written; `held` gets the folder's
+  lock.
   """
   from experiments.runtime import distributed, mesh
 
   is_main = distributed.is_main()
   with configs.user_errors():
-    # A folder that is not there yet is made when nothing is refused any more.
+    # A missing folder is made once nothing can be refused any more.
     is_new = not distributed.of_main({'is_there': workdir.exists()})['is_there']
     device = terminal.device()
     about = experiment.as_dict() | experiment.material.fingerprint(experiment)
@@ -189,7 +185,7 @@ def _through_phases(
   watcher,
   writer,
 ):
-  """The carry at the end of the last phase, or where the user has stopped."""
+  """The carry at the end of the last phase, or where the user stopped."""
   from experiments.runtime import distributed, loop
 
   begin, intervals = int(carry.step), _intervals(experiment.run)
@@ -243,13 +239,13 @@ def _intervals(settings):
   return loop.Intervals(
     log=settings.log_every,
     checkpoint=settings.checkpoint_every,
-    # What is due at each multiple is found out there.
+    # The watcher decides what is due at each multiple.
     evaluate=math.gcd(*due),
   )
 
 
 def _decisive(about, device, profile, workdir) -> dict[str, Any]:
-  """What all processes of a run must have been given alike."""
+  """What must be the same in all processes of a run."""
   begun = (workdir / 'config.json').exists()
   made_with = run_config.made_with(device)
   # Machines may keep data in different places, and differ in Python's patches.
@@ -261,9 +257,9 @@ def _decisive(about, device, profile, workdir) -> dict[str, Any]:
 
 
 def _plan_here(experiment, trainer, phase: int) -> None:
-  """Plans a run on accelerators, which finds the programs in the cache.
+  """Plans a run on accelerators; it then finds the programs in the cache.
 
-  On a CPU it would be seconds of compiling for memory that is the machine's.
+  On a CPU it would cost seconds of compiling.
   """
   from experiments.runtime import distributed
   from experiments.training import plan, plan_memory
@@ -317,12 +313,10 @@ def _writer(
 
 
 def _profiled(run, carry, steps, folder, intervals, hooks):
-  """Traces updates up to `steps`; they count as part of the run.
+  """Traces updates up to `steps`, which count as part of the run.
 
+  Nothing is saved meanwhile, so that host simulators do not start afresh.
   `folder` is None in processes that do not write.
-
-  Nothing is saved meanwhile, so that simulators of the host do not start
-  afresh where they otherwise would.
   """
   import jax
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments import build
 from experiments.build import support
-from experiments.files import writing
+from experiments.files import tables
 
 # Decisions a copy; a game of Atari is cut after 3,000 while training.
 _OVERDUE = 3_000
@@ -15,10 +15,10 @@ _OVERDUE = 3_000
 class HeldOut:
   """Windows that are never trained on, from the untrained network's play.
 
-  While training their targets stay as they were recorded, so that figures of
-  different times compare; what they say of policy and value is then that of
-  the untrained search. At the end they are searched again by the trained
-  agent, and both networks are measured by these targets.
+  While training their targets stay as recorded, so that figures of different
+  times compare; for policy and value these are the untrained search's. At the
+  end the trained agent searches them again, and both networks are measured by
+  its targets.
   """
 
   def __init__(self, experiment: build.Experiment, agent, agent_state):
@@ -58,18 +58,13 @@ class HeldOut:
       'untrained': self.losses(self._untrained, batch),
       'trained': self.losses(agent_state.params, batch),
     }
-    names = list(rows['trained'])
-    lines = [['network', *names]]
-    lines += [
-      [network, *(f'{row[name]:.6g}' for name in names)]
-      for network, row in rows.items()
-    ]
     if write:
-      writing.write_text(path, '\n'.join(map(','.join, lines)) + '\n')
+      lines = [[network, *row.values()] for network, row in rows.items()]
+      tables.write_lines(path, [['network', *rows['trained']], *lines], 6)
 
 
 class Watcher:
-  """What is written and measured while a run goes on.
+  """What is written and measured during a run.
 
   Attributes:
     waited: seconds that the learner waited for experience.
@@ -93,7 +88,7 @@ class Watcher:
         writer.write(0, self.held_out.losses(untrained.params))
 
   def enter(self, stage: Any) -> None:
-    """From here on a phase's agent is measured."""
+    """From here on this phase's agent is measured."""
     self._stage = stage
     material = self._experiment.material
     self._evaluator = material.evaluate(self._experiment, stage.agent)
@@ -119,7 +114,7 @@ class Watcher:
     self._writer.write(step, row)
 
   def _look_for_ends(self, row) -> None:
-    """Says once that no episode has ended, where that is overdue."""
+    """Prints a note once if no episode has ended for too long."""
     if row.get('episodes') or self._unended is None:
       self._unended = None
       return
@@ -136,16 +131,15 @@ class Watcher:
       self._unended = None
 
   def measure(self, step: int, agent_state, path: pathlib.Path) -> None:
-    """Writes what the evaluation finds of an agent; all processes call it."""
+    """Writes an agent's evaluation; all processes call it."""
     from experiments.runtime import distributed
 
     found = {}
     if self._evaluator is not None:
       found = distributed.of_main(self._evaluator(agent_state.params, step))
     if distributed.is_main():
-      names, cells = ['step', *found], [f'{x:.9g}' for x in found.values()]
-      lines = [','.join(names), ','.join([str(step), *cells])]
-      writing.write_text(path, '\n'.join(lines) + '\n')
+      lines = [['step', *found], [step, *found.values()]]
+      tables.write_lines(path, lines, digits=9)
 
   def evaluate(self, step: int, agent_state) -> dict[str, float]:
     """Measures an agent where that is due."""

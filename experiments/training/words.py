@@ -1,4 +1,4 @@
-"""What a run says of itself in the terminal."""
+"""What a run prints about itself."""
 
 import pathlib
 from typing import Any
@@ -8,7 +8,7 @@ from experiments.report import terminal
 
 
 def planned(experiment: build.Experiment) -> str:
-  """How many updates a run is to have."""
+  """How many updates a run is to have, as text."""
   about = 'about ' if experiment.material.acts else ''
   return f'{about}{experiment.updates:,}'
 
@@ -16,13 +16,7 @@ def planned(experiment: build.Experiment) -> str:
 def announce(
   experiment: build.Experiment, trainer: Any, workdir: pathlib.Path
 ) -> None:
-  """What is about to be trained, on what.
-
-  Args:
-    experiment: from `build.describe`.
-    trainer: from `stages.make`.
-    workdir: the run's folder.
-  """
+  """Prints what is about to be trained, on what."""
   import jax
 
   from experiments.runtime import distributed
@@ -61,11 +55,9 @@ def announce(
 
 
 def tell_work(waited: float, seconds: float) -> None:
-  """How long the learner waited, and the memory that was taken.
+  """Prints the memory used and how long the learner waited, in seconds.
 
-  Args:
-    waited: seconds, of all processes.
-    seconds: of the run.
+  `waited` is of all processes, `seconds` the run's.
   """
   from experiments.runtime import distributed, watch
 
