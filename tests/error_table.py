@@ -62,7 +62,7 @@ TABLE = {
     'row_gb=2.0: the rows of one program run together; take --engine=process'
   ),
   'sweep --workdir=new --row_minutes=0': 'row_minutes=0: must be',
-  'sweep --workdir=new --status': "workdir=new: is no sweep's folder",
+  'sweep --workdir=new --status': "workdir=new: is not a sweep's folder",
   'sweep --workdir=new --set=zzz': '--set=zzz: should be field=value',
   'benchmark --set=zzz': '--set=zzz: should be field=value',
   'collect --set=updates=inf': 'updates=inf: ... must be a whole number',

@@ -674,7 +674,7 @@ def test_status_tells_each_row(tmp_path, monkeypatch, capsys):
   assert '4 rows: 1 done, 1 running, 1 failed, 1 waiting; 3 left' in said
   assert '\x1b[2J' not in said
   for other in (tmp_path, tmp_path / 'none', done.folder):
-    with pytest.raises(UserError, match="is no sweep's folder"):
+    with pytest.raises(UserError, match="is not a sweep's folder"):
       status.read(other)
 
 

@@ -69,7 +69,7 @@ def test_a_deaf_port_is_one_line(monkeypatch):
       ray_pool.check_address(address)
     monkeypatch.setattr(ray_pool, '_ASK', 'raise SystemExit(1)')
     monkeypatch.setattr(ray_pool, '_ANSWERS_WITHIN', 30)
-    with pytest.raises(UserError, match='is no head of a Ray cluster'):
+    with pytest.raises(UserError, match='is not the head of a Ray cluster'):
       ray_pool.check_address(address)
 
 

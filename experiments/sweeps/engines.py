@@ -1,9 +1,8 @@
-"""Rows of a sweep that are one program: what it is divided into, how it runs.
+"""Rows of a sweep that are one program: how they are divided and run.
 
-What has finished is kept in the sweep's folder and left alone afterwards, so
-that the same command resumes where the last one ended: `programs/NNN` holds
-`program.json` (its rows and what is traced), checkpoints while it runs, and
-`curves.csv` when it has finished. `sweep_pool` runs rows that are processes.
+`programs/NNN` in the sweep's folder holds `program.json` (its rows and what is
+traced), checkpoints while it runs, and `curves.csv` when it has finished, after
+which it is left alone. `sweep_pool` runs rows that are processes.
 """
 
 import collections
@@ -28,7 +27,7 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Part(NamedTuple):
-  """One program of a sweep, as its folder says.
+  """One program of a sweep.
 
   Attributes:
     folder: `programs/NNN`.
@@ -52,16 +51,10 @@ class Saved:
 def parts(
   plan: Plan, rows: Sequence[Row], workdir: pathlib.Path, max_rows: int
 ) -> list[Part]:
-  """Divides rows into programs; those that there are already stay.
+  """Divides rows of a sweep into programs of up to `max_rows`; makes nothing.
 
-  Rows whose settings differ in a field that cannot be traced go to different
-  programs. Nothing is compiled, and no folder made.
-
-  Args:
-    plan: the sweep, on a pure-JAX environment.
-    rows: of it.
-    workdir: the sweep's folder.
-    max_rows: of one program.
+  Existing programs stay. Rows whose settings differ in a field that cannot be
+  traced go to different programs.
   """
   found = []
   for path in sorted((workdir / 'programs').glob('*/program.json')):
@@ -93,8 +86,8 @@ def _groups(plan, rows):
     fixed = [p for p in paths if p not in floats]
     return tuple(repr(sweep_plan.get(experiment, p)) for p in fixed)
 
-  # Traced is what is a float everywhere and is taken as a tracer by the first
-  # of those that agree in all else.
+  # Traced are fields that are floats everywhere and that the first of the
+  # settings that agree in all else takes as tracers.
   floats = [
     p
     for p in paths
@@ -126,8 +119,7 @@ def vmapped(
   """Runs programs one after the other, each over all devices.
 
   Args:
-    plan: the sweep.
-    todo: from `parts`; what has finished is left out.
+    todo: from `parts`; finished ones are left out.
     checkpoint_minutes: between checkpoints, at least.
     stopping: polled; True saves and leaves.
     report: `(updates done in this call, means over rows)`.
@@ -186,7 +178,7 @@ def _write_program(part: Part, points: Sequence[kept.Point]) -> None:
 
 
 def read_parts(todo: Sequence[Part], rows: Sequence[Row]) -> dict[Row, Result]:
-  """Results of what has finished, of the rows that are asked for.
+  """Results of finished parts, for the given rows.
 
   Raises:
     UserError: a curves.csv is damaged.

@@ -1,13 +1,12 @@
 """Poor rows end early: asynchronous successive halving.
 
 Li et al. 2020, "A system for massively parallel hyperparameter tuning", in the
-variant that stops rows instead of promoting them: at rungs of `first`,
-`factor * first`, ... updates a row goes on only if it is among the best
-`1 / factor` of those that have come there so far. The first rows of a rung
-have nobody to be compared with and go on. Every row counts by itself, whatever
-its seed.
+variant that stops rows instead of promoting them: at rungs of `first`, `factor
+* first`, ... updates a row continues only if it is among the best `1 / factor`
+of those that have reached the rung so far. A rung's first rows have nothing to
+be compared with and continue. Every row counts by itself, whatever its seed.
 
-All is read from the rows' metrics, so that a sweep that goes on decides as one
+Everything is read from the rows' metrics, so a resumed sweep decides as one
 that was not interrupted.
 """
 
@@ -21,12 +20,9 @@ Curve = Sequence[Mapping[str, float]]
 
 
 class Halving(NamedTuple):
-  """The rule.
+  """The rule: one in `factor`, at least 2, continues.
 
-  Attributes:
-    factor: one of so many goes on, at least 2.
-    first: updates of the first rung.
-    metric: higher is better.
+  `first` are the first rung's updates; a higher `metric` is better.
   """
 
   factor: int
@@ -43,7 +39,7 @@ class Halving(NamedTuple):
 
 
 def value_at(curve: Curve, metric: str, rung: int) -> float | None:
-  """A row's metric as soon as it is known at or after a rung; None before."""
+  """A row's metric as soon as it is known at or after a rung; else None."""
   for point in curve:
     if point['step'] >= rung and metric in point:
       return point[metric]
@@ -57,15 +53,13 @@ def is_poor(
   updates: int,
   decided: set[tuple[Row, int]],
 ) -> str:
-  """Why a row is ended now; '' if it goes on.
+  """Why a row is ended now; '' if it continues.
 
   Args:
-    halving: the rule.
-    row: that is asked about.
     curves: of all rows that have begun.
     updates: of a whole row.
-    decided: rungs at which rows were let on; they are not asked about twice,
-      and new ones are added here.
+    decided: rungs that rows have passed, which are not decided again; new ones
+      are added.
   """
   for rung in halving.rungs(updates):
     own = value_at(curves[row], halving.metric, rung)

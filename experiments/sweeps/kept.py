@@ -1,7 +1,7 @@
 """The checkpoint of a program of a sweep: all rows' carries and curves.
 
-Rows are kept without what they share, the data set, and without those that are
-repeated to fill the devices: whoever goes on may have others.
+It leaves out what rows share, the data set, and the rows that are repeated to
+fill the devices: a resumed sweep may have others.
 """
 
 import pathlib
@@ -14,12 +14,10 @@ from experiments.sweeps.program import Program
 
 
 class Point(NamedTuple):
-  """What is known of all rows after a number of updates.
+  """All rows after a number of updates, `step`.
 
-  Attributes:
-    step: updates.
-    metrics: name -> float `[R]`, NaN where a row has none; `finite` is 1 where
-      all that was averaged is finite.
+  `metrics` maps names to float `[R]`, NaN for a row without; `finite` is 1 if
+  all that was averaged is finite.
   """
 
   step: int
@@ -32,22 +30,16 @@ def forget(folder: pathlib.Path) -> None:
 
 
 def identity(program: Program) -> dict[str, Any]:
-  """What tells a program's checkpoints from those of another one."""
+  """What distinguishes a program's checkpoints from another one's."""
   about = program.experiment.as_dict()
-  # As of a single run: the data set may lie elsewhere by now.
+  # As for a single run: the data set may have moved.
   about |= {'dataset': '', 'seed': program.seeds, 'rows': program.values}
   about |= {'paths': program.paths}
   return {'seed': program.seeds, 'settings': run_config.digest(about)}
 
 
 class _History(NamedTuple):
-  """What a checkpoint tells of a program's rows.
-
-  Attributes:
-    steps: of the points so far.
-    names: of their metrics.
-    phase: the carry's.
-  """
+  """A checkpoint's record of its points' steps and metrics' names."""
 
   steps: list[int]
   names: list[str]
@@ -55,11 +47,7 @@ class _History(NamedTuple):
 
 
 def _history(extra: dict[str, Any], phases: int) -> _History:
-  """A checkpoint's `extra`, as `_save` wrote it.
-
-  Raises:
-    UserError: it says something else.
-  """
+  """A checkpoint's `extra`, as `save` wrote it."""
   import msgspec
 
   try:
@@ -101,7 +89,7 @@ def _take(carry, index):
 
 
 def acted(keeper) -> int | None:
-  """The updates after which acting was over when it was saved, if it was."""
+  """The saved number of updates when acting ended, if it had."""
   found = keeper.peek()
   return None if found is None else found[1].get('acted')
 
@@ -110,13 +98,12 @@ def save(keeper, axes, carry, points, count, number, acted) -> None:
   """Saves the rows of a program after an update that has a point.
 
   Args:
-    keeper: `runtime.checkpoint.Checkpoints` of the program.
-    axes: axes of the carry, see `program.Functions`.
-    carry: the carry of all rows, leaves `[R, ...]`.
+    axes: of the carry, see `program.Functions`.
+    carry: of all rows, leaves `[R, ...]`.
     points: the curves so far.
     count: number of real rows; those after them are padding, copies of others.
     number: index of the phase.
-    acted: number of updates when acting ended; None while it goes on.
+    acted: number of updates when acting ended; None before that.
   """
   import jax
   import numpy as np
@@ -126,7 +113,7 @@ def save(keeper, axes, carry, points, count, number, acted) -> None:
   history = [[p.metrics.get(n, none) for n in names] for p in points]
   carry = carry._replace(source=_own_parts(axes.source, carry.source))
   if jax.tree.leaves(carry.agent)[0].shape[0] > count:
-    # Whoever goes on may have another number of devices.
+    # It may resume with another number of devices.
     carry = jax.jit(lambda carry: _take(carry, slice(count)))(carry)
   keeper.save(
     points[-1].step,
@@ -144,12 +131,10 @@ def restore(keeper, phases, values, seeds, count, mesh):
   """The carry, the points so far and the phase's number, or None.
 
   Args:
-    keeper: `runtime.checkpoint.Checkpoints` of the program.
-    phases: its functions, see `program.compiled`.
+    phases: from `program.compiled`.
     values: float32 `[R, F]` of the traced fields.
     seeds: uint32 `[R]`.
-    count: number of real rows; those after them are padding, copies of others.
-    mesh: the devices.
+    count: see `save`.
 
   Raises:
     UserError: the checkpoint is damaged.

@@ -1,4 +1,4 @@
-"""What the rows of a sweep will have measured, before the first one runs."""
+"""What a sweep's rows will have measured, before the first one runs."""
 
 import dataclasses
 import difflib
@@ -11,14 +11,12 @@ from experiments.files.errors import UserError
 def check(experiment: build.Experiment, metric: str) -> None:
   """Refuses a metric that no row will have; traces, and compiles nothing.
 
-  Args:
-    experiment: of one row; of all of them metrics are called alike.
-    metric: a column of curves.csv.
+  `metric` is a column of curves.csv; all rows have those of `experiment`.
 
   Raises:
-    UserError: it will be none; the nearest ones are named.
+    UserError: no row will have it; names the nearest.
   """
-  # Where a data set lies does not change what is measured of it.
+  # Where a data set lies does not change what is measured.
   run = dataclasses.replace(experiment.run, data_on='device')
   experiment = experiment._replace(run=run)
   agent, source, spec = build.row(experiment)
@@ -58,7 +56,7 @@ def _of_learning(experiment, agent, source, spec) -> set[str]:
 
 
 def _stand_in(spec: Any):
-  """An environment in JAX of which nothing is right but the shapes."""
+  """A JAX environment with the right shapes and nothing else."""
   import jax
   import jax.numpy as jnp
 

@@ -10,7 +10,7 @@ from experiments import build
 from experiments.files.errors import UserError
 from experiments.runtime import overrides
 
-# Each is described before the first one runs, each row leaves files.
+# All settings are described before the first one runs; rows leave files.
 _MAX_SETTINGS = 10_000
 _MAX_ROWS = 100_000
 
@@ -20,12 +20,7 @@ _HINT = (
 
 
 class Row(NamedTuple):
-  """One training of a sweep.
-
-  Attributes:
-    setting: its number in `Plan.settings`.
-    seed: of the run.
-  """
+  """One training of a sweep: `setting` is its number in `Plan.settings`."""
 
   setting: int
   seed: int
@@ -36,14 +31,14 @@ class Plan(NamedTuple):
 
   Attributes:
     preset: a row of `experiments.presets`.
-    agent: another agent than the preset's, or None.
-    env: another environment, or None.
-    steps: other decisions, or None.
+    agent: in place of the preset's, or None.
+    env: likewise.
+    steps: decisions, likewise.
     fixed: `field=value` of every setting.
     fields: what is swept, in the words of the command line.
     settings: a value for each field, as text.
     logarithmic: fields that were drawn from a logarithmic range.
-    dataset: to learn from instead of from play, or None.
+    dataset: to learn from in place of play, or None.
   """
 
   preset: str
@@ -106,18 +101,11 @@ def make_plan(
   """The product of grids and of sampled settings, all of them checked.
 
   Args:
-    preset: see `Plan`, as for the next four.
-    agent: see there.
-    env: see there.
-    steps: see there.
-    fixed: see there.
-    grid: `field=value,value`; with semicolons where a value has commas.
+    grid: `field=value,value`; with semicolons if a value has commas.
     random: `field=log:LOW:HIGH` (log-uniform), `uniform:LOW:HIGH`,
       `int:LOW:HIGH` (both ends in) or `choice:A:B:C`. They are drawn together,
-      `samples` times; what is drawn twice is kept once.
-    samples: how many settings are drawn.
-    seed: of the drawing: the same one draws the same settings.
-    dataset: see `Plan`.
+      `samples` times; duplicates are dropped.
+    seed: of the draws.
 
   Raises:
     ValueError: one line on what is wrong with which field or value.
@@ -206,7 +194,7 @@ def _draw(ranges, samples, seed) -> list[tuple[str, ...]]:
     return [()]
   drawn = []
   for i in range(samples):
-    # More samples begin with the same ones.
+    # More samples begin with the same samples.
     rng = np.random.default_rng([seed, i])
     drawn.append(tuple(draw(rng) for _, draw in ranges))
   return list(dict.fromkeys(drawn))
@@ -235,12 +223,7 @@ _SECTIONS = {'agent': 'config', 'env': 'env', 'run': 'run'}
 
 
 def find_path(experiment: build.Experiment, name: str) -> str:
-  """The whole path of a field, `agent.search.num_simulations`.
-
-  Args:
-    experiment: whose field it is.
-    name: the end of the path, known to be good: `build.describe` took it.
-  """
+  """The whole path of a field that exists, `agent.search.num_simulations`."""
   known = [tuple(path.split('.')) for path in _paths(experiment)]
   return '.'.join(overrides.matching(known, tuple(name.split('.')))[0])
 
@@ -294,7 +277,7 @@ def rows(plan: Plan, seeds: int) -> list[Row]:
   """All rows of a plan with seeds 0, 1, ...
 
   Raises:
-    UserError: too many of them.
+    UserError: too many.
   """
   if len(plan.settings) * seeds > _MAX_ROWS:
     raise UserError(

@@ -1,4 +1,4 @@
-"""Runs rows of a sweep as processes, on this machine or where a pool says."""
+"""Runs rows of a sweep as processes, on this machine or a pool's."""
 
 import collections
 import queue
@@ -18,7 +18,7 @@ from experiments.sweeps import rows
 from experiments.sweeps.plan import Row
 from experiments.sweeps.rows import Job
 
-# A row that was asked to stop saves meanwhile.
+# Seconds in which a row that was asked to stop saves.
 _PATIENCE = 120.0
 
 
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
   """How a process of a row ended.
 
   Attributes:
-    code: `Popen.returncode`; None where its machine was lost.
+    code: `Popen.returncode`; None if its machine was lost.
     seconds: that it took.
     why: what ended it, if that was a limit, a stop or the machine's loss.
     is_final: whether it is not to be tried again.
@@ -55,7 +55,7 @@ class Pool(NamedTuple):
 
   Attributes:
     choose: `(avoid) -> name` of a machine with room for a row, None if none
-      has; one of the names in `avoid` only where there are no others.
+      has; one of the names in `avoid` only if there are no others.
     start: `(name, job) -> None`, starts its process there.
     ended: `() -> [(job, Ended)]`, those since the last call.
     close: `() -> None`, ends all that still runs.
@@ -70,14 +70,11 @@ class Pool(NamedTuple):
 def attend(
   command: Sequence[str], log: str, stop: str, limits: Limits, **options: Any
 ) -> Ended:
-  """Runs a process to its end, or to its limits.
+  """Runs a process to its end, or to its limits, with options of `Popen`.
 
   Args:
-    command: program and arguments.
     log: file that its output is added to.
     stop: a file; once it is there, the process is asked to save and leave.
-    limits: of the process.
-    **options: of `Popen`.
   """
   begin, deadline, why, is_final = time.monotonic(), None, '', False
   with writing.open_append(log) as output:
@@ -97,12 +94,12 @@ def attend(
       if why and deadline is None:
         children.send(child, signal.SIGTERM)
         deadline = now + _PATIENCE
-      # Looking through /proc is work.
+      # Reading /proc takes time.
       if limits.gigabytes and looks % 5 == 0:
         used = children.memory(child.pid) / 1e9
         if used > limits.gigabytes:
           why, is_final = f'row_gb={limits.gigabytes:g}: took {used:.3g}', True
-          # To save it would need more.
+          # Saving would need more.
           children.send(child, signal.SIGKILL)
       time.sleep(0.1)
   finally:
@@ -113,7 +110,7 @@ def attend(
 
 
 def local(at_once: int, limits: Limits) -> Pool:
-  """This machine, with room for so many rows."""
+  """This machine, with room for `at_once` rows."""
   results: queue.SimpleQueue = queue.SimpleQueue()
   running: dict[Row, Job] = {}
 
@@ -149,7 +146,7 @@ def local(at_once: int, limits: Limits) -> Pool:
 
 
 class Tried(NamedTuple):
-  """A row that waits or runs, and what became of it before."""
+  """A row that waits or runs, and its earlier attempts."""
 
   job: Job
   attempts: int = 0
@@ -166,21 +163,16 @@ def run(
   report: Callable[[int], None],
   halving: sweep_halving.Halving | None = None,
 ) -> dict[Row, str]:
-  """Runs rows; what has ended is left out.
+  """Runs rows that have not ended; returns why rows failed.
 
-  A process that dies goes on from its last checkpoint in a new one, on another
-  machine if there is one; a mistake (exit code 2) is not tried again.
+  A process that dies is resumed from its last checkpoint by a new one, on
+  another machine if there is one; a mistake (exit code 2) is not tried again.
 
   Args:
-    todo: from `rows.jobs`.
-    pool: where.
     retries: new attempts for each row.
     stopping: polled; True asks the processes to save, and leaves.
     report: called with the number of rows that have ended.
     halving: ends poor rows early.
-
-  Returns:
-    What went wrong with the rows that failed.
   """
   waiting = collections.deque(Tried(j) for j in todo if not rows.has_ended(j))
   running: dict[Row, Tried] = {}
@@ -242,11 +234,10 @@ def judge(how: Ended, again: bool, poor: str) -> tuple[str, str]:
   """What becomes of a row whose process has ended: `Try.state`, and why.
 
   Args:
-    how: its process ended.
     again: whether it may be tried again.
-    poor: why it was asked to end before the others; '' if it was not.
+    poor: why it was halved; '' if it was not.
   """
-  # What was stopped, by whomever, ends with another code.
+  # A row that was stopped has another code.
   if how.code == 0:
     return 'done', ''
   reason = how.why
@@ -269,7 +260,7 @@ def _start(pool: Pool, tried: Tried) -> None:
 
 
 class _Curves:
-  """The metrics of all rows, those of former processes, too."""
+  """The metrics of all rows, also of earlier processes."""
 
   def __init__(self, todo: Sequence[Job]):
     self._paths = {job.row: job.folder / 'metrics.csv' for job in todo}
@@ -291,7 +282,7 @@ class _Curves:
         self._news.add(row)
 
   def has_news(self, row: Row) -> bool:
-    """Whether a row's metrics have changed since this was last asked."""
+    """Whether a row's metrics have changed since the last call."""
     is_new = row in self._news and bool(self.known[row])
     self._news.discard(row)
     return is_new

@@ -1,10 +1,10 @@
 """Many rows of a sweep as one compiled program.
 
-The agent, its source and its players are made inside `vmap`, with traced
-floats in their configs, so that rows differ in their seed and in any float
-that nothing needs to know while compiling. Rows are divided over the devices,
-which do not talk to each other; the step is shared. A row has the numbers of
-the same seed alone on one device (`--set=parts=1`), up to rounding.
+The agent, its source and its players are made inside `vmap`, with traced floats
+in their configs, so that rows differ in their seed and in any float that need
+not be known while compiling. Rows are divided over the devices, which do not
+communicate; the step is shared. A row has the numbers of the same seed alone on
+one device (`--set=parts=1`), up to rounding.
 
 Axes: `R` rows, `F` traced fields, `E` episodes.
 """
@@ -21,8 +21,8 @@ class Program(NamedTuple):
   """What one compiled program trains.
 
   Attributes:
-    experiment: that of every row, apart from the seed and the traced fields.
-    paths: paths of the `F` traced fields, see `plan.find_path`.
+    experiment: every row's, apart from the seed and the traced fields.
+    paths: of the `F` traced fields, see `plan.find_path`.
     values: `R` lists of `F` floats.
     seeds: `R` seeds.
   """
@@ -37,21 +37,20 @@ class Functions(NamedTuple):
   """A phase of one row, or of all of them, as functions that may be traced.
 
   Attributes:
-    end: number of updates at which the phase ends; planned where it ends by
-      its decisions.
-    init: `(values [F], seed, shared) -> carry`; `shared` is what `load` gave.
-    enter: `(values, carry, shared) -> carry`, from that of the phase before,
-      without its source; None in the first.
+    end: update at which the phase ends; planned if it ends by its decisions.
+    init: `(values [F], seed, shared) -> carry`; `shared` is from `load`.
+    enter: `(values, carry, shared) -> carry`, from the phase before's without
+      its source; None in the first.
     interval: `(values, carry, seed, num_steps) -> (carry, means, counts)`, see
       `loop.compile_interval`.
-    measure: `build.material.Measure` whose functions take `values` in the place
-      of experiment and agent; None where nothing is measured.
-    load: `() -> ` rows of the data set that all rows share, None without; of
+    measure: `build.material.Measure` whose functions take `values` in place of
+      experiment and agent; None if nothing is measured.
+    load: `() -> ` rows of the data set that all rows share, or None; of
       `compiled`, on all devices. `init` and `enter` then donate it: the carry
       holds it from there on.
     axes: of the carry, see `Source.axes`.
-    rest: `(carry) -> carry` that takes no more rows, of one row or of all;
-      None where no updates follow the last decision.
+    rest: `(carry) -> carry` that takes no more rows, of one row or of all; None
+      where no updates follow the last decision.
   """
 
   end: int
@@ -69,10 +68,7 @@ def row_functions(
 ) -> tuple[Functions, ...]:
   """The functions of one row, for each phase.
 
-  Args:
-    experiment: on a pure-JAX environment or a data set; its seed is not
-      looked at.
-    paths: of the fields that take the place of its own.
+  `paths` are fields whose values replace the experiment's.
   """
   import jax
 
@@ -130,7 +126,7 @@ def _own(experiment, paths, values):
 def _made(experiment, paths):
   """`(values, phase) -> (experiment, agent, source, transfer)` of a row.
 
-  And for each phase where it ends and the axes of its source.
+  Also, for each phase, where it ends and the axes of its source.
   """
   opened = experiment.material.open(experiment)
 
@@ -173,14 +169,7 @@ def _values(experiment, paths):
 def traceable(
   experiment: build.Experiment, paths: Sequence[str]
 ) -> tuple[str, ...]:
-  """The fields that may be traced; found by tracing, nothing is compiled.
-
-  Args:
-    experiment: on a pure-JAX environment.
-    paths: of fields.
-
-  Returns:
-    Those that hold floats and that the whole program takes as tracers.
+  """The float fields that may be traced; found by tracing, without compiling.
 
   Raises:
     ValueError: what is wrong with the experiment itself.
@@ -218,7 +207,7 @@ def traceable(
   floats = tuple(
     p
     for p in paths
-    # What a text is cut into is settled before there is a program.
+    # A text is cut before there is a program.
     if type(plan.get(experiment, p)) is float and '.text.' not in p
   )
   if floats and works(floats):
@@ -232,11 +221,8 @@ def traceable(
 def compiled(functions: Functions, mesh: Any) -> Functions:
   """A phase's functions over all rows, divided over the mesh's `data` axis.
 
-  Each device runs its rows on its own. `interval` donates the carry.
-
-  Args:
-    functions: from `row_functions`.
-    mesh: from `runtime.mesh.make_mesh`; its size divides the number of rows.
+  Each device runs its rows on its own. `interval` donates the carry. The mesh's
+  size must divide the number of rows.
   """
   import jax
   from jax.sharding import PartitionSpec

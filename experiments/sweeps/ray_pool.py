@@ -1,9 +1,8 @@
-"""Rows of a sweep on a Ray cluster, on machines that were asked before.
+"""Rows of a sweep on a Ray cluster, on machines that were checked before.
 
-A machine takes rows if the suite is there with the same source, Python and
-packages, and if it sees the sweep's folder. Which row goes where is decided
-here, a row of the same size at a time, so that a row that failed on one
-machine is tried on another.
+A machine takes rows if it has the suite with the same source, Python and
+packages, and sees the sweep's folder. Which row goes where is decided here, so
+that a row that failed on one machine is tried on another.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from experiments.sweeps.pool import Ended, Limits, Pool
 from experiments.sweeps.rows import Job
 
 _ANSWERS_WITHIN = 20.0
-# Other releases have no such client: then Ray itself will say.
+# Other releases have no such client: then Ray itself reports it.
 _ASK = """
 import sys
 try:
@@ -58,11 +57,9 @@ class Node(NamedTuple):
 
 
 def check_address(address: str | None) -> None:
-  """Asks whether a cluster answers, within 20 s.
+  """Checks that a cluster answers at HOST:PORT or ray://HOST:PORT within 20 s.
 
-  Args:
-    address: HOST:PORT or ray://HOST:PORT; None and `auto` and `local` are
-      looked for by Ray, which takes no time.
+  Ray itself looks for None, `auto` and `local`, which takes no time.
 
   Raises:
     UserError: it does not.
@@ -83,7 +80,7 @@ def check_address(address: str | None) -> None:
     ) from error
   if address.startswith('ray://'):
     return
-  # In a process that can be ended: Ray itself asks for a quarter of an hour.
+  # In a process that can be ended: Ray itself tries for a quarter of an hour.
   try:
     done = subprocess.run(
       [sys.executable, '-c', _ASK, address],
@@ -96,7 +93,9 @@ def check_address(address: str | None) -> None:
       "cluster's head?"
     ) from error
   if done.returncode == 1:
-    raise UserError(f'{field}: what answers there is no head of a Ray cluster')
+    raise UserError(
+      f'{field}: what answers there is not the head of a Ray cluster'
+    )
 
 
 def fingerprint() -> dict[str, str]:
@@ -116,7 +115,7 @@ def differences(here: dict[str, str], there: dict[str, str] | str) -> str:
 
   Args:
     here: `fingerprint` of the driver, and `folder`.
-    there: the same of the machine, or what went wrong on it.
+    there: the machine's, or what went wrong on it.
   """
   if isinstance(there, str):
     return there
@@ -183,11 +182,7 @@ def room_for(
 ) -> int:
   """Rows that a machine has room for.
 
-  Args:
-    resources: that it has: `CPU`, `GPU`, `memory` in bytes.
-    cpus: of a row.
-    gpus: of a row.
-    memory: of a row, in bytes.
+  `resources` has `CPU`, `GPU` and `memory`; memory is in bytes.
   """
   wanted = {'CPU': cpus, 'GPU': gpus, 'memory': memory}
   rooms = [
@@ -364,7 +359,7 @@ class Cluster:
     self._ray.shutdown()
 
   def pool(self) -> Pool:
-    """Its functions."""
+    """The cluster as a `Pool`."""
     return Pool(self.choose, self.start, self.ended, self.close)
 
 
@@ -374,7 +369,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _lost(error: BaseException, name: str) -> str:
-  """What Ray says of a row whose process nobody attended to any more."""
+  """What Ray says of a row whose process was lost."""
   kind = type(error).__name__
   if kind in ('WorkerCrashedError', 'NodeDiedError', 'RaySystemError'):
     return f'{name} or its worker is gone (killed, or without memory)'
@@ -397,15 +392,14 @@ def connect(
   removed again.
 
   Args:
-    address: the cluster's address; None finds a running one or starts one here.
+    address: None finds a running cluster or starts one here.
     workdir: the sweep's folder, which all machines must share.
-    cpus: number of CPUs that a row needs.
-    gpus: number of GPUs that a row needs.
-    limits: limits of a row; Ray also reserves its memory.
+    cpus: that a row needs, as `gpus`.
+    limits: of a row; Ray also reserves its memory.
 
   Raises:
-    UserError: Ray is not installed, there is no cluster, or no machine has
-      room for a row.
+    UserError: Ray is not installed, there is no cluster, or no machine has room
+      for a row.
   """
   try:
     # By name, for a checker of types without it.

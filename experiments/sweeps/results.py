@@ -17,7 +17,7 @@ class Result(NamedTuple):
 
   Attributes:
     status: `done`; `nan`, its numbers are not finite any more; `failed`, its
-      process ended too often; `halved`, ended for being among the poor ones.
+      process ended too often; `halved`, it was among the poor ones.
     curve: rows of metrics with `step`, in order.
     final: the last of each metric, of the trained agent.
   """
@@ -32,12 +32,12 @@ class Summary(NamedTuple):
 
   Attributes:
     setting: its number.
-    iqm: interquartile mean of the final metric; NaN where no seed has one.
-    low: end of its 95% bootstrap interval over seeds.
-    high: the other end.
-    mean: of the same.
+    iqm: interquartile mean of the final metric; NaN if no seed has one.
+    low: of its 95% bootstrap interval over seeds.
+    high: likewise.
+    mean: of the metric.
     seeds: how many have the metric.
-    lost: how many have not (NaN, failed, halved); they are in no aggregate.
+    lost: how many do not (NaN, failed, halved); they are in no aggregate.
   """
 
   setting: int
@@ -59,7 +59,7 @@ def from_curve(
   for point in curve:
     last |= point
   if status == 'nan':
-    # Not what was known before it diverged.
+    # Not the metrics from before it diverged.
     last = {n: x for n, x in curve[-1].items() if math.isfinite(x)}
   return Result(status, curve, last | dict(final or {}))
 
@@ -77,7 +77,7 @@ def summarise(
     own = [r for row, r in results.items() if row.setting == setting]
     if not own:
       continue
-    # What was ended early has learned for less long than the others.
+    # Rows that ended early have learned for less time than the others.
     values = [
       math.nan if r.status == 'halved' else r.final.get(metric, math.nan)
       for r in own
@@ -105,10 +105,8 @@ def write(
   """Writes sweep.csv, curves.csv, summary.csv and sweep.png.
 
   Args:
-    plan: the sweep.
     results: of the rows that have ended.
     metric: a column of the curves, higher is better.
-    workdir: the folder.
     left: rows that have not ended, which only sweep.csv names.
 
   Returns:
@@ -149,8 +147,8 @@ def write(
 def _final(result: Result, metric: str) -> dict[str, float]:
   """Final metrics with and without search, and the mean over training.
 
-  `final_return` is that of a launcher's own play at its end, in episodes of
-  its own; one program has none.
+  `final_return` is of a launcher's own episodes at its end; one program has
+  none.
   """
   names = dict.fromkeys((metric, 'eval_return', 'network_return'))
   if 'final_return' in result.final:
@@ -176,9 +174,8 @@ def figure(
 ) -> None:
   """Draws the IQM of every setting with its interval.
 
-  One field of numbers is drawn along its values, on a logarithmic axis where
-  they were drawn so or span a factor of ten; else the 30 best settings are
-  listed.
+  A single field of numbers is an axis, logarithmic if it was drawn so or spans
+  a factor of ten; else the 30 best settings are listed.
   """
   shown = [s for s in summaries if s.seeds]
   xs = _numbers(plan, shown)

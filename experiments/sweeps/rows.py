@@ -1,8 +1,8 @@
-"""Rows of a sweep that are processes: their folders, their tries, results.
+"""Rows of a sweep that are processes: their folders, tries and results.
 
-`rows/sNNN_seedN` is a folder of `experiments.train`. Next to it lie
-`sNNN_seedN.log`, what all its processes said, and `sNNN_seedN.tries.csv`, a
-line for each of them. `timing.csv` within says that the row has finished.
+`rows/sNNN_seedN` is a folder of `experiments.train`, finished if it has a
+`timing.csv`. `sNNN_seedN.log` has its processes' output, and
+`sNNN_seedN.tries.csv` a line for each of them.
 """
 
 import datetime
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     row: which.
     folder: its own, absolute.
     arguments: of `experiments.train`.
-    updates: that are planned; a row that acts ends by its decisions.
+    updates: planned; a row that acts ends by its decisions.
   """
 
   row: Row
@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
   @property
   def log(self) -> pathlib.Path:
-    """What its processes say."""
+    """The output of its processes."""
     return self.folder.parent / f'{self.folder.name}.log'
 
   @property
@@ -110,7 +110,7 @@ def begin_try(job: Job, where: str) -> None:
   tries = read_tries(job)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   tries.append(Try(str(len(tries) + 1), where, now, '', 'running', ''))
-  _write_tries(job, tries)
+  tables.write_records(job.tries, tries)
 
 
 def end_try(job: Job, seconds: float, state: str, reason: str) -> None:
@@ -119,16 +119,12 @@ def end_try(job: Job, seconds: float, state: str, reason: str) -> None:
   last = last._replace(
     seconds=f'{seconds:.1f}', state=state, reason=' '.join(reason.split())
   )
-  _write_tries(job, [*before, last])
+  tables.write_records(job.tries, [*before, last])
   if state == 'done':
     # All its processes, and not the wait for one.
     total = sum(float(t.seconds or 0) for t in (*before, last))
     text = f'wall_seconds\n{total:.1f}\n'
     writing.write_text(job.folder / 'timing.csv', text)
-
-
-def _write_tries(job: Job, tries: Sequence[Try]) -> None:
-  tables.write_rows(job.tries, [t._asdict() for t in tries])
 
 
 def has_ended(job: Job) -> bool:
@@ -149,7 +145,7 @@ def updates_done(job: Job) -> int:
 
 
 def last_words(job: Job) -> str:
-  """The last line that a row's processes have written, and where it is."""
+  """The last line of a row's log, and its path."""
   text = ''
   if job.log.exists():
     with reading.open_file(job.log) as file:
@@ -159,7 +155,7 @@ def last_words(job: Job) -> str:
 
 
 def read(todo: Sequence[Job], failed: Mapping[Row, str]) -> dict[Row, Result]:
-  """Results of what has finished, of what was halved and of what failed."""
+  """Results of rows that have finished, were halved or failed."""
   results = {}
   for job in todo:
     if is_halved(job):

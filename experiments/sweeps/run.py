@@ -1,15 +1,4 @@
-"""Seeds times grid or random search: `python -m experiments.sweep`.
-
-  python -m experiments.sweep --preset=muzero_catch --env=jax:catch --seeds=16
-    --grid=learning_rate=1e-3,3e-3 --grid=num_simulations=4,8
-    --workdir=sweeps/NAME
-  python -m experiments.sweep --status --workdir=sweeps/NAME
-
-On a pure-JAX environment seeds and floats are vmapped into one program, and
-what changes shapes becomes another one; any other environment runs as one
-process a row. The same command resumes with what is left, also with more
-`--seeds`.
-"""
+"""What `python -m experiments.sweep` does, by its flags."""
 
 import contextlib
 import importlib.util
@@ -31,14 +20,11 @@ from experiments.sweeps import rows as sweep_rows
 
 
 def run(held: contextlib.ExitStack) -> None:
-  """Sweeps as the flags of `experiments.sweep` say.
-
-  Args:
-    held: gets the lock of the folder.
+  """Sweeps as the flags of `experiments.sweep` say; `held` gets the lock.
 
   Raises:
     UserError: what the flags ask for cannot be done.
-    SystemExit: with 1, where rows failed.
+    SystemExit: with 1, if rows failed.
   """
   from absl import flags
 
@@ -83,7 +69,7 @@ def run(held: contextlib.ExitStack) -> None:
     if engine == 'vmap':
       capacity.check_rows(first, min(len(rows), values.max_rows), len(rows))
     pool = _make_pool(engine, workdir)
-    # Rows of processes and of Ray are alike.
+    # Rows of processes and of Ray are the same.
     kind = 'vmap' if engine == 'vmap' else 'processes'
     content = plan._asdict() | {'engine': kind}
     content |= first.material.fingerprint(first)
@@ -132,18 +118,18 @@ def _tell_support(plan, results) -> None:
     clipped = {row: support.worst(r.curve) for row, r in rows.items()}
     experiment = plan.describe(sweep_plan.Row(setting, 0))
     lines = {row: support.warning(experiment, m) for row, m in clipped.items()}
-    told = [row for row, line in lines.items() if line is not None]
-    if told:
-      seeds = ', '.join(str(row.seed) for row in told)
+    warned = [row for row, line in lines.items() if line is not None]
+    if warned:
+      seeds = ', '.join(str(row.seed) for row in warned)
       words = sweep_results.label(plan, setting)
-      print(f'{words}, seeds {seeds}: {lines[told[0]]}')
+      print(f'{words}, seeds {seeds}: {lines[warned[0]]}')
 
 
 def read_share(text: str | None) -> tuple[int, int]:
-  """`I/N` as numbers; `(0, 1)` where nothing is shared out.
+  """`I/N` as numbers; `(0, 1)` for None.
 
   Raises:
-    UserError: it is no such text, or I is not below N.
+    UserError: another text, or I is not below N.
 
   >>> read_share('2/8')
   (2, 8)
@@ -174,7 +160,7 @@ def make_halving(
   if not factor:
     if first is not None:
       raise configs.UserError(
-        f'halving_first={first}: --halving is left out; give it, too'
+        f'halving_first={first}: has no effect without --halving; give both'
       )
     return None
   field = f'halving={factor}'
@@ -226,7 +212,7 @@ def _make_pool(engine: str, workdir: pathlib.Path) -> sweep_pool.Pool | None:
   )
 
 
-# Flags that are of one engine alone.
+# Flags of some engines only.
 _ENGINES = {
   'max_rows': ('vmap',),
   'checkpoint_minutes': ('vmap',),
@@ -244,11 +230,11 @@ def _refuse_others(engine: str) -> None:
 
 
 def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
-  """The engine for a plan, whose every agent is made once to see that it fits.
+  """The engine for a plan; makes every agent once to see that it fits.
 
   Raises:
-    ValueError: an environment or agent that cannot be made; `vmap` asked for
-      an environment that is not pure JAX.
+    ValueError: an environment or agent that cannot be made; `vmap` asked for an
+      environment that is not pure JAX.
   """
   from search.model import Environment
 
@@ -263,7 +249,7 @@ def choose_engine(plan: sweep_plan.Plan, asked: str, metric: str = '') -> str:
         f'metric={metric}: {experiment.where} has no simulator to play in; '
         'take loss'
       )
-    # Every row's agent is made when it is found out what may be traced.
+    # Every row's agent is made when `traceable` traces it.
     engine = 'vmap' if asked == 'auto' else asked
     for i in range(len(plan.settings)):
       where = plan.describe(sweep_plan.Row(i, 0)).run.data_on

@@ -51,11 +51,11 @@ class Line(NamedTuple):
 
   Attributes:
     name: the setting and the seed in words.
-    state: that of its last try, or `waiting`.
+    state: of its last try, or `waiting`.
     where: the machine.
     number: of the try, '' before the first.
     updates: done and all, `40/120`.
-    heard: how long ago its process last said something.
+    heard: how long ago its process last wrote something.
     log: its file, in the sweep's folder.
     reason: why it is not done.
   """
@@ -71,7 +71,7 @@ class Line(NamedTuple):
 
 
 def note_rows(workdir: pathlib.Path, plan: Plan, seeds: int) -> None:
-  """Keeps how many rows a sweep was asked for, and how long they are."""
+  """Writes how many rows a sweep was asked for, and how long they are."""
   updates = [
     plan.describe(Row(i, 0)).updates for i in range(len(plan.settings))
   ]
@@ -85,7 +85,7 @@ def _read_plan(workdir: pathlib.Path) -> tuple[Plan, str, _Asked]:
     asked = reading.read_json(workdir / 'rows.json', _Asked)
   except Missing as error:
     raise UserError(
-      f"workdir={shown(workdir)}: is no sweep's folder ({error}); name the "
+      f"workdir={shown(workdir)}: is not a sweep's folder ({error}); name the "
       '--workdir of python -m experiments.sweep'
     ) from error
   plan = Plan(*(getattr(saved, name) for name in Plan._fields))
@@ -101,7 +101,7 @@ def read(workdir: pathlib.Path) -> list[Line]:
   """A line for each row.
 
   Raises:
-    UserError: it is no sweep's folder, or a file in it cannot be read.
+    UserError: not a sweep's folder, or a file in it cannot be read.
   """
   plan, engine, asked = _read_plan(workdir)
   rows = sweep_plan.rows(plan, asked.seeds)

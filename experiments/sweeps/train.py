@@ -25,14 +25,11 @@ def run(
   """Trains all rows, from the folder's checkpoint if there is one.
 
   It halts where `experiments.train` would, to log and to evaluate, and at the
-  end, where it always evaluates. Rows share their updates: where they end by
-  decisions, all go on until the row with the fewest has taken them; `decisions`
-  tells how many each one took. A row that diverges goes on as NaN.
+  end, where it always evaluates. Rows share their updates: if they end by
+  decisions, all continue until the row with the fewest has taken them;
+  `decisions` says how many each one took. A row that diverges continues as NaN.
 
   Args:
-    what: the program.
-    folder: of the checkpoints.
-    mesh: the devices.
     checkpoint_seconds: between checkpoints, at least.
     stopping: polled at every halt; True saves and leaves.
     report: `(step, means over rows)`.
@@ -67,7 +64,7 @@ def run(
 
 
 class _Rows:
-  """What the loop's hooks know of the rows; it changes as they train."""
+  """The state of the loop's hooks."""
 
   def __init__(self, what, phases, values, seeds, keeper):
     self._experiment, self._count = what.experiment, len(what.seeds)
@@ -78,7 +75,7 @@ class _Rows:
     self._finite: Any = None
 
   def train(self, carry, acted, seconds, stopping, report) -> None:
-    """Goes through what is left of the phases."""
+    """Trains the phases that are left."""
     from experiments.runtime import loop
 
     settings, budget = self._experiment.run, self._budget
@@ -94,7 +91,7 @@ class _Rows:
       loop.run,
       agent,
       key=self._seeds,
-      # Whether something is saved there is a question of time.
+      # `_save` decides by time whether to save there.
       intervals=loop.Intervals(
         settings.log_every, every, settings.evaluate_every
       ),
@@ -125,7 +122,7 @@ class _Rows:
     self._end(carry)
 
   def _interval(self, phase):
-    """`loop.compile_interval` of all rows, those that are repeated left out."""
+    """`loop.compile_interval` of all rows, without the repeated ones."""
     import jax
     import numpy as np
 
@@ -149,7 +146,7 @@ class _Rows:
     return metrics
 
   def _evaluate(self, step, agent_state) -> dict[str, Any]:
-    """Metrics of all rows' evaluation; what NaNs have played counts as NaN."""
+    """Metrics of all rows' evaluation, NaN for rows that diverged."""
     import jax
     import numpy as np
 
@@ -218,11 +215,10 @@ def _source(phase):
 
 
 def on_host(experiment, act, values, params, step):
-  """What `Measure.evaluate` returns, on simulators beside each other.
+  """What `Measure.evaluate` returns, on host simulators of all rows.
 
   Args:
-    experiment: of every row.
-    act: of its `Measure`, compiled over the rows.
+    act: of a `Measure`, compiled over the rows.
     values: float `[R, F]`.
     params: of the agents, leaves `[R, ...]`.
     step: that seeds the simulators.
@@ -235,7 +231,7 @@ def on_host(experiment, act, values, params, step):
   from experiments.runtime import evaluate as playing
 
   rows, episodes = len(values), experiment.run.evaluate_episodes
-  # Who plays which episode, and their number, follow from it.
+  # This fixes the number of episodes and which copy plays which.
   beside = min(episodes, environment.BESIDE)
   env = build.make_env(experiment, training=False, num_envs=beside)
   assert isinstance(env, HostEnvironment)
@@ -244,7 +240,7 @@ def on_host(experiment, act, values, params, step):
   kind = env.spec.action
   assert isinstance(kind, Continuous)
   shaped = lambda x: np.asarray(x).reshape(rows, -1, *x.shape[1:])
-  # Who can be played without a search is one player only.
+  # Without a search there is only one player.
   chosen = lambda key, timestep: act(
     values, params, key, jax.tree.map(shaped, timestep)
   )
@@ -256,7 +252,7 @@ def on_host(experiment, act, values, params, step):
     (action,) = (np.asarray(a) for a in chosen(key, timestep).values())
     finite = np.isfinite(action)
     diverged[:] |= ~finite.all(tuple(range(2, action.ndim)))
-    # Simulators refuse what is no number, and with it the rows that are well.
+    # Simulators would refuse NaNs, and with them the rows that are finite.
     action = np.where(finite, action, kind.low[None, None])
     return action.reshape(-1, *action.shape[2:])
 
@@ -280,7 +276,7 @@ def _measured(means, counts) -> dict[str, Any]:
   counts = dict(counts)
   finite = np.all([np.isfinite(x) for x in means.values()], axis=0)
   if 'episodes' in counts:
-    # None where no episode has ended.
+    # NaN where no episode has ended.
     ended = np.where(counts['episodes'] > 0, counts['episodes'], np.nan)
     counts['episodes'] = ended
     for name in ('return', 'length'):
