@@ -10,16 +10,13 @@ from experiments.runtime import config as configs
 
 
 def players(experiment: Experiment, agent) -> dict[str, Callable]:
-  """Who plays in an evaluation, by the prefix of its metrics.
+  """How an agent plays in an evaluation, by the prefix of its metrics.
 
-  Args:
-    experiment: what is run.
-    agent: an agent with a model plays with search (`eval`) and without
-      (`network`); one with `exploit` just plays (`eval`).
+  An agent with a model plays with search (`eval`) and without (`network`); one
+  with `exploit` just plays (`eval`); one that only learns does not.
 
   Returns:
-    `(params, key, timestep) -> action` each, which may be traced; none for
-    what only learns.
+    `(params, key, timestep) -> action` each, which may be traced.
   """
   from agents.core import planning
 
@@ -49,18 +46,16 @@ def make_decider(
   """How an agent plays to win, compiled.
 
   Args:
-    experiment: what was run.
-    agent: from `build.make_agent`.
     budget: simulations a decision; 0 is the network alone.
-    rule: another search rule than the agent's.
+    rule: a search rule in place of the agent's.
 
   Returns:
     `(params, key, timestep) -> (action [B, ...], value [B])`; the value is the
-    planner's, None of an agent that only has a policy.
+    planner's, None for an agent that only has a policy.
 
   Raises:
-    UserError: a search is asked of an agent that has none.
-    ValueError: one that does not suit the agent.
+    UserError: the agent has no search.
+    ValueError: the search does not suit the agent.
   """
   import jax
 
@@ -77,7 +72,7 @@ def make_decider(
   chosen = dataclasses.replace(experiment.config.search, num_simulations=budget)
   if rule is not None:
     chosen = dataclasses.replace(chosen, rule=rule)
-  # It is the agent that knows which searches suit it.
+  # The agent's config refuses searches that do not suit it.
   dataclasses.replace(experiment.config, search=chosen)
   planner = planning.make_planner(chosen, evaluate=True)
 
@@ -91,14 +86,10 @@ def make_decider(
 def read_budgets(
   texts: Sequence[str] | None, usual: Sequence[int]
 ) -> list[int]:
-  """The numbers of `--simulations`.
-
-  Args:
-    texts: the flag's; None or none for `usual`.
-    usual: what is taken then.
+  """The numbers of `--simulations`; `usual` if there are none.
 
   Raises:
-    UserError: one is no whole number, or below 0.
+    UserError: one is not a whole number, or below 0.
   """
   for text in texts or ():
     if not (text.isascii() and text.isdecimal() and len(text) < 10):

@@ -12,7 +12,7 @@ def make_env(experiment: Experiment, *, training: bool, num_envs=None):
   """The environment of an experiment; see `experiments.envs.make.make`.
 
   Raises:
-    ValueError: an option of the environment that it does not take.
+    ValueError: an option that the environment does not take.
   """
   from experiments.envs import make
 
@@ -32,7 +32,7 @@ def make_networks(experiment: Experiment, spec, reduce: Callable | None = None):
   """The networks of an experiment's agent.
 
   Raises:
-    ValueError: if the agent cannot take the spec.
+    ValueError: the agent cannot take the spec.
   """
   module = importlib.import_module(f'agents.{experiment.agent_name}')
   return module.make_networks(experiment.config, spec, reduce)
@@ -42,7 +42,7 @@ def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
   """The agent of an experiment for an environment's spec.
 
   Raises:
-    ValueError: if the agent cannot take the spec.
+    ValueError: the agent cannot take the spec.
   """
   module = importlib.import_module(f'agents.{experiment.agent_name}')
   networks = make_networks(experiment, spec, reduce)
@@ -53,14 +53,13 @@ def make_agent(experiment: Experiment, spec, reduce: Callable | None = None):
 
 
 def make_phases(experiment: Experiment, spec, reduce: Callable | None = None):
-  """The phases of an experiment: of most agents there is one.
+  """The phases of an experiment, a tuple of `Phase`; most agents have one.
 
-  Returns:
-    Tuple of `Phase`; all but the last one say how many updates they take.
+  All but the last one say how many updates they take.
 
   Raises:
-    ValueError: if the agent cannot take the spec, or nothing is left for the
-      last phase.
+    ValueError: the agent cannot take the spec, or nothing is left for the last
+      phase.
   """
   from agents.core.types import Phase
 

@@ -12,14 +12,7 @@ from experiments.files.errors import UserError
 
 
 class Need(NamedTuple):
-  """What a setting takes at least.
-
-  Attributes:
-    field: its name.
-    value: its value.
-    size: bytes.
-    on_host: whether they lie in the host's memory, wherever the agent learns.
-  """
+  """Bytes, `size`, that a setting takes at least, on the host or the device."""
 
   field: str
   value: Any
@@ -28,11 +21,9 @@ class Need(NamedTuple):
 
 
 def check(needs: Sequence[Need], devices: int = 1) -> None:
-  """Refuses what memory cannot hold, and names what takes most of it.
+  """Refuses needs that memory cannot hold, and names the largest.
 
-  Args:
-    needs: at least these; what is computed on the way comes on top.
-    devices: that share what does not lie on the host.
+  `devices` share what is not on the host. Intermediate results are not counted.
 
   Raises:
     UserError: they are more than there is.
@@ -42,13 +33,14 @@ def check(needs: Sequence[Need], devices: int = 1) -> None:
     ('this machine', machine_memory(), [n for n in needs if n.on_host]),
     ('its device', own, [n for n in needs if not n.on_host]),
   ):
-    if own is None:  # It is the machine's.
+    if own is None:  # The device's memory is the machine's.
       some, share = needs, 1
     else:
       share = 1 if place == 'this machine' else devices
     if have is None or not some:
       continue
-    total, most = sum(n.size for n in some) / share, max(some, key=_size)
+    total = sum(n.size for n in some) / share
+    most = max(some, key=lambda need: need.size)
     if total > have:
       less = 'take less'
       if isinstance(most.value, int) and most.value > 1:
@@ -56,17 +48,13 @@ def check(needs: Sequence[Need], devices: int = 1) -> None:
         digits = 10 ** max(len(str(fits)) - 2, 0)
         less = f'take at most {fits // digits * digits}'
       raise UserError(
-        f'{most.field}={most.value}: takes {told(most.size / share)} of '
-        f'memory at least, {place} has {told(have)}; {less}'
+        f'{most.field}={most.value}: takes {in_units(most.size / share)} of '
+        f'memory at least, {place} has {in_units(have)}; {less}'
       )
 
 
-def _size(need: Need) -> float:
-  return need.size
-
-
-def told(size: float) -> str:
-  """Bytes in words, `2.5 GB`."""
+def in_units(size: float) -> str:
+  """Bytes as text, `2.5 GB`."""
   units = ['PB', 'TB', 'GB', 'MB', 'kB', 'B']
   while size >= 999.5 and len(units) > 1:
     size /= 1000
@@ -75,12 +63,7 @@ def told(size: float) -> str:
 
 
 def check_run(experiment: Experiment, trainer: Any, phase: int) -> None:
-  """Refuses a run that memory cannot hold.
-
-  Args:
-    experiment: from `build.describe`.
-    trainer: from `stages.make`.
-    phase: where it begins.
+  """Refuses a run that memory cannot hold, from a phase of its trainer on.
 
   Raises:
     UserError: see `check`.
@@ -102,13 +85,10 @@ def check_run(experiment: Experiment, trainer: Any, phase: int) -> None:
 def check_rows(experiment: Experiment, rows: int, seeds: int) -> None:
   """Refuses rows in one program that memory cannot hold.
 
-  Args:
-    experiment: of one row.
-    rows: of a program.
-    seeds: rows of all programs, for the message.
+  `seeds` are the rows of all programs, for the message.
 
   Raises:
-    UserError: see `check`; it names how many rows fit.
+    UserError: see `check`; it says how many rows fit.
   """
   import jax
 
@@ -122,15 +102,7 @@ def check_rows(experiment: Experiment, rows: int, seeds: int) -> None:
 def of_run(
   experiment: Experiment, agent: Any, source: Any, spec: Any, rows=1
 ) -> list[Need]:
-  """What a run holds while it learns.
-
-  Args:
-    experiment: from `build.describe`.
-    agent: from `build.make_agent`.
-    source: its source.
-    spec: what the agent was made for.
-    rows: runs that train beside each other.
-  """
+  """What `rows` runs that train together hold while they learn."""
   import jax
 
   run, key = experiment.run, jax.random.key(0)
@@ -148,7 +120,7 @@ COMPRESSED = 40
 
 
 def row_bytes(agent: Any, spec: Any) -> tuple[float, float]:
-  """A row of experience, as a replay keeps it and with its frames stacked."""
+  """A row of experience in a replay, and with its frames stacked."""
   from experiments.runtime import sources
 
   example = sources.experience_example(agent, timestep(spec))
@@ -167,13 +139,7 @@ def host_replay(experiment: Experiment, agent: Any, spec: Any) -> float:
 
 
 def network(experiment: Experiment, state: Any, rows: int = 1) -> Need:
-  """What an agent's state takes: parameters, their copies, the optimiser's.
-
-  Args:
-    experiment: whose agent it is.
-    state: of `agent.init`, shapes of it suffice.
-    rows: how many there are of it.
-  """
+  """What `rows` agents' states (or shapes) take, the optimiser's included."""
   import jax
 
   largest = max(jax.tree.leaves(state), key=lambda x: math.prod(x.shape))
@@ -189,14 +155,9 @@ def of_search(
   budget: int,
   field: str = 'num_simulations',
 ) -> list[Need]:
-  """What the trees of a search hold.
+  """What the trees of `num` searches of `budget` simulations hold.
 
-  Args:
-    agent: from `build.make_agent`.
-    spec: of its environment.
-    num: searches beside each other.
-    budget: simulations each.
-    field: the setting that says so.
+  `field` is the setting of the budget.
   """
   import jax
 
@@ -212,31 +173,13 @@ def of_search(
 
 def timestep(spec: Any, rows: int = 1) -> Any:
   """Shapes of a time step of an environment, leaves `[rows, ...]`."""
-  import jax
-  import jax.numpy as jnp
+  from experiments.runtime import sources
 
-  from search.model import TimeStep
-
-  shape = lambda s: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype)
-  row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
-  observation = jax.tree.map(
-    shape, spec.observation, is_leaf=lambda s: hasattr(s, 'dtype')
-  )
-  invalid = None
-  if spec.masks_actions:
-    invalid = jax.ShapeDtypeStruct((rows, spec.action.num_actions), jnp.bool_)
-  return TimeStep(
-    observation=observation,
-    reward=row(jnp.float32),
-    discount=row(jnp.float32),
-    is_first=row(jnp.bool_),
-    truncated=row(jnp.bool_),
-    invalid_actions=invalid,
-  )
+  return sources.timestep_shapes(spec, rows)
 
 
 def bytes_of(tree: Any) -> float:
-  """Of arrays, or of their shapes."""
+  """Bytes of arrays, or of their shapes."""
   import jax
 
   return float(
@@ -248,7 +191,7 @@ def bytes_of(tree: Any) -> float:
 
 
 def machine_memory() -> int:
-  """Bytes of the machine, or of the container that we run in."""
+  """Bytes of the machine, or of the container that this runs in."""
   have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   for name in ('memory.max', 'memory/memory.limit_in_bytes'):
     path = pathlib.Path('/sys/fs/cgroup') / name
@@ -262,7 +205,7 @@ def machine_memory() -> int:
 
 
 def device_memory() -> int | None:
-  """Bytes of a device; None of a CPU, which has the machine's."""
+  """Bytes of a device; None for a CPU, which has the machine's."""
   import jax
 
   stats = jax.local_devices()[0].memory_stats() or {}

@@ -1,4 +1,4 @@
-"""From a text to a run: its tokens, its windows, what is held out.
+"""From a text to a run: its tokens, windows and held-out part.
 
 `Experiment.dataset` is the path of the text.
 """
@@ -22,7 +22,7 @@ from experiments.build.material import (
 from experiments.build.source import place_over
 from experiments.data import text as texts
 from experiments.data.text import Corpus
-from experiments.files import reading, writing
+from experiments.files import reading, tables, writing
 from experiments.files.errors import UserError
 from experiments.report import terminal
 
@@ -31,14 +31,10 @@ _HELD_OUT_BATCH = 32
 
 
 def complete(experiment: Experiment, env: str | None) -> Experiment:
-  """An experiment on a text, which nobody plays in.
-
-  Args:
-    experiment: from `build.describe`, with or without a text.
-    env: what the user wants to evaluate in.
+  """An experiment on a text, which has no environment.
 
   Raises:
-    UserError: there is no text, or something else that it cannot have.
+    UserError: there is no text, or a setting that it cannot have.
   """
   if not experiment.dataset:
     raise UserError(
@@ -46,7 +42,7 @@ def complete(experiment: Experiment, env: str | None) -> Experiment:
       '(python -m experiments.corpus fetches some)'
     )
   if env:
-    raise UserError(f'env={env}: a text is learned from without one')
+    raise UserError(f'env={env}: a text has no environment; leave --env out')
   for field in ('hold_out', 'early_update'):
     if getattr(experiment.run, field):
       raise UserError(
@@ -56,7 +52,7 @@ def complete(experiment: Experiment, env: str | None) -> Experiment:
       )
   if experiment.run.data_on != 'device':
     raise UserError(
-      f'data_on={experiment.run.data_on}: a text lies on the device'
+      f'data_on={experiment.run.data_on}: must be device for a text'
     )
   return experiment._replace(env_name='')
 
@@ -113,7 +109,7 @@ def about(experiment: Experiment, spec: Any) -> About:
 
 
 def spec_of(name: str, vocabulary: texts.Vocabulary):
-  """What the agent is told: one token is seen, one is predicted."""
+  """The agent's spec: one token is seen, one is predicted."""
   import numpy as np
 
   from agents.core.types import ArraySpec, Discrete, Spec
@@ -122,11 +118,7 @@ def spec_of(name: str, vocabulary: texts.Vocabulary):
 
 
 def prepared(experiment: Experiment, parts: int = 1) -> Opened:
-  """The tokens that an experiment learns from.
-
-  Args:
-    experiment: from `build.describe`.
-    parts: are not looked at: tokens are not shared out.
+  """The tokens that an experiment learns from; `parts` do not divide them.
 
   Raises:
     ValueError: they cannot be read.
@@ -160,9 +152,8 @@ def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
 def held_out(experiment: Experiment, corpus: Corpus):
   """Windows that are never trained on, int32 `[n, B, L + 1]`.
 
-  B is 32, whatever the batch that is trained on, so that all runs on a text
-  are measured on the same; the last windows, which would not fill one, are
-  left out.
+  B is 32, whatever the training batch, so that all runs on a text are measured
+  on the same; windows that would not fill a batch are left out.
   """
   import numpy as np
 
@@ -242,14 +233,7 @@ def finish(
   workdir: pathlib.Path,
   found: dict[str, Any],
 ) -> None:
-  """Measures the trained network on what is held out; table and line.
-
-  Args:
-    experiment: from `build.describe`.
-    agent: its agent.
-    workdir: the run's folder.
-    found: parameters by the checkpoint's name.
-  """
+  """Measures trained networks (params by checkpoint) on held-out text."""
   corpus = opened(experiment)
   evaluate = evaluator(experiment, agent)
   windows = held_out(experiment, corpus)
@@ -265,17 +249,14 @@ def finish(
       **metrics,
       'held_bits_per_character': nats / math.log(2) / max(characters, 1),
     }
-    lines = lines or [','.join(row)]
-    cells = (
-      f'{x:.6g}' if isinstance(x, float) else str(x) for x in row.values()
-    )
-    lines.append(','.join(cells))
+    lines = lines or [[*row]]
+    lines.append([*row.values()])
     print(
       f'{name}: held-out perplexity {row["held_perplexity"]:.2f}, '
       f'{row["held_bits_per_character"]:.3f} bits a character '
       f'({target.size:,} tokens)'
     )
-  writing.write_text(workdir / 'evaluation.csv', '\n'.join(lines) + '\n')
+  tables.write_lines(workdir / 'evaluation.csv', lines, digits=6)
   terminal.end(
     f'{workdir}/evaluation.csv, metrics.csv',
     f"python -m experiments.play --workdir={workdir} --prompt='The '",
@@ -285,13 +266,13 @@ def finish(
 
 
 def keep(experiment: Experiment, workdir: pathlib.Path) -> None:
-  """Keeps what tokens mean, so that playing needs no text."""
+  """Writes the vocabulary, so that playing needs no text."""
   words = json.dumps(opened(experiment).vocabulary.words) + '\n'
   writing.write_text(workdir / VOCABULARY, words)
 
 
 def read_vocabulary(workdir: pathlib.Path) -> texts.Vocabulary:
-  """What `keep` has written.
+  """What `keep` wrote.
 
   Raises:
     UserError: it is not there, or damaged.

@@ -45,17 +45,17 @@ def _opened(name: str, stamp: tuple):
     raise UserError(f'dataset={shown(name)}: {what}') from error
 
 
-# Of a data set; a walk through a whole disk would take minutes.
+# The most files of a data set; to walk a whole disk would take minutes.
 _MOST_FILES = 10_000
 
 
 def _stamp(name: str) -> tuple:
-  """Changes when the files of a data set do; () for what is not there."""
+  """Changes when the files of a data set do; () if there are none."""
   from experiments.data import open as data
 
   with contextlib.suppress(UserError):
     name = str(data.locate(name))
-  # Links are not followed, and what cannot be looked at is refused later.
+  # Links are not followed, and what cannot be read is refused later.
   walk = (os.path.join(at, f) for at, _, some in os.walk(name) for f in some)
   files = list(itertools.islice(walk, _MOST_FILES + 1))
   if len(files) > _MOST_FILES:
@@ -72,16 +72,14 @@ def _stamp(name: str) -> tuple:
 
 
 def complete(experiment: Experiment, env: str | None) -> Experiment:
-  """An experiment on a data set, with the environment that it was made in.
+  """An experiment on a data set, with the environment that it was recorded in.
 
-  Args:
-    experiment: from `build.describe`, with or without a data set.
-    env: what the user wants to evaluate in; None for the data set's own, with
-      the options that it was made under unless there are others.
+  `env` is the user's, to evaluate in; None for the data set's, with the options
+  that it was recorded with unless others are given.
 
   Raises:
-    UserError: there is no data set, the agent cannot learn from one, or what
-      it was made in brings code.
+    UserError: there is no data set, the agent cannot learn from one, or its
+      environment brings code.
   """
   if not experiment.dataset:
     raise UserError(
@@ -121,29 +119,27 @@ class Place(NamedTuple):
 
 
 def place_of(experiment: Experiment, env: str | None) -> Place:
-  """Where an experiment on a data set is evaluated.
+  """Where an experiment on a data set is evaluated; its settings come first.
 
-  Args:
-    experiment: from `build.describe`; its settings count first.
-    env: what the user wants to evaluate in; None for the data set's own.
+  `env` is as for `complete`.
 
   Raises:
-    UserError: the data set cannot be read, or what it was recorded in has what
-      a file may not decide.
+    UserError: the data set cannot be read, or its environment has what a file
+      may not decide.
   """
   from experiments.envs import names
   from experiments.envs import recorded as recording
 
   own = experiment.env
   if env and own.recorded:
-    # A saved run says all, and its data need not be there any more.
+    # A saved run has it all, and its data need not be there any more.
     return Place(env, own.options, own.recorded)
   try:
     dataset = opened(experiment.dataset)
   except UserError:
     if not env:
       raise
-    # Whoever needs its rows meets the error again.
+    # The error comes again if its rows are needed.
     return Place(env, own.options, own.recorded)
   about, where = dataset.about, f'dataset={shown(experiment.dataset)}'
   options = own.options or tuple(about.extra.get('options', ()))
@@ -155,16 +151,16 @@ def place_of(experiment: Experiment, env: str | None) -> Place:
   if notes:
     left_out = shown(', '.join(map(str, notes)))
     notes = (
-      f'note: {about.name} was recorded with {left_out}, which is not made '
-      'again from a file; --env=gymnasium:MODULE:ID brings an environment of '
-      'your own',
+      f'note: {about.name} was recorded with {left_out}, which is not rebuilt '
+      'from a file; --env=gymnasium:MODULE:ID brings an environment of your '
+      'own',
     )
   if not env:
     names.check(about.env, () if own.options else options, where)
     return _own_place(dataset, options, text, notes)
   theirs = about.env.rpartition(':')[2]
   if env.rpartition(':')[2] == theirs:
-    # The user vouches for the environment, not for what a file tells it.
+    # The user vouches for the environment, not for a file's options.
     plain = own.options or not names.code_in('', options)
     return Place(env, options if plain else (), text, notes)
   order = ', '.join(part for part, _ in recorded.columns)
@@ -188,7 +184,7 @@ def _own_place(dataset, options, text, notes) -> Place:
       spec_of(dataset, env.spec)
   except ValueError as error:
     if not text:
-      # Ours are envpool's, where it is the name or an option that is wrong.
+      # Ours are envpool's: the name or an option is wrong.
       return Place(about.env, options, text, notes)
     why = shown(str(error).partition('; ')[0], 300)
     note = (
@@ -202,9 +198,6 @@ def _own_place(dataset, options, text, notes) -> Place:
 def notes(experiment: Experiment) -> tuple[str, ...]:
   """Lines on how the evaluation differs from where the data are from.
 
-  Args:
-    experiment: from `build.describe`.
-
   Raises:
     UserError: see `place_of`.
   """
@@ -217,13 +210,10 @@ def notes(experiment: Experiment) -> tuple[str, ...]:
 
 
 def checksum(name: str) -> str:
-  """Of all rows of a data set: a run goes on with the rows that it began with.
-
-  Args:
-    name: see `opened`.
+  """A checksum of a data set's rows, which a resumed run must find again.
 
   Raises:
-    UserError: its folder holds more than one data set can.
+    UserError: its folder has more files than a data set can.
   """
   return _checksum(name, _stamp(name))
 
@@ -235,8 +225,8 @@ def _checksum(name: str, stamp: tuple) -> str:
   return runtime.fingerprint(rows_of(_opened(name, stamp)))
 
 
-def told(dataset: Any) -> str:
-  """One line about a data set: its size and how well it plays."""
+def summary(dataset: Any) -> str:
+  """One line about a data set: its size and its returns."""
   from experiments.data import layout
 
   about, returns = dataset.about, layout.returns(dataset)
@@ -249,12 +239,7 @@ def told(dataset: Any) -> str:
 
 
 def scored(name: str, mean_return: float) -> str:
-  """One line that sets a return beside the data's own.
-
-  Args:
-    name: see `opened`.
-    mean_return: of what was learned.
-  """
+  """One line that compares a mean return with those of a data set."""
   from experiments.data import layout
 
   dataset = opened(name)
@@ -280,11 +265,7 @@ def score(about: Any, returns: Any) -> Any:
 
 
 def spec_of(dataset: Any, env_spec: Any | None):
-  """What the agent is told: the simulator's spec, the data's statistics.
-
-  Args:
-    dataset: from `opened`.
-    env_spec: of the environment to evaluate in; None without one.
+  """The agent's spec: the simulator's if any, with the data's statistics.
 
   Raises:
     UserError: they do not fit together.
@@ -317,7 +298,7 @@ def spec_of(dataset: Any, env_spec: Any | None):
         )
   statistics = own.statistics
   if statistics is not None:
-    # What never changes must not be divided by nothing (TD3+BC does so, too).
+    # Constants must not be divided by 0 (as in TD3+BC).
     statistics = (statistics[0], statistics[1] + np.float32(1e-3))
   return (env_spec or own)._replace(statistics=statistics)
 
@@ -345,7 +326,7 @@ def rows_of(dataset: Any) -> Any:
     o_tm1=dataset.observation,
     a_tm1=dataset.action,
     r_t=np.asarray(dataset.reward, np.float32),
-    # Bootstrapped where time was up.
+    # Time limits bootstrap.
     discount_t=1.0 - np.asarray(dataset.terminated, np.float32),
     o_t=dataset.next_observation,
   )
@@ -357,11 +338,7 @@ def make_source(
 ):
   """The source of a phase of an experiment on a data set.
 
-  Args:
-    experiment: from `build.describe`.
-    dataset: from `opened`.
-    phase: from `build.make_phases`.
-    mesh: devices that a batch is divided over; None for one.
+  A batch is divided over the devices of `mesh`, if any.
 
   Raises:
     UserError: rows on the host for an agent that imagines, or rollouts of more
@@ -402,11 +379,7 @@ def make_source(
 
 
 def prepared(experiment: Experiment, parts: int = 1) -> Opened:
-  """The rows that an experiment learns from.
-
-  Args:
-    experiment: from `build.describe`.
-    parts: are not looked at: rows that are given are not shared out.
+  """The rows that an experiment learns from; `parts` do not divide them.
 
   Raises:
     ValueError: they cannot be read, or do not fit the environment.
@@ -426,17 +399,17 @@ def prepared(experiment: Experiment, parts: int = 1) -> Opened:
 
 
 def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
-  """What a model has imagined, where there is one."""
+  """What a model imagines, if there is one."""
   del agent
-  # Where it starts and where it leads, at least.
+  # At least the observations before and after.
   each = 2 * capacity.bytes_of(capacity.timestep(spec).observation)
   value = getattr(experiment.config, 'model_capacity', 0)
   return Kept('model_capacity', value, value * each, each)
 
 
 def about(experiment: Experiment, spec: Any) -> About:
-  """The data's own line and notes come before those of the environment."""
-  before = told(opened(experiment.dataset)), *notes(experiment)
+  """The environment's lines, after the data's own line and notes."""
+  before = summary(opened(experiment.dataset)), *notes(experiment)
   return environment.about(experiment, spec)._replace(before=before)
 
 
@@ -478,10 +451,7 @@ def columns(experiment: Experiment, agent: Any) -> set[str]:
 
 
 def finisher(experiment: Experiment, agent: Any):
-  """`environment.finisher`, with a line that adds the score.
-
-  For comparison it also gives the mean return of the data set itself.
-  """
+  """`environment.finisher`, with a line on the score and the data's returns."""
   remark = functools.partial(scored, experiment.dataset)
   return environment.finisher(experiment, agent, remark)
 
@@ -494,7 +464,7 @@ MATERIAL = Material(
   memory=('batch_size', 'rollout_batch', 'data_on'),
   sizes=('model_capacity', 'data_on'),
   complete=complete,
-  # It may be called anything.
+  # The path may be any.
   name=lambda experiment: opened(experiment.dataset).about.name,
   fingerprint=lambda experiment: {
     'dataset_checksum': checksum(experiment.dataset)

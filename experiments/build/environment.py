@@ -1,6 +1,6 @@
 """From an environment to a run: its checks, simulators, evaluation and play.
 
-What learns from a data set plays, too, and takes from here how it is evaluated.
+Runs on data sets are evaluated by these functions, too.
 """
 
 import dataclasses
@@ -30,11 +30,7 @@ BESIDE = 32
 
 
 def complete(experiment: Experiment, env: str | None) -> Experiment:
-  """An experiment that acts, checked.
-
-  Args:
-    experiment: from `build.describe`.
-    env: the user's, which the experiment has by now.
+  """An experiment that acts, checked; it has the user's `env` by now.
 
   Raises:
     ValueError: its settings do not fit each other.
@@ -72,7 +68,7 @@ def _check(experiment: Experiment) -> Experiment:
 
 
 def _complete_fresh(experiment: Experiment) -> Experiment:
-  """The experiment, its pace that of fresh rows."""
+  """The experiment with the pace of fresh rows."""
   if experiment.dataset:
     raise ValueError(
       f'dataset={experiment.dataset}: {experiment.agent_name} learns from '
@@ -111,11 +107,7 @@ def _complete_fresh(experiment: Experiment) -> Experiment:
 
 
 def prepared(experiment: Experiment, parts: int = 1) -> Opened:
-  """The environments that an experiment acts in.
-
-  Args:
-    experiment: from `build.describe`.
-    parts: that share them.
+  """The environments that an experiment acts in, for one of `parts`.
 
   Raises:
     ValueError: there is no such environment.
@@ -137,7 +129,7 @@ def prepared(experiment: Experiment, parts: int = 1) -> Opened:
 
 
 def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
-  """The replay, or the environments where there is none."""
+  """The replay, or the environments if there is none."""
   run = experiment.run
   row, drawn = capacity.row_bytes(agent, spec)
   field, value = 'replay_capacity', run.replay_capacity
@@ -149,7 +141,7 @@ def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
 
 
 def about(experiment: Experiment, spec: Any) -> About:
-  """What is seen and done, of an image which axis has its channels."""
+  """Shapes of observations and actions; of an image, which axis is which."""
   where = experiment.env_name or 'no environment: nothing is played'
   shape = getattr(spec.observation, 'shape', spec.observation)
   seen = f'observations {shape}'
@@ -162,9 +154,9 @@ def about(experiment: Experiment, spec: Any) -> About:
 def evaluator(
   experiment: Experiment, agent: Any
 ) -> Callable[[Any, int], dict[str, float]] | None:
-  """`(params, step) -> metrics`: whole episodes of everyone in `players`.
+  """`(params, step) -> metrics`: whole episodes of each of `players`.
 
-  None where nobody plays, or there is nothing to play in.
+  None without players, or without an environment.
   """
   import jax
 
@@ -201,7 +193,7 @@ def evaluator(
 
 
 def measure(experiment: Experiment, agent: Any) -> Measure | None:
-  """The evaluation of rows in one program; None where nobody plays."""
+  """The evaluation of rows in one program; None without players."""
   import jax
 
   from experiments.runtime import evaluate as playing
@@ -277,13 +269,11 @@ def finisher(
   """Plays what was learned, without search and with more and more of it.
 
   Args:
-    experiment: from `build.describe`.
-    agent: its agent.
     remark: a line on the mean return of the last row.
 
   Returns:
     `(workdir, params by the checkpoint's name) -> None`, which writes a table
-    and, of a search, a figure; None where nothing is to be played.
+    and, for a search, a figure; None if nothing is to be played.
   """
   if not (experiment.run.final_episodes and experiment.env_name):
     return None

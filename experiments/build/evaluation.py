@@ -15,7 +15,7 @@ from experiments.runtime import metrics
 
 
 class Row(NamedTuple):
-  """One line of evaluation.csv; what is None in all rows has no column.
+  """One line of evaluation.csv; a field that is None in all rows has no column.
 
   Attributes:
     checkpoint: `final`, `best` or `early`.
@@ -25,8 +25,8 @@ class Row(NamedTuple):
     return_mean: undiscounted, unclipped.
     return_se: standard error over episodes.
     length_mean: decisions.
-    seconds_per_decision: wall time over the counted decisions of all copies,
-      compilation excluded; what is played beyond the counted episodes is in.
+    seconds_per_decision: wall time of all play, without compilation, over the
+      counted decisions of all copies.
     dynamics: `exact` or `learned`, of planners over an actor and a critic.
     candidates: K of their first stage.
     model_steps: steps of the dynamics a decision.
@@ -74,7 +74,7 @@ _SHOWN = {
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-  """A table for people."""
+  """Prints a table."""
   known = {*_columns(rows), 'return', 'ms'}
   columns = [name for name in _SHOWN if name in known]
   lines = [[_SHOWN[name](row) for name in columns] for row in rows]
@@ -86,17 +86,15 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def run(env: Any, play: Callable, params: Any, episodes: int, seed: int) -> Any:
-  """Plays whole episodes; equal seeds have equal starts, whoever plays.
+  """Plays whole episodes; equal seeds have equal starts for all players.
 
   Args:
-    env: from `build.make_env(training=False)`.
     play: `(params, key, timestep) -> action`, compiled.
-    params: its first argument.
     episodes: on the host rounded up to a multiple of its copies.
     seed: of the simulators and the planner.
 
   Returns:
-    `runtime.evaluate.Played`.
+    `runtime.evaluate.Episodes`.
   """
   import jax
 
@@ -138,15 +136,7 @@ def summarise(
   played: Any,
   seconds: float | None = None,
 ) -> Row:
-  """The row of a player's episodes.
-
-  Args:
-    checkpoint: see `Row`, as the next two.
-    planner: the player's name.
-    simulations: its budget.
-    played: from `run`.
-    seconds: that it took, if it was timed.
-  """
+  """The row of a player's episodes, from `run`; see `Row`."""
   summary = played.summary()
   if seconds is not None:
     seconds /= max(float(played.lengths.sum()), 1.0)
@@ -173,26 +163,18 @@ def evaluate(
   rule: str | None = None,
   seed: int = 0,
 ) -> list[Row]:
-  """Plays every checkpoint with every budget.
+  """Plays every checkpoint (name to params) with every budget.
 
-  The simulators are seeded alike for all of them, so that differences are
-  not of luck.
+  The simulators are seeded alike for all, so that differences are not luck.
 
   Args:
-    experiment: what was run.
-    env: from `build.make_env(training=False)`.
-    agent: from `build.make_agent`.
-    checkpoints: name to the agent's `params`.
     simulations: budgets; 0 is the network alone.
     episodes: for each row.
-    rule: another search rule than the agent's.
+    rule: a search rule in place of the agent's.
     seed: of simulators and planner.
 
-  Returns:
-    Rows in that order.
-
   Raises:
-    UserError: the agent does not search as is asked.
+    UserError: the agent does not search as asked.
   """
   players = deciders(experiment, agent, simulations, rule)
   return play_all(env, players, checkpoints, episodes, seed)
@@ -207,7 +189,7 @@ def deciders(
   """Name, simulations and compiled function for each budget; see `evaluate`.
 
   Raises:
-    UserError: the agent does not search as is asked.
+    UserError: the agent does not search as asked.
   """
   found = []
   for budget in simulations:
@@ -226,18 +208,7 @@ def play_all(
   episodes: int,
   seed: int = 0,
 ) -> list[Row]:
-  """Plays every checkpoint with every player, from the same starts.
-
-  Args:
-    env: from `build.make_env(training=False)`.
-    players: from `deciders`.
-    checkpoints: name to the agent's `params`.
-    episodes: for each row.
-    seed: of simulators and planner.
-
-  Returns:
-    Rows, checkpoint by checkpoint.
-  """
+  """Plays every checkpoint with each of `deciders`, from the same starts."""
   rows = []
   total = len(players) * len(checkpoints)
   bar = metrics.progress(total, columns=('return',))
@@ -255,13 +226,7 @@ def play_all(
 def command(
   workdir: str | os.PathLike, experiment: Experiment, name: str = 'play'
 ) -> str:
-  """The shell's command that plays a run, to be shown.
-
-  Args:
-    workdir: the run's folder.
-    experiment: what was run.
-    name: of the launcher.
-  """
+  """The shell command that plays a run by the launcher `name`."""
   from experiments.envs import names
 
   flag = names.flag(experiment.env_name, experiment.env.options)

@@ -14,6 +14,7 @@ from experiments.build.material import Experiment, Material, is_fresh
 from experiments.files.errors import shown
 from experiments.presets.table import EnvConfig, Preset, RunConfig
 from experiments.runtime import config as configs
+from experiments.runtime import overrides
 
 
 def describe(
@@ -26,27 +27,20 @@ def describe(
   settings: Sequence[str] = (),
   dataset: str | None = None,
 ) -> Experiment:
-  """A preset with changes.
+  """A preset with changes; nothing is made or compiled yet.
 
   Args:
     preset_name: a row of `experiments.presets`.
-    agent: another agent; the preset's settings for fields that it does not
-      have are then left out.
-    env: another environment.
-    steps: other decisions (or updates on a data set).
-    seed: of the run.
+    agent: in place of the preset's, whose settings for fields that it does not
+      have are left out.
+    env: in place of the preset's.
+    steps: decisions (or updates on a data set).
     settings: `field=value`.
-    dataset: to learn from, instead of from play; a data set or a text.
-
-  Returns:
-    `Experiment`; nothing is made or compiled yet.
+    dataset: to learn from in place of play; a data set or a text.
 
   Raises:
-    ValueError: with one line that names what is wrong and what would be right.
+    ValueError: one line on what is wrong and what would be right.
   """
-  from experiments.runtime import config as configs
-  from experiments.runtime import overrides
-
   preset: Preset = presets.find(preset_name)
   agent_name = presets.find_agent(agent or preset.agent)
   module = importlib.import_module(f'agents.{agent_name}')
@@ -82,7 +76,7 @@ def describe(
       f'steps={experiment.steps}: makes {experiment.updates} updates, must be '
       f'at most {configs.MAX_INT}; take fewer steps'
     )
-  # What of the agent depends on the size of the run.
+  # The agent's fields that depend on the size of the run.
   fields = {f.name for f in dataclasses.fields(experiment.config)}
   lengths = {'total_updates': experiment.updates}
   if experiment.material.acts:
@@ -111,7 +105,6 @@ def _material(
 
 def _check_integers(experiment: Experiment) -> None:
   """Refuses integers that no array of JAX can hold."""
-  from experiments.runtime import config as configs
 
   def check(name, value):
     if dataclasses.is_dataclass(value):
@@ -121,7 +114,7 @@ def _check_integers(experiment: Experiment) -> None:
       for item in value:
         check(name, item)
     elif name in ('replay_capacity', 'model_capacity'):
-      return  # `experiments.build.capacity` tells what it would take
+      return  # `experiments.build.capacity` says what it would take
     elif type(value) is int and abs(value) > configs.MAX_INT:
       raise ValueError(f'{name}={value}: must be at most {configs.MAX_INT}')
 
@@ -146,9 +139,6 @@ def _check_recorded(text: str) -> None:
 
 
 def _has(sections, setting: str) -> bool:
-  from experiments.runtime import config as configs
-  from experiments.runtime import overrides
-
   try:
     overrides.override(sections, [setting])
   except configs.UserError:
@@ -167,7 +157,7 @@ def reads_text(agent_name: str) -> bool:
 
 
 def text_or_dataset(values) -> str | None:
-  """The path that either flag gives.
+  """The path that `--text` or `--dataset` gives.
 
   Raises:
     UserError: both are given, or a text to an agent that reads none.

@@ -1,9 +1,8 @@
 """What a run is, and what its agent learns from.
 
-A `Material` is chosen once, by `build.describe`, and carried by the
-experiment. Its functions take the experiment, so that one whose settings are
-replaced needs no other material; they open files and make simulators when they
-are called and not before.
+A `Material` is chosen once, by `build.describe`. Its functions take the
+experiment, so that one with other settings needs no other material; they open
+files and make simulators only when they are called.
 """
 
 import dataclasses
@@ -19,8 +18,8 @@ class Opened(NamedTuple):
 
   Attributes:
     spec: `agents.core.types.Spec`, what its agents are made for.
-    on_host: whether simulators of the host make the experience: their source
-      needs the devices to be there.
+    on_host: whether host simulators make the experience: their source needs the
+      devices to be there.
     make_source: `(experiment, phase, layout, stopping) -> Source` of a phase of
       `build.make_phases`; the experiment may be another one of the same
       material. `layout` is None for one device; `stopping` ends the wait for
@@ -51,10 +50,7 @@ class Kept(NamedTuple):
 class About(NamedTuple):
   """Lines for people on what is learned from.
 
-  Attributes:
-    before: that come first.
-    what: the rest of the line `AGENT on ...`.
-    after: that follow it.
+  `what` is the rest of the line `AGENT on ...`, between `before` and `after`.
   """
 
   before: tuple[str, ...]
@@ -67,10 +63,10 @@ class Measure(NamedTuple):
 
   Attributes:
     evaluate: `(experiment, agent, params, seed, step) -> found`, which may be
-      traced; None where simulators of the host are needed.
+      traced; None if host simulators are needed.
     act: `(experiment, agent, params, key, timestep) -> {prefix: action}`, which
-      may be traced, for such simulators; None without. `{prefix: (returns [E],
-      lengths [E])}` of E episodes is then what was found.
+      may be traced, for such simulators, or None. `found` is then `{prefix:
+      (returns [E], lengths [E])}` of E episodes.
     summarise: `(found) -> {metric: float [R]}`, of numpy arrays `[R, ...]`.
   """
 
@@ -84,30 +80,30 @@ class Material(NamedTuple):
 
   Attributes:
     flag: which flag names it: `env`, `dataset` or `text`.
-    acts: whether its experience is made by acting; the steps of a run are then
-      decisions, and else updates.
+    acts: whether its experience is made by acting; a run's steps are then
+      decisions, else updates.
     plays: whether what has been learned plays; else it continues a text.
     metric: of an evaluation, which decides what is best.
     memory: settings that change what a run on it needs.
     sizes: those of them that change what is kept to learn from.
-    complete: `(experiment, env) -> experiment`, checked, with what the material
-      decides of it; `env` is the user's.
+    complete: `(experiment, env) -> experiment`, checked and completed; `env` is
+      the user's.
     name: `(experiment) -> str`, how a run's folder names it.
-    fingerprint: `(experiment) -> dict` that config.json holds, so that a run
-      goes on with what it began with.
-    open: `(experiment, parts) -> Opened`, of as many environments as one of so
-      many parts has.
-    rows: `(experiment) -> arrays` that all runs on it share; None for none.
+    fingerprint: `(experiment) -> dict` for config.json, which a resumed run
+      must find again.
+    open: `(experiment, parts) -> Opened`, with the environments of one of so
+      many parts.
+    rows: `(experiment) -> arrays` that all runs on it share, or None.
     kept: `(experiment, agent, spec) -> Kept`.
     describe: `(experiment, spec) -> About`.
     evaluate: `(experiment, agent) -> ((params, step) -> {metric: float})`, or
-      None where nothing is measured.
+      None if nothing is measured.
     measure: `(experiment, agent) -> Measure`, or None in the same case.
     columns: `(experiment, agent) -> names` of the metrics of an evaluation.
     keep: `(experiment, workdir)`: writes what playing needs of it.
     finish: `(experiment, agent) -> ((workdir, params by checkpoint) -> None)`,
-      which measures what has been learned and says how to go on; None where
-      there is nothing to measure.
+      which measures what has been learned and prints the next commands, or
+      None.
   """
 
   flag: str
@@ -136,17 +132,16 @@ class Experiment(NamedTuple):
   Attributes:
     name: the preset's.
     agent_name: a module of `agents/`.
-    env_name: for `experiments.envs.make`; '' where a data set has none.
-    steps: decisions; updates where it learns from a data set.
+    env_name: for `experiments.envs.make`; '' if a data set has none.
+    steps: decisions; updates if it learns from a data set.
     seed: the run's.
     config: the agent's `Config`.
     env: `EnvConfig`.
     run: `RunConfig`.
     material: what its agent learns from.
-    dataset: what `experiments.data.open_dataset` opens, or the path of a text;
-      '' for none. Whoever wants more than its name asks the material.
-    time_steps: in which so many decisions are expected to be taken; see
-      `runtime.sources.Pace`.
+    dataset: for `experiments.data.open_dataset`, or the path of a text; '' for
+      none. Only the material reads it.
+    time_steps: expected for so many decisions, see `runtime.sources.Pace`.
   """
 
   name: str
@@ -167,7 +162,7 @@ class Experiment(NamedTuple):
     apart = ('config', 'env', 'run', 'time_steps', 'material')
     fields = {n: v for n, v in self._asdict().items() if n not in apart}
     plain = {n: dataclasses.asdict(getattr(self, n)) for n in apart[:3]}
-    if not self.env.recorded:  # Folders from before it was known go on.
+    if not self.env.recorded:  # Folders from before there was such a field.
       del plain['env']['recorded']
     return fields | {'agent': plain.pop('config')} | plain
 
@@ -191,14 +186,14 @@ class Experiment(NamedTuple):
 
   @property
   def updates(self) -> int:
-    """Updates of the whole run; a plan where it ends by its decisions."""
+    """Updates of the whole run; planned if it ends by its decisions."""
     if not self.material.acts:
       return self.steps
     return self.pace.updates(self.time_steps) + self.run.extra_updates
 
   @property
   def budget(self):
-    """A fresh `runtime.budget.Budget`; None where updates end the run."""
+    """A fresh `runtime.budget.Budget`; None if updates end the run."""
     from experiments.runtime.budget import Budget
 
     if not self.material.acts:
@@ -209,13 +204,13 @@ class Experiment(NamedTuple):
 def is_fresh(config: Any) -> bool:
   """Whether an agent takes all steps of its streams, once and in order.
 
-  Such agents keep memory of each stream in their state, and say so by a class
-  attribute of their `Config`. They have no replay: a batch is one row of each
+  Such agents keep memory of each stream in their state, which a class attribute
+  of their `Config` says, and have no replay: a batch is one row of each
   environment.
   """
   return getattr(config, 'fresh', False)
 
 
 def window_of(config: Any) -> int:
-  """Steps of what an agent learns from; single transitions take two."""
+  """Steps that an agent learns from at once; single transitions take two."""
   return getattr(config, 'window', 2)

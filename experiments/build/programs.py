@@ -1,8 +1,8 @@
 """The programs that are compiled: of presets, of searches, of mixtures.
 
-Everything is made of shapes; nothing is computed. Shardings are those of a run:
-the agent's state whole on every device, its batch split, and what works row by
-row (acting, searching again) mapped over the devices.
+Everything is made of shapes; nothing is computed. Shardings are a run's: the
+agent's state whole on every device, its batch split, and what works row by row
+(acting, reanalysis) mapped over the devices.
 """
 
 import pathlib
@@ -29,9 +29,9 @@ class Program(NamedTuple):
   Attributes:
     what: `agent`, `search` or `experts`.
     name: the preset, rule or backend.
-    part: of an agent, of `PARTS`; else what it is of.
+    part: one of `PARTS` for an agent; else what it is of.
     setting: its sizes, for people.
-    lower: `() -> ` what `jax.jit(...).trace(...)` returns.
+    trace: `() -> ` what `jax.jit(...).trace(...)` returns.
   """
 
   what: str
@@ -47,10 +47,9 @@ def of_preset(
   """The programs of a preset's run.
 
   Args:
-    name: a row of `experiments.presets`.
-    mesh: `jax.sharding.Mesh` with the axis `data`.
-    rows: of batch and environments on each device; 0 for the preset's own
-      batch and environments on one device, `ROWS` on more.
+    mesh: with the axis `data`.
+    rows: of batch and environments on each device; 0 for the preset's own on
+      one device, `ROWS` on more.
     folder: for the data set or text that the preset learns from.
 
   Raises:
@@ -90,7 +89,7 @@ def _sizes(plain: Experiment, number: int, each: int) -> list[str]:
 
 
 def _dataset_of(name: str) -> str:
-  """`text`, `data` or nothing: what a preset learns from besides play."""
+  """`text`, `data` or '': what a preset learns from besides play."""
   preset = presets.find(name)
   if preset.env:
     return ''
@@ -137,11 +136,7 @@ def phases(
 ) -> Iterator[tuple[str, Any, Any, Any]]:
   """Name, agent, source and spec of each phase of a run; nothing is begun.
 
-  The source of simulators on the host is None.
-
-  Args:
-    experiment: from `build.describe`.
-    layout: devices, which need not be there, and parts.
+  The source of host simulators is None; the layout's devices need not be there.
   """
   opened = experiment.material.open(experiment, layout.parts)
   for phase in make_phases(experiment, opened.spec):
@@ -163,11 +158,8 @@ def of_agent(
   """The programs of an agent's training.
 
   Args:
-    experiment: whose sizes they have.
-    agent: from `phases`, like the next two.
-    source: None for simulators on the host.
-    spec: of the environment or data set.
-    mesh: `jax.sharding.Mesh` with the axis `data`.
+    source: from `phases`; None for host simulators.
+    mesh: with the axis `data`.
     suffix: of the programs' names.
     sharding: of the agent's state; None for whole on each device.
   """
@@ -230,7 +222,7 @@ def of_agent(
 
 
 def batch_of(experiment: Experiment, agent: Any, source: Any, spec: Any) -> Any:
-  """Shapes of what an update takes; the arguments are those of `of_agent`."""
+  """Shapes of what an update takes, with `of_agent`'s arguments."""
   import jax
 
   from agents.core import replay

@@ -13,7 +13,7 @@ from experiments.files.errors import Missing, shown
 from experiments.runtime import config as configs
 from experiments.runtime import run_config
 
-# What config.json holds of an experiment.
+# An experiment's fields in config.json.
 _KINDS = {
   **dict.fromkeys(('name', 'agent_name', 'env_name'), str),
   **dict.fromkeys(('steps', 'seed'), int),
@@ -24,10 +24,8 @@ _KINDS = {
 def load_experiment(workdir: str, env: str | None = None) -> Experiment:
   """The experiment that a run's config.json describes.
 
-  Args:
-    workdir: the run's folder.
-    env: the environment that the user has named, which must be the run's; it
-      is needed where that brings code, see `envs.names`.
+  `env` is the user's, which must be the run's; it is needed if that brings
+  code, see `envs.names`.
 
   Raises:
     UserError: no such run, one that this version cannot read, or one whose
@@ -54,12 +52,11 @@ def load_experiment(workdir: str, env: str | None = None) -> Experiment:
     experiment = describe(
       saved['name'],
       agent=saved['agent_name'],
-      # A run that was played in none may be played in the user's.
+      # A run without an environment may be played in the user's.
       env=saved['env_name'] or env,
       steps=saved['steps'],
       seed=saved['seed'],
       settings=settings,
-      # Whoever plays needs its rows no more.
       dataset=saved.get('dataset') or None,
     )
   except KeyError as error:
@@ -67,7 +64,6 @@ def load_experiment(workdir: str, env: str | None = None) -> Experiment:
       f'{file} lacks {shown(error)}: was it written by another version?'
     ) from error
   except ValueError as error:
-    # What its settings name need not be told from what flags do.
     message = str(error).removeprefix(f'{file}: ')
     raise configs.UserError(f'{file}: {shown(message, 4000)}') from error
   names.check(experiment.env_name, experiment.env.options, file, env)
@@ -90,7 +86,7 @@ _STATISTICS = 'statistics.json'
 
 
 def save_spec(workdir: str | os.PathLike, spec: Any) -> None:
-  """Keeps what the environment does not tell: statistics of observations."""
+  """Writes what the environment does not know: observations' statistics."""
   if spec.statistics is not None:
     named = zip(('mean', 'std'), (x.tolist() for x in spec.statistics))
     path = pathlib.Path(workdir) / _STATISTICS
@@ -98,11 +94,7 @@ def save_spec(workdir: str | os.PathLike, spec: Any) -> None:
 
 
 def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
-  """What a run's agent was told; its data set need not be there any more.
-
-  Args:
-    workdir: the run's folder.
-    env_spec: of the environment.
+  """The spec of a run's agent; its data set need not be there any more.
 
   Raises:
     UserError: the statistics that the run keeps are damaged.
@@ -139,7 +131,7 @@ def load_spec(workdir: str | os.PathLike, env_spec: Any) -> Any:
 def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   """Parameters of a run's checkpoints, by `final`, `best`, `early`.
 
-  Where `final` is damaged the newest whole checkpoint has them, too.
+  If `final` is damaged, the newest whole checkpoint has them, too.
 
   Raises:
     UserError: one that is not there.
@@ -155,7 +147,6 @@ def load_params(workdir: str, agent: Any, names: Sequence[str]) -> dict:
   def restore(where: pathlib.Path, inside: str = '') -> Any:
     keeper = checkpoint.open(where, read_only=True, run=run, check_rows=False)
     try:
-      # The final parameters are kept on their own: no replay need be read.
       found = keeper.restore(params, inside)
     finally:
       keeper.close()

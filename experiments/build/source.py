@@ -23,9 +23,7 @@ class Layout(NamedTuple):
 def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
   """The devices of an experiment.
 
-  Args:
-    experiment: from `describe`.
-    saved_parts: of the checkpoint that the run goes on from; 0 for none.
+  `saved_parts` are those of the checkpoint to resume from; 0 for none.
 
   Raises:
     ValueError: there are not so many devices, or they cannot share the work.
@@ -68,12 +66,7 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
 
 
 def lay_out(experiment: Experiment, mesh: Any, saved_parts: int = 0) -> Layout:
-  """The parts of an experiment on devices that learn.
-
-  Args:
-    experiment: from `describe`.
-    mesh: of the devices, which need not be there.
-    saved_parts: see `make_layout`.
+  """The parts of an experiment on devices that learn, and need not be there.
 
   Raises:
     ValueError: the devices cannot share the work.
@@ -104,11 +97,7 @@ def lay_out(experiment: Experiment, mesh: Any, saved_parts: int = 0) -> Layout:
 
 
 def place_over(mesh: Any) -> Callable[[Any], Any]:
-  """Divides a batch of a pure source over devices.
-
-  Args:
-    mesh: of the devices; None for one.
-  """
+  """Divides a batch of a pure source over a mesh, if there is one."""
   import jax
 
   from experiments.runtime import mesh as meshes
@@ -129,12 +118,9 @@ def make_source(
   """The source of an experiment: environment, replay, reanalysis.
 
   Args:
-    experiment: from `describe`.
     env: from `make_env`, with as many copies as a part has.
-    agent: from `make_agent`.
-    layout: from `make_layout`; None for one device and one part.
-    stopping: ends the wait for the rows before the first update; see
-      `sources.replayed`.
+    layout: None for one device and one part.
+    stopping: see `sources.replayed`.
 
   Raises:
     ValueError: devices for acting, but the environment is pure JAX.
@@ -192,7 +178,7 @@ def _make_fresh(experiment: Experiment, env, agent):
 
 
 def state_sharding(experiment: Experiment, agent: Any, mesh: Any):
-  """The sharding of an agent's state over devices; None if each has all of it.
+  """The sharding of an agent's state over devices; None if it is replicated.
 
   Raises:
     ValueError: experts=divided with parallel=pmap, or without experts that the

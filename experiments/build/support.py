@@ -1,22 +1,20 @@
-"""Says that targets lie beyond what the value and reward heads can represent.
+"""Warns of targets beyond what the value and reward heads can represent.
 
-Such heads are categorical over a bounded support, beyond which targets are
-clipped: what is worth more than its end looks the same as its end.
+The heads are categorical over a bounded support, and targets beyond it are
+clipped: they look the same as its end.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# Of the targets of an interval; single ones do no harm.
+# Share of an interval's targets; single ones do no harm.
 _SHARE = 0.01
 
 
 def warning(experiment: Any, metrics: Mapping[str, float]) -> str | None:
   """One line if more than 1% of some targets are clipped, else None.
 
-  Args:
-    experiment: from `build.describe`.
-    metrics: a row; see `agents.core.unroll.support_metrics`.
+  `metrics` are a row, see `agents.core.unroll.support_metrics`.
   """
   from networks import heads
 
@@ -41,7 +39,7 @@ def warning(experiment: Any, metrics: Mapping[str, float]) -> str | None:
 
 
 def worst(curve: list[dict[str, float]]) -> dict[str, float]:
-  """The row of a curve that clips most; {} of an empty one."""
+  """The row of a curve that clips most; {} for an empty one."""
   share = lambda row: max(
     row.get('value_clipped', 0.0), row.get('reward_clipped', 0.0)
   )

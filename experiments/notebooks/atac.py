@@ -23,7 +23,7 @@ import numpy as np
 
 from agents import atac
 from experiments import build
-from experiments.build.dataset import rows_of, spec_of, told
+from experiments.build.dataset import rows_of, spec_of, summary
 from experiments.data import layout
 from experiments.report import style
 from experiments.runtime import evaluate, loop, sources, transitions
@@ -212,7 +212,7 @@ dataset = collector.by_episode(
   [collector.Rows(*row) for row in zip(*history)], about
 )
 data_return = float(layout.returns(dataset).mean())
-print(told(dataset))
+print(summary(dataset))
 
 # %% [markdown]
 # ## The game with networks

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agents.core.types import Agent, Discrete, Experience
+from agents.core.types import Agent, Experience
 from experiments.envs.host import HostEnvironment
 from experiments.runtime.persistence import Persistence
 from experiments.runtime.sources import (
@@ -24,8 +24,8 @@ from experiments.runtime.sources import (
   Source,
   experience_example,
   no_feedback,
+  timestep_shapes,
 )
-from search.model import TimeStep
 
 
 def _seed(key: chex.PRNGKey, step: int) -> int:
@@ -217,27 +217,7 @@ def from_host(
     return start(key, facts['started_at'])
 
   def example():
-    spec = env.spec
-    shape = lambda s: jax.ShapeDtypeStruct((env.num_envs, *s.shape), s.dtype)
-    observation = jax.tree.map(
-      shape, spec.observation, is_leaf=lambda s: hasattr(s, 'dtype')
-    )
-    flat = lambda dtype: jax.ShapeDtypeStruct((env.num_envs,), dtype)
-    invalid = None
-    if spec.masks_actions:
-      assert isinstance(spec.action, Discrete)
-      invalid = jax.ShapeDtypeStruct(
-        (env.num_envs, spec.action.num_actions), jnp.bool_
-      )
-    timestep = TimeStep(
-      observation=observation,
-      reward=flat(jnp.float32),
-      discount=flat(jnp.float32),
-      is_first=flat(jnp.bool_),
-      truncated=flat(jnp.bool_),
-      invalid_actions=invalid,
-    )
-    return experience_example(agent, timestep)
+    return experience_example(agent, timestep_shapes(env.spec, env.num_envs))
 
   return Source(
     lambda key: start(key, 0),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core.replay import Replay
-from agents.core.types import Agent, Experience, Trajectory
+from agents.core.types import Agent, Discrete, Experience, Spec, Trajectory
 from experiments.runtime.persistence import Persistence
 from search.model import Environment, TimeStep
 
@@ -86,6 +86,29 @@ def no_feedback(source_state, batch, info):
   """The feedback of a source that learns nothing from the learner."""
   del batch, info
   return source_state
+
+
+def timestep_shapes(spec: Spec, rows: int) -> TimeStep:
+  """Shapes of time steps of an environment, leaves `[rows, ...]`."""
+  row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)
+  observation = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype),
+    spec.observation,
+    is_leaf=lambda s: hasattr(s, 'dtype'),
+  )
+  invalid = None
+  if spec.masks_actions:
+    assert isinstance(spec.action, Discrete)
+    actions = spec.action.num_actions
+    invalid = jax.ShapeDtypeStruct((rows, actions), jnp.bool_)
+  return TimeStep(
+    observation=observation,
+    reward=row(jnp.float32),
+    discount=row(jnp.float32),
+    is_first=row(jnp.bool_),
+    truncated=row(jnp.bool_),
+    invalid_actions=invalid,
+  )
 
 
 def experience_example(agent: Agent, timestep: TimeStep) -> Experience:

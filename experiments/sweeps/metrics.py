@@ -60,19 +60,10 @@ def _stand_in(spec: Any):
   import jax
   import jax.numpy as jnp
 
-  from search.model import Environment, TimeStep
+  from experiments.runtime import sources
+  from search.model import Environment
 
-  def time_step():
-    observation = jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype),
-      spec.observation,
-      is_leaf=lambda s: hasattr(s, 'dtype'),
-    )
-    invalid = None
-    if spec.masks_actions:
-      invalid = jnp.zeros(spec.action.num_actions, bool)
-    zero, no = jnp.zeros(()), jnp.zeros((), bool)
-    return TimeStep(observation, zero, zero + 1, no, no, invalid)
-
-  reset = lambda key: (jnp.zeros(()), time_step())
+  shapes = sources.timestep_shapes(spec, 1)
+  zeros = lambda x: jnp.zeros(x.shape[1:], x.dtype)
+  reset = lambda key: (jnp.zeros(()), jax.tree.map(zeros, shapes))
   return Environment(reset, lambda state, action, key: reset(key), spec)

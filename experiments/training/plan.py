@@ -117,7 +117,7 @@ def elsewhere(
 
 def show(plans: Sequence[Plan]) -> None:
   """Prints a table for each plan."""
-  text = lambda size: capacity.told(size) if 0 < size < math.inf else '-'
+  text = lambda size: capacity.in_units(size) if 0 < size < math.inf else '-'
   for plan in plans:
     rows = [
       (
@@ -163,13 +163,13 @@ def _refusal(plan: Plan, place: str, need: float, have: float) -> str:
   most.sort(key=size, reverse=True)
   fields = list(dict.fromkeys(field for row in most for field in row.fields))
   there = (
-    f'a {place}, which has {capacity.told(have)}' if have else f'a {place}'
+    f'a {place}, which has {capacity.in_units(have)}' if have else f'a {place}'
   )
   if need == math.inf:
     takes = f'{most[0].what} is too large for {there}'
   else:
-    parts = ', '.join(f'{r.what} {capacity.told(size(r))}' for r in most)
-    takes = f'needs {capacity.told(need)} of {there} ({parts})'
+    parts = ', '.join(f'{r.what} {capacity.in_units(size(r))}' for r in most)
+    takes = f'needs {capacity.in_units(need)} of {there} ({parts})'
   return f'{", ".join(fields)}: {takes}; {_remedy(fields)}'
 
 
