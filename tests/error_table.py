@@ -215,7 +215,7 @@ TABLE = {
   'play --workdir=catch': 'catch/final/0 does not fit this run: ... another',
   'play --workdir=catch --checkpoint=early': 'checkpoint=early: ... are final',
   'study specialisation --workdir=catch --checkpoint=zzz': (
-    'workdir=catch: is no run of a language model'
+    'workdir=catch: is not a run of a language model'
   ),
   'study specialisation --workdir=none': "workdir=none: is not a run's folder",
   'play --workdir=pendulum --dynamics=x': (

@@ -2,10 +2,10 @@
 
 python -m experiments.study atac_game --out=experiments/results/atac_game.csv
 
-`search.exact.offline_game` has the theory. Writes the CSV named by --out (a
-line for each MDP, coverage, pessimism, oracle and beta), one whose name ends in
+`search.exact.offline_game` has the theory. Writes the CSV of --out (a line for
+each MDP, coverage, pessimism, oracle and beta), a figure, .png, and
 _selection.csv (how good rules are that choose beta from data; see
-`experiments.studies.atac_game_selection`) and a figure, .png.
+`atac_game_selection`).
 """
 
 import pathlib
@@ -42,7 +42,7 @@ class Play(NamedTuple):
 
   Attributes:
     mdp: its number.
-    coverage: of the behaviour policy mu: `full`, or `partial`, where it never
+    coverage: of the behaviour policy mu: `full`, or `partial`, if it never
       takes one action of each state.
     pessimism: `relative`, or `initial` (ATAC_0).
     oracle: the actor's, see `search.exact.offline_game`.
@@ -53,13 +53,12 @@ class Play(NamedTuple):
     optimum: J*.
     gain: `(mixture - behaviour) / (optimum - behaviour)`.
     regret: towards mu, over K, measured.
-    bound: of that, the oracle's.
-    slack: `mixture - behaviour + regret / (1 - g)`; the guarantee says that
-      it is not negative where the pessimism is relative.
+    bound: of the regret, the oracle's.
+    slack: `mixture - behaviour + regret / (1 - g)`; guaranteed not to be
+      negative if the pessimism is relative.
     identity_error: largest error of the performance difference.
     gap: largest distance of a critic from its minimum.
-    num_q: how many critics were worse than Q of the policy, which replaced
-      them.
+    num_q: critics that were worse than Q of the policy, which replaced them.
   """
 
   mdp: int
@@ -85,12 +84,7 @@ def play_all(
 ) -> list[Play]:
   """Plays all games in float64, each oracle and pessimism as one program.
 
-  Args:
-    mdps: how many random ones.
-    states: of each, at least 1.
-    actions: of each, at least 3.
-    iterations: K of each play.
-    seed: of the MDPs.
+  There are at least 3 actions; `iterations` are K of each play.
   """
   import jax
   import jax.numpy as jnp
@@ -178,10 +172,8 @@ def figure(
 ) -> None:
   """Draws gain and slack against beta, and what choosing beta costs.
 
-  Args:
-    rows: of all plays; those of exponentiated weights are drawn.
-    chosen: see `atac_game_selection.study`; none leaves its panel out.
-    path: the picture's.
+  The plays are those of exponentiated weights; `chosen` is from
+  `atac_game_selection.study`.
   """
   picture, axes = style.panels(3 if chosen else 2, 5, 4.6)
   rows = [row for row in rows if row.oracle == ORACLES[0]]

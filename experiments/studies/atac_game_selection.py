@@ -1,9 +1,9 @@
-"""Which beta, without a simulator? Compares rules that see the data only.
+"""Which beta, without a simulator? Compares rules that see only the data.
 
-For many random MDPs a data set is drawn, ATAC's Algorithm 1 is played on it
-for each beta, and a rule chooses one of the results by fitted Q evaluation
-(FQE), which in a finite MDP is an exact least squares. The true returns, known
-here, give the regret of the choice.
+For many random MDPs a data set is drawn, ATAC's Algorithm 1 is played on it for
+each beta, and a rule chooses one of the results by fitted Q evaluation (FQE),
+in a finite MDP an exact least squares. The true returns give the regret of the
+choice.
 """
 
 import math
@@ -16,7 +16,7 @@ from experiments.report.statistics import mean_interval
 
 BETAS = (0.0, 1 / 256, 1 / 16, 1.0, 16.0, 256.0, 4096.0)
 COVERAGE = ('full', 'partial')
-# Of the bootstrap, in rules that take off one standard deviation.
+# Of the bootstrap, in rules that subtract one standard deviation.
 _RESAMPLES = 20
 
 
@@ -55,13 +55,13 @@ class Choice(NamedTuple):
     transitions: in each data set.
     rule: of choice; see `choose`.
     mdps: how many.
-    regret: J of the best beta, less that of the chosen one; mean over MDPs.
-    regret_low: end of its 95% interval (Student's).
-    regret_high: the other.
-    gain: J of the choice, less that of mu; mean.
+    regret: J of the best beta less the chosen one's; mean over MDPs.
+    regret_low: of its 95% interval (Student's).
+    regret_high: likewise.
+    gain: J of the choice less mu's; mean.
     gain_worst_tenth: mean of the lowest tenth of the gains.
     below_behaviour: share of MDPs where the choice is worse than mu.
-    beta_median: that was chosen.
+    beta_median: of the choices.
   """
 
   coverage: str
@@ -78,19 +78,19 @@ class Choice(NamedTuple):
 
 
 def draw_mdps(key, mdps: int, states: int, actions: int, value_max: float):
-  """Random MDPs with rewards in [0, 1], a behaviour policy of each kind.
+  """`M` random MDPs with rewards in [0, 1], with two behaviour policies each.
 
   Args:
-    key: consumed; in float64 mode, as the whole call must be.
-    mdps: `M`, how many.
+    key: in float64 mode, as the whole call must be.
+    mdps: `M`.
     states: of each.
-    actions: of each; at least 3, so that mu has a choice without one.
+    actions: at least 3, so that mu has a choice without one.
     value_max: `1 / (1 - g)`.
 
   Returns:
-    `bellman.MDP` with `[M, ...]` fields, and mu `[M, 2, S, A]`, in the order
-    of `COVERAGE`: one from the uniform distribution over policies, and the
-    same without one action of each state.
+    `bellman.MDP` with `[M, ...]` fields, and mu `[M, 2, S, A]`, in the order of
+    `COVERAGE`: one from the uniform distribution over policies, and the same
+    without one action of each state.
   """
   import jax
   import jax.numpy as jnp
@@ -123,16 +123,13 @@ def collect(
 ) -> Iterator[Evidence]:
   """Draws data sets, plays the game on them for each beta and evaluates.
 
-  A transition is a state from mu's occupancy, an action from mu, a reward of
-  0 or 1 with the MDP's expectation, and a next state. A larger data set
-  starts with the smaller one.
+  A transition is a state from mu's occupancy, an action from mu, a reward of 0
+  or 1 with the MDP's expectation, and a next state. A larger data set starts
+  with the smaller one. Call it in float64 mode.
 
   Args:
-    key: consumed; in float64 mode, as the whole call must be.
     sizes: numbers of transitions, each at least 2.
-    mdps: `M`, how many.
-    states: of each.
-    actions: of each.
+    mdps: `M`.
     iterations: of the game, exponentiated weights.
     value_max: `1 / (1 - g)`.
 
@@ -222,8 +219,8 @@ def choose(evidence: Evidence) -> dict[str, np.ndarray]:
   - `fqe`: the largest FQE on the data trained on.
   - `fqe - sd`: less its standard deviation over the bootstrap.
   - `gain - sd`: FQE less mu's, less the deviation of this difference.
-  - `held-out`: training on one half and FQE on the other; the beta that it
-    takes is then used with all data.
+  - `held-out`: training on one half and FQE on the other; its beta is then used
+    with all data.
   """
   spread = lambda x: np.std(x, axis=2, ddof=1)
   difference = evidence.resampled - evidence.resampled_behaviour[..., None]
@@ -272,7 +269,7 @@ def table(evidence: Evidence, transitions: int) -> list[Choice]:
 
 
 def study(seed: int, sizes: Sequence[int], **settings: Any) -> list[Choice]:
-  """The table of all sizes of data sets; see `collect` for the settings."""
+  """The table of all sizes of data sets, with `collect`'s settings."""
   import jax
 
   rows = []

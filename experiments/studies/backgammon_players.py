@@ -1,12 +1,12 @@
 """Backgammon with and without planning, over training seeds and sizes.
 
-python -m experiments.study backgammon           # trains, resumes
-python -m experiments.study backgammon_players   # plays, resumes
+python -m experiments.study backgammon           # trains, resumes python -m
+experiments.study backgammon_players   # plays, resumes
 
 Every player of `--players` is made of every network and meets each of
-`--opponents`: `judge`, GNU Backgammon looking one ply beyond each choice,
-which gives the points lost a turn (Tesauro and Galperin 1996, Table 3), and
-opponents to play games against. Each row is written as soon as it is there.
+`--opponents`: games, or `judge`, GNU Backgammon looking one ply beyond each
+choice, for the points lost a turn (Tesauro and Galperin 1996, Table 3). Each
+row is written at once.
 """
 
 import pathlib
@@ -32,20 +32,20 @@ class Points(NamedTuple):
   """What a player wins or loses: a line of td_gammon_strength.csv.
 
   Attributes:
-    hidden: units of the network; None for players without.
-    seed: the seed of training.
+    hidden: units of the network; None without one.
+    seed: of training.
     player: its name.
     opponent: its name, or `judge`.
     games: number of games, or of judged turns.
     points: points per game; for the judge, those lost per turn.
     points_se: standard error over pairs of games, or turns.
-    gain: for the judge, by how much less than with one stage in the same
-      turns; None for opponents and players without a network.
+    gain: for the judge, points saved relative to one stage in the same turns;
+      else, or without a network, None.
     gain_se: its standard error.
     score: share of games won; None for the judge.
-    evaluations: evaluations of the network per decision at most, had every
-      turn as many boards as there are places; None for rollouts to the end and
-      for players without a network.
+    evaluations: of the network per decision at most, had every turn as many
+      boards as there are places; None for rollouts to the end and without a
+      network.
     ms_per_decision: wall time per decision in a batch, in milliseconds.
     plies: plies that the judge looks ahead; None for opponents.
   """
@@ -65,7 +65,7 @@ class Points(NamedTuple):
   plies: int | None = None
 
 
-# What makes a cell of the table.
+# The fields that identify a cell of the table.
 CELL = ('opponent', 'hidden', 'seed', 'player')
 
 
@@ -109,7 +109,7 @@ def run(
 
   Raises:
     UserError: a run cannot be read, a name is unknown, gnubg-nn is not
-      installed, or what has been played was played otherwise.
+      installed, or earlier rows have other settings.
   """
   rows = tables.read_records(out, Points)
   _check(rows, plan)
@@ -132,7 +132,7 @@ def run(
 
 
 class _Arenas:
-  """Plays rows, with what several of them need."""
+  """Plays rows, with what several of them share."""
 
   def __init__(self, workdirs, plan: Plan):
     self._workdirs, self._plan = workdirs, plan
@@ -141,7 +141,7 @@ class _Arenas:
     self._game = build.make_env(own, training=False, num_envs=1).spec.game
     if self._game is None or self._game.spec.name != 'backgammon':
       raise configs.UserError(
-        f'folder: {first} plays {own.env_name}, and this is about backgammon'
+        f'folder: {first} plays {own.env_name}, must be backgammon'
       )
     self._host = arena.other_players(self._game)
     self._made: dict[Any, Any] = {}
@@ -153,7 +153,7 @@ class _Arenas:
     self._others = {n: self.find(None, n) for n in plan.opponents if n != JUDGE}
 
   def find(self, key, name: str) -> Any:
-    """A player, made of the run of a key, or of none where it is None."""
+    """A player, of the run of a key or, for None, without a network."""
     if key is None:
       found = self._host(name)
       if found is None:
@@ -165,19 +165,19 @@ class _Arenas:
       workdir = self._workdirs[key]
       own = saved.load_experiment(workdir)
       player = arena.make_player(name, workdir, own, self._game, self._host)
-      # Seeds of one size differ in parameters alone, and compile once.
+      # Seeds of one size differ only in parameters, and compile once.
       first = self._decide.setdefault((key[0], name), player.decide)
       self._made[key, name] = player._replace(decide=first)
     return self._made[key, name]
 
   def listen(self) -> None:
-    """Asks the judge about all turns, and remembers."""
+    """Asks the judge about all turns."""
     self._judged = equity.judged_turns(self._plan.positions, self._plan.plies)
 
   def play(
     self, opponent: str, hidden: int | None, seed: int | None, name: str
   ) -> Points:
-    """Plays a cell, whose parts are named by `CELL`."""
+    """Plays a cell, given as `CELL`."""
     if hidden is None:
       row = outsider(self.find(None, name), self._judged)
       return row._replace(plies=self._plan.plies)
@@ -272,13 +272,7 @@ def _check(rows: Sequence[Points], plan: Plan) -> None:
 class Mean(NamedTuple):
   """A player of one size against one opponent, over seeds.
 
-  Attributes:
-    hidden: units.
-    player: its name.
-    opponent: its name.
-    points: mean over seeds.
-    points_se: standard error over them; of the games of the one there is.
-    seeds: how many.
+  `points_se` is over seeds; over the games if there is only one.
   """
 
   hidden: int | None

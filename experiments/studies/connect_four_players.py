@@ -1,13 +1,13 @@
 """Strength of players of a game against what they spend, over training seeds.
 
-python -m experiments.study connect_four           # trains, resumes
-python -m experiments.study connect_four_players   # plays, resumes
+python -m experiments.study connect_four           # trains, resumes python -m
+experiments.study connect_four_players   # plays, resumes
 
 Every player of `PLAYERS` is made of every seed's network. In Connect Four it
 has three opponents: perfect play (the share of judged positions in which it
 keeps the game's value, and games against the solver), a third party (the next
-seed's network under a search), and, for the score that misleads, its own
-network alone. Each row is written as soon as it has been played.
+seed's network under a search), and, for a misleading score, its own network
+alone. Each row is written at once.
 """
 
 import pathlib
@@ -62,17 +62,16 @@ class Strength(NamedTuple):
   """How well a player does against an opponent: a line of the CSV.
 
   Attributes:
-    seed: the seed of training.
+    seed: of training.
     player: see `PLAYERS`.
     opponent: `judge`, `solver`, `third`, or `network`, its own.
     games: number of games, or of judged positions.
     score: share of points; for the judge, of positions whose value was kept.
     score_se: standard error over openings or positions.
     optimal: for the judge, the share of moves that are as good as the best.
-    evaluations: evaluations of the network per decision; None for rollouts to
-      the end.
+    evaluations: of the network per decision; None for rollouts to the end.
     ms_per_decision: wall time per decision in a batch, in milliseconds.
-    other: seed of the opponent's network; None for opponents without a network.
+    other: seed of the opponent's network; None without one.
     opening_plies: random moves before the games; None for the judge.
   """
 
@@ -89,7 +88,7 @@ class Strength(NamedTuple):
   opening_plies: int | None = None
 
 
-# What makes a cell of the table.
+# The fields that identify a cell of the table.
 CELL = ('opponent', 'seed', 'player')
 
 
@@ -106,15 +105,13 @@ def run(
 
   Args:
     workdirs: a finished run for each seed.
-    names: of players.
-    opponents: of `Strength.opponent`.
     out: the CSV.
     openings: each played from both sides.
     opening_plies: random moves before a game.
 
   Raises:
     UserError: a run cannot be read, a name is unknown, the solver is not
-      installed, or what has been played was played otherwise.
+      installed, or earlier rows have other settings.
   """
   rows, seeds = tables.read_records(out, Strength), list(workdirs)
   _check(rows, names, opponents, seeds, openings, opening_plies)
@@ -122,8 +119,8 @@ def run(
   game = build.make_env(own, training=False, num_envs=1).spec.game
   if game.spec.name != 'ConnectFour' and {'judge', 'solver'} & {*opponents}:
     raise configs.UserError(
-      f'opponents={",".join(opponents)}: judge and solver know Connect Four, '
-      f'and this is {game.spec.name}; take third,network'
+      f'opponents={",".join(opponents)}: judge and solver know only Connect '
+      f'Four, and this is {game.spec.name}; take third,network'
     )
   starts = match.openings(game, openings, opening_plies)
   solver = connect_four_solver.solver() if 'solver' in opponents else None
@@ -177,7 +174,8 @@ def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
       )
   if 'third' in opponents and len(seeds) < 2:
     raise configs.UserError(
-      'opponents=third: is the network of another seed, and there is one run'
+      'opponents=third: needs another seed, and there is only one run; train '
+      'more'
     )
   played = 2 * openings, opening_plies
   for row in rows:
@@ -187,13 +185,13 @@ def _check(rows, names, opponents, seeds, openings, opening_plies) -> None:
         raise configs.UserError(
           f'openings={openings}, opening_plies={opening_plies}: the results '
           f'hold rows of {row.games // 2} and {row.opening_plies}; take those, '
-          'or other results'
+          'or another --results folder'
         )
       after = _after(seeds, row.seed)
       if row.opponent == 'third' and row.other != after:
         raise configs.UserError(
-          f'opponents=third: seed {row.seed} has met seed {row.other}, and of '
-          f'these runs it would meet {after}; take other results'
+          f'opponents=third: seed {row.seed} has met seed {row.other}, and '
+          f'would now meet {after}; take another --results folder'
         )
 
 
@@ -232,10 +230,7 @@ def kind(name: str) -> str:
 def draw(rows: Sequence[Strength], out: pathlib.Path) -> None:
   """Draws score against network evaluations, a panel for each opponent.
 
-  Args:
-    rows: of the study; a point is the mean over seeds, a bar its standard
-      error over them.
-    out: a picture.
+  Points are means over seeds, bars their standard errors.
   """
   opponents = [n for n in TITLES if any(r.opponent == n for r in rows)]
   lines = list(dict.fromkeys(kind(row.player) for row in rows))
@@ -272,11 +267,10 @@ def _annotate(axes: Any, x, y, names) -> None:
 
 
 def draw_search(rows: Sequence[Strength], out: pathlib.Path) -> None:
-  """Draws the network alone and the same network with tree search as bars.
+  """Draws the network alone and with tree search as bars.
 
-  Args:
-    rows: of the study, with `judge` and `third` among the opponents.
-    out: a picture, with mean and standard error over seeds.
+  `rows` have `judge` and `third` among the opponents; bars are means and
+  standard errors over seeds.
   """
   titles = {
     'judge': "moves that keep the game's value",

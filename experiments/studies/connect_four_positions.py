@@ -16,9 +16,7 @@ from experiments.runtime import config as configs
 def make_positions(number: int, seed: int = 0) -> connect_four_solver.Judged:
   """Random positions in which at least one legal move errs.
 
-  Args:
-    number: P, at least 1.
-    seed: of the moves that lead there, 8 to 26 of them.
+  8 to 26 random moves lead to each.
 
   Raises:
     UserError: the solver is not installed.

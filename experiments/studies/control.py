@@ -3,10 +3,9 @@
 python -m experiments.study control --data=data/pendulum
 
 For each quality of data and each seed it trains, by `experiments.train` in
-folders of its own, the agents and an ensemble of dynamics, all on the same
-rows. Then every planner plays the same episodes in the simulator, over the
-exact and over the learned model. What has been trained or played is not done
-again.
+folders of its own, the agents and an ensemble of dynamics on the same rows.
+Then every planner plays the same episodes in the simulator, over the exact and
+over the learned model. Nothing is trained or played twice.
 """
 
 import pathlib
@@ -60,7 +59,7 @@ class Played(NamedTuple):
     quality: of the data.
     agent: its name.
     seed: of its training.
-    planner: its name, one of `BARE` or `PLANNERS`.
+    planner: one of `BARE` or `PLANNERS`.
     dynamics: `none`, `exact` or `learned`.
     candidates: K of the first stage.
     episodes: whole ones played.
@@ -71,7 +70,7 @@ class Played(NamedTuple):
     model_steps: steps of the dynamics a decision.
     depth: stages; -1 for the actor.
     rollout: steps of rollout.
-    score: normalised return; None where the data set has no references.
+    score: normalised return; None if the data set has no references.
   """
 
   quality: str
@@ -91,7 +90,7 @@ class Played(NamedTuple):
   score: float | None
 
 
-# What makes a cell of the table.
+# The fields that identify a cell of the table.
 CELL = ('quality', 'agent', 'seed', 'dynamics', 'planner')
 
 
@@ -100,12 +99,7 @@ def train(
 ) -> pathlib.Path:
   """Trains one run unless it has been trained, and returns its folder.
 
-  Args:
-    name: of the agent; `dynamics` for an ensemble alone.
-    quality: of the data set.
-    seed: of the run.
-    data: where the data sets are.
-    folder: of all runs.
+  `name` is the agent's, or `dynamics` for an ensemble alone.
 
   Raises:
     UserError: it did not finish.
@@ -135,7 +129,7 @@ def train(
 
 
 class _Players:
-  """Plays cells; those that differ in parameters alone share a program."""
+  """Plays cells; those that differ only in parameters share a program."""
 
   def __init__(self, values: Any):
     self._values = values
@@ -164,7 +158,7 @@ class _Players:
 
     key = agent, kind, planner
     if key not in self._programs:
-      # Other seeds and data differ in parameters alone.
+      # Other seeds and data differ only in parameters.
       play = actor_critic_play.make_player(
         planners.parse(planner),
         self._first(agent),
@@ -208,7 +202,7 @@ class _Players:
   def row(
     self, quality: str, agent: str, seed: int, kind: str, planner: str
   ) -> Played:
-    """Plays a cell, whose parts are named by `CELL`."""
+    """Plays a cell, given as `CELL`."""
     which = quality, agent, seed
     if which not in self._actors:
       self._actors[which] = self._played(*which, 'none', 'actor')
@@ -235,7 +229,7 @@ class _Players:
 
 
 def work(values: Any) -> Iterator[tuple[str, str, int, str, str]]:
-  """The cells, by the parts that `CELL` names, the cheap ones first."""
+  """The cells, given as `CELL`, the cheap ones first."""
   for seed in range(values.seeds):
     for quality in values.qualities:
       for agent in values.agents:
@@ -250,10 +244,10 @@ def work(values: Any) -> Iterator[tuple[str, str, int, str, str]]:
 
 
 def check(values: Any) -> None:
-  """Refuses data sets that do not exist and agents that have no critic.
+  """Refuses missing data sets and agents without a critic.
 
   Raises:
-    UserError: there is such a one.
+    UserError: there is one.
   """
   for field in ('folder', 'results'):
     configs.check_place(field, getattr(values, field), folder=True)
@@ -284,7 +278,7 @@ def launch(values: Any) -> None:
   left = runner.missing(rows, CELL, tasks)
   terminal.begin(f'{len(left)} of {len(tasks)} planners on {data}')
   runner.fill(path, rows, left, _Players(values).row, digits=9)
-  # Rounded as they are written, whether an earlier run has played them or not.
+  # Rounded as they are written, whichever run played them.
   summary = summarised(tables.read_records(path, Played))
   tables.write_rows(path.with_name(f'{path.stem}_summary.csv'), summary)
   draw(summary, path.with_suffix('.png'))
@@ -294,8 +288,8 @@ def launch(values: Any) -> None:
 def summarised(rows: Sequence[Played]) -> list[dict[str, Any]]:
   """Means over training seeds with Student's 95% intervals.
 
-  Of returns, and of what they gain over the actor's own; a row for each
-  quality, agent, dynamics and planner. One seed alone has no interval.
+  Of returns, and of their gain over the actor's; a row for each quality, agent,
+  dynamics and planner. A single seed has no interval.
   """
   groups: dict[tuple, list[Played]] = {}
   names = ('quality', 'agent', 'dynamics', 'planner', 'model_steps')
@@ -314,7 +308,7 @@ def summarised(rows: Sequence[Played]) -> list[dict[str, Any]]:
 
 
 def draw(summary: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """Draws return against the length of rollouts, a row of panels an agent.
+  """Draws return against the length of rollouts, a row of panels per agent.
 
   Columns are quality and dynamics; points are means over training seeds with
   their intervals.

@@ -1,11 +1,11 @@
-"""Points that players of backgammon lose a turn, as GNU Backgammon sees it.
+r"""Points that players of backgammon lose a turn, as GNU Backgammon sees it.
 
 python -m experiments.study equity --workdir=runs/td \
   --players=lookahead=1,lookahead=2
 
-The table is that of Tesauro and Galperin 1996 (Table 3): turns with contact
-and a choice, what the best choice is worth and what the player's is. gnubg
-looks `--plies` beyond each choice. Pubeval and a random player are judged, too.
+The table is that of Tesauro and Galperin 1996 (Table 3): turns with contact and
+a choice, what the best choice is worth and what the player's is. gnubg looks
+`--plies` beyond each choice. It also judges pubeval and a random player.
 """
 
 import pathlib
@@ -43,11 +43,9 @@ class Lost(NamedTuple):
 
 
 def judged_turns(positions: int, plies: int) -> list[Any]:
-  """Turns and what each choice is worth, as `gnubg.Judged`.
+  """Turns, always the same, and the worth of each choice, `gnubg.Judged`.
 
-  Args:
-    positions: how many turns, at least 2; the same ones every time.
-    plies: of the judge.
+  `positions` are at least 2, `plies` the judge's.
 
   Raises:
     UserError: gnubg-nn is not installed.
@@ -62,13 +60,7 @@ def judged_turns(positions: int, plies: int) -> list[Any]:
 
 
 def compare(name: str, losses: Any, first: Any) -> Lost:
-  """Compares a player's losses with another's in the same turns.
-
-  Args:
-    name: of the player.
-    losses: its `gnubg.Loss`.
-    first: the other's.
-  """
+  """Compares a player's `gnubg.Loss` with another's in the same turns."""
   less = first.each - losses.each
   loss = losses.mean, losses.standard_error
   return Lost(name, len(less), *loss, *statistics.mean_error(less))
@@ -127,8 +119,8 @@ def _players(values) -> dict[str, Any]:
   game = build.make_env(experiment, training=False, num_envs=1).spec.game
   if game is None or game.spec.name != 'backgammon':
     raise configs.UserError(
-      f'workdir={values.workdir}: plays {experiment.env_name}, and gnubg '
-      'judges backgammon'
+      f'workdir={values.workdir}: plays {experiment.env_name}, must be '
+      'backgammon'
     )
 
   find = lambda name: planned(

@@ -3,11 +3,11 @@
 python -m experiments.study newton --out=experiments/results
 
 Bertsekas 2022, "Lessons from AlphaZero for optimal, model predictive, and
-adaptive control": one-step lookahead is a step of Newton's method for
-Bellman's equation (`search.exact.bellman` says how, `search.exact.riccati` has
-the linear systems and `search.exact.examples` the others). Prints the book's
-numbers next to those computed here, and writes them as newton_examples.csv;
-draws newton_step.png and newton_uses.png (`newton_figures`).
+adaptive control": one-step lookahead is a step of Newton's method for Bellman's
+equation (`search.exact.bellman`; linear systems are in `search.exact.riccati`,
+the others in `search.exact.examples`). Prints the book's numbers next to those
+computed here, writes them as newton_examples.csv, and draws newton_step.png and
+newton_uses.png (`newton_figures`).
 """
 
 import pathlib

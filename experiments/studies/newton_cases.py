@@ -26,7 +26,7 @@ def system(which: tuple[float, float, Any, Any]) -> Any:
 
 
 def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """What policies cost and what look-ahead on them costs, relative to K*.
+  """Costs of policies, and of look-ahead on them, relative to K*.
 
   Args:
     policies: L of `MILD`, float64 `[n]`.
@@ -49,14 +49,11 @@ def rollout_errors(start: float, depth: int = 1) -> np.ndarray:
 
 
 def replanned(b: Any, r: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Costs when b and r of `MILD` change and the base policy stays.
-
-  Args:
-    b, r: the new ones, broadcast.
+  """Costs when b and r of `MILD` change (broadcast) and the base policy stays.
 
   Returns:
-    Optimal, of the old policy, and of one step of Newton's method from it,
-    each of the shape of `b` and `r`.
+    Optimal, of the old policy, and of one step of Newton's method from it, each
+    of the shape of `b` and `r`.
   """
   of, nominal = system((MILD[0], b, MILD[2], r)), system(MILD)
   old = riccati.gain(nominal, riccati.optimal(nominal))
@@ -66,14 +63,14 @@ def replanned(b: Any, r: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def sensitivity(start: np.ndarray, width: float) -> np.ndarray:
-  """Mean `|K_L1 - K_L2|` in `MILD` where K2 is uniform around K1.
+  """Mean `|K_L1 - K_L2|` in `MILD` if K2 is uniform around K1.
 
   Args:
     start: `K1 - K*`, `[n]`.
-    width: K2 is within it of K1.
+    width: of the interval on each side.
 
   Returns:
-    `[n]`, by quadrature; inf where some K2 is unstable.
+    `[n]`, by quadrature; inf if some K2 is unstable.
   """
   of = system(MILD)
   first = start[:, None] + float(riccati.optimal(of))
@@ -90,8 +87,8 @@ def approximate(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     delta: `[n]`, the error of each evaluation; all are low, the worse sign.
 
   Returns:
-    Limits of `K_mu - K*`, what the policies lose, and of `|K - K*|`, how far
-    their evaluations are, `[n]` each.
+    Limits of `K_mu - K*`, the loss of the policies, and of `|K - K*|`, the
+    errors of their evaluations, `[n]` each.
   """
   of = system(STEEP)
   best = float(riccati.optimal(of))
@@ -116,9 +113,9 @@ class Stability(NamedTuple):
 
   Attributes:
     fulfil: starts K~ with `F(K~) <= K~`.
-    fulfil_unstable: how many of these have an unstable look-ahead policy.
+    fulfil_unstable: of these, with an unstable look-ahead policy.
     others: the other starts; `K~ >= K*` holds for all.
-    others_unstable: how many of these have one.
+    others_unstable: of these, with one.
   """
 
   fulfil: int
@@ -128,12 +125,7 @@ class Stability(NamedTuple):
 
 
 def stability(seed: int, number: int) -> Stability:
-  """Draws systems `[2, 2]` with one control and starts K* + random PSD.
-
-  Args:
-    seed: of the draws.
-    number: how many.
-  """
+  """Draws `number` systems `[2, 2]` with one control, from K* + random PSD."""
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal((number, *shape))
 
@@ -160,8 +152,7 @@ class Certainty(NamedTuple):
 
   Attributes:
     exact: float64 `[l]`, every step plans with chance.
-    after_first: float64 `[l]`, the first one does, the later ones are
-      certain.
+    after_first: float64 `[l]`, only the first one does.
     throughout: float64 `[l]`, none does.
   """
 
@@ -249,10 +240,8 @@ def cycle(steps: int) -> tuple[np.ndarray, float]:
 def identities(seed: int, number: int) -> tuple[float, float]:
   """Newton's step by autodiff against the look-ahead policy's cost.
 
-  Args:
-    seed: of processes of 20 states and 4 actions, and of systems of 4 state
-      variables and 2 controls.
-    number: of each.
+  `number` processes of 20 states and 4 actions, and as many systems of 4 state
+  variables and 2 controls.
 
   Returns:
     Largest differences: absolute in processes, relative in systems.

@@ -22,10 +22,9 @@ class Example(NamedTuple):
   Attributes:
     item: of the book, or what kind of check.
     what: which numbers.
-    printed: as the book has them, or what it claims; `figure only` where it
-      draws and does not print.
-    ours: the numbers that come out here.
-    agree: `yes`, `no`, or `-` where there is nothing to agree with.
+    printed: as in the book, or its claim; `figure only` if it only draws them.
+    ours: the numbers computed here.
+    agree: `yes`, `no`, or `-` if there is nothing to agree with.
   """
 
   item: str

@@ -1,11 +1,11 @@
-"""Runs a table of sweeps on data sets, and draws what comes out.
+"""Runs a table of sweeps on data sets, and draws the results.
 
   python -m experiments.study offline --study=agents --data=data
 
 `DATA/ENV/QUALITY` are folders of `experiments.collect`. Every cell, one agent
 on one data set with all seeds in one program, is `python -m experiments.sweep`
-in a folder of its own: finished ones are not run again, one that was stopped
-goes on. After each cell the study's CSV and figure are written again.
+in a folder of its own: it is run once and resumes if it was stopped. After each
+cell the study's CSV and figure are written again.
 
   agents    all agents on all qualities, the small presets: 20,000 updates,
             ATAC 30,000 (10,000 of them warm start), COMBO 25,000 (5,000 of
@@ -36,10 +36,7 @@ QUALITIES = ('random', 'medium', 'medium-replay', 'medium-expert', 'expert')
 class Cell(NamedTuple):
   """One sweep of a study.
 
-  Attributes:
-    agent: its name.
-    quality: of the data set.
-    arguments: of `experiments.sweep`, but for data set, seeds and folder.
+  `arguments` are of `experiments.sweep`, but for data set, seeds and folder.
   """
 
   agent: str
@@ -103,9 +100,9 @@ def run_one(
 ) -> bool:
   """Runs or resumes one cell; whether it finished.
 
-  A finished cell is left alone while its arguments, seeds and rows are the
-  same; otherwise the sweep itself adds seeds, or refuses. `stopping` is polled:
-  True stops the sweep, or lets none begin.
+  A finished cell stays while its arguments, seeds and rows are the same; else
+  the sweep itself adds seeds, or refuses. `stopping` is polled: True stops the
+  sweep, or lets none begin.
   """
   workdir = folder / f'{cell.agent}_{cell.quality}'
   mark, place = workdir / 'cell.json', data / cell.quality
@@ -124,7 +121,6 @@ def run_one(
   )
   if cpu is None:
     return False
-  # Of all attempts together.
   spent = {'wall_seconds': wall, 'cpu_seconds': cpu}
   spent = {n: round(x + before.get(n, 0.0), 1) for n, x in spent.items()}
   done = not code and _is_whole(cell, workdir, seeds)
@@ -182,7 +178,7 @@ def collected(
 
 
 def _read_mark(path: pathlib.Path) -> dict[str, Any]:
-  """What is noted about a cell; nothing about one that has not begun."""
+  """What is noted about a cell; {} if it has not begun."""
   try:
     return reading.read_json(path)
   except reading.Missing:

@@ -4,16 +4,15 @@ python -m experiments.study pruning --folder=runs/studies/connect_four
 
 The first stage of l-step lookahead is Newton's step on Bellman's equation; the
 later ones only prepare the point where it is taken (Bertsekas 2022, "Lessons
-from AlphaZero", 3.3 and 3.4). So coarsening the first must hurt, and
-coarsening a later one hardly. There are two ways to be coarse, each at one
-stage of three while the other two are exact:
+from AlphaZero", 3.3 and 3.4). So coarsening the first must hurt, and coarsening
+a later one hardly. One stage of three is coarse, in two ways:
 
 - a wrong model: random processes whose transitions are mixed, at that stage,
-  with those of another process; what the resulting policy loses, exactly;
+  with another process's; the loss of the resulting policy is exact;
 - pruning: Connect Four by a trained network, where that stage keeps the w moves
-  with the largest priors; how often the game's value is kept, judged by
-  perfect play. For a given w the leaves take as many network evaluations,
-  whichever stage is pruned.
+  with the largest priors; how often the game's value is kept, judged by perfect
+  play. For a given w the leaves take as many network evaluations, whichever
+  stage is pruned.
 """
 
 import itertools
@@ -45,7 +44,7 @@ class Coarsened(NamedTuple):
     case: `model` or `pruning`.
     seed: of the network's training; 0 for processes.
     stage: which is coarse, from 1.
-    coarse: the share of the wrong transitions, or how many moves are kept.
+    coarse: share of wrong transitions, or number of moves kept.
     score: `1 - loss / loss_0`, see `models`; or the share of judged positions
       whose value is kept.
     score_se: standard error over processes or positions.
@@ -64,18 +63,12 @@ class Coarsened(NamedTuple):
 def models(
   number: int, seed: int = 0, num_states: int = 20, num_actions: int = 4
 ) -> list[Coarsened]:
-  """A wrong model at one stage of three, on random processes.
+  """A wrong model at one stage of three, on at least 2 random processes.
 
-  The terminal values are J* plus normal noise of J*'s own deviation. A
-  policy's loss is `mean_s (J* - J_mu)`; scores are `1 - loss / loss_0` with the
-  sum over processes in both, loss_0 being that of the policy which is greedy
-  with respect to the terminal values under a model that is all wrong.
-
-  Args:
-    number: of processes, at least 2.
-    seed: of them.
-    num_states: S.
-    num_actions: A.
+  The terminal values are J* plus normal noise of J*'s own deviation. A policy's
+  loss is `mean_s (J* - J_mu)`; scores are `1 - loss / loss_0`, with sums over
+  processes in both. loss_0 is of the policy that is greedy with respect to the
+  terminal values under a model that is all wrong.
   """
   import jax
   import jax.numpy as jnp
@@ -135,7 +128,7 @@ def moves(workdirs: Sequence[str]) -> list[Coarsened]:
   experiment = saved.load_experiment(workdirs[0])
   if experiment.env_name != 'self_play:connect_four':
     raise UserError(
-      f'folder={workdirs[0]}: plays {experiment.env_name}, and the judge knows '
+      f'folder={workdirs[0]}: plays {experiment.env_name}, must be '
       'self_play:connect_four'
     )
   env = build.make_env(experiment, training=False, num_envs=1)
@@ -145,7 +138,7 @@ def moves(workdirs: Sequence[str]) -> list[Coarsened]:
     env.spec.game, connect_four_solver.positions(judged.moves)
   )
   rows = []
-  # Where all columns are kept the stage makes no difference.
+  # If all columns are kept, the stage makes no difference.
   pairs = [(1, COLUMNS), *itertools.product(range(1, STAGES + 1), KEPT)]
   for stage, kept in track(pairs, 'lookahead'):
     widths: list[int | None] = [None] * STAGES
@@ -168,10 +161,10 @@ def moves(workdirs: Sequence[str]) -> list[Coarsened]:
 
 
 def draw(rows: Sequence[Coarsened]) -> Any:
-  """Draws a panel a case with a line a stage; returns the matplotlib `Figure`.
+  """Draws a panel per case, a line per stage; returns the matplotlib `Figure`.
 
-  Points are means over seeds; bars are standard errors, over seeds where there
-  are several and over processes otherwise.
+  Points are means over seeds; bars are standard errors, over seeds if there are
+  several, else over processes.
   """
   titles = {
     'model': ('random processes', 'share of wrong transitions', 'loss avoided'),

@@ -1,8 +1,8 @@
-"""What studies share: cells that are run once, and noted as soon as they are.
+"""What studies share: cells that are run once, and noted at once.
 
 A cell is a command with a folder and a log of its own, or a row of a CSV that
-grows row by row. What is there is not done again; a signal stops the study
-where the same command resumes. `main` runs the tables of `studies.table`:
+grows row by row. A signal stops the study, and the same command resumes it.
+`main` runs the tables of `studies.table`:
 
   python -m experiments.study catch
 
@@ -54,12 +54,10 @@ def run_command(
   stopping: Stopping,
   **options: Any,
 ) -> Ended:
-  """Runs a command of ours and appends what it prints to `WORKDIR.log`.
+  """Runs `experiments.MODULE` and appends its output to `WORKDIR.log`.
 
   Args:
-    module: of `experiments`.
     arguments: its flags, but for `--workdir`.
-    workdir: its folder.
     stopping: polled; True asks the command to save and to leave.
     **options: of `subprocess.Popen`.
   """
@@ -94,11 +92,10 @@ def run_all(
   Args:
     what: the cells are, in the plural.
     cells: each takes `stopping` and returns whether it has finished.
-    at_once: how many run at the same time.
     after: called after each.
 
   Returns:
-    How many did not finish; None where a signal has stopped the study.
+    How many did not finish; None if a signal has stopped the study.
   """
   failed = 0
   with (
@@ -120,7 +117,7 @@ def run_all(
 def missing(
   rows: Iterable[Any], fields: Sequence[str], cells: Iterable[Hashable]
 ) -> list[Any]:
-  """The cells, tuples of these fields, that no NamedTuple among `rows` has."""
+  """The cells, tuples of these fields, that no NamedTuple in `rows` has."""
   done = {tuple(getattr(row, name) for name in fields) for row in rows}
   return [cell for cell in cells if cell not in done]
 
@@ -132,14 +129,10 @@ def fill(
   measure: Callable[..., Any],
   digits: int,
 ) -> None:
-  """Measures cells one by one, and writes the CSV after each.
+  """Measures cells from `missing`, adding rows and writing the CSV after each.
 
-  Args:
-    path: of the CSV.
-    rows: NamedTuples that it has; the new ones are added.
-    cells: tuples, from `missing`.
-    measure: of the parts of a cell; its row.
-    digits: significant ones of floats.
+  `measure` makes the row of a cell's parts; floats have `digits` significant
+  digits.
   """
   for number, cell in enumerate(cells, start=1):
     words = ', '.join(str(part) for part in cell)
@@ -153,9 +146,7 @@ def finished(
 ) -> dict[tuple[int, ...], str]:
   """Folders of finished runs, sorted by the numbers in their names.
 
-  Args:
-    folder: that they are in.
-    pattern: of a whole name, a regular expression whose groups are integers.
+  `pattern` matches a whole name; its groups are integers.
   """
   folder = pathlib.Path(folder)
   matching = (re.fullmatch(pattern, path.name) for path in folder.glob('*/'))
@@ -184,11 +175,8 @@ def run_one(
 ) -> bool:
   """Runs or resumes one run; whether it finished.
 
-  Args:
-    study: that the run belongs to.
-    run: the run.
-    folder: of all runs.
-    stopping: polled; True stops it with a checkpoint, or lets none begin.
+  `folder` is that of all runs; `stopping` is polled: True stops the run with a
+  checkpoint, or lets none begin.
   """
   workdir = workdir_of(run, folder)
   timing = workdir / 'timing.csv'
@@ -263,9 +251,9 @@ def draw(
 
 
 def draw_with_muzero(curves: pathlib.Path, out: pathlib.Path) -> None:
-  """Draws SAC and Sampled MuZero, with search and without, a panel a task.
+  """Draws SAC and Sampled MuZero, with search and without, a panel per task.
 
-  The curves of Sampled MuZero come from `TASK_curves.csv` in the same folder.
+  Sampled MuZero's curves are in `TASK_curves.csv` in the same folder.
   """
   panels = {}
   for task, line in _lines(curves, 'eval_return').items():
@@ -287,7 +275,7 @@ def main(name: str) -> None:
   """Runs a study of the table as the flags say.
 
   Raises:
-    SystemExit: with 1, where runs failed.
+    SystemExit: with 1, if runs failed.
   """
   from absl import flags
 
@@ -335,7 +323,7 @@ def main(name: str) -> None:
 
 
 def define_flags() -> None:
-  """The flags of `python -m experiments.study NAME`, of a name in the table."""
+  """The flags of `python -m experiments.study NAME`, for the table's names."""
   from absl import flags
 
   flags.DEFINE_integer(
@@ -349,7 +337,7 @@ def define_flags() -> None:
 
 
 def define_results() -> None:
-  """The flag of the folder that a study writes its CSVs and figures to."""
+  """The flag of the folder for a study's CSVs and figures."""
   from absl import flags
 
   flags.DEFINE_string(

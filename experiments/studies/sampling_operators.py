@@ -5,10 +5,9 @@ python -m experiments.study sampling_operators --out=experiments/results
 `search.exact.improvement` says why the estimate from K actions drawn from beta
 is off by a normal number of variance sigma^2 / K. Here it is drawn many times,
 for one state with a fine grid of actions, and compared with that prediction and
-with the estimate without beta_hat / beta. Three files are written:
-operators_convergence.csv (a line for each operator, beta, correction and K),
-operators_slopes.csv (of log rmse against log K) and
-operators_convergence.png.
+with the estimate without beta_hat / beta. Writes operators_convergence.csv (a
+line for each operator, beta, correction and K), operators_slopes.csv (of log
+rmse against log K) and operators_convergence.png.
 """
 
 import functools
@@ -45,8 +44,8 @@ class Problem(NamedTuple):
     prior: float64 `[A]`, two bumps; sums to one.
     qvalues: float64 `[A]`, smooth, with three maxima, the best one where the
       prior is neither high nor negligible.
-    betas: name -> float64 `[A]`. `prior` is the prior (tau = 1), `tempered`
-      its square root (tau = 2), `other` a wide bump around another action.
+    betas: name -> float64 `[A]`. `prior` is the prior (tau = 1), `tempered` its
+      square root (tau = 2), `other` a wide bump around another action.
   """
 
   prior: np.ndarray
@@ -87,11 +86,11 @@ class Estimate(NamedTuple):
     bias_limit: exact, for K to infinity.
     rmse: root of the mean squared error.
     variance_times_k: of the trials.
-    sigma_squared: predicted limit of the former; like the next two, for the
-      corrected estimate alone.
+    sigma_squared: its predicted limit; like the next two, only for the
+      corrected estimate.
     variance_if_z_known: the prediction if Z were not estimated.
-    kolmogorov: largest distance between the distribution functions of
-      `sqrt(k / sigma_squared) error` and of the standard normal.
+    kolmogorov: largest distance between the distribution functions of `sqrt(k /
+      sigma_squared) error` and of the standard normal.
   """
 
   operator: str
@@ -216,14 +215,11 @@ def draw_estimates(
   """Draws K actions many times, for each beta, operator and correction.
 
   Args:
-    problem: the state.
-    predictions: see `predict`.
     k: actions drawn, at least 1.
     trials: how often, at least 2.
-    seed: of the draws.
 
   Yields:
-    Its line of the CSV and the errors, float64 `[trials]`.
+    The line of the CSV and the errors, float64 `[trials]`.
   """
   import jax
   import jax.numpy as jnp
@@ -273,11 +269,7 @@ def _estimate(prediction, error, operator, beta, correction, k) -> Estimate:
 
 
 def slopes(rows: Sequence[Estimate]) -> list[tuple[str, str, str, float]]:
-  """Slope of log rmse against log K, for K from 32.
-
-  Returns:
-    `(operator, beta, correction, slope)` of each.
-  """
+  """`(operator, beta, correction, slope)`, of log rmse over log K from K = 32."""
   groups: dict[tuple[str, str, str], list[Estimate]] = {}
   for row in rows:
     if row.k >= _FIT_FROM:
@@ -296,9 +288,8 @@ def figure(
 
   Args:
     rows: of all K; those of one beta are drawn.
-    errors: operator -> float64 `[trials]`, of that beta's corrected estimate
-      at the largest K.
-    path: the picture's.
+    errors: operator -> float64 `[trials]`, of that beta's corrected estimate at
+      the largest K.
   """
   rows = [row for row in rows if row.beta == _SHOWN_BETA]
   picture, ((left, right),) = style.panels(2, 5.8, 4.9)

@@ -3,9 +3,8 @@
   python -m experiments.study specialisation --workdir=runs/language
 
 Routes the held-out text through a trained mixture and counts which expert gets
-which token. Prints, for each expert, the tokens that come to it more often
-than to others; draws the share of the most frequent tokens that each expert
-gets, and the experts' shares through training where the run kept them
+which token. Prints the tokens that prefer each expert; draws the experts'
+shares of the most frequent tokens, and of training if the run kept them
 (`--set=log_experts=true`); writes the shares as CSV next to the figure.
 """
 
@@ -40,10 +39,7 @@ class Shares(NamedTuple):
 def information(counts: np.ndarray) -> float:
   """Mutual information of expert and token over the entropy of experts.
 
-  From 0, where tokens say nothing about their experts, to 1.
-
-  Args:
-    counts: `[E, V]`.
+  From 0, if tokens say nothing about their experts, to 1. Counts are `[E, V]`.
   """
   from scipy import stats
 
@@ -55,7 +51,7 @@ def information(counts: np.ndarray) -> float:
 
 
 def characteristic(shares: Shares, number: int) -> list[list[str]]:
-  """For each expert the tokens with the largest share of theirs at it."""
+  """For each expert, the tokens with the largest shares at it."""
   total = shares.counts.sum(0)
   known = np.where(total >= _FEW, shares.counts / np.maximum(total, 1), -1)
   best = np.argsort(-known, axis=1, kind='stable')[:, :number]
@@ -77,7 +73,7 @@ def route(workdir: str, checkpoint: str, layer: int) -> Shares:
 
   experiment = saved.load_experiment(workdir)
   if experiment.material.plays:
-    raise UserError(f'workdir={workdir}: is no run of a language model')
+    raise UserError(f'workdir={workdir}: is not a run of a language model')
   corpus = corpus_lib.opened(experiment)
   spec = corpus_lib.spec_of(corpus.name, corpus.vocabulary)
   agent = build.make_agent(experiment, spec)

@@ -6,13 +6,7 @@ from typing import NamedTuple
 
 
 class Run(NamedTuple):
-  """One run of a study.
-
-  Attributes:
-    variant: its name within the study.
-    seed: of the run.
-    arguments: of `experiments.train`.
-  """
+  """One run of a study, with `arguments` of `experiments.train`."""
 
   variant: str
   seed: int
@@ -25,8 +19,8 @@ class Study(NamedTuple):
   Attributes:
     runs: in the order in which they are run.
     curves: columns of metrics.csv that are kept for every run.
-    cold: whether each run compiles everything itself, so that its wall time
-      is that of a first run.
+    cold: whether each run compiles everything itself, so that its wall time is
+      that of a first run.
     with_muzero: whether each variant is a task, drawn together with Sampled
       MuZero's curves on it (`TASK_curves.csv`).
   """
