@@ -333,7 +333,7 @@ def test_a_study_of_planners_lets_its_run_save(tmp_path, monkeypatch):
   assert log.read_text() == 'ready\nsaved\n'
   assert {p.name for p in tmp_path.iterdir()} == {log.name}
   monkeypatch.setattr(children, 'run', lambda *_, **__: (-9, None))
-  with pytest.raises(UserError, match='training failed: SIGKILL: somebody'):
+  with pytest.raises(UserError, match='training failed: SIGKILL: killed by'):
     control.train('iql', 'medium', 0, tmp_path, tmp_path)
   monkeypatch.setattr(children, 'run', lambda *_, **__: (0, None))
   workdir = control.train('iql', 'medium', 0, tmp_path, tmp_path)

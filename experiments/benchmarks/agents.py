@@ -34,10 +34,9 @@ _PONG = (
 
 
 def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
-  """A batch of an experiment's shapes with random observations.
+  """A `Trajectory` of an experiment's shapes with random observations.
 
-  Returns:
-    `Trajectory`, leaves `[B, L, ...]`: one long episode without rewards.
+  Leaves are `[B, L, ...]`: one long episode without rewards.
   """
   if isinstance(env, Environment):
     source = sources.from_env(env, agent, experiment.env.num_envs)
@@ -77,8 +76,8 @@ def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
 def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
   """Updates per second, and FLOP/s relative to the machine's matrix products.
 
-  `update` is the gradient step alone, `reanalyze and update` with the searches
-  that make its targets.
+  `update` is the gradient step alone, `reanalyze and update` includes the
+  searches that make its targets.
   """
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
@@ -135,7 +134,7 @@ def acting_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
   """Decisions and frames per second, and how long the learner waits for them.
 
   Raises:
-    UserError: the environment is no simulator on the host.
+    UserError: the environment is not a host simulator.
   """
   env = build.make_env(experiment, training=True)
   if isinstance(env, Environment):
@@ -153,7 +152,7 @@ def acting_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
 def acting_suite(
   experiment: build.Experiment, case: Case, quick: bool
 ) -> Iterator[list[Measurement]]:
-  """`acting_rows` of an experiment and, unless it must be quick, of Pong."""
+  """`acting_rows` of an experiment and, unless `quick`, of Pong."""
   yield acting_rows(experiment, case)
   if not quick:
     pong = build.describe('efficientzero_atari', settings=_PONG)
@@ -213,7 +212,7 @@ def _simulator_rows(experiment, env, agent, case: Case) -> list[Measurement]:
 
 
 def frames_per_decision(experiment: build.Experiment) -> int:
-  """Frames of the simulator per decision: the frame skip on Atari, else 1."""
+  """The simulator's frames per decision: the frame skip on Atari, else 1."""
   if ':' in experiment.env_name:
     return 1
   task = ours.resolve_id(experiment.env_name)
@@ -227,10 +226,7 @@ def frames_per_decision(experiment: build.Experiment) -> int:
 
 
 def timed(source: Any, waits: list[float]) -> Any:
-  """The same source, except that it records how long each `next` takes.
-
-  It appends the seconds of each `next` to `waits`.
-  """
+  """The same source; it appends the seconds of each `next` to `waits`."""
 
   def next_(*args):
     start = time.perf_counter()
@@ -248,8 +244,8 @@ def _waiting_rows(experiment, env, agent, case: Case) -> list[Measurement]:
     # Otherwise the learner's own work would count as waiting for the actor.
     return jax.block_until_ready(compiled(state, batch, key))
 
-  # Not in turns: an actor would fill its queue while the other's learner
-  # works, and its own learner would find rows without having waited.
+  # Not in turns: an actor would fill its queue while the other learner works,
+  # and its own learner would not have to wait.
   timings, waited = {}, {}
   for mode in ('synchronous', 'asynchronous'):
     learner = _learner(experiment, env, agent, update, mode, case.updates)
@@ -286,7 +282,7 @@ def _waiting_rows(experiment, env, agent, case: Case) -> list[Measurement]:
 
 
 class _Learner(NamedTuple):
-  """A run that goes on for some updates at each call of `work`."""
+  """A run that continues for some updates at each call of `work`."""
 
   work: Callable[[], None]
   close: Callable[[], None]

@@ -74,7 +74,7 @@ _SCALE = Case(seeds=(1, 4, 16, 64, 256), least_seconds=0.5)
 _LARGE = _SCALE._replace(matrix=8192, triad=2**26)
 _OFFLINE = Case(seeds=(8,), batch=256, updates=50, least_seconds=1.0)
 _EXPERTS = Case(seeds=(4,))
-# By suite, machine and amount; a machine that is left out takes the CPU's.
+# By suite, machine and amount; a missing machine takes the CPU's.
 CASES = {
   ('agent', 'cpu', 'full'): _AGENT,
   ('agent', 'cpu', 'quick'): _AGENT._replace(
@@ -145,9 +145,9 @@ def find(
 
   Args:
     suite: `agent` (searches, learner, acting), `scale`, `offline`, `experts`.
-    quick: fewer or smaller: on a CPU just enough to see that it runs.
-    repeats: of every measurement; the case's are the most that are made.
-    seeds: in place of the case's; () keeps those.
+    quick: fewer or smaller; on a CPU just enough to see that it runs.
+    repeats: of every measurement, at most the case's.
+    seeds: in place of the case's, unless ().
 
   Raises:
     ValueError: a number of seeds below 1.

@@ -1,14 +1,13 @@
-"""What programs take on machines that are not here, by their real compilers.
+r"""What programs take on machines that are not here, by their real compilers.
 
     python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
     python -m experiments.benchmark --suite=compile --target=v5e:4x4 \\
       --preset=efficientzero_catch --rows=8
 
 Compiles init, act, update, refresh and the scanned interval of presets, every
-search and every backend of the mixture, for each target in a process of its
-own, and writes a line for each program: memory, operations and bytes a device,
-loops, kernels, calls of the host, collectives, seconds of compiling. Running
-times are not measured.
+search and every backend of the mixture, in a process for each target, and
+writes a line for each program: memory, operations and bytes a device, loops,
+kernels, calls of the host, collectives, seconds of compiling. Nothing is run.
 """
 
 import json
@@ -62,7 +61,7 @@ def read_targets(names: Sequence[str]) -> list[compile_targets.Target]:
     UserError: one of them is unknown, or there is none.
   """
   if not names:
-    raise UserError('target=: name one at least, such as h100 or v5e:4x4')
+    raise UserError('target=: name at least one, such as h100 or v5e:4x4')
   return [compile_targets.parse(name) for name in names]
 
 
@@ -100,7 +99,7 @@ def launch(values: Any) -> None:
 
 
 def read_names(names: Sequence[str]) -> list[str]:
-  """Presets, `search` and `experts`; all of them where none is named.
+  """Presets, `search` and `experts`; all of them if none is named.
 
   Raises:
     UserError: one of them is unknown.
@@ -122,20 +121,14 @@ def run(
   compilers: pathlib.Path,
   out: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  """Compiles everything; the CSV grows with each program.
-
-  Lines that it has already are kept, so that what was stopped goes on.
+  """Compiles everything; the CSV grows with each program and is resumed.
 
   Args:
-    targets: machines.
     names: presets, and `search` and `experts`.
     rows: of batch and environments on each device; 0 for the usual ones.
     parts: of `programs.PARTS`; () for all.
     compilers: folder for the compilers' wheels.
-    out: the CSV.
-
-  Returns:
-    Its rows.
+    out: the CSV, whose rows are returned.
 
   Raises:
     UserError: a compiler that cannot be installed, or ends without a message.
@@ -240,7 +233,7 @@ def compile_program(
 ) -> dict[str, Any]:
   """What a program takes on a target, by the names of `COUNTED`.
 
-  A program that its compiler refuses has its message instead.
+  If its compiler refuses, `error` is the message.
   """
   start = time.perf_counter()
   try:

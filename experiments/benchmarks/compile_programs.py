@@ -25,12 +25,11 @@ def of_search(
     rule: of `RULES`.
     mesh: with the axis `data`.
     rows: trees on each device; 0 for 64 on one, `ROWS` on more.
-    simulations: a search.
   """
   rows = (rows or (64 if mesh.size == 1 else programs.ROWS)) * mesh.size
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, root, step = searches.table_model(0, rows, 6, 64)
-  # Arrays lie on this machine, and not on the one that is compiled for.
+  # Arrays would be on this machine, not on the one that is compiled for.
   params, root = jax.eval_shape(lambda: (params, root))
   if rule == 'sampled':
     distribution = actions.flat(6)
@@ -65,12 +64,9 @@ def of_search(
 
 
 def of_experts(backend: str, number: int, mesh: Any) -> programs.Program:
-  """Forward and backward of a mixture's experts on the first device.
+  """Forward and backward of a mixture's experts on the mesh's first device.
 
-  Args:
-    backend: of `BACKENDS`.
-    number: experts.
-    mesh: whose first device it is compiled for.
+  `backend` is one of `BACKENDS`; `number` counts the experts.
   """
   case = Case(tokens=16_384, features=512, hidden=2048)
   devices = mesh.devices.flatten()[:1]

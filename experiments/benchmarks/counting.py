@@ -5,14 +5,11 @@ from typing import Any
 
 
 def matmul_flops(jaxpr: Any) -> int:
-  """Operations of all matrix products and convolutions of a traced program.
+  """Operations of all matrix products and convolutions of a jaxpr.
 
   A multiplication and an addition are two. Loops count as often as they turn
-  (XLA's own analysis counts them once), of branches the most expensive counts.
-  Element-wise work is left out; zeros of padding are counted as work.
-
-  Args:
-    jaxpr: of `jax.make_jaxpr(...)` or `jax.jit(...).trace(...).jaxpr`.
+  (XLA's own analysis counts them once), of branches the most expensive.
+  Element-wise work is left out; zeros of padding count as work.
 
   Raises:
     ValueError: a loop of unknown length holds matrix products.
@@ -42,7 +39,7 @@ def product_flops(equation: Any) -> int:
     (contracted, _), _ = params['dimension_numbers']
     return 2 * output * math.prod(left[i] for i in contracted)
   features = right[params['dimension_numbers'].rhs_spec[0]]
-  # Zeros that a stride's gradient puts between the numbers are no work.
+  # Zeros that a stride's gradient puts between the numbers are not work.
   spread = math.prod(params['lhs_dilation'])
   return 2 * output * math.prod(right) // features // spread
 

@@ -1,9 +1,8 @@
 """How fast a mixture's experts work, relative to a dense layer.
 
-Forward and backward of a layer of ReLU experts by every dispatch that is exact,
+Forward and backward of a layer of ReLU experts by every exact dispatch,
 measured in turns with a dense layer of the same operations a token: hidden
-layers k times as wide. The routing is random and even; the gate is not in. On
-a CPU all of it runs on one core in a process of its own.
+layers k times as wide. The routing is random and even; the gate is left out.
 """
 
 import functools
@@ -46,7 +45,7 @@ def _backend_rows(number: int, case: Case) -> list[Measurement]:
 
 
 def _seed_rows(number: int, case: Case) -> list[Measurement]:
-  """Seeds vmapped, and the same ones after each other in one program."""
+  """Seeds vmapped, and one after the other in one program."""
   step = gradient('loop')
   (seeds,) = case.seeds
   smaller = case._replace(tokens=case.seed_tokens)
@@ -68,16 +67,7 @@ def _seed_rows(number: int, case: Case) -> list[Measurement]:
 
 
 def inputs(number: int, case: Case, seed: int = 0) -> Any:
-  """A mixture's inputs.
-
-  Args:
-    number: E.
-    case: T, D, the hidden width and k.
-    seed: of all numbers.
-
-  Returns:
-    `(params, tokens [T, D], gates [T, k], experts [T, k])`.
-  """
+  """A mixture's `(params, tokens [T, D], gates [T, k], experts [T, k])`."""
   key = jax.random.key(seed)
   params = _weights(key, (number,), case.features, case.hidden)
   x = jax.random.normal(key, (case.tokens, case.features))
@@ -98,8 +88,7 @@ def _weights(key, leading, features, hidden):
 def gradient(backend: Any) -> Callable:
   """The gradient of a sum of outputs in parameters, tokens and gates.
 
-  Returns:
-    A function of what `inputs` returns.
+  It is a function of `inputs`.
   """
 
   def loss(params, x, gate, chosen):

@@ -65,7 +65,7 @@ def _roofline(axes, rows: Sequence[Measurement]) -> None:
   roofs: dict[str, list[float]] = {}
   for row in rows:
     if row.name.startswith(('matrix', 'triad')):
-      # Of several measurements in one setting the first stands for all.
+      # The first of several measurements in one setting stands for all.
       roofs.setdefault(row.setting, []).append(row.median)
   moved = {(r.name, r.setting): r.median for r in rows if r.unit == 'GB/s'}
   points: dict[str, list[tuple[float, float]]] = {}

@@ -1,9 +1,9 @@
-"""How fast agents learn from a data set, relative to what the machine can do.
+"""How fast agents learn from a data set, relative to the machine's limits.
 
 Updates are scanned in one program: draw rows, update, again. The data set is
-made up, of Hopper's sizes, and an argument of the program. On a CPU all of it
-runs on one core in a process of its own, as in `benchmarks.scale`; what is
-compared is measured in turns.
+made up, of Hopper's sizes, and an argument of the program. On a CPU everything
+runs on one core, as in `benchmarks.scale`; what is compared is measured in
+turns.
 """
 
 import importlib
@@ -38,7 +38,7 @@ class _Program(NamedTuple):
     start: `(data) -> work`, where `work()` trains on and waits.
     flops: of the matrix products of one update of one seed.
     state: bytes of the state of all seeds.
-    temporaries: bytes that the program needs in addition, says its compiler.
+    temporaries: additional bytes, according to the compiler.
   """
 
   start: Callable[[Any], Callable[[], None]]
@@ -50,8 +50,8 @@ class _Program(NamedTuple):
 def rows_here(case: Case) -> Iterator[list[Measurement]]:
   """All rows, measured in this process.
 
-  The share of the machine's limit is that of the products of a chain of `[3 B,
-  W] x [W, W]`, the largest in an update of ATAC with batch B and width W.
+  The machine's limit is that of a chain of products `[3 B, W] x [W, W]`, the
+  largest in an update of ATAC with batch B and width W.
   """
   data = _made_up(case.rows)
   large = {'atac': (case.width,) * 3, 'td3_bc': (case.width,) * 2}
@@ -119,7 +119,7 @@ def _layers(hidden: tuple[int, ...]) -> str:
 
 
 def _memory_rows(program: _Program, data: Any, case: Case) -> list[Measurement]:
-  """The memory of training, in addition to the data set that is there first."""
+  """The memory of training, in addition to the data set's."""
   before, highest = memory_in_use(forget=True)
   work = program.start(data)
   work()

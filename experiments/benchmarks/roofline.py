@@ -1,8 +1,8 @@
 """The largest rates of a machine, and how near programs come to them.
 
-The roofline (Williams 2009): a program that does I operations for each byte it
+The roofline (Williams 2009): a program of I operations for each byte that it
 moves reaches at most min(peak, I * bandwidth) operations per second. Both are
-measured, in the run that measures the program.
+measured in the run that measures the program.
 """
 
 import math
@@ -25,7 +25,7 @@ class Roof(NamedTuple):
 
   Attributes:
     flops: float64 `[2]`, float32 operations of a large matrix product, at the
-      precision that is the default (TF32 on some GPUs).
+      default precision (TF32 on some GPUs).
     bandwidth: float64 `[2]`, bytes that a large triad reads and writes.
   """
 
@@ -39,8 +39,8 @@ class Work(NamedTuple):
   Attributes:
     flops: operations of its matrix products and convolutions, see
       `counting.matmul_flops`.
-    bytes: that these read and write and that gathers, scatters and slices
-      move, as if nothing stayed in a cache and all else were fused.
+    bytes: that these read and write and that gathers, scatters and slices move,
+      if nothing stayed in a cache and everything else were fused.
   """
 
   flops: float
@@ -48,13 +48,11 @@ class Work(NamedTuple):
 
 
 def work(jaxpr: Any, turns: float = 1.0) -> Work:
-  """Counts a traced program's work, loops as often as they turn.
+  """Counts a jaxpr's work, loops as often as they turn.
 
-  Args:
-    jaxpr: of `jax.make_jaxpr(...)`.
-    turns: mean turns of loops of unknown length that hold matrix products;
-      others (the walk down a tree) count once. Of branches the most expensive
-      counts.
+  `turns` are the mean turns of loops of unknown length that hold matrix
+  products; others (the walk down a tree) count once. Of branches the most
+  expensive counts.
   """
   flops, moved = 0.0, 0.0
   for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
@@ -95,9 +93,6 @@ def measure_roof(case: Case) -> tuple[Roof, list[Measurement]]:
   """Measures the machine's limits by large matrix products and a large triad.
 
   On accelerators the products are also measured in bfloat16.
-
-  Args:
-    case: has the sizes of both and the duration of the measurement.
   """
   size, length = case.matrix, case.triad
   kinds = ['float32'] + ['bfloat16'] * (jax.default_backend() != 'cpu')
@@ -142,7 +137,6 @@ def roof_rows(
     setting: its sizes.
     does: each update.
     speed: its updates per second.
-    roof: of the machine.
 
   Returns:
     GFLOP/s, as a share of what is attainable at its operations a byte, and
@@ -203,12 +197,8 @@ def free_bytes() -> float:
 def memory_in_use(forget: bool = False) -> tuple[float, float]:
   """Bytes in use now and at most, of the accelerator or of this process.
 
-  Args:
-    forget: what was in use before does not count any more; no accelerator
-      can forget, so let programs that need more come later.
-
-  Returns:
-    Both; NaN where the system does not say.
+  NaN where the system does not say. `forget` resets the maximum, but not on
+  accelerators, so let programs that need more come later.
   """
   stats = _accelerator_stats(jax.devices()[0])
   if stats:

@@ -1,14 +1,13 @@
 """How training scales: seeds in one program, devices, and the machine's roof.
 
-Seeds: one program that trains N seeds, and the program of one seed. Agent
-updates a second count those of all seeds. On a CPU this is done on one core:
-with more, the program of one seed spends a varying share of its CPU time (up
-to half of it) in waiting for work, and a ratio says little. Devices:
-the data-parallel update with the batch fixed (strong) and with the batch a
-device fixed (weak). Where there are only CPUs the devices are virtual ones of
-one machine, and measure what dividing the work costs, not what it gains.
-Roofline: every program's operations and bytes relative to the largest rates
-measured in the same process (Williams 2009).
+Seeds: one program of N seeds, and the program of one seed; updates a second are
+of all seeds. On a CPU this is done on one core: with more, the program of one
+seed spends up to half of its CPU time waiting for work, and ratios say little.
+Devices: the data-parallel update with the batch fixed (strong) and with the
+batch a device fixed (weak). If there are only CPUs the devices are virtual
+ones, and measure what dividing the work costs, not what it gains. Roofline:
+every program's operations and bytes relative to the largest rates measured in
+the same process (Williams 2009).
 """
 
 import dataclasses
@@ -58,12 +57,9 @@ SMALL = (
 
 
 class Subject(NamedTuple):
-  """What is trained.
+  """What is trained: an experiment on a JAX environment.
 
-  Attributes:
-    name: in the results.
-    experiment: on an environment in JAX.
-    seeds: N of each program.
+  `seeds` are N of each program.
   """
 
   name: str
@@ -77,10 +73,9 @@ def subjects(
   """What is trained, on Catch in JAX.
 
   Args:
-    preset: this one alone, on its own environment where that is in JAX; None
-      for a small MuZero and the presets of MuZero and EfficientZero.
+    preset: only this one, on its own environment if that is in JAX; None for a
+      small MuZero and the presets of MuZero and EfficientZero.
     settings: `field=value`, for all.
-    case: how many seeds of which.
 
   Raises:
     ValueError: see `build.describe`.
@@ -111,10 +106,7 @@ def scale_rows(
 ) -> Iterator[list[Measurement]]:
   """Yields rows as soon as they are measured: the roof, seeds, devices.
 
-  Args:
-    chosen: from `subjects`; the update of the second, or else of the first, is
-      the one that is divided over devices.
-    case: how much.
+  The update of the second subject, or of the only one, is divided over devices.
   """
   roof, rows = measure_roof(case)
   yield rows
@@ -135,7 +127,7 @@ class _Trainer(NamedTuple):
     start: `() -> work`, where `work(updates)` trains all seeds on.
     seconds: of compiling.
     carry: bytes of the seeds' state.
-    temporaries: bytes that the program needs in addition, says its compiler.
+    temporaries: additional bytes, according to the compiler.
     donated: bytes of the state that are written in place.
   """
 
@@ -147,7 +139,7 @@ class _Trainer(NamedTuple):
 
 
 def _trainer(subject: Subject, number: int | None) -> _Trainer:
-  """The program of some seeds under `vmap`, or of one without for None."""
+  """The program of N seeds under `vmap`, or for None of one without."""
   agent, source = _made(subject)
   init = functools.partial(loop.init, agent, source)
   interval = loop.compile_interval(agent, source)
@@ -207,14 +199,9 @@ def seed_rows(
 ) -> Iterator[list[Measurement]]:
   """Updates a second of N seeds in one program, and its memory.
 
-  Each program is measured in turns with that of one seed without `vmap`. A
-  measurement is of whole periods of acting and learning, after the replay has
-  been filled to where learning begins.
-
-  Args:
-    subject: what is trained.
-    roof: of these devices; None measures it first.
-    case: how much.
+  Each program is measured in turns with that of one seed without `vmap`, over
+  whole periods of acting and learning, after the warm-up. A `roof` of None is
+  measured first.
   """
   if roof is None:
     roof, rows = measure_roof(case)
@@ -276,7 +263,7 @@ def seed_rows(
 
 
 def _enough(task: Callable[[int], None], period: int, least: float) -> int:
-  """How many updates take that long, in whole periods; this starts the task."""
+  """How many updates take that long, in whole periods; starts the task."""
   task(period)
   start = time.perf_counter()
   task(period)
@@ -318,10 +305,10 @@ def _memory_rows(
 
 
 def scaling_rows(subject: Subject, roof: Roof, case: Case) -> list[Measurement]:
-  """`device_rows` of the accelerators here, or else of virtual devices."""
+  """`device_rows` of the accelerators here, else of virtual devices."""
   if jax.default_backend() != 'cpu':
     return device_rows(subject, roof, case)
-  # How many CPU devices there are is settled before the first use of jax.
+  # The number of CPU devices is fixed by the first use of jax.
   with timing.process(_make_virtual, max(case.devices)) as pool:
     return pool.submit(device_rows, subject, roof, case).result()
 
@@ -334,8 +321,8 @@ def device_rows(subject: Subject, roof: Roof, case: Case) -> list[Measurement]:
   """The data-parallel update over the first devices of this process.
 
   All are measured in turns. Ratios are to one device: by wall second the
-  speed-up, n on n devices at best; by CPU second, on virtual devices, 1 at
-  best, and what is missing is what dividing the work costs.
+  speed-up, at best n on n devices; by CPU second, on virtual devices, at best
+  1, and the rest is the cost of dividing the work.
   """
   rows = []
   devices = jax.devices()

@@ -31,11 +31,10 @@ def table_model(
   Priors, values and rewards are normal numbers, so that no scores tie.
 
   Args:
-    seed: of the table.
     batch: roots.
     actions: `A`.
-    width: float32 numbers that each embedding carries in addition to its
-      state; every step writes all of them.
+    width: float32 numbers that each embedding has in addition to its state;
+      every step writes all of them.
     states: rows of the table.
 
   Returns:
@@ -218,17 +217,17 @@ def _searches(
 _SAMPLES = 20
 _PLAIN = f'puct, {_SAMPLES} enumerated actions'
 _LATENT = 128
-# Models a measurement, since the depth of one model's trees is random.
+# Models a measurement, because the depth of a model's trees is random.
 _TREES = 4
 # Actions of a sampled set that the table model distinguishes.
 _DISTINGUISHED = 256
 
 
 class Family(NamedTuple):
-  """A policy over a kind of actions, in the words of `agents.sampled_muzero`.
+  """A policy over a kind of actions.
 
   Attributes:
-    policy: a `Config.policy`.
+    policy: of `agents.sampled_muzero.Config`.
     action: an `agents.core.types` spec.
   """
 
@@ -255,15 +254,10 @@ def sampled_table(
 ) -> tuple[Any, Any, Callable]:
   """`table_model` over sampled actions, with trees of the same shape.
 
-  Rewards and children are drawn independently for each state and action, as
-  they are in the plain model. Where actions are enumerated the priors are
-  uniform, as those of K different draws from a policy are.
-
-  Args:
-    seed: of the table.
-    batch: roots.
-    distribution: a `networks.actions.ActionDistribution`; None for `_SAMPLES`
-      enumerated actions.
+  Rewards and children are drawn independently for each state and action, as in
+  the plain model. Without a `networks.actions.ActionDistribution` there are
+  `_SAMPLES` enumerated actions with uniform priors, as those of K different
+  draws from a policy are.
 
   Returns:
     `(params, root, recurrent_fn)` for a search.
@@ -292,11 +286,8 @@ def sampled_network(
 ) -> tuple[Any, Any, Callable]:
   """A fresh learned model of an observation of 24 numbers.
 
-  Args:
-    seed: of parameters and observations.
-    batch: roots.
-    family: of actions; None for `_SAMPLES` enumerated actions. The networks
-      differ in the policy head and in the layer that reads the action.
+  Without a family there are `_SAMPLES` enumerated actions. The networks differ
+  in the policy head and in the layer that reads the action.
 
   Returns:
     `(params, root, recurrent_fn)` for a search.
@@ -350,7 +341,7 @@ def sampled_rows(case: Case) -> list[Measurement]:
   """Simulations a second over sampled and over enumerated actions.
 
   Evaluating the root's actions beforehand takes K more calls of the model a
-  root in one batch; it counts as no simulation and is measured separately.
+  root in one batch; these do not count as simulations.
   """
   rows = []
   for kind in ('table', 'network'):

@@ -34,24 +34,24 @@ def process(initializer: Callable, *args: Any):
 def on_one_core(
   measure: Callable[..., Iterable[list[Any]]], *args: Any
 ) -> Iterator[list[Any]]:
-  """Measures here on an accelerator, or else in a process of one CPU core.
+  """Measures here on an accelerator, else in a process of one CPU core.
 
-  With more cores a program spends a varying share of its CPU time in waiting
-  for work, and a ratio says little.
+  With more cores a program spends a varying share of its CPU time waiting for
+  work, and ratios say little.
 
   Args:
     measure: returns or yields lists of `Measurement`; of a module's top level.
     *args: of `measure`, which can be pickled.
 
   Yields:
-    The lists; one with all, their settings marked, where there is a process.
+    The lists; a single one, its settings marked, from a process.
   """
   import jax
 
   if jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):
     yield from measure(*args)
     return
-  # How many threads there are is settled before the first use of jax.
+  # The number of threads is fixed by the first use of jax.
   with process(one_core) as pool:
     rows = pool.submit(_together, measure, *args).result()
   yield [row._replace(setting=f'{row.setting}, one core') for row in rows]
@@ -82,7 +82,7 @@ class Measurement(NamedTuple):
     name: of the thing.
     setting: its sizes.
     unit: of the next numbers.
-    median: over repeats, by wall second where it is a speed.
+    median: over repeats; of a speed, by wall second.
     low: the slowest repeat.
     high: the fastest repeat.
     per_cpu_second: median by CPU second.
@@ -107,7 +107,7 @@ class Measurement(NamedTuple):
 def once(
   what: str, name: str, setting: str, unit: str, number: float, note: str = ''
 ) -> Measurement:
-  """A number that was measured once, and is no speed."""
+  """A number that was measured once, and is not a speed."""
   each = number, number, number, math.nan
   return Measurement(what, name, setting, unit, *each, note=note)
 
@@ -129,11 +129,10 @@ def interleaved(
   """Times tasks in turns, so that a change of load meets all of them.
 
   Args:
-    tasks: each is called once first, to compile, and must return only when
-      its work is done.
+    tasks: each is called once first, to compile, and must return only when its
+      work is done.
     repeats: rounds.
-    least_seconds: a task is called in a row until a measurement takes about
-      this long.
+    least_seconds: a task is repeated until a measurement takes about this.
     clocks: wall and CPU time, in seconds.
 
   Returns:

@@ -269,7 +269,7 @@ def _estimate(prediction, error, operator, beta, correction, k) -> Estimate:
 
 
 def slopes(rows: Sequence[Estimate]) -> list[tuple[str, str, str, float]]:
-  """`(operator, beta, correction, slope)`, of log rmse over log K from K = 32."""
+  """`(operator, beta, correction, slope)`s, of log rmse over log K from 32."""
   groups: dict[tuple[str, str, str], list[Estimate]] = {}
   for row in rows:
     if row.k >= _FIT_FROM:
