@@ -260,7 +260,7 @@ ROWS = {
     'transitions=99999999: takes ... of memory at least'
   ),
   'benchmark --seeds=3': 'flag --seeds=3: has no effect without --suite=scale',
-  'benchmark --suite=compile': 'target=: name one at least, such as h100 or v',
+  'benchmark --suite=compile': 'target=: name at least one, such as h100 or v',
   'benchmark --suite=compile --target=h200': 'target=h200: must be h100, h100:',
   'benchmark --suite=compile,search --target=cpu': (
     'suite=compile: writes a CSV with other columns; run it without '

@@ -24,9 +24,7 @@ from typing import Any, NamedTuple
 class Params(NamedTuple):
   """The parameters of a planner's model.
 
-  Attributes:
-    agent: the parameters of actor and critic, an agent's `state.params`.
-    dynamics: the parameters of the dynamics; None for exact dynamics.
+  `agent` is an agent's `state.params`; `dynamics` is None for exact ones.
   """
 
   agent: Any
@@ -88,11 +86,8 @@ EXACT = {
 def exact(env: Any) -> Dynamics:
   """The dynamics of a simulator, with its state recovered from observations.
 
-  Time limits are left out: nothing is ever truncated.
-
-  Args:
-    env: an unbatched `search.model.Environment` without chance, whose
-      observation determines its state.
+  Time limits are left out: nothing is ever truncated. The environment is
+  unbatched and without chance.
 
   Raises:
     ValueError: its state cannot be recovered from its observation.
@@ -122,11 +117,8 @@ def exact(env: Any) -> Dynamics:
 def learned(ensemble: Any, reward_factor: float = 1.0) -> Dynamics:
   """The mean prediction of an ensemble's elites, as dynamics.
 
-  Args:
-    ensemble: a `networks.ensemble.Ensemble`; its parameters are
-      `agents.core.rollout.ModelParams`.
-    reward_factor: the factor of the rewards in its training data, which is
-      divided out.
+  The parameters are `agents.core.rollout.ModelParams`. Rewards are divided by
+  `reward_factor`, that of the training data.
   """
   from agents.core import rollout
 
@@ -173,24 +165,19 @@ def planning_model(
   num: int = 8,
   proposal: str = 'actor',
 ) -> Any:
-  """The model of a planner, over `Params`.
+  """The `search.model.Model` of a planner, with `actions`, over `Params`.
 
   The value of a state is the critic's value of the actor's mode there, in the
-  critic's units: rewards are multiplied by `reward_factor`.
+  critic's units: rewards are multiplied by `reward_factor`. Prior logits are 0.
 
   Args:
-    agent: an agent whose `act` and `exploit` read observations only.
+    agent: its `act` and `exploit` read only observations.
     q: from `critic_value`.
-    dynamics: from `exact` or `learned`.
-    spec: the environment's spec.
     gamma: discount per decision.
-    reward_factor: the factor of the rewards in the critic's training data.
+    reward_factor: of the rewards in the critic's training data.
     num: K, number of candidates per state: the actor's mode and K - 1 more.
     proposal: where these come from: drawn from the exploring `'actor'`, or
       uniformly from the `'box'` of all actions.
-
-  Returns:
-    A `search.model.Model` with `actions`; its prior logits are all 0.
 
   Raises:
     ValueError: an argument is out of range.

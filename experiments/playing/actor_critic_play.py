@@ -1,7 +1,7 @@
 """Plays an agent that was trained offline with a planner on top of it.
 
 This is model predictive control: at every decision, the planner starts from the
-real simulator's observation. The actor proposes actions and rolls out, and the
+simulator's observation. The actor proposes actions and rolls out, and the
 critic gives the terminal cost (`actor_critic_model`). The model is the exact
 simulator, or the ensemble that a run of `dynamics` or COMBO learned from data.
 `planners` describes the names of players.
@@ -21,12 +21,7 @@ from experiments.report import terminal
 
 
 class Budget(NamedTuple):
-  """Numbers of candidate actions.
-
-  Attributes:
-    candidates: K at the first stage.
-    later: K at each later stage.
-  """
+  """Numbers of candidate actions, at the first and at later stages."""
 
   candidates: int = 8
   later: int = 4
@@ -40,18 +35,10 @@ def make_player(
   budget: Budget,
   value: str = 'min',
 ) -> Callable[..., Any]:
-  """A player that plans over an actor and a critic.
+  """A player that plans over an actor and a critic, not compiled yet.
 
-  Args:
-    strategy: from `planners.parse`.
-    trained: from `actor_critic_runs.load`; its parameters are not read.
-    dynamics: an `actor_critic_model.Dynamics`.
-    budget: numbers of candidates.
-    value: how critics are reduced, as in `actor_critic_model.critic_value`.
-
-  Returns:
-    `(actor_critic_model.Params, key, timestep) -> action [B, D]`, not
-    compiled yet.
+  It is `(actor_critic_model.Params, key, timestep) -> action [B, D]`; `value`
+  is as in `actor_critic_model.critic_value`. Parameters are not read.
 
   Raises:
     ValueError: an argument is out of range.
@@ -126,10 +113,7 @@ def compare(
   """Adds a planner's gain over the policy, and its cost, to its row.
 
   Args:
-    row: the summary of the planner's episodes.
-    strategy: the planner.
     dynamics: `exact` or `learned`.
-    budget: numbers of candidates.
     returns: the planner's returns, `[episodes]`.
     policy: the policy's returns from the same initial states, `[episodes]`.
   """
@@ -192,11 +176,6 @@ def _strategy(name: str, experiment: Any) -> planners.Strategy:
 
 def decider(name: str, experiment: Any, values: Any) -> tuple[Any, Any]:
   """A player like `acting.make_decider`'s, with no value, and its parameters.
-
-  Args:
-    name: the player's name, in the grammar of `planners`.
-    experiment: the run's experiment.
-    values: the flags of `experiments.play`.
 
   Raises:
     UserError: the run, the player or the dynamics cannot be used.

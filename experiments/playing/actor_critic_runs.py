@@ -10,15 +10,7 @@ AGENTS = ('atac', 'combo', 'cql', 'iql', 'sac', 'td3_bc')
 
 
 class Trained(NamedTuple):
-  """A finished run of an agent with an actor and a critic.
-
-  Attributes:
-    experiment: the run's experiment.
-    agent: its agent.
-    networks: the agent's networks.
-    params: the agent's parameters.
-    spec: the environment's spec.
-  """
+  """A finished run of an agent with an actor and a critic."""
 
   experiment: Any
   agent: Any
@@ -34,14 +26,7 @@ class Trained(NamedTuple):
 
 
 class Learned(NamedTuple):
-  """The model of a finished run.
-
-  Attributes:
-    dynamics: an `actor_critic_model.Dynamics`.
-    params: its parameters.
-    spec: the environment's spec.
-    env_name: the environment's name.
-  """
+  """The model of a finished run: an `actor_critic_model.Dynamics`."""
 
   dynamics: Any
   params: Any
@@ -54,10 +39,7 @@ def load(
 ) -> Trained:
   """Loads the actor and critic of a run.
 
-  Args:
-    workdir: the run's folder.
-    checkpoint: the name of the checkpoint.
-    env: the environment that the user named, as in `saved.load_experiment`.
+  `env` is the user's, as in `saved.load_experiment`.
 
   Raises:
     UserError: no such run, or its agent has no actor with a critic.
@@ -93,12 +75,7 @@ def load(
 def load_dynamics(
   workdir: str, checkpoint: str = 'final', env: str | None = None
 ) -> Learned:
-  """Loads the ensemble of a run of COMBO or of `dynamics`.
-
-  Args:
-    workdir: the run's folder.
-    checkpoint: the name of the checkpoint.
-    env: the environment that the user named, as in `saved.load_experiment`.
+  """Loads the ensemble of a run of COMBO or of `dynamics`; see `load`.
 
   Raises:
     UserError: no such run, or it has learned no ensemble.
@@ -145,12 +122,9 @@ def simulator(experiment: Any) -> Any:
 def find_dynamics(
   name: str, trained: Trained, env: str | None = None
 ) -> tuple[Any, Any]:
-  """Finds dynamics and their parameters by name.
+  """Dynamics for an actor and critic, and their parameters.
 
-  Args:
-    name: `exact`, or the folder of a run.
-    trained: the actor and critic that will plan in them.
-    env: the environment that the user named, as in `saved.load_experiment`.
+  `name` is `exact`, or the folder of a run; `env` is as for `load`.
 
   Raises:
     UserError: not found, or they belong to another environment.

@@ -24,11 +24,10 @@ def make_player(
   """Makes a player from its name, with the parameters of its run.
 
   Args:
-    name: a name in the grammar of `playing.planners`, or one known to `host`.
+    name: in the grammar of `playing.planners`, or known to `host`.
     workdir: the run of a name that does not contain one.
     own: that run's `build.Experiment`.
-    game: the rules of the run's environment.
-    host: `(name) -> Player`, from `other_players`; None if there are none.
+    host: from `other_players`; None if there are none.
     usual: the checkpoint for a name that does not contain a run.
 
   Raises:
@@ -70,15 +69,12 @@ def make_player(
 def other_players(game: Any) -> Callable[[str], players.Player | None]:
   """Finds opponents from outside this suite: `solver`, `pubeval`, `gnubg=N`.
 
-  Args:
-    game: the rules.
-
   Returns:
-    `(name) -> Player`, None for any other name. It raises `UserError` for an
-    opponent that does not play this game or is not installed.
+    `(name) -> Player`, None for any other name.
 
   Raises:
-    UserError: raised by the returned function only.
+    UserError: by that function, for an opponent that does not play this game or
+      is not installed.
   """
 
   def find(name):
@@ -113,15 +109,12 @@ def matches(
   seed: int = 0,
   report: Callable[[match.Result], None] = lambda result: None,
 ) -> list[match.Result]:
-  """Plays every player against every opponent, on the same openings.
+  """Plays each of `ours` against each of `others`, on the same openings.
 
   Args:
-    game: the rules.
-    ours: the players whose scores are reported.
-    others: their opponents.
-    openings: number of openings; each is played twice.
+    openings: each is played twice.
     opening_plies: number of random moves before a game.
-    seed: seed of openings, chance and players that draw their moves.
+    seed: of openings, chance and players that draw their moves.
     report: called with each result as soon as it is known.
 
   Raises:

@@ -14,12 +14,9 @@ _BAR = 25
 def show(game: Any, state: Any, side: int = 0) -> str:
   """A position as text, `X` for player 0 and `O` for player 1.
 
-  Args:
-    game: the rules of backgammon, or of a game whose observation is
-      `[rows, columns, planes]`, with the mover's stones in the first plane and
-      the opponent's in the second.
-    state: one position.
-    side: the player from whose side a backgammon board is shown.
+  The game is backgammon, shown from one side, or has observations `[rows,
+  columns, planes]`, with the mover's stones in the first plane and the
+  opponent's in the second.
   """
   if hasattr(state, 'dice'):
     return _backgammon(state, side)
@@ -43,15 +40,10 @@ def show(game: Any, state: Any, side: int = 0) -> str:
 def legal_moves(game: Any, state: Any) -> dict[str, Any]:
   """The legal actions in a position, by the name that a person types.
 
-  Args:
-    game: the rules.
-    state: one position.
-
-  Returns:
-    Names and actions. The name is the action's number where actions are columns
-    or the board is small; `d3` for column d and row 3 of a larger board; for a
-    turn of backgammon the moves of its stones, in the mover's numbering of the
-    points, and the points where they hit; or `pass`.
+  The name is the action's number if actions are columns or the board is small;
+  `d3` for column d and row 3 of a larger board; for a turn of backgammon the
+  moves of its stones, in the mover's numbering of the points, and the points
+  where they hit; or `pass`.
   """
   if game.candidates is None:
     invalid = np.asarray(game.invalid_actions(state))
@@ -90,15 +82,10 @@ def _namer(game):
 
 
 def read_move(text: str, legal: dict[str, Any]) -> str:
-  """Finds the legal move that a person has typed.
+  """The name in `legal` of the move that a person has typed.
 
-  Args:
-    text: a name from `legal`; a turn of backgammon may be given in any order,
-      in any steps and without its hits: `8/7 13/7`, `13/8/7`, `24/22(2)`.
-    legal: from `legal_moves`.
-
-  Returns:
-    A name from `legal`.
+  A turn of backgammon may be given in any order, in any steps and without its
+  hits: `8/7 13/7`, `13/8/7`, `24/22(2)`.
 
   Raises:
     ValueError: the text fits no legal move, or more than one.

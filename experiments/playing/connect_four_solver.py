@@ -4,7 +4,7 @@ python -m experiments.study connect_four_positions --positions=300
 
 writes positions in which a move can lose the game's value, with the value of
 every move. The solver is bitbully (`pip install 'outplay[opponents]'`, AGPL);
-scoring a player on the saved positions does not need it.
+scoring a player on saved positions does not need it.
 
 Axes: `P` positions.
 """
@@ -28,10 +28,9 @@ class Judged(NamedTuple):
   """Positions and the value of every move in them.
 
   Attributes:
-    moves: the moves from the empty board to each position, a string of column
-      digits per position.
-    value: float64 `[P, 7]`, 1 won, 0 drawn, -1 lost for the player to move;
-      NaN where the column is full.
+    moves: from the empty board to each position, a string of digits.
+    value: float64 `[P, 7]`, 1 won, 0 drawn, -1 lost for the player to move; NaN
+      where the column is full.
     score: float64 `[P, 7]`, the solver's score, which is higher for an earlier
       win and a later loss.
   """
@@ -103,12 +102,7 @@ def positions(moves: Sequence[str]) -> Any:
 
 
 def judge(action: np.ndarray, judged: Judged) -> Verdict:
-  """Compares a player's moves with the values of all moves.
-
-  Args:
-    action: int `[P]`, the player's columns.
-    judged: the positions and the values of their moves.
-  """
+  """Compares a player's moves, int `[P]`, with the values of all moves."""
   rows = np.arange(len(judged.moves))
   best = np.nanmax(judged.value, axis=1)
   kept = judged.value[rows, action] == best

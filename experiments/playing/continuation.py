@@ -13,11 +13,8 @@ def continue_text(
 ) -> None:
   """Prints a trained network's continuation of a prompt.
 
-  Args:
-    experiment: from `saved.load_experiment`.
-    workdir: the run's folder.
-    name: the checkpoint's name.
-    options: the flags `prompt`, `tokens`, `temperature` and `seed`.
+  `name` is the checkpoint's; `options` are the flags `prompt`, `tokens`,
+  `temperature` and `seed`.
 
   Raises:
     UserError: no prompt, or no such run or checkpoint.

@@ -69,11 +69,6 @@ def _players(experiment, agent, values):
 def decider(name: str, experiment: Any, agent: Any) -> tuple[int, Any]:
   """A player's number of simulations and its `acting.make_decider` function.
 
-  Args:
-    name: the player's name, in the grammar of `planners`.
-    experiment: the run's experiment.
-    agent: from `build.make_agent`.
-
   Raises:
     UserError: the agent cannot be combined with this planner.
   """

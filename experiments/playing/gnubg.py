@@ -2,7 +2,7 @@
 
 They come from the package gnubg-nn (GPL), an extra that no other module
 imports: `pip install 'outplay[opponents]'`. A `Player` chooses whole turns for
-many games at once; `planned` makes one from a function of time steps.
+many games at once.
 
 Plies are counted as in gnubg: 0-ply evaluates the boards after its own turn,
 which is one stage of lookahead.
@@ -30,9 +30,9 @@ class Match(NamedTuple):
   """The result of games between two players.
 
   Attributes:
-    points: float `[games]`, the first player's points; games `2 i` and
-      `2 i + 1` had the same dice, and the first player began game `2 i`.
-    turns: int `[games]`, number of turns of both players.
+    points: float `[games]`, the first player's; games `2 i` and `2 i + 1` had
+      the same dice, and the first player began game `2 i`.
+    turns: int `[games]`, of both players.
   """
 
   points: np.ndarray
@@ -56,8 +56,8 @@ class Judged(NamedTuple):
   Attributes:
     board: int8 `[2, 26]`.
     dice: int8 `[2]`.
-    after: int8 `[N, 2, 26]`, the boards that the turn may lead to, with the
-      mover's side first.
+    after: int8 `[N, 2, 26]`, the boards that the turn may lead to, the mover's
+      side first.
     equity: float `[N]`, the mover's expected points on each of these boards.
   """
 
@@ -146,7 +146,6 @@ def random_player(
   Args:
     boards: int8 `[B, 2, 26]`.
     dice: int8 `[B, 2]`.
-    generator: draws the choices.
 
   Returns:
     Boards after the turn, int8 `[B, 2, 26]`.
@@ -185,9 +184,6 @@ def _move(board, source, target):
 def gnubg(plies: int = 0) -> Player:
   """GNU Backgammon's networks, for play without the doubling cube.
 
-  Args:
-    plies: gnubg's number of plies, 0 or more.
-
   Raises:
     UserError: gnubg-nn is not installed.
     ValueError: negative plies.
@@ -214,10 +210,7 @@ def _one_by_one(one) -> Player:
 
 
 def player(name: str) -> players.Player:
-  """Makes an opponent for `experiments.playing.match` from its name.
-
-  Args:
-    name: `pubeval`, `gnubg` or `gnubg=PLIES`.
+  """An opponent for `match`: `pubeval`, `gnubg` or `gnubg=PLIES`.
 
   Raises:
     UserError: any other name, or gnubg-nn is not installed.
@@ -248,12 +241,9 @@ def player(name: str) -> players.Player:
 
 
 def planned(choose: Callable[[Any, Any], Any], size: int) -> Player:
-  """Makes a `Player` from a function of batched time steps of self-play.
+  """Makes a `Player` from a compiled function of batched time steps.
 
-  Args:
-    choose: `(key, timestep) -> action [B, 2, 26]`, compiled; such as
-      `jax.jit(lambda key, t: planner(model, params, key, t).action)`.
-    size: B, to which every batch is padded.
+  It is `(key, timestep) -> action [B, 2, 26]`; batches are padded to B.
   """
   import jax
   import jax.numpy as jnp
@@ -284,11 +274,7 @@ def planned(choose: Callable[[Any, Any], Any], size: int) -> Player:
 def match(first: Player, second: Player, games: int, seed: int = 0) -> Match:
   """Plays games in pairs with the same dice; each player begins once.
 
-  Args:
-    first: the player whose points are counted.
-    second: its opponent.
-    games: number of games, rounded up to a multiple of 2.
-    seed: seed of dice and players.
+  `games` are rounded up to an even number; the first player's points count.
 
   Raises:
     ValueError: fewer than one game, or a player returned an impossible board.
@@ -345,9 +331,7 @@ def contact_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Turns with a choice and with contact, from pubeval's games with itself.
 
-  Args:
-    number: number of turns, each from a different game.
-    seed: seed of the dice.
+  Each is from a different game.
 
   Returns:
     Boards int8 `[number, 2, 26]` and dice int8 `[number, 2]`.
@@ -377,7 +361,7 @@ def judge(boards: np.ndarray, dice: np.ndarray, plies: int = 1) -> list[Judged]:
   Args:
     boards: int8 `[B, 2, 26]`.
     dice: int8 `[B, 2]`.
-    plies: number of plies that gnubg looks ahead after the turn.
+    plies: that gnubg looks ahead after the turn.
   """
   nn, judged = library(), []
   for board, roll in zip(boards, dice):
@@ -399,11 +383,6 @@ def equity_loss(
   player: Player, judged: Sequence[Judged], seed: int = 0
 ) -> Loss:
   """The equity that a player loses against a judge's best choices.
-
-  Args:
-    player: the player to judge.
-    judged: from `judge`.
-    seed: seed of the player.
 
   Raises:
     ValueError: the player chose a board that the judge does not list.

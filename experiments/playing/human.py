@@ -1,7 +1,4 @@
-"""A game in the terminal between a person and a player.
-
-`experiments.play --human` calls this. The player's values are printed.
-"""
+"""A game in the terminal between a person and a player."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +23,7 @@ class _Turn(NamedTuple):
 
 
 class _Decision(NamedTuple):
-  """A decision of the agent: the action, its name, the mover's value (None for
-  a player without a network) and a list of the best moves."""
+  """The agent's action, its name, the mover's value and the best moves."""
 
   action: Any
   name: str
@@ -46,12 +42,13 @@ def against_person(
 ) -> float | None:
   """Plays one game against the person at the terminal.
 
+  If the player has a network, its value of each position is printed, and the
+  values of its best few moves.
+
   Args:
     game: the rules; sides move in turn, or pass.
-    player: the opponent. If it has a network, its value of each position is
-      printed, and the values of its best few moves after each move.
     begins: whether the person moves first.
-    seed: seed of chance.
+    seed: of chance.
     ask: prints a prompt and returns the answer; EOFError quits.
     tell: prints a text.
 
@@ -130,17 +127,11 @@ def _decider(game, player, key) -> Callable[[_Turn, Any], _Decision]:
 
 
 def opinion(legal: dict[str, Any], output: Any) -> str:
-  """Lists the best few moves of a decision, one a line.
+  r"""Lists the best few moves of a `search.model.PolicyOutput`, one a line.
 
-  Args:
-    legal: from `boards.legal_moves`.
-    output: a `search.model.PolicyOutput` of one position: a move's share is its
-      weight in the improved policy (of visits with `puct`), and its value is
-      the mover's.
-
-  Returns:
-    `'\\n  NAME  share 40%  value +0.21'` for each move, `''` if the output has
-    neither weights nor values of moves.
+  A move's share is its weight in the improved policy (of visits with `puct`),
+  and its value is the mover's: `'\n  NAME  share 40%  value +0.21'`. It is `''`
+  if the output has neither weights nor values of moves.
   """
   values = output.qvalues
   weights = np.asarray(output.action_weights)[0]

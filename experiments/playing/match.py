@@ -20,9 +20,9 @@ class Games(NamedTuple):
   """The points of one player in a match, numpy arrays.
 
   Attributes:
-    first: float64 `[P]`, points in the games that it began.
-    second: float64 `[P]`, points in the games that its opponent began.
-    plies: length of the longest game.
+    first: float64 `[P]`, in the games that it began.
+    second: float64 `[P]`, in the games that its opponent began.
+    plies: of the longest game.
   """
 
   first: np.ndarray
@@ -36,24 +36,24 @@ class Result(NamedTuple):
   Attributes:
     player: the player's name.
     opponent: the opponent's name.
-    games: number of games, twice the number of openings.
-    wins: number of games that the player won.
-    draws: number of games that nobody won.
-    losses: number of games that the player lost.
+    games: twice the number of openings.
+    wins: of the player.
+    draws: games that nobody won.
+    losses: of the player.
     score: share of games won, with a draw as half a win.
-    score_se: standard error of the score over openings, because the two games
-      of an opening are not independent.
-    points: the player's points per game; differs from `score` in games where
-      a win may count more than one point.
-    points_se: standard error of the points over openings.
+    score_se: standard error over openings, because the two games of an opening
+      are not independent.
+    points: the player's points per game; differs from `score` if a win may
+      count more than one point.
+    points_se: standard error over openings.
     elo: Elo difference for this score; infinite if all games are won or lost.
-    elo_low: lower end of its 95% interval; binomial, with half a game added to
-      either side, if all openings have the same score.
-    elo_high: upper end of that interval.
+    elo_low: of its 95% interval; binomial, with half a game added to either
+      side, if all openings have the same score.
+    elo_high: likewise.
     evaluations: network evaluations per decision of the player if all actions
       are legal; None if they depend on the game's length.
     ms_per_decision: wall milliseconds per decision of the player, in a batch of
-      P decisions; None for players without a network.
+      P decisions; None without a network.
   """
 
   player: str
@@ -74,16 +74,9 @@ class Result(NamedTuple):
 
 
 def openings(game: Any, num: int, plies: int, seed: int = 0) -> Any:
-  """Draws distinct unfinished positions after random moves.
+  """Draws P distinct unfinished positions, `[P, ...]`, after random moves.
 
-  Args:
-    game: the rules.
-    num: P, at least 1.
-    plies: number of random moves, at least 0; with 0, positions repeat.
-    seed: seed of the moves.
-
-  Returns:
-    Positions, a pytree of `[P, ...]`.
+  With 0 plies, positions repeat.
 
   Raises:
     ValueError: a number is out of range, or too few positions were found.
@@ -146,11 +139,8 @@ def play(
 
   Args:
     game: the rules; sides move in turn.
-    player: the player whose points are counted.
-    opponent: its opponent.
     starts: from `openings`.
-    seed: seed of chance and of players that draw their moves.
-    max_plies: the most plies that a game may take.
+    seed: of chance and of players that draw their moves.
     progress: called with the number of each ply before it is played.
 
   Raises:

@@ -44,11 +44,7 @@ def make(
   """Makes a player of a game.
 
   Args:
-    name: the player's name.
-    strategy: from `planners.parse`.
-    model: the agent's model, an exact one.
-    params: the agent's parameters.
-    game: the rules.
+    model: the agent's, an exact one.
     search: the agent's `planning.SearchConfig`, for a tree search's constants;
       None for the defaults.
     base: the agent's `exploit`, which plays rollouts if the model has

@@ -1,8 +1,7 @@
 """Draws a trained agent at play: `experiments.play --record=FILE`.
 
 A .gif file is an animation of every time step; a .png file shows some of them
-side by side. Drawing is a pure function from an observation or a position to
-a uint8 image `[H, W, 3]`.
+side by side.
 """
 
 import itertools
@@ -25,16 +24,14 @@ def episode(
 ) -> list[pictures.Frame]:
   """Draws an episode, from its first time step to its last.
 
+  A caption has the number of decisions so far, the last reward, the
+  undiscounted return so far and the planner's value.
+
   Args:
     env: a pure environment, or host simulators, of which the first is drawn.
     decide: `(params, key, timestep) -> (action [B, ...], value [B] or None)`.
-    params: the agent's parameters.
-    seed: seed of the environment and the planner.
+    seed: of the environment and the planner.
     limit: the most time steps to draw.
-
-  Returns:
-    A frame per time step; its caption has the number of decisions so far, the
-    last reward, the undiscounted return so far and the planner's value.
 
   Raises:
     UserError: this environment cannot be drawn.
@@ -97,17 +94,10 @@ def match_frames(
   seed: int = 0,
   limit: int = pictures.LONGEST,
 ) -> list[pictures.Frame]:
-  """Draws a game between two players.
+  """Draws a game between two `players.Player`; the first begins.
 
-  Args:
-    game: the rules.
-    sides: two `players.Player`; the first begins.
-    seed: seed of chance and of the players.
-    limit: the most positions to draw.
-
-  Returns:
-    A frame per position; its caption has the players, the number of moves so
-    far and the mover's value, or the winner in the last frame.
+  A caption has the players, the number of moves so far and the mover's value,
+  or the winner in the last frame.
 
   Raises:
     UserError: this game's board cannot be drawn.
