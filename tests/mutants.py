@@ -93,14 +93,14 @@ MUTANTS = (
     'experiments/runtime/loop.py',
     'agent_key, _ = jax.random.split(jax.random.fold_in(key, 2**31 - 1))',
     'agent_key, _ = jax.random.split(jax.random.key(0))',
-    'tests/test_loop.py',
+    'tests/test_loop_resume.py',
     'agent_and_source_begin',
   ),
   Mutant(
     'experiments/runtime/loop.py',
     'jax.random.split(jax.random.fold_in(key, carry.step))',
     'jax.random.split(jax.random.fold_in(jax.random.key(0), carry.step))',
-    'tests/test_loop.py',
+    'tests/test_loop_resume.py',
     'every_step_draws',
   ),
   Mutant(
