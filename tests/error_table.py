@@ -226,10 +226,10 @@ TABLE = {
   ),
   'plots --workdirs=none': 'workdirs=none: there is none; name folders',
   'plots --workdirs=empty': "workdirs=empty: holds no run's config.json; name",
-  'plots --workdirs=typed': 'typed/metrics.csv: there is none; has the run',
+  'plots --workdirs=typed': 'typed/metrics.csv: is missing; has the run',
   'plots --workdirs=catch --y=zzz': 'has no column zzz; there are step',
-  'plots --workdirs=catch --y=loss': 'loss is no number',
-  'plots --workdirs=words': 'words/config.json: seed is no number',
+  'plots --workdirs=catch --y=loss': 'loss is not a number',
+  'plots --workdirs=words': 'words/config.json: seed is not a number',
   'study connect_four_players --folder=none': (
     'folder=none: no finished runs ... train them'
   ),

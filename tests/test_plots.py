@@ -394,6 +394,6 @@ def test_launcher_errors_are_one_line(tmp_path):
   )
   assert done.returncode == 2
   assert done.stderr == (
-    f'error: workdirs={tmp_path}/no_*: there is none; name folders that '
-    'experiments.train has made\n'
+    f'error: workdirs={tmp_path}/no_*: there is none; name folders of '
+    'experiments.train\n'
   )

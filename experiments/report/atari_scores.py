@@ -1,9 +1,9 @@
 """Scores of Atari-100k: a random player, a human, and two published agents.
 
-Raw scores of the game after 100,000 decisions (400,000 frames). Random and
-human are those of Mnih et al. 2015 and its successors; MuZero and EfficientZero
-are printed in Ye et al. 2021 (EfficientZero: 3 runs of 32 evaluations a game).
-All are as tabulated by Alonso et al. 2024 (DIAMOND), Table 6.
+Raw scores after 100,000 decisions (400,000 frames). Random and human are those
+of Mnih et al. 2015 and its successors; MuZero and EfficientZero are from Ye et
+al. 2021 (EfficientZero: 3 runs of 32 evaluations a game). All are as tabulated
+by Alonso et al. 2024 (DIAMOND), Table 6.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,13 +72,10 @@ def human_normalised(game: str, score: float) -> float:
 def score_table(scores: Mapping[str, Sequence[float]]) -> list[list[str]]:
   """Human-normalised scores of one method, next to published ones.
 
-  Args:
-    scores: game -> raw scores of its runs.
-
-  Returns:
-    Rows of text, the header first: a row a game, then mean, median and IQM
-    over exactly these games with stratified bootstrap intervals. Published
-    numbers are means of games; no intervals are known.
+  Rows of text, the header first: a row a game, then mean, median and IQM over
+  exactly these games with stratified bootstrap intervals. Published numbers are
+  means of games without known intervals. `scores` maps games to raw scores of
+  runs.
   """
   aggregates = {
     'mean': lambda s: np.mean([np.mean(x) for x in s]),

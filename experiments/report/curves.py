@@ -23,7 +23,7 @@ class Curve(NamedTuple):
   Attributes:
     x: float64 `[P]`, a grid over the part that all of its runs have.
     mean: float64 `[P]`.
-    low: float64 `[P]`, end of the 95% bootstrap interval over seeds.
+    low: float64 `[P]`, of the 95% bootstrap interval over seeds.
     high: float64 `[P]`.
     runs: how many.
   """
@@ -48,7 +48,7 @@ def learning_curves(
   Args:
     workdirs: folders, or patterns of them.
     x: a column of metrics.csv: `decisions`, or `step` for updates.
-    y: a column of metrics.csv.
+    y: another.
     smooth: rows in the moving average that ends at each row.
     points: of the grid.
 
@@ -161,11 +161,11 @@ class Pooled(NamedTuple):
     simulations: a decision; 0 is the network alone.
     seeds: how many.
     return_mean: mean over seeds.
-    return_low: end of its 95% interval over seeds (Student's).
-    return_high: the other end.
+    return_low: of its 95% interval over seeds (Student's).
+    return_high: likewise.
     gain_mean: mean over seeds of search minus network alone, same run.
-    gain_low: end of its 95% interval over seeds, paired by seed.
-    gain_high: the other end.
+    gain_low: of its 95% interval over seeds, paired by seed.
+    gain_high: likewise.
   """
 
   group: str
@@ -186,13 +186,8 @@ def aggregate_evaluations(
 ) -> list[Pooled]:
   """Pools the final evaluations over seeds, to see what search adds.
 
-  Args:
-    workdirs: folders, or patterns of them.
-    name: the file in each folder.
-
-  Returns:
-    A row for each group, checkpoint, planner and budget, over the seeds that
-    have it. Intervals are NaN for one seed.
+  There is a row for each group, checkpoint, planner and budget, over the seeds
+  that have it. Intervals are NaN for one seed.
 
   Raises:
     UserError: see `find_runs`; a run without the file or its network's row.
@@ -273,8 +268,8 @@ def budget_figure(
   Args:
     evaluation: evaluation.csv, its rows, or `Pooled` rows of one group.
     path: of the picture; its suffix is the format.
-    title: None takes agent, environment and seed of the config.json next to
-      the CSV.
+    title: None takes agent, environment and seed of the config.json next to the
+      CSV.
 
   Raises:
     UserError: no such file, or columns missing.
@@ -381,12 +376,12 @@ def _budget_label(
 
 
 def final_score(workdir: Path) -> float:
-  """A finished run's return: of its final checkpoint with the most search.
+  """A finished run's return, of its final checkpoint with the most search.
 
   Without evaluation.csv it is the last `eval_return` of metrics.csv.
 
   Raises:
-    UserError: if there is neither.
+    UserError: there is neither.
   """
   path = pathlib.Path(workdir) / 'evaluation.csv'
   if path.exists():
@@ -397,7 +392,7 @@ def final_score(workdir: Path) -> float:
 
 
 def scores_by_game(runs: Iterable[Run]) -> dict[str, dict[str, list[float]]]:
-  """Raw scores: method -> game -> one for each seed; other games left out."""
+  """Raw scores: method -> game -> one for each seed; Atari-100k only."""
   scores = {}
   for run in runs:
     game = atari_scores.game_of(run.env)

@@ -15,7 +15,7 @@ from experiments.files.errors import UserError
 STONES = ((214, 69, 65), (244, 196, 48))
 BOARD, EMPTY = (38, 70, 110), (232, 236, 240)
 PAPER, ROD, TORQUE, INK = (255, 255, 255), (60, 90, 140), (214, 69, 65), 32
-# Of planes that are no colours, on black.
+# Colours of planes, on black.
 _PLANES = (
   (244, 196, 48),
   (70, 130, 200),
@@ -48,8 +48,7 @@ def draw_pixels(observation: np.ndarray, frame_stack: int = 1) -> np.ndarray:
   Args:
     observation: `[H, W, C]`, uint8 or float in [0, 1]; the newest frame is the
       last `C / frame_stack` channels: one is grey, three of uint8 are RGB, and
-      all else are planes that get a colour each.
-    frame_stack: frames in it.
+      others are planes with a colour each.
 
   Returns:
     uint8 `[h, w, 3]`, about 240 high, at least H by W.
@@ -81,8 +80,7 @@ def draw_pendulum(
   Args:
     observation: float `[3]`, cosine and sine of the angle, 0 upright, and the
       angular speed.
-    torque: in [-2, 2]; an arc from the top, 75 degrees for a torque of 1. None
-      draws none.
+    torque: in [-2, 2]; an arc from the top, 75 degrees for a torque of 1.
 
   Returns:
     uint8 `[240, 240, 3]`.
@@ -162,15 +160,12 @@ def captioned(frame: Frame) -> np.ndarray:
 def drawing(spec: Any) -> Callable[[Any, Any], np.ndarray]:
   """The function that draws time steps of an environment.
 
-  Args:
-    spec: `agents.core.types.Spec`.
-
   Returns:
     `(observation, action) -> uint8 [H, W, 3]`, both without batch; the action
     is None on the last time step.
 
   Raises:
-    UserError: there is no drawing of its observations.
+    UserError: its observations cannot be drawn.
   """
   shape = getattr(spec.observation, 'shape', ())
   if spec.name.startswith('Pendulum') and shape == (3,):
@@ -183,9 +178,9 @@ def drawing(spec: Any) -> Callable[[Any, Any], np.ndarray]:
       observation, spec.frame_stack
     )
   raise UserError(
-    f'record: there is no drawing of {spec.name}, whose observations are '
-    f'{shape or "positions"}; what can be recorded are images (Atari, Catch, '
-    'MinAtar-like boards), Pendulum, and Connect Four, tic-tac-toe and Othello'
+    f'record: {spec.name} cannot be drawn, its observations are '
+    f'{shape or "positions"}; must be images (Atari, Catch, MinAtar-like '
+    'boards), Pendulum, Connect Four, tic-tac-toe or Othello'
   )
 
 
@@ -205,8 +200,8 @@ def check_board(game: Any) -> None:
   """Refuses games whose boards cannot be drawn.
 
   Raises:
-    UserError: its actions are no columns and no cells, or what it observes is
-      not the stones of two players.
+    UserError: its actions are neither columns nor cells, or its observations
+      are not the stones of two players.
   """
   shape = game.spec.observation.shape
   cells = math.prod(shape[:2])
@@ -214,19 +209,15 @@ def check_board(game: Any) -> None:
   grid = len(shape) == 3 and numbers in (shape[1], cells, cells + 1)
   if not grid or shape[2] != 2:
     raise UserError(
-      f'record: there is no drawing of {game.spec.name}; of games Connect '
-      'Four, tic-tac-toe and Othello can be recorded'
+      f'record: {game.spec.name} cannot be drawn; must be Connect Four, '
+      'tic-tac-toe or Othello'
     )
 
 
 def write(path: pathlib.Path, frames: Sequence[Frame], count: int = 0) -> None:
-  """Writes an animation, or a strip.
+  """Writes an animation (.gif), or a strip (.png) of at most `count` frames.
 
-  Args:
-    path: ends in .gif or .png.
-    frames: at least one, images of one size.
-    count: of the frames in a strip; 0 for 8. The first and the last are among
-      them.
+  0 stands for 8; the first and the last frame are among them.
 
   Raises:
     UserError: another ending, or a folder that cannot be written to.
@@ -269,7 +260,7 @@ def check_path(path: pathlib.Path) -> None:
   """Refuses files that are neither animations nor strips.
 
   Raises:
-    UserError: it ends neither in .gif nor in .png.
+    UserError: another ending than .gif or .png.
   """
   if path.suffix not in ('.gif', '.png'):
     raise UserError(

@@ -15,7 +15,7 @@ from experiments.runtime import run_config
 
 Path = str | os.PathLike
 
-# These follow from --steps, and make no group of their own.
+# These follow from --steps and do not distinguish groups.
 _DERIVED = ('agent.total_updates', 'agent.total_decisions')
 
 
@@ -38,15 +38,11 @@ class Run(NamedTuple):
 
 
 def find_runs(workdirs: Iterable[Path]) -> list[Run]:
-  """Finds runs and groups those that differ in their seed alone.
+  """Finds runs in folders or patterns, and groups those that differ in seed.
 
-  Args:
-    workdirs: folders, or patterns of them.
-
-  Returns:
-    Runs in order. A label says how the group differs from the others: preset,
-    agent and environment where they differ, and each setting that most groups
-    with these three do not have.
+  A label says how the group differs from the others: preset, agent and
+  environment if they differ, and each setting that most groups with these three
+  do not have.
 
   Raises:
     UserError: no such folder, or two folders with the same run.
@@ -58,8 +54,7 @@ def find_runs(workdirs: Iterable[Path]) -> list[Run]:
     if not folders:
       reason = "holds no run's config.json" if matches else 'there is none'
       raise UserError(
-        f'workdirs={pattern}: {reason}; name folders that experiments.train '
-        'has made'
+        f'workdirs={pattern}: {reason}; name folders of experiments.train'
       )
     found += folders
   if not found:
@@ -82,7 +77,7 @@ def find_runs(workdirs: Iterable[Path]) -> list[Run]:
 
 
 def _settings(folder: pathlib.Path) -> tuple[dict[str, Any], int]:
-  """What makes a run's group, flat, and its seed."""
+  """The settings that make a run's group, flat, and its seed."""
   saved = run_config.read_run_config(folder)
   flat = {}
 
@@ -102,8 +97,8 @@ def _settings(folder: pathlib.Path) -> tuple[dict[str, Any], int]:
     raise UserError(f'{folder}/config.json has no {error}') from error
   except (TypeError, ValueError) as error:
     raise UserError(
-      f'{folder}/config.json: seed is no number ({error}); restore the file '
-      'from a copy'
+      f'{folder}/config.json: seed is not a number ({error}); restore the '
+      'file from a copy'
     ) from error
   return {n: v for n, v in flat.items() if n not in _DERIVED}, seed
 
@@ -148,13 +143,14 @@ def read_column(workdir: Path, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
   try:
     rows = tables.read_csv(path, (x, y), follow=True)[1]
   except Missing as error:
-    raise UserError(f'{path}: there is none; has the run begun?') from error
+    raise UserError(f'{path}: is missing; has the run begun?') from error
   pairs = [(row[x], row[y]) for row in rows if row[x] and row[y]]
   try:
     values = np.asarray(pairs, np.float64).reshape(-1, 2)
   except ValueError as error:
     raise UserError(
-      f'{path}: {x} or {y} is no number ({error}); restore the file from a copy'
+      f'{path}: {x} or {y} is not a number ({error}); restore the file from a '
+      'copy'
     ) from error
   values = values[np.isfinite(values).all(axis=1)]
   if not len(values):

@@ -11,10 +11,9 @@ import numpy as np
 
 
 def iqm(scores: Any) -> float:
-  """Interquartile mean: the mean without the lowest and highest quarter.
+  """Interquartile mean of `[...]`, without the lowest and highest quarter.
 
-  `scores` are all runs of all games, in any shape; a quarter of them is
-  rounded down.
+  `scores` are all runs of all games; a quarter of them is rounded down.
 
   >>> iqm([0, 1, 2, 3, 4, 5, 6, 1000])
   3.5
@@ -34,22 +33,19 @@ def bootstrap_interval(
 ) -> tuple[Any, Any]:
   """Percentile interval of a statistic, by a stratified bootstrap.
 
-  Runs are drawn with replacement within each stratum (a game), so that
-  every resample has all games.
+  Runs are drawn with replacement within each stratum (a game), so that every
+  resample has all games.
 
   Args:
     strata: one array `[S_i, ...]` of `S_i` runs each.
     statistic: of a list of such arrays; a scalar or an array.
-    level: of the interval.
-    resamples: how many.
-    seed: of the resampling; the same one gives the same interval.
 
   Returns:
     Lower and upper end, shaped like the statistic. One run a stratum has no
     spread: both are then the statistic.
 
   Raises:
-    ValueError: if a stratum is empty.
+    ValueError: a stratum is empty.
 
   >>> mean = lambda strata: np.mean([s.mean() for s in strata])
   >>> low, high = bootstrap_interval([[0, 1, 2], [10, 10, 10]], mean)
@@ -93,9 +89,7 @@ def mean_interval(values: Any, level: float = 0.95) -> tuple[float, float]:
 def mean_error(values: Any, alone: float = 0.0) -> tuple[float, float]:
   """The mean of independent values `[S]` and its standard error.
 
-  Args:
-    values: at least one.
-    alone: the error where there is one value.
+  `alone` is the error of a single value.
 
   >>> mean_error([1, 3])
   (2.0, 1.0)
@@ -110,11 +104,8 @@ def probability_of_improvement(
 ) -> float:
   """How likely a run beats another's on a game, averaged over the games.
 
-  `P(X > Y) + P(X = Y) / 2` over all pairs of runs.
-
-  Args:
-    scores: game -> scores of its runs, `[S]`.
-    others: the same games of what it is compared with.
+  `P(X > Y) + P(X = Y) / 2` over all pairs of runs; both arguments map the same
+  games to scores of runs, `[S]`.
 
   Raises:
     ValueError: the games differ, or there are none.
@@ -137,8 +128,6 @@ def probability_of_improvement(
 
 def performance_profile(scores: Mapping[str, Any], taus: Any) -> np.ndarray:
   """Share of runs above each score, averaged over games.
-
-  Their run-score distributions.
 
   Args:
     scores: game -> (normalised) scores of its runs, `[S]`.

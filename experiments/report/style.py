@@ -30,15 +30,8 @@ def panels(
 ) -> tuple[Any, Any]:
   """A figure of panels whose lines take `COLOURS` in turn.
 
-  Args:
-    columns: panels in a row.
-    width: of one panel, in inches.
-    height: of one panel.
-    rows: of panels.
-    **options: of `Figure.subplots`.
-
-  Returns:
-    The figure, and its axes in an array `[rows, columns]`.
+  Width and height are one panel's, in inches; `options` are `Figure.subplots`'.
+  The axes are an array `[rows, columns]`.
   """
   import matplotlib
   from matplotlib.rcsetup import cycler
@@ -56,13 +49,7 @@ def label(axes: Any, title: str = '', x: str = '', y: str = '') -> None:
 
 
 def legend(axes: Any, below: bool = False, **options: Any) -> None:
-  """Adds a legend without a frame.
-
-  Args:
-    axes: the panel.
-    below: whether it goes under the panel, where it hides no line.
-    **options: of `Axes.legend`.
-  """
+  """Adds a legend without a frame, perhaps below, where it hides no line."""
   place = {'ncols': 2, 'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.14)}
   axes.legend(
     **{'frameon': False, 'fontsize': 8.5} | (place if below else {}) | options
@@ -72,11 +59,7 @@ def legend(axes: Any, below: bool = False, **options: Any) -> None:
 def save(figure: Any, path: Any, dpi: int = 160, grid: str = 'y') -> None:
   """Writes a figure in the house style: no box, a pale grid.
 
-  Args:
-    figure: from `figure` or `panels`.
-    path: of the picture; its suffix is the format.
-    dpi: dots an inch.
-    grid: lines across which axis: `x`, `y`, `both`, or '' for none.
+  The suffix is the format; `grid` is `x`, `y`, `both`, or '' for none.
 
   Raises:
     UserError: see `writing.write_figure`.
@@ -93,7 +76,7 @@ def check_picture(path: Any) -> None:
   """Refuses a name that no picture can be written to.
 
   Raises:
-    UserError: see `configs.check_place`; a suffix that is no picture's.
+    UserError: see `configs.check_place`; a suffix of no picture format.
   """
   from matplotlib.backend_bases import FigureCanvasBase
 

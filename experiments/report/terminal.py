@@ -1,6 +1,6 @@
 """What launchers print: what begins, tables, the results and what comes next.
 
-Standard output is for what a person reads; progress goes to standard error.
+Standard output is for people; progress goes to standard error.
 """
 
 import os
@@ -11,19 +11,14 @@ from typing import TextIO
 
 from experiments.files.errors import shown
 
-# Of a table in a file or a pipe, where there is no terminal to ask.
+# Width of a table in a file or a pipe.
 _WIDTH = 120
-# Of a line or a cell.
+# Longest line or cell.
 _LONGEST = 4000
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-  """Prints lines; names from files may be in them, and are escaped.
-
-  Args:
-    *lines: of text, without line ends.
-    file: where to; None for standard output.
-  """
+  """Prints lines (without line ends); names from files in them are escaped."""
   text = '\n'.join(shown(line, _LONGEST) for line in lines)
   print(text, file=file, flush=True)
 
@@ -37,13 +32,7 @@ def device() -> str:
 
 
 def begin(what: str, *lines: str, compiles: bool = True) -> None:
-  """Says what is about to be done.
-
-  Args:
-    what: in one line.
-    *lines: more about it.
-    compiles: whether programs are compiled first; their device is named.
-  """
+  """Prints what is about to be done, and on which device programs compile."""
   lines = (what, *lines)
   if compiles:
     lines = (*lines, f'{device()}; compiling: the first numbers take a while')
@@ -51,11 +40,7 @@ def begin(what: str, *lines: str, compiles: bool = True) -> None:
 
 
 def parameters(params: object) -> str:
-  """The size of networks: `12,345 parameters`.
-
-  Args:
-    params: a pytree of arrays, or of their shapes.
-  """
+  """The size of networks (or of their shapes): `12,345 parameters`."""
   import jax
   import numpy as np
 
@@ -69,18 +54,11 @@ def print_table(
   title: str | None = None,
   left: int = 0,
 ) -> None:
-  """Prints a table.
-
-  Args:
-    columns: their names.
-    rows: a text for each column.
-    title: above it.
-    left: number of columns that are aligned left; the others are right.
-  """
+  """Prints a table of texts, its first `left` columns aligned left."""
   from rich.table import Table
   from rich.text import Text
 
-  # Names may hold brackets, which are no markup.
+  # Brackets in names are not markup.
   text = lambda cell, style='': Text(shown(cell, _LONGEST), style)
   table = Table(title=None if title is None else text(title, 'table.title'))
   for i, column in enumerate(columns):
@@ -101,12 +79,7 @@ def show(renderable: object) -> None:
 
 
 def end(results: str, *commands: str) -> None:
-  """Prints the results' files and what to try next.
-
-  Args:
-    results: files.
-    *commands: of the shell.
-  """
+  """Prints the results' files and shell commands to try next."""
   lines = [f'results: {results}']
   for i, command in enumerate(commands):
     lines.append(f'{"next: " if not i else "      "}{command}')
@@ -123,7 +96,7 @@ def ticker(
 
   Args:
     what: is counted.
-    total: of it; None where it is unknown.
+    total: None if it is unknown.
     every_seconds: between lines, and before the first one.
     clock: seconds.
 

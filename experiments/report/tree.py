@@ -19,7 +19,7 @@ class Layout(NamedTuple):
 
   Attributes:
     nodes: int `[M]`, numbers of the nodes that are shown, parents first.
-    x: float64 `[N]`, NaN where a node is not shown; leaves stand one apart.
+    x: float64 `[N]`, NaN for nodes that are not shown; leaves are one apart.
     depth: int `[N]`, edges from the root.
   """
 
@@ -34,11 +34,10 @@ def layout(
   """Places every node: leaves one apart, parents centred over their children.
 
   Args:
-    parents: int `[N]`, -1 at the root, which is node 0; a parent stands before
+    parents: int `[N]`, -1 at the root, which is node 0; a parent comes before
       its children, as in `mctx.Tree.parents` of one row.
     visits: int `[N]`, 0 where there is no node.
-    order: float `[N]`, by which siblings stand from left to right; their
-      numbers if None.
+    order: float `[N]`, of siblings from left to right; their numbers if None.
     min_visits: nodes with fewer are not shown; the root always is.
 
   Raises:
@@ -90,7 +89,7 @@ def figure(
   title: str = '',
   into: Any = None,
 ) -> Any:
-  """One tree of a batch as a picture.
+  """One tree of a batch as a `matplotlib.figure.Figure`, as large as it needs.
 
   A circle is a node: its number is how often it was visited, its area grows
   with that, its colour is its value. An edge shows the action and, under it,
@@ -101,20 +100,15 @@ def figure(
   Args:
     tree: an `mctx.Tree`, as in `PolicyOutput.search_tree`.
     row: of the batch.
-    actions: `[N, A]`, what each node's slots stand for, numbers or texts: of
-      sampled actions `tree.embeddings.actions[row]`; the slots' own numbers
-      if None. Siblings stand in its order where these are numbers.
+    actions: `[N, A]`, what each node's slots stand for, numbers or texts: for
+      sampled actions `tree.embeddings.actions[row]`; the slots' own numbers if
+      None. Numbers order siblings.
     prefix: float `[N]`, what the node's children's prefixes count from
-      (`search.value_prefix.PrefixEmbedding.prefix` of this row); None for a
-      model without.
+      (`search.value_prefix.PrefixEmbedding.prefix` of this row), or None.
     horizon: steps between resets of the prefix; needed with `prefix`.
     min_visits: nodes with fewer are not shown.
-    title: above.
     into: an empty figure to draw in, such as pyplot's `plt.figure()`; a new
       one, unknown to pyplot, if None.
-
-  Returns:
-    The `matplotlib.figure.Figure`, as large as the tree needs.
 
   Raises:
     ValueError: `actions` or `prefix` is not of the tree's size, there is no
