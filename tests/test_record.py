@@ -141,7 +141,7 @@ def test_a_game_tells_who_plays_what_and_who_wins():
 
 def test_what_has_no_drawing_is_refused(tmp_path):
   vector = Spec(ArraySpec((17,)), Discrete(2), name='HalfCheetah-v4')
-  with pytest.raises(UserError, match='HalfCheetah-v4 cannot .* images'):
+  with pytest.raises(UserError, match=r'HalfCheetah-v4 cannot .* images'):
     pictures.drawing(vector)
   with pytest.raises(UserError, match='backgammon cannot be drawn; must be'):
     pictures.check_board(games.make_game('backgammon'))
