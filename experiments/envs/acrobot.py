@@ -45,12 +45,9 @@ def make_acrobot(max_steps: int = 500) -> Environment:
   Actions are torques of -1, 0 or 1 N m at the middle joint for 0.2 s (one
   fourth-order Runge-Kutta step). The reward is -1 per decision, and 0 for the
   one that reaches the goal and terminates the episode. Observations are float32
-  `[6]`: cosine and sine of each angle, then both velocities, within 4 pi and
-  9 pi rad/s. The initial state is uniform in [-0.1, 0.1]^4.
-
-  Args:
-    max_steps: number of decisions after which an episode that has not
-      terminated is truncated.
+  `[6]`: cosine and sine of each angle, then both velocities, within 4 pi and 9
+  pi rad/s. The initial state is uniform in [-0.1, 0.1]^4. Other episodes are
+  truncated after `max_steps` decisions.
 
   Raises:
     ValueError: `max_steps` below 1.

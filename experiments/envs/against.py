@@ -25,7 +25,7 @@ class AgainstState(NamedTuple):
 
   Attributes:
     position: the game's position.
-    side: int32 scalar, the number of the player that is the agent.
+    side: int32 scalar, the number of the agent's player.
   """
 
   position: Any
@@ -41,19 +41,12 @@ def random_opponent(game: Game) -> Opponent:
 def against(game: Game, opponent: str | Opponent = 'random') -> Environment:
   """An environment in which the agent plays against an opponent.
 
-  Rewards are the agent's: the opponent's rewards are subtracted. The agent is
-  to move at every time step except the last.
-
-  Args:
-    game: the rules.
-    opponent: `'random'`, or a function.
-
-  Returns:
-    An unbatched `Environment` with the spec of `self_play(game)` under another
-    name.
+  Rewards are the agent's: the opponent's are subtracted. The agent is to move
+  at every time step except the last. The spec is that of `self_play(game)`
+  under another name.
 
   Raises:
-    ValueError: any other name.
+    ValueError: the opponent is neither `'random'` nor a function.
   """
   if opponent == 'random':
     opponent = random_opponent(game)

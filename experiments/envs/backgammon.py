@@ -2,14 +2,14 @@
 
 There is no doubling cube: a game is worth 1, a gammon 2, a backgammon 3.
 
-Turns are enumerated so that no board comes up twice. A die moves a stone
-from a source; of a double, a turn is a multiset of sources, which can always
-be played from the highest source down, and no two lead to the same board
-(the vectors by which a move of given length changes a board are linearly
-independent). Of two different dice a turn is a pair of sources, one a die,
-and only two kinds of pairs coincide: the same stone moved by either die first
-without a hit on the way, and two stones borne off by either die. Sets of
-points are words of 26 bits.
+Turns are enumerated so that no board comes up twice. A die moves a stone from a
+source; of a double, a turn is a multiset of sources, which can always be played
+from the highest source down, and no two lead to the same board (the vectors by
+which a move of given length changes a board are linearly independent). Of two
+different dice a turn is a pair of sources, one a die, and only two kinds of
+pairs coincide: the same stone moved by either die first without a hit on the
+way, and two stones borne off by either die. Sets of points are words of 26
+bits.
 
 Axes: `K` turns, 2 sides (the mover's first), 26 places.
 """
@@ -72,10 +72,9 @@ def is_over(board: chex.Array) -> chex.Array:
 
 
 def points(board: chex.Array) -> chex.Array:
-  """The points of a win for the first side: float32 scalar, 1, 2 or 3.
+  """The points of a win for the first side of int8 `[2, 26]`: float32 scalar.
 
-  Args:
-    board: int8 `[2, 26]`, the final board of a game that the first side won.
+  1, 2 or 3, from the final board of a game that this side won.
   """
   other = board[1].astype(jnp.int32)
   gammon = other[OFF] == 0
@@ -113,19 +112,13 @@ def observe(board: chex.Array) -> chex.Array:
 
 
 def candidates(position: Position, number: int = NUM_CANDIDATES) -> chex.Array:
-  """All boards that the turn may lead to, each once.
+  """All boards that the turn may lead to, each once, int8 `[K, 2, 26]`.
 
   Both dice must be played if possible, else the higher one, else the lower one;
-  of a double, as many of the four moves as possible.
-
-  Args:
-    position: a position of a game that is not over.
-    number: K; further turns (`count` has the total) are left out. Turns that
-      leave the rearmost stones in place come first.
-
-  Returns:
-    int8 `[K, 2, 26]`, the mover's side first; unused rows repeat the first. If
-    no move is legal, the only board is the current one.
+  of a double, as many of the four moves as possible. The mover's side is first;
+  unused rows repeat the first row. If no move is legal, the only board is the
+  current one. Turns beyond K are left out (`count` has the total); those that
+  leave the rearmost stones in place come first.
   """
   sources, total = _turns(position, number)
   sources = jnp.where(
@@ -285,15 +278,10 @@ def _flags(words):
 
 
 def _children(masks, size):
-  """Lists the set bits of bit sets, in order.
+  """Lists the set bits of bit sets, uint32 `[P]`, in order.
 
-  Args:
-    masks: uint32 `[P]`.
-    size: length of the lists.
-
-  Returns:
-    The row of each bit, int32 `[size]`, its number, int32 `[size]`, and the
-    number of bits, int32 `[]`; entries beyond it are arbitrary.
+  Returns the row of each bit, int32 `[size]`, its number, int32 `[size]`, and
+  the number of bits, int32 `[]`; entries beyond it are arbitrary.
   """
   counts = jax.lax.population_count(masks).astype(jnp.int32)
   ends = jnp.cumsum(counts)
@@ -364,14 +352,11 @@ def _init(key):
 
 
 def game(num_candidates: int = NUM_CANDIDATES) -> Game:
-  """The rules.
+  """The rules, with at most K = `num_candidates` turns listed.
 
   An action is the board after the turn, int8 `[2, 26]`, the mover's side first:
   one of `candidates`. The next position has the opponent to move and a new
   roll; the outcomes of a turn differ only in their `dice`.
-
-  Args:
-    num_candidates: K, the most turns that are listed.
 
   Raises:
     ValueError: less than 1.

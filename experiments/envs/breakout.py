@@ -47,19 +47,19 @@ class BreakoutState(NamedTuple):
 def make_breakout(sticky: float = 0.1, max_steps: int = 1000) -> Environment:
   """Break bricks with a ball and a paddle of one cell: reward 1 per brick.
 
-  Observations are float32 `[10, 10, 4]`, 0 or 1: paddle, ball, trail (the
-  ball one decision ago, which shows its direction), bricks. Actions are 0
-  stay, 1 left and 2 right, the only ones of MinAtar's six that have an effect
-  here. The episode terminates when the ball is lost. When no brick is left, a
-  new wall appears as soon as the ball reaches the bottom row, even if lost.
+  Observations are float32 `[10, 10, 4]`, 0 or 1: paddle, ball, trail (the ball
+  one decision ago, which shows its direction), bricks. Actions are 0 stay, 1
+  left and 2 right, the only ones of MinAtar's six that have an effect here. The
+  episode terminates when the ball is lost. When no brick is left, a new wall
+  appears as soon as the ball reaches the bottom row, even if lost.
 
   Args:
-    sticky: probability that the previous action is repeated, in [0, 1). The
-      default is the paper's; 0 makes the game deterministic after its start.
-      At an episode's first decision, the previous action is 0.
-    max_steps: decisions until an episode is cut (truncated), unless the ball
-      is lost just then. Ours: MinAtar has no limit, but a good player would
-      play for ever.
+    sticky: probability that the previous action (0 at first) is repeated, in
+      [0, 1). The default is the paper's; 0 makes the game deterministic after
+      its start.
+    max_steps: decisions until an episode is truncated, unless the ball is lost
+      just then. Ours: MinAtar has no limit, but a good player would play for
+      ever.
 
   Raises:
     ValueError: `sticky` outside [0, 1), `max_steps` below 1.

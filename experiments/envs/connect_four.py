@@ -55,11 +55,10 @@ def legal(board: Board) -> chex.Array:
 def play(board: Board, column: chex.Array) -> Board:
   """Drops a stone of the player to move and passes the turn.
 
-  No stone drops into a full column or outside the board. The function does not
-  check whether the game is over.
+  No stone drops into a full column or outside the board. Whether the game is
+  over is not checked.
 
   Args:
-    board: the position.
     column: int32 scalar, from the left.
   """
   # In a full column this is the bit above the top, which the mask clears.
@@ -92,11 +91,7 @@ def is_over(board: Board) -> chex.Array:
 
 
 def observe(board: Board, side: chex.Array) -> chex.Array:
-  """The board from one side's view.
-
-  Args:
-    board: the position.
-    side: int32 scalar, 0 or 1.
+  """The board from one side's (int32 scalar, 0 or 1) view.
 
   Returns:
     float32 `[6, 7, 2]`, the top row first: 1 at the side's own stones in
@@ -148,7 +143,7 @@ class ConnectFourState(NamedTuple):
 
   Attributes:
     board: the position.
-    side: int32 scalar, the number of the player that is the agent.
+    side: int32 scalar, the number of the agent's player.
   """
 
   board: Board
@@ -163,12 +158,9 @@ def make_connect_four(
   The player to begin is drawn at the reset; if it is the opponent, it has
   already moved. The reward comes at the end: 1 won, -1 lost, 0 drawn. Full
   columns are `invalid_actions`; choosing one loses at once. Observations are
-  those of `observe`; on the last time step no action is marked invalid,
-  because none is carried out.
-
-  Args:
-    opponent: `'random'` for uniformly drawn legal columns, or a function
-      `(board, key) -> column`, which must be legal.
+  those of `observe`; on the last time step no action is marked invalid. The
+  opponent is `'random'` for uniformly drawn legal columns, or a function
+  `(board, key) -> column`, which must be legal.
 
   Raises:
     ValueError: any other name.

@@ -5,8 +5,8 @@ returned, what would be right. Numbers that are not finite are refused where
 they enter, before they spoil the loss. An exception of the user's own code is
 the error's cause; launchers show its traceback on request.
 
-Accepted without complaint: rewards and flags as arrays of one element,
-observations as lists, floats of another precision, integers for floats.
+Accepted: rewards and flags as arrays of one element, observations as lists,
+floats of another precision, integers for floats.
 """
 
 import pathlib
@@ -45,10 +45,6 @@ def call(env: str, what: str, remedy: str, function: Callable, *args, **kwargs):
     what: the call, for the message.
     remedy: what would be right; shown if the call itself was wrong and the
       exception arose outside the user's code.
-    function: the function to call with the remaining arguments.
-
-  Returns:
-    The function's result.
 
   Raises:
     SimulatorError: the function raised an exception or tried to exit.
@@ -170,13 +166,8 @@ def checked_observation(
 ) -> Any:
   """Checks and copies an observation, whose memory the environment may reuse.
 
-  Args:
-    value: the observation.
-    space: a space that `host.observation_codec` takes.
-    what: the name of the value, for the message.
-
-  Returns:
-    An array, or a dict or tuple of arrays as in the space.
+  The space is one that `host.observation_codec` takes; the result is an array,
+  or a dict or tuple of arrays as in the space.
 
   Raises:
     Wrong: its structure, shape or kind of numbers differs from the space's, or
@@ -236,10 +227,7 @@ def checked_observation(
 def check_finite(env: str, call: str, **rows: Any) -> None:
   """Refuses numbers that are not finite in the results of many copies.
 
-  Args:
-    env: the environment's name, for the message.
-    call: the simulator's call, for the message.
-    **rows: the results by name, pytrees of arrays `[E, ...]`.
+  `rows` are the results by name, pytrees of arrays `[E, ...]`.
 
   Raises:
     SimulatorError: a number is not finite in float32.

@@ -15,15 +15,10 @@ Env = TypeVar('Env', Environment, host.HostEnvironment)
 def discretise(env: Env, num_bins: int) -> Env:
   """Divides each dimension of the actions into equally spaced values.
 
-  Args:
-    env: an environment with `Continuous` actions of `D` dimensions (the
-      components of their shape in C order).
-    num_bins: number of values per dimension, from the low bound to the high.
-
-  Returns:
-    The same kind of environment with the actions `Discrete(num_bins**D,
-    factors=(num_bins,) * D)`: the joint index in C order, in which the last
-    dimension changes fastest.
+  These are `num_bins` from the low bound to the high. The `D` dimensions of
+  `Continuous` actions are the components of their shape in C order; the actions
+  become `Discrete(num_bins**D, factors=(num_bins,) * D)`, the joint index in C
+  order, in which the last dimension changes fastest.
 
   Raises:
     ValueError: the actions are discrete already or not bounded, `num_bins` is

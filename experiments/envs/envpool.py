@@ -27,9 +27,8 @@ system's copy, loaded before envpool is imported, finds them. A trial in a
 separate process turns a failure that remains into a ValueError.
 
 From 1.2.6 on, envpool's wheels need the system's OpenGL for all of MuJoCo and
-for football. `import envpool` loads every family at once, so without OpenGL
-even Catch could not be imported. In that case `library` imports it without the
-families that cannot be loaded.
+for football, and `import envpool` loads every family at once. Without OpenGL,
+`library` imports it without the families that cannot be loaded.
 
 After a lost life, envpool plays the no-ops of a reset. Their rewards belong to
 no time step, so returns with `training=True` may occasionally miss a point;
@@ -104,9 +103,8 @@ _PACKAGES = {
 def library() -> types.ModuleType:
   """Imports envpool, without the families whose libraries are missing.
 
-  Returns:
-    The package. The names of a family that cannot be loaded are registered if
-    they are known without its binary; making one of them raises ImportError.
+  The names of such a family are registered if they are known without its
+  binary; making one of them raises ImportError.
 
   Raises:
     ValueError: envpool cannot be imported at all.
@@ -225,11 +223,13 @@ def make_envpool(
 ) -> host.HostEnvironment:
   """Makes `num_envs` copies of one of envpool's environments.
 
+  Nothing is simulated before `start`.
+
   Args:
     env_id: envpool's name, or a usual name of an Atari game (`resolve_id`).
     num_envs: `E`.
-    num_threads: threads of the simulator; 0 takes `min(2, num_envs)`. Streams
-      do not depend on it.
+    num_threads: of the simulator; 0 takes `min(2, num_envs)`. Streams do not
+      depend on it.
     frame_stack: number of frames in an observation, along its last axis; None
       takes 4 for Atari and 1 elsewhere.
     training: on Atari, a lost life terminates, rewards are clipped and games
@@ -244,13 +244,10 @@ def make_envpool(
       `repeat_action_probability=0.25`, `**ATARI_GRAY`; they override
       `ATARI_100K`.
 
-  Returns:
-    The environment; nothing is simulated before `start`.
-
   Raises:
     ValueError: an unknown environment or option, a value out of range, a game
-      for several players, an unsupported action or observation space, or
-      MuJoCo images on a machine that cannot draw them.
+      for several players, an unsupported action or observation space, or MuJoCo
+      images on a machine that cannot draw them.
   """
   host.check_num_envs(num_envs)
   if options.get('from_pixels'):

@@ -8,9 +8,8 @@ from search.model import Game
 def make_game(name: str) -> Game:
   """The rules of a game.
 
-  Args:
-    name: `backgammon`, `connect_four`, `tic_tac_toe`, or one of
-      `pgx_games.NAMES` such as `othello` and `go_9x9`.
+  The name is `backgammon`, `connect_four`, `tic_tac_toe`, or one of
+  `pgx_games.NAMES` such as `othello` and `go_9x9`.
 
   Raises:
     ValueError: the name is unknown, or a library is not installed.

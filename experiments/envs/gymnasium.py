@@ -42,10 +42,7 @@ def make_gymnasium(
       `host.observation_codec`; another value is the environment's own option.
     recorded: the environment of a data set, rebuilt if its id is the same; the
       parts of observations then come in its order.
-    **options: options of `gymnasium.make`, for an id only.
-
-  Returns:
-    The environment.
+    **options: of `gymnasium.make`, for an id only.
 
   Raises:
     ValueError: an unknown id or option, or an unsupported space.

@@ -25,7 +25,7 @@ class EpisodeStats(NamedTuple):
     finished: bool `[E]`, whether the game ended (not merely a life).
     returns: float64 `[E]`, undiscounted sum of the game's unclipped rewards; 0
       where not finished.
-    lengths: int64 `[E]`, number of the game's decisions; 0 where not finished.
+    lengths: int64 `[E]`, the game's decisions; 0 where not finished.
   """
 
   finished: np.ndarray
@@ -64,12 +64,7 @@ class HostEnvironment(NamedTuple):
 
 
 def side_by_side(env: HostEnvironment, copies: int) -> HostEnvironment:
-  """`copies * E` environments, where each group of `E` has the same episodes.
-
-  Args:
-    env: the environment, started `copies` times with the same seed.
-    copies: number of groups, at least 1.
-  """
+  """`copies * E` environments; each group of `E` has the same episodes."""
 
   def start(seed):
     simulators = [env.start(seed) for _ in range(copies)]
@@ -93,14 +88,7 @@ def side_by_side(env: HostEnvironment, copies: int) -> HostEnvironment:
 
 
 def env_seeds(seed: int, num_envs: int) -> list[int]:
-  """One seed for each environment, unrelated to those of nearby `seed`s.
-
-  Args:
-    seed: at least 0.
-    num_envs: `E`.
-
-  Returns:
-    `E` distinct ints in `[0, 2**31)`.
+  """`E` distinct seeds in `[0, 2**31)`, unrelated to those of nearby `seed`s.
 
   Raises:
     ValueError: `seed` is negative or not an integer.
@@ -131,8 +119,6 @@ def check_action(action: Any, spec: Spec, num_envs: int) -> np.ndarray:
   Args:
     action: integers `[E]` for `Discrete`, floats `[E, *shape]` for
       `Continuous`.
-    spec: the environment's spec.
-    num_envs: `E`.
 
   Returns:
     int32 `[E]`, or float32 `[E, *shape]` clipped to the bounds, which the
@@ -218,8 +204,6 @@ def observation_codec(
   concatenation in the space's order.
 
   Args:
-    space: the observation space of one environment.
-    name: the environment's name, for error messages.
     channels: the axis of the channels in an image of rank 3, `first` or `last`;
       None means last, as is usual in Gymnasium, except for shapes that can only
       have their channels first (`has_channels_first`).
@@ -329,13 +313,8 @@ def _part_codec(space, name, channels=None):
 def columns(space: Any, name: str) -> tuple[tuple[str, int], ...]:
   """The parts of a dict or tuple in the array of `observation_codec`.
 
-  Args:
-    space: the observation space of one environment.
-    name: the environment's name, for error messages.
-
-  Returns:
-    Name (`outer/inner`) and size of each part, in order; () for a space that
-    is a single array.
+  Name (`outer/inner`) and size of each part, in order; () for a space that is a
+  single array.
 
   Raises:
     ValueError: the space is not supported by `observation_codec`.
@@ -360,12 +339,9 @@ def in_order(
   wanted: tuple[tuple[str, int], ...],
   name: str,
 ) -> np.ndarray:
-  """The index of each wanted number among ours, int `[F]`.
+  """The index of each wanted part's numbers among ours, int `[F]`.
 
-  Args:
-    ours: from `columns`.
-    wanted: the same parts in another order.
-    name: the environment's name, for the message.
+  Both are from `columns`.
 
   Raises:
     ValueError: the parts differ.
@@ -417,7 +393,6 @@ def push_frame(
     stack: `[E, ..., frame_stack * c]`, the previous stack; None at the start.
     frame: `[E, ..., c]`.
     is_first: bool `[E]`.
-    frame_stack: number of frames.
 
   Returns:
     `[E, ..., frame_stack * c]`, a new array.
@@ -441,15 +416,12 @@ class Tally:
     self._lengths = np.zeros(num_envs, np.int64)
 
   def add(self, reward, is_first, finished) -> EpisodeStats:
-    """Counts one step.
+    """Counts one step; returns the stats of the games that ended.
 
     Args:
       reward: float `[E]`, unclipped; ignored at a first step.
       is_first: bool `[E]`, whether the step was an episode's first.
       finished: bool `[E]`, whether the game ended.
-
-    Returns:
-      The `EpisodeStats` of the games that ended.
     """
     self._returns += np.where(is_first, 0.0, reward)
     self._lengths += ~is_first

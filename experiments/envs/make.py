@@ -23,20 +23,19 @@ def make(
   """Makes an environment; no simulation starts yet.
 
   Args:
-    name: `jax:catch` for one of our own, `self_play:connect_four` for a game
-      of `games.make_game`, `gymnasium:CartPole-v1` for one from Gymnasium, any
+    name: `jax:catch` for one of our own, `self_play:connect_four` for a game of
+      `games.make_game`, `gymnasium:CartPole-v1` for one from Gymnasium, any
       other name for envpool (`Catch-v0`, `Pong-v5`, `PongNoFrameskip-v4`,
       `HopperHop-v1`).
-    num_envs: number of copies stepped together on the host; ignored by pure
-      environments, which are unbatched.
+    num_envs: copies stepped together on the host; ignored by pure environments,
+      which are unbatched.
     training: on Atari, whether a lost life ends an episode and rewards are
       clipped; in a game, whether the agent plays itself or an opponent.
-    frame_stack: number of frames in an observation; None for the environment's
-      default.
-    num_threads: number of envpool's threads; 0 for its default.
-    options: the environment's own options.
-    action_bins: number of bins per dimension of continuous actions
-      (`discretise`); 0 leaves actions continuous.
+    frame_stack: frames in an observation; None for the default.
+    num_threads: envpool's threads; 0 for the default.
+    options: the environment's own.
+    action_bins: bins per dimension of continuous actions (`discretise`); 0
+      leaves actions continuous.
     recorded: JSON of `recorded.Recorded`, for Gymnasium only; '' for none.
 
   Returns:
@@ -44,8 +43,8 @@ def make(
     `HostEnvironment`.
 
   Raises:
-    ValueError: an unknown name or option, an unsupported space, or actions
-      that cannot be divided into bins.
+    ValueError: an unknown name or option, an unsupported space, or actions that
+      cannot be divided into bins.
   """
   env: Any = _make(
     name, num_envs, training, frame_stack, num_threads, options, recorded

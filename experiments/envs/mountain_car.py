@@ -38,11 +38,8 @@ def make_mountain_car(max_steps: int = 200) -> Environment:
   Actions push left (0), not at all (1) or right (2). The wall on the left stops
   the car; the flag on the right terminates the episode. Observations are
   float32 `[2]`, position in [-1.2, 0.6] and velocity in [-0.07, 0.07]. The car
-  starts at rest at a position uniform in [-0.6, -0.4].
-
-  Args:
-    max_steps: number of decisions after which an episode that has not
-      terminated is truncated.
+  starts at rest at a position uniform in [-0.6, -0.4]. Other episodes are
+  truncated after `max_steps` decisions.
 
   Raises:
     ValueError: `max_steps` below 1.

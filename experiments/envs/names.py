@@ -27,10 +27,6 @@ _KINDS = ('jax', 'self_play', 'gymnasium')
 def code_in(name: str, options: Sequence[str] = ()) -> str:
   """The field and value in which an environment names code; '' if none does.
 
-  Args:
-    name: the environment's name, as in `make.make`.
-    options: its options, `name=value` each.
-
   Raises:
     ValueError: an option has no `=`.
 
@@ -72,13 +68,7 @@ def check(
   """Refuses an environment from a file if it names code.
 
   Must be called for every name that was read from a file, before it is used.
-
-  Args:
-    name: the environment's name from the file; '' for none.
-    options: its options from the file.
-    file: the file's name, for the message.
-    asked: the user's own `--env`, which permits the same environment; None
-      without the flag.
+  `asked` is the user's own `--env`, which permits the same environment.
 
   Raises:
     UserError: the name contains code that the user did not ask for, or `asked`
@@ -102,10 +92,6 @@ def check(
 
 def flag(name: str, options: Sequence[str] = ()) -> str:
   """The flag that a command on a run needs, `' --env=NAME'` or `''`.
-
-  Args:
-    name: the name of the run's environment.
-    options: its options.
 
   >>> flag('gymnasium:maze:Maze-v0')
   ' --env=gymnasium:maze:Maze-v0'

@@ -11,9 +11,8 @@ def parse_options(
 ) -> dict[str, Any]:
   """An environment's options as a dictionary.
 
-  Args:
-    options: `name=value` each; values are Python literals or plain text.
-    field: the name of the setting, for the message.
+  They are `name=value` each; values are Python literals or plain text. `field`
+  is the setting's name, for the message.
 
   Raises:
     ValueError: an option has no name or no `=`, is given twice, contains

@@ -40,11 +40,8 @@ def make_pendulum(max_steps: int = 200, action_repeat: int = 1) -> Environment:
   Observations are float32 `[3]` (cosine, sine, angular speed); actions are
   torques float32 `[1]` in [-2, 2], clipped. The reward of a simulator step is
   -(angle^2 + 0.1 speed^2 + 0.001 torque^2) in the state before it, with the
-  angle in [-pi, pi): 0 at best, -16.3 at worst. Episodes never terminate.
-
-  Args:
-    max_steps: number of simulator steps after which an episode is truncated.
-    action_repeat: simulator steps per decision, their rewards summed.
+  angle in [-pi, pi): 0 at best, -16.3 at worst. A decision is `action_repeat`
+  steps. Episodes never terminate; they are truncated after `max_steps` steps.
 
   Raises:
     ValueError: `max_steps` or `action_repeat` below 1.

@@ -28,20 +28,13 @@ NAMES = (
 
 
 class Position(NamedTuple):
-  """A position.
-
-  Attributes:
-    state: pgx's state, its observation replaced by one that is never read.
-  """
+  """A position: pgx's state, its observation replaced by one never read."""
 
   state: Any
 
 
 def make_pgx(name: str) -> Game:
-  """The rules of a game of pgx.
-
-  Args:
-    name: one of `NAMES`.
+  """The rules of one of `NAMES`.
 
   Raises:
     ValueError: an unknown name, or pgx is not installed.

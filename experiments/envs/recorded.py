@@ -55,7 +55,7 @@ class Recorded:
     id: Gymnasium's id, without a module; '' if nothing was recorded.
     kwargs: keyword arguments of the environment itself.
     max_episode_steps: the time limit; None for none.
-    wrappers: the wrappers, from the innermost to the outermost.
+    wrappers: from the innermost to the outermost.
     columns: name and size of each part of an observation that is a dict or
       tuple, in the order of the data; () for other observations.
   """
@@ -90,11 +90,7 @@ class _EnvSpec:
 
 
 def from_spec(text: str, where: str) -> tuple[Recorded, list[str]]:
-  """Splits an `EnvSpec` into parts that are rebuilt and parts that are not.
-
-  Args:
-    text: JSON of `gymnasium.envs.registration.EnvSpec.to_json`.
-    where: its name in messages.
+  """Splits JSON of an `EnvSpec` into parts that are rebuilt and that are not.
 
   Returns:
     `Recorded` without columns and without a module in its id, and a phrase for
@@ -147,10 +143,6 @@ def encode(recorded: Recorded) -> str:
 def decode(text: str, where: str = 'env.recorded') -> Recorded:
   """Decodes JSON from `encode`; '' and 'none' mean `NOTHING`.
 
-  Args:
-    text: the JSON, perhaps from a file.
-    where: its name in messages.
-
   Raises:
     UserError: the text is not such JSON, or names code.
   """
@@ -184,10 +176,7 @@ def decode(text: str, where: str = 'env.recorded') -> Recorded:
 def make(env_id: str, recorded: Recorded, options: Mapping[str, Any]) -> Any:
   """Makes a `gymnasium.Env`, as recorded if its id is the recorded one.
 
-  Args:
-    env_id: a registered id, after `module:` if the user asked for a module.
-    recorded: the parts to rebuild.
-    options: the user's own options, which override recorded arguments.
+  The user's own options override recorded arguments.
 
   Raises:
     UserError: a wrapper refused its arguments.

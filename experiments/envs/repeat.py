@@ -9,12 +9,8 @@ from search.model import Environment
 def repeat_action(env: Environment, times: int) -> Environment:
   """An environment whose decisions are `times` steps of another environment.
 
-  Rewards are summed; the other fields are the last step's. The last decision
-  of an episode ends with the episode, so it may be shorter.
-
-  Args:
-    env: the environment of single steps.
-    times: steps per decision; with 1, `env` itself is returned.
+  Rewards are summed; the other fields are the last step's. The last decision of
+  an episode ends with the episode, so it may be shorter.
 
   Raises:
     ValueError: `times` is not an integer of at least 1.

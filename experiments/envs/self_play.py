@@ -19,13 +19,7 @@ from search.model import Environment, Game, TimeStep
 def random_action(game: Game, state: Any, key: chex.PRNGKey) -> chex.Array:
   """Draws a legal action uniformly; any action if the game is over.
 
-  Args:
-    game: the rules.
-    state: a position.
-    key: consumed.
-
-  Returns:
-    int32 scalar, or one of the game's candidates `[...]`.
+  It is an int32 scalar, or one of the game's candidates `[...]`.
   """
   if game.candidates is None:
     assert game.invalid_actions is not None
@@ -49,13 +43,9 @@ def self_play(game: Game, opening_plies: int = 0) -> Environment:
   is over, else 1. The player to move is `game.player(observation)`.
 
   Args:
-    game: the rules.
     opening_plies: games begin after a uniformly drawn number of random moves up
       to this one, so that a policy that has become deterministic still visits
       other positions; an opening that ends the game is discarded.
-
-  Returns:
-    An unbatched `Environment`; its `spec.game` is the game.
 
   Raises:
     ValueError: `opening_plies` is negative.

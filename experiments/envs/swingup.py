@@ -72,15 +72,12 @@ class SwingupState(NamedTuple):
 def make_swingup(max_steps: int = 1000, action_repeat: int = 1) -> Environment:
   """Swing a pole up by moving its cart, and balance it in the middle.
 
-  Observations are float32 `[5]`, the suite's in its order: position, cosine
-  and sine of the angle, velocity, angular velocity. Actions are float32 `[1]`
-  in [-1, 1], clipped, times 10 N. The reward of a simulator step is in [0, 1],
-  the product of how upright, centred, idle and slow it is after the step. The
-  pole starts hanging, and episodes never terminate.
-
-  Args:
-    max_steps: number of simulator steps after which an episode is truncated.
-    action_repeat: simulator steps per decision, their rewards summed.
+  Observations are float32 `[5]`, the suite's in its order: position, cosine and
+  sine of the angle, velocity, angular velocity. Actions are float32 `[1]` in
+  [-1, 1], clipped, times 10 N. The reward of a simulator step is in [0, 1], the
+  product of how upright, centred, idle and slow it is after the step. The pole
+  starts hanging. A decision is `action_repeat` steps. Episodes never terminate;
+  they are truncated after `max_steps` steps.
 
   Raises:
     ValueError: `max_steps` or `action_repeat` below 1.
