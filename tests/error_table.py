@@ -47,7 +47,7 @@ TABLE = {
   'train --set=warmup_decisions=9': 'warmup_decisions=9: must be at least 192',
   'train --set=replay_capacity=9': 'replay_capacity=9: must be at least 192',
   'sweep --workdir=new --share=2/2': 'share=2/2: must be I/N with I from 0 to ',
-  'sweep --workdir=new --halving_first=5': 'halving_first=5: --halving is left',
+  'sweep --workdir=new --halving_first=5': 'halving_first=5: has no effect',
   'sweep --workdir=new --halving=1': 'halving=1: must be 0 or at least 2',
   'sweep --workdir=new --halving=2 --engine=vmap --env=jax:catch': (
     'halving=2: the rows of one program end together; take --engine=processes'
