@@ -24,11 +24,7 @@ from experiments.runtime import config as configs
 class Package(NamedTuple):
   """A text and the Debian packages that contain it.
 
-  Attributes:
-    about: a description of the text.
-    names: the names of the packages.
-    read: `(folder with the unpacked files) -> text`.
-    licence: the licence's name.
+  `read` is `(folder with the unpacked files) -> text`.
   """
 
   about: str

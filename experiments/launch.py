@@ -47,7 +47,7 @@ def define_flags() -> None:
 
 
 def main(command: Sequence[str]) -> None:
-  """Runs a command as the flags say; exits with the first failure's code.
+  """Runs a command as the flags say.
 
   Raises:
     SystemExit: a process failed; the code is that of the first failure.

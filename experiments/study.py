@@ -33,12 +33,7 @@ OWN = {
 
 
 class Study(NamedTuple):
-  """A study as a command.
-
-  Attributes:
-    define_flags: defines its absl flags.
-    main: runs it with the values of those flags.
-  """
+  """A study as a command: its flags, and what runs it."""
 
   define_flags: Callable[[], None]
   main: Callable[[], None]
@@ -79,11 +74,7 @@ def show() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the study that the first argument names.
-
-  Args:
-    argv: the program's name and its arguments.
-  """
+  """Runs the study that the first argument names."""
   from absl import flags
 
   if len(argv) < 2 or argv[1] in ('--help', '-h', '--helpfull', '--helpshort'):

@@ -67,9 +67,9 @@ TABLE = {
   'benchmark --set=zzz': '--set=zzz: should be field=value',
   'collect --set=updates=inf': 'updates=inf: ... must be a whole number',
   'collect --set=zzz=1': 'no field zzz: fields are',
-  'notebook zzz': "no notebook 'zzz': there are",
+  'notebook zzz': 'notebook zzz: unknown; must be one of',
   'notebook compose --set=zzz': '--set=zzz: should be PARAMETER=value',
-  'notebook compose --set=zzz=1': '--set=zzz=1: no parameter zzz: there are',
+  'notebook compose --set=zzz=1': '--set=zzz=1: unknown parameter; must be',
   # What does not go together.
   'train --agent=alphazero --set=td_steps=9': (
     'alphazero needs exact rules, and Catch-v0 has none: take env=self_play:'

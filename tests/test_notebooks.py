@@ -158,7 +158,7 @@ def test_parameters_are_replaced_and_nothing_else(folder):
   ('assignment', 'words'),
   [
     ('NUMBER', 'should be PARAMETER=value'),
-    ('NUMBR=3', 'no parameter NUMBR: there are TINY, SIZES, RATE'),
+    ('NUMBR=3', 'unknown parameter; must be one of TINY, SIZES, RATE'),
     ('NUMBER=many', 'NUMBER is 32, must be of type int'),
     ('NUMBER=1.5', 'NUMBER is 32, must be of type int'),
     ('SIZES=3', 'SIZES is (1, 2), must be of type tuple'),
@@ -172,7 +172,7 @@ def test_wrong_parameters_are_refused(folder, assignment, words):
 
 
 def test_unknown_notebook_is_refused_with_those_there_are(folder):
-  with pytest.raises(UserError, match="no notebook 'god': there are good"):
+  with pytest.raises(UserError, match='god: unknown; must be one of good'):
     execute.execute('god', (), folder)
 
 

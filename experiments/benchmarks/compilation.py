@@ -1,7 +1,7 @@
 r"""What programs take on machines that are not here, by their real compilers.
 
     python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
-    python -m experiments.benchmark --suite=compile --target=v5e:4x4 \\
+    python -m experiments.benchmark --suite=compile --target=v5e:4x4 \
       --preset=efficientzero_catch --rows=8
 
 Compiles init, act, update, refresh and the scanned interval of presets, every

@@ -30,15 +30,11 @@ from experiments.files.errors import UserError, shown
 
 
 def load(path: str | pathlib.Path, max_steps: int | None = None):
-  """Reads a file.
+  """Reads a file into a `layout.Dataset` with action bounds [-1, 1].
 
-  Args:
-    path: the hdf5 file's path. A name that starts with a task's name determines
-      the reference scores, the time limit and the simulator.
-    max_steps: the time limit for files of other tasks without `timeouts`.
-
-  Returns:
-    A `layout.Dataset` with D4RL's action bounds [-1, 1].
+  A name that starts with a task's name determines the reference scores, the
+  time limit and the simulator; `max_steps` is the time limit of other tasks
+  without `timeouts`.
 
   Raises:
     ValueError: h5py is not installed, a key is missing, damaged or of a wrong

@@ -26,11 +26,7 @@ def open_file(
 ) -> Any:
   """Opens an `h5py.File`, which is used as a context.
 
-  Args:
-    path: the file's path.
-    mode: h5py's mode.
-    follow: whether the path may be a link, which is allowed for paths that the
-      user typed.
+  `follow` allows a link, for paths that the user typed.
 
   Raises:
     UserError: h5py is not installed, or the file is missing, a link, a FIFO or
@@ -60,12 +56,7 @@ class Reader:
   """Reads arrays from an open file, as many as fit into memory together."""
 
   def __init__(self, file: Any, path: pathlib.Path):
-    """Makes a reader.
-
-    Args:
-      file: from `open_file`.
-      path: the file's path, for messages.
-    """
+    """Takes `open_file`'s file, and its path for messages."""
     self._file, self._where = file, shown(path)
     self._room = memory.room_for_data()
     self._declared = 0
@@ -79,10 +70,7 @@ class Reader:
     return self._find(key) is not None
 
   def read(self, key: str) -> np.ndarray:
-    """Reads a whole array of numbers, `[...]`.
-
-    Args:
-      key: names of groups and of the array, separated by slashes.
+    """Reads a whole array of numbers, `[...]`, by a key such as `a/b`.
 
     Raises:
       UserError: the array is missing, a group, a link, not numbers, damaged,
@@ -116,11 +104,7 @@ class Reader:
       ) from error
 
   def claim(self, key: str, size: int) -> None:
-    """Adds an array to the memory in use, and refuses it if that is too large.
-
-    Args:
-      key: the array's name, for the message.
-      size: number of bytes.
+    """Adds an array's bytes to those in use; refuses it if they do not fit.
 
     Raises:
       UserError: the sum does not fit into memory.

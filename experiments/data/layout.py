@@ -53,12 +53,12 @@ class Dataset(NamedTuple):
     observation: float32 or uint8 `[N, ...]`.
     action: float32 `[N, ...]`.
     reward: float32 `[N]`.
-    next_observation: float32 or uint8 `[N, ...]`, the true next one, also
-      where the episode ends.
+    next_observation: float32 or uint8 `[N, ...]`, the true next one, also where
+      the episode ends.
     terminated: bool `[N]`.
     truncated: bool `[N]`, whether the episode was truncated here; never True
       together with `terminated`.
-    episode: int32 `[N]`, the episode's number, 0, 1, ...
+    episode: int32 `[N]`, 0, 1, ...
     about: the description.
   """
 
@@ -95,7 +95,6 @@ def make(
     next_observation: `[N, ...]`.
     terminated: `[N]`.
     truncated: `[N]`.
-    about: the description.
   """
   terminated = np.asarray(terminated, bool)
   truncated = np.asarray(truncated, bool) & ~terminated
@@ -122,13 +121,9 @@ def number_episodes(ended: np.ndarray) -> np.ndarray:
 
 
 def check(dataset: Dataset, file: str) -> Dataset:
-  """Checks a data set and returns it.
+  """Checks a data set, named `file` in messages, and returns it.
 
   Every row is read once, in pieces, so memory maps need no memory.
-
-  Args:
-    dataset: the data set.
-    file: its name in messages.
 
   Raises:
     ValueError: a wrong type, shape or length, a number that is not finite, an

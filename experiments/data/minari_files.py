@@ -80,11 +80,8 @@ class _Metadata:
 def load(path: str | os.PathLike) -> layout.Dataset:
   """Reads a data set, in the order of its episodes.
 
-  An episode without a flag at its end was truncated, except for the last one,
-  which is unfinished.
-
-  Args:
-    path: an id's folder, or the folder `data` in it.
+  The path is an id's folder, or the folder `data` in it. An episode without a
+  flag at its end was truncated, except for the last one, which is unfinished.
 
   Raises:
     ValueError: h5py is not installed; a file, key or episode is missing or
@@ -245,15 +242,9 @@ def _about(metadata, space, bounds, folder, cut):
 def save(
   dataset: layout.Dataset, dataset_id: str, folder: str | os.PathLike = ''
 ) -> pathlib.Path:
-  """Writes a folder that Minari's own reader can open.
+  """Writes a folder that Minari's own reader can open, and returns its path.
 
-  Args:
-    dataset: the data set.
-    dataset_id: `(namespace/)name-v0`.
-    folder: the folder of ids; Minari's own folder if left out.
-
-  Returns:
-    The id's folder.
+  `dataset_id` is `(namespace/)name-v0`; its folder is Minari's if left out.
 
   Raises:
     ValueError: the id is invalid, the folder exists already, or the next

@@ -43,14 +43,12 @@ class _Header(NamedTuple):
 def open_map(path: pathlib.Path, key: str) -> np.ndarray:
   """Opens the array of a `.npy` file as a read-only memory map, `[...]`.
 
-  Args:
-    path: the file's path, which must not be a link.
-    key: the array's name in messages, after the folder.
+  `key` is the array's name in messages, after the folder.
 
   Raises:
     Missing: the file does not exist.
-    ValueError: the file is not regular, damaged, sparse, or has pickled
-      objects.
+    ValueError: the file is a link or not regular, damaged, sparse, or has
+      pickled objects.
   """
   where = f'{shown(path.parent)}: {key}'
   with reading.open_file(path) as file:
@@ -92,11 +90,8 @@ def read_archive(
 ) -> dict[str, np.ndarray]:
   """Reads the arrays `[...]` of a `.npz` file, by name.
 
-  Args:
-    path: the file's path.
-    kinds: the allowed kinds of dtype by name, `'biuf'` for numbers; the file
-      must have exactly these arrays.
-    follow: whether the path may be a link.
+  The file must have exactly the arrays in `kinds`, which are the allowed kinds
+  of dtype, `'biuf'` for numbers; `follow` allows a link.
 
   Raises:
     Missing: the file does not exist.
@@ -152,12 +147,8 @@ def _members(
 def check_room(where: str, size: int) -> None:
   """Refuses data that do not fit into this machine's memory.
 
-  Args:
-    where: the file and the key in it, for the message.
-    size: number of bytes that it declares.
-
   Raises:
-    UserError: the size is too large.
+    UserError: the size in bytes is too large.
   """
   room = memory.room_for_data()
   if size > room:

@@ -15,10 +15,9 @@ UNDERSTOOD = (
 def open_dataset(name: str | os.PathLike) -> layout.Dataset:
   """Opens a data set on this machine; nothing is downloaded.
 
-  Args:
-    name: an existing path; a D4RL name, for a file in D4RL_DATASET_DIR
-      (`~/.d4rl/datasets`); or a Minari id, for a folder in
-      MINARI_DATASETS_PATH (`~/.minari/datasets`).
+  The name is an existing path; a D4RL name, for a file in D4RL_DATASET_DIR
+  (`~/.d4rl/datasets`); or a Minari id, for a folder in MINARI_DATASETS_PATH
+  (`~/.minari/datasets`).
 
   Raises:
     ValueError: the data set is missing (the message says what to fetch and

@@ -23,9 +23,7 @@ _LARGEST = 1 << 24
 def read(text: str, where: str) -> Any:
   """Reads a `gymnasium.Space` of observations, with parts in the text's order.
 
-  Args:
-    text: the result of Minari's `serialize_space`.
-    where: file and key, for messages.
+  The text is from Minari's `serialize_space`; `where` names file and key.
 
   Raises:
     UserError: the text is not a space, or the space is not supported.
@@ -104,11 +102,7 @@ def _check_size(size: int, where: str) -> None:
 
 
 def read_bounds(text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
-  """Reads the bounds of a Box of actions, float32 `[...]`.
-
-  Args:
-    text: the result of Minari's `serialize_space`.
-    where: file and key, for messages.
+  """Reads the bounds of a Box of actions, float32 `[...]`; see `read`.
 
   Raises:
     UserError: the text is not a Box.
@@ -133,12 +127,6 @@ def read_bounds(text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 def read_rows(reader: hdf5.Reader, key: str, space: Any, where: str) -> Any:
   """Reads the rows of a space: an array, or a dict or tuple of arrays.
-
-  Args:
-    reader: the file's reader.
-    key: the name of the group or array.
-    space: from `read`.
-    where: the file, for messages.
 
   Raises:
     UserError: an array is missing or does not fit the space.
@@ -184,10 +172,6 @@ def lengths(rows: Any) -> list[int]:
 
 def laid_out(space: Any, where: str):
   """Converts rows to one array, as for the simulator's observations.
-
-  Args:
-    space: from `read`.
-    where: file and key, for messages.
 
   Returns:
     The number of numbers in a row, and the function from the result of

@@ -37,11 +37,7 @@ _VERSION = 1
 
 
 class Vocabulary(NamedTuple):
-  """The meaning of tokens.
-
-  Attributes:
-    words: the words of the tokens from 256 upwards; those below are bytes.
-  """
+  """The meaning of tokens: bytes below 256, `words` from there."""
 
   words: tuple[str, ...]
 
@@ -70,9 +66,7 @@ class Corpus(NamedTuple):
 def count_words(text: str, size: int) -> Vocabulary:
   """The pieces of a text that save the most tokens; ties in sorted order.
 
-  Args:
-    text: the training part.
-    size: the largest V; pieces that occur only once are left out.
+  There are at most `size` tokens; pieces that occur only once are left out.
 
   Raises:
     ValueError: size is below 256.
@@ -159,12 +153,9 @@ def read(
   """Reads a text file as tokens.
 
   Args:
-    path: the file's path.
     vocabulary: the largest V.
     held_out: share of the characters, at the end, that is held out.
-    encoding: the file's encoding.
-    cache: the folder in which tokens of larger files are cached; None for no
-      cache.
+    cache: the folder in which tokens of larger files are cached, or None.
 
   Raises:
     ValueError: the file is missing, empty or not in this encoding, the

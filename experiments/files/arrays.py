@@ -3,8 +3,8 @@
 A file has eight bytes of magic, the length of its header (uint64, little
 endian), the header (JSON: name, dtype, shape and offset of each array) and the
 arrays' bytes, each at a multiple of 64. It contains nothing to execute, and the
-reader states the arrays that it expects, so that a file's claims cannot make it
-allocate memory.
+reader states the arrays that it expects, so that a file cannot make it allocate
+memory.
 """
 
 import hashlib
@@ -29,12 +29,7 @@ _BLOCK = 1 << 20
 
 
 class Stored(NamedTuple):
-  """The size and digest of a file.
-
-  Attributes:
-    size: number of bytes.
-    digest: SHA-256, hexadecimal.
-  """
+  """A file's size in bytes and its SHA-256 in hexadecimal."""
 
   size: int
   digest: str
@@ -50,14 +45,7 @@ class _Entry(NamedTuple):
 
 
 def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> Stored:
-  """Writes arrays to a file atomically.
-
-  Args:
-    path: the file's path; its folder is created if necessary.
-    arrays: arrays by name, of any dtype except objects and strings.
-
-  Returns:
-    The file's size and digest.
+  """Writes arrays, of any dtype except objects and strings, atomically.
 
   Raises:
     UserError: the path is a link or folder, or the disk refused.
@@ -128,10 +116,9 @@ def read(
   """Reads all arrays of a file.
 
   Args:
-    path: the file's path.
-    expected: dtype and shape by name; None is any length, which the size of
-      the file bounds.
-    must_be: the result of `write`; None if it is not known.
+    expected: dtype and shape by name; None is any length, which the size of the
+      file bounds.
+    must_be: from `write`, if it is known.
 
   Returns:
     New arrays by name, of the expected shapes `[...]`.
@@ -170,7 +157,6 @@ def read_npz(
   """Reads the arrays of a `.npz` file, which older releases wrote.
 
   Args:
-    path: the file's path.
     expected: dtype and shape by name; None is any length, or any shape.
 
   Returns:
@@ -204,14 +190,11 @@ def read_npz(
 
 
 def mapped(path: str | os.PathLike) -> Callable[..., np.ndarray]:
-  """Maps a file's arrays into memory.
-
-  Args:
-    path: the file's path; it must not change any more.
+  """Maps the arrays of a file that does not change any more into memory.
 
   Returns:
-    `(name, dtype, shape) -> array`. The array is read-only; the function raises
-    `UserError` if the file's array differs from what is expected.
+    `(name, dtype, shape) -> array`, read-only; it raises `UserError` if the
+    array differs from what is expected.
 
   Raises:
     UserError: the file is not a file of arrays.

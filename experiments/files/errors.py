@@ -12,17 +12,14 @@ class Missing(UserError):
 
 
 def shown(text: object, limit: int = _LONGEST) -> str:
-  """Escapes and shortens text from a file or a flag for a terminal.
+  r"""Escapes and shortens text from a file or a flag for a terminal.
 
   Control characters, surrogates and invisible marks become escapes, because a
-  terminal may obey them; text longer than `limit` loses its middle.
+  terminal may obey them; text longer than `limit` (at least 20) loses its
+  middle.
 
-  Args:
-    text: any object; its `str` is shown.
-    limit: the most characters, at least 20.
-
-  >>> shown('name\\x1b[2J')
-  'name\\\\x1b[2J'
+  >>> shown('name\x1b[2J')
+  'name\\x1b[2J'
   >>> shown('a' * 50, 20)
   'aaaaaaaa ... aaaaaaa'
   """

@@ -16,14 +16,11 @@ _NAME = '.lock'
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-  """Locks a folder for this process until the block ends.
+  """Locks a folder, created if necessary, for this process.
 
-  The lock is the operating system's (`flock`), so a killed process leaves none.
-  On a file system without such locks, nothing is locked.
-
-  Args:
-    folder: the folder, created if necessary; `.lock` in it names the process
-      that holds the lock.
+  The lock is the operating system's (`flock`), so a killed process leaves none;
+  `.lock` names the process that holds it. On a file system without such locks,
+  nothing is locked.
 
   Raises:
     UserError: another process holds the lock, or the folder is not writable.

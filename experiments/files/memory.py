@@ -30,7 +30,7 @@ def available() -> int:
 def room_for_data() -> int:
   """The most bytes that a file's arrays may have.
 
-  Reading takes up to four times as much: the arrays, their joined columns,
-  and next observations.
+  Reading takes up to four times as much: the arrays, their joined columns, and
+  next observations.
   """
   return available() // 4

@@ -32,7 +32,6 @@ def open_file(
   """Opens a regular file to read bytes.
 
   Args:
-    path: the file's path.
     limit: the most bytes; None for callers that read in pieces or check the
       sizes that the file declares.
     follow: whether the path itself may be a link, which is allowed for paths
@@ -86,11 +85,7 @@ def _check_fetched(where: str, head: bytes) -> None:
 
 
 def check_regular(path: str | os.PathLike, found: os.stat_result) -> None:
-  """Refuses anything but a regular file.
-
-  Args:
-    path: the path, for the message.
-    found: the result of `os.stat` or `os.lstat`.
+  """Refuses anything but a regular file, by its `os.stat` or `os.lstat`.
 
   Raises:
     UserError: it is a link, a folder, a FIFO, a socket or a device.
@@ -109,9 +104,9 @@ def check_regular(path: str | os.PathLike, found: os.stat_result) -> None:
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-  """Refuses a folder that holds anything but regular files and folders.
+  """Refuses a folder with anything but regular files and folders in it.
 
-  The folder itself may be a link. Use this for folders that a library reads.
+  For folders that a library reads; the folder itself may be a link.
 
   Raises:
     Missing: the folder does not exist.
@@ -136,15 +131,10 @@ def check_folder(folder: str | os.PathLike) -> None:
 def read_bytes(
   path: str | os.PathLike, *, limit: int = MAX_BYTES, follow: bool = False
 ) -> bytes:
-  """Reads a regular file's bytes.
-
-  Args:
-    path: the file's path.
-    limit: the most bytes.
-    follow: whether the path itself may be a link.
+  """Reads a regular file's bytes, as `open_file` does.
 
   Raises:
-    UserError: the file cannot be read (`open_file`).
+    UserError: the file cannot be read.
   """
   with open_file(path, limit=limit, follow=follow) as file:
     try:
@@ -160,11 +150,10 @@ def read_bytes(
 def read_text(
   path: str | os.PathLike, *, limit: int = MAX_BYTES, follow: bool = False
 ) -> str:
-  """Reads a regular UTF-8 file's text.
+  """Reads a regular UTF-8 file's text, as `open_file` does.
 
   Raises:
-    UserError: the file cannot be read (`open_file`), is not UTF-8, or contains
-      NUL bytes.
+    UserError: the file cannot be read, is not UTF-8, or contains NUL bytes.
   """
   content = read_bytes(path, limit=limit, follow=follow)
   try:
@@ -189,11 +178,8 @@ def read_json(
 ) -> T | Any:
   """Reads a JSON file into the type that the caller expects.
 
-  Args:
-    path: the file's path.
-    kind: a type that `msgspec` converts to: a frozen dataclass (unknown fields
-      are ignored), a `dict[str, float]` and so on.
-    limit: the most bytes.
+  `kind` is a type that `msgspec` converts to: a frozen dataclass (unknown
+  fields are ignored), a `dict[str, float]` and so on.
 
   Raises:
     Missing: the file does not exist.
@@ -204,12 +190,7 @@ def read_json(
 
 
 def decode_json(content: bytes | str, kind: Any, where: str) -> Any:
-  """Decodes JSON text into a type, like `read_json`.
-
-  Args:
-    content: JSON.
-    kind: the type to decode into.
-    where: the text's name in messages, such as a file and a key.
+  """Decodes JSON into a type, like `read_json`; `where` names it in messages.
 
   Raises:
     UserError: the text is not JSON or does not fit the type.

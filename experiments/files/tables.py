@@ -27,13 +27,8 @@ def read_csv(
 ) -> tuple[list[str], list[dict[str, str]]]:
   """Reads the columns and rows of a CSV file as text.
 
-  An incomplete last line, which a killed process may leave, and empty lines
-  are dropped.
-
-  Args:
-    path: the file's path.
-    columns: the columns that it must have.
-    follow: whether the path itself may be a link.
+  An incomplete last line, which a killed process may leave, and empty lines are
+  dropped. The file must have `columns`; `follow` allows a link.
 
   Raises:
     Missing: the file does not exist.
@@ -48,10 +43,6 @@ def read_rows(
 ) -> list[dict[str, str]]:
   """Reads the rows of a CSV file; none if the file does not exist.
 
-  Args:
-    path: the file's path.
-    columns: the columns that the file must have, if it exists.
-
   Raises:
     UserError: the file cannot be read by `read_csv`.
   """
@@ -64,10 +55,8 @@ def read_rows(
 def read_records(path: str | os.PathLike, kind: type[Record]) -> list[Record]:
   """Reads rows of a CSV file as NamedTuples; none if there is no file.
 
-  Args:
-    path: the file's path.
-    kind: the NamedTuple; its fields are the columns, with the types of their
-      cells. An empty cell is None.
+  The fields of `kind` are the columns, with the types of their cells; an empty
+  cell is None.
 
   Raises:
     UserError: the file cannot be read by `read_csv`, or a cell is not of its
@@ -87,11 +76,9 @@ def read_records(path: str | os.PathLike, kind: type[Record]) -> list[Record]:
 def read_numbers(path: str | os.PathLike) -> list[dict[str, float]]:
   """Reads the rows of a CSV file of numbers, without empty cells.
 
-  Args:
-    path: the file's path; without a file there are no rows.
-
   Raises:
-    UserError: the file cannot be read by `read_csv`, or a cell is not a number.
+    UserError: the file cannot be read by `read_rows`, or a cell is not a
+      number.
   """
   return [numbers(row, path) for row in read_rows(path)]
 
@@ -99,18 +86,13 @@ def read_numbers(path: str | os.PathLike) -> list[dict[str, float]]:
 def parse_csv(
   text: str, path: str | os.PathLike, columns: Sequence[str] = ()
 ) -> tuple[list[str], list[dict[str, str]]]:
-  """Parses the text of a CSV file into columns and rows, like `read_csv`.
-
-  Args:
-    text: the file's text.
-    path: the file's path, for messages.
-    columns: the columns that it must have.
+  r"""Parses the text of a CSV file into columns and rows, like `read_csv`.
 
   Raises:
     UserError: the text is not CSV, its lines differ in length, or it lacks a
       column.
 
-  >>> parse_csv('step,loss\\n1,2.5\\n2,', 'metrics.csv')
+  >>> parse_csv('step,loss\n1,2.5\n2,', 'metrics.csv')
   (['step', 'loss'], [{'step': '1', 'loss': '2.5'}])
   """
   where = shown(path)
@@ -148,11 +130,7 @@ def parse_csv(
 def numbers(
   row: Mapping[str, str], path: str | os.PathLike
 ) -> dict[str, float]:
-  """The numbers in a row, without empty cells.
-
-  Args:
-    row: a row from `read_csv`.
-    path: the file's path, for the message.
+  """The numbers in a row from `read_csv`, without empty cells.
 
   Raises:
     UserError: a cell is not a number.
@@ -172,10 +150,7 @@ def numbers(
 
 @contextlib.contextmanager
 def reading_cells(path: str | os.PathLike) -> Iterator[None]:
-  """Turns an error in converting cells in the block into a `UserError`.
-
-  Args:
-    path: the path of the CSV file.
+  """Turns an error in converting a file's cells into a `UserError`.
 
   Raises:
     UserError: the block raised `ValueError` or `KeyError`.
@@ -196,12 +171,11 @@ def write_lines(
   lines: Iterable[Sequence[Any]],
   digits: int | None = None,
 ) -> None:
-  """Writes a whole table as CSV, atomically.
+  """Writes a whole table as CSV, atomically, creating its folder.
 
   Args:
-    path: the file's path; its folder is created if necessary.
     lines: rows of cells, the column names first; None is an empty cell.
-    digits: number of significant digits of floats; None writes all.
+    digits: significant digits of floats; None writes all.
   """
 
   def cell(x):
@@ -217,12 +191,7 @@ def write_lines(
 def write_rows(
   path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-  """Writes rows under all their columns, atomically; floats with 9 digits.
-
-  Args:
-    path: the file's path; its folder is created if necessary.
-    rows: cells by column; missing cells are empty.
-  """
+  """Writes rows under all their columns, like `write_lines` with 9 digits."""
   columns = list(dict.fromkeys(name for row in rows for name in row))
   lines = ([row.get(name) for name in columns] for row in rows)
   write_lines(path, [columns, *lines], digits=9)
@@ -231,11 +200,5 @@ def write_rows(
 def write_records(
   path: str | os.PathLike, rows: Sequence[Any], digits: int | None = None
 ) -> None:
-  """Writes NamedTuples of one kind, with a column for each field.
-
-  Args:
-    path: the file's path; its folder is created if necessary.
-    rows: the NamedTuples, at least one; None is an empty cell.
-    digits: number of significant digits of floats; None writes all.
-  """
+  """Writes NamedTuples of one kind, at least one, like `write_lines`."""
   write_lines(path, [rows[0]._fields, *rows], digits)

@@ -14,11 +14,7 @@ from experiments.files.reading import check_regular
 
 
 def remedy(code: int | None) -> str:
-  """The remedy for the operating system's refusal to write.
-
-  Args:
-    code: the `errno`; None if it is not known.
-  """
+  """The remedy for a refusal to write, by its `errno` if that is known."""
   if code in (errno.EACCES, errno.EPERM, errno.EROFS):
     return 'let this user write there'
   if code in (errno.EMFILE, errno.ENFILE):
@@ -47,11 +43,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   """Opens a file that replaces `path` when the block ends without an error.
 
-  The file is written in the same folder under a random name, flushed to the
-  disk and renamed. If the process is killed before that, the old file stays.
-
-  Args:
-    path: the file's path; its folder is created if necessary.
+  The file is written in the same folder, created if necessary, under a random
+  name, flushed to the disk and renamed. If the process is killed before that,
+  the old file stays.
 
   Raises:
     UserError: `path` is a link, folder or device, or the disk refused.
@@ -111,10 +105,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 def write_figure(figure: Any, path: str | os.PathLike, dpi: int = 160) -> None:
   """Writes a matplotlib figure atomically, like `replacing`.
 
-  Args:
-    figure: `matplotlib.figure.Figure`.
-    path: the file's path; its suffix is the format, PNG if there is none.
-    dpi: dots per inch.
+  The suffix is the format, PNG if there is none.
 
   Raises:
     UserError: matplotlib does not know the format, or the disk refused.

@@ -1,15 +1,6 @@
 """Executes notebooks and writes them as Markdown with their figures.
 
-python -m experiments.notebook compose             # docs/notebooks/compose.md
-python -m experiments.notebook compose --tiny      # seconds, runs/notebooks/
-python -m experiments.notebook compose --set=NUM_SEEDS=8
-
-A notebook is a percent file of jupytext's, `experiments/notebooks/NAME.py`,
-whose first cell is prose that begins with its title. The cell with
-`tags=["parameters"]` assigns literals, first of all `TINY = False`; sizes
-depend on it, `NUM_SEEDS = 4 if TINY else 32`. A cell that draws says in its
-heading what is to be seen, `alt="Return against updates"`. Shown are figures
-and what is printed, and not the value of a last expression.
+`experiments.notebook` describes their format.
 """
 
 import ast
@@ -43,12 +34,7 @@ _TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 
 
 class Result(NamedTuple):
-  """An executed notebook.
-
-  Attributes:
-    markdown: its text.
-    figures: `NAME_files/...png`, as the text names them -> bytes.
-  """
+  """An executed notebook: its text, and bytes of the figures that it names."""
 
   markdown: str
   figures: dict[str, bytes]
@@ -66,14 +52,13 @@ def read(name: str, folder: pathlib.Path = FOLDER) -> Any:
   """A notebook as nbformat has it.
 
   Raises:
-    UserError: there is none of this name; jupytext, nbclient or nbconvert are
-      missing.
+    UserError: an unknown name; jupytext, nbclient or nbconvert are missing.
   """
   if name not in names(folder):
     raise UserError(
-      f'no notebook {name!r}: there are {", ".join(names(folder))}'
+      f'notebook {name}: unknown; must be one of {", ".join(names(folder))}'
     )
-  # All that running one needs, before anything runs.
+  # Refuses missing packages before anything runs.
   for package in ('jupytext', 'nbclient', 'nbconvert'):
     try:
       importlib.import_module(package)
@@ -87,11 +72,9 @@ def read(name: str, folder: pathlib.Path = FOLDER) -> Any:
 
 
 def set_parameters(notebook: Any, assignments: Sequence[str]) -> None:
-  """Replaces right sides in the notebook's cell of parameters, in place.
+  """Replaces values in the notebook's cell of parameters, in place.
 
-  Args:
-    notebook: from `read`.
-    assignments: `NAME=literal`, a string without its quotation marks.
+  Assignments are `NAME=literal`, a string without its quotation marks.
 
   Raises:
     UserError: unknown parameter, or a value of another type than its own.
@@ -100,9 +83,7 @@ def set_parameters(notebook: Any, assignments: Sequence[str]) -> None:
   if not assignments:
     return
   if len(cells) != 1:
-    raise UserError(
-      f'{len(cells)} cells are tagged parameters: there must be one'
-    )
+    raise UserError(f'{len(cells)} cells are tagged parameters: must be one')
   for assignment in assignments:
     cells[0].source = _assign(cells[0].source, assignment)
 
@@ -122,7 +103,8 @@ def _assign(source: str, assignment: str) -> str:
   }
   if name not in found:
     raise UserError(
-      f'--set={assignment}: no parameter {name}: there are {", ".join(found)}'
+      f'--set={assignment}: unknown parameter; must be one of '
+      f'{", ".join(found)}'
     )
   values: dict[str, Any] = {}
   exec(source, values)
@@ -170,16 +152,11 @@ def execute(
 ) -> Result:
   """Runs a notebook in a kernel of its own, at the root of the repository.
 
-  Each cell is told on the terminal as it begins.
-
-  Args:
-    name: of the notebook.
-    assignments: see `set_parameters`.
-    folder: where it lies.
+  Prints each cell's first line as it begins.
 
   Raises:
-    UserError: see `read` and `set_parameters`; a cell raised, which is told
-      with its file and line.
+    UserError: see `read` and `set_parameters`; or the file and line at which a
+      cell raised.
   """
   notebook = read(name, folder)
   import nbclient
@@ -204,7 +181,7 @@ def execute(
     resources={'metadata': {'path': str(ROOT)}},
     on_cell_start=begin,
   )
-  # Not by TCP, where any user of the machine could listen.
+  # Not by TCP, which any user of the machine could connect to.
   client.create_kernel_manager().transport = 'ipc'
   try:
     client.execute(env=_environment())
@@ -226,7 +203,7 @@ def execute(
 
 
 def _environment() -> dict[str, str]:
-  """Keeps compiled programs where `devices.use_compilation_cache` does."""
+  """The same compilation cache as `devices.use_compilation_cache`."""
   cache = pathlib.Path.home() / '.cache' / 'outplay' / 'jax'
   return {
     'JAX_COMPILATION_CACHE_DIR': str(cache),
@@ -303,11 +280,6 @@ def _small(png: bytes) -> bytes:
 
 def write(name: str, result: Result, out: pathlib.Path) -> pathlib.Path:
   """Writes a notebook's Markdown and figures, and removes older figures.
-
-  Args:
-    name: of the notebook.
-    result: from `execute`.
-    out: the folder, made if there is none.
 
   Returns:
     The path of the Markdown.

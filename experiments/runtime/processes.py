@@ -1,10 +1,6 @@
 """Several processes of one program on this machine, watched by a parent.
 
-`python -m experiments.launch --processes=2 -- python -m experiments.train ...`
-
-Every line of a process is printed after its number. When one fails, the others
-are stopped and the first to fail is named. A refusal (exit code 2) and a stop
-(130, 143) are not tried again. The same command resumes.
+`experiments.launch` describes it.
 """
 
 import os

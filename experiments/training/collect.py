@@ -1,25 +1,6 @@
-"""Trains SAC and keeps data sets of five qualities, named as in D4RL.
+"""Makes `experiments.collect`'s data sets, which it describes.
 
-python -m experiments.collect --env=Pendulum-v1 --out=data/pendulum
-
-  random         actions uniform within their bounds
-  medium         of the policies before expert, the one whose evaluation came
-                 nearest to a third of the way from `ref_min` to `ref_max`
-  medium-replay  all experience until then, the random beginning included;
-                 open episodes are cut
-  expert         the policy of the best evaluation (the last one may be in one
-                 of SAC's dips)
-  medium-expert  all rows of medium, then all of expert
-
-Policies sample, in evaluations as in data. `ref_min` is the mean return of
-random actions, `ref_max` that of the expert without noise, both over fresh
-episodes. D4RL's medium is the first policy to pass a third of the way; here
-learning may leap from far below to far above between two evaluations.
-
-The folder holds `config.json`, a data set in each folder of these names, and
-`agent/`: parameters, evaluations, references. The same command makes only what
-is missing, compares the rest with `stored.json`, and resumes a training that
-was stopped (`behaviour`).
+A training that was stopped resumes from its last checkpoint (`behaviour`).
 """
 
 import contextlib
