@@ -262,7 +262,7 @@ def test_final_score_is_the_most_searched_or_the_last_evaluation(tmp_path):
       lambda f: (f / 'metrics.csv').write_text('step,loss\n1,2\n'),
       'no column decisions; there are step, loss',
     ),
-    (lambda f: (f / 'metrics.csv').unlink(), 'metrics.csv: there is none'),
+    (lambda f: (f / 'metrics.csv').unlink(), 'metrics.csv: is missing'),
     (
       lambda f: (f / 'metrics.csv').write_text(
         'decisions,episode_return\n1,\n'
