@@ -173,6 +173,31 @@ def z_loss(logits: jax.Array) -> jax.Array:
   return jnp.mean(total**2)
 
 
+def update_bias(
+  bias: jax.Array, count: jax.Array, rate: float, keep: Any = None
+) -> jax.Array:
+  """One step of `routing.biased_top_k`'s bias: up where tokens are too few.
+
+  `bias + rate * sign(mean(count) - count)`, outside of any optimiser.
+
+  Args:
+    bias: float32 `[E]`.
+    count: float32 `[E]`, `routing.Routing.count` of the last batch, over all
+      devices.
+    rate: step, 1e-3 in the paper.
+    keep: bool `[E]`, experts that were not pruned; the others have no part in
+      the mean.
+
+  Returns:
+    float32 `[E]`.
+
+  Source: Wang 2024, arXiv 2408.15664, algorithm 1.
+  """
+  chex.assert_rank([bias, count], 1)
+  chex.assert_equal_shape([bias, count])
+  return bias + rate * jnp.sign(jnp.mean(count, where=keep) - count)
+
+
 def prune(load: Any, floor: float, k: int = 1) -> np.ndarray:
   """Which experts to keep: those whose load does not stay under a floor.
 

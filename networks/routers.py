@@ -364,7 +364,7 @@ class BiasedTopK:
       bias = stats['bias']
       found = routing.biased_top_k(logits, bias, self.k, keep)
       if train:
-        bias = routing.update_bias(bias, found.count, self.bias_rate, keep)
+        bias = balance.update_bias(bias, found.count, self.bias_rate, keep)
       stats = _learned_loads(self, stats, found, train)
       return found, stats | {'bias': bias}
 

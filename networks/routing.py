@@ -364,8 +364,8 @@ def biased_top_k(
 ) -> Routing:
   """Top k by score plus bias, weighted by scores without it.
 
-  A score is the sigmoid of a logit. `update_bias` balances the experts, no
-  loss does: the bias gets no gradient.
+  A score is the sigmoid of a logit. `balance.update_bias` balances the
+  experts, no loss does: the bias gets no gradient.
 
   Args:
     logits: float32 `[T, E]`.
@@ -396,30 +396,6 @@ def biased_top_k(
   expert = jnp.where(is_empty, experts, index)
   z = balance.z_loss(_mask(logits, keep))
   return _by_token(expert, gate, experts, {'z': z})
-
-
-def update_bias(
-  bias: jax.Array, count: jax.Array, rate: float, keep: Any = None
-) -> jax.Array:
-  """One step of the bias of `biased_top_k`: up where tokens are too few.
-
-  `bias + rate * sign(mean(count) - count)`, outside of any optimiser.
-
-  Args:
-    bias: float32 `[E]`.
-    count: float32 `[E]`, `Routing.count` of the last batch, over all devices.
-    rate: step, 1e-3 in the paper.
-    keep: bool `[E]`, experts that were not pruned; the others have no part in
-      the mean.
-
-  Returns:
-    float32 `[E]`.
-
-  Source: Wang 2024, arXiv 2408.15664, algorithm 1.
-  """
-  chex.assert_rank([bias, count], 1)
-  chex.assert_equal_shape([bias, count])
-  return bias + rate * jnp.sign(jnp.mean(count, where=keep) - count)
 
 
 def _noisy(scores, keep):

@@ -225,7 +225,7 @@ def test_bias_balances_without_a_loss():
 
   def step(bias, rate):
     count = routing.biased_top_k(logits, bias, k).count
-    return routing.update_bias(bias, count, rate), count
+    return balance.update_bias(bias, count, rate), count
 
   rates = np.geomspace(0.05, 1e-4, 200, dtype=np.float32)
   learn = _compiled(lambda start: jax.lax.scan(step, start, rates))
@@ -238,10 +238,10 @@ def test_bias_balances_without_a_loss():
 
 def test_bias_by_hand():
   bias, count = _float32(np.zeros(4), [1, 2, 6, 3])
-  stepped = routing.update_bias(bias, count, 0.5)
+  stepped = balance.update_bias(bias, count, 0.5)
   np.testing.assert_array_equal(stepped, [0.5, 0.5, -0.5, 0])
   keep = np.array([False, True, True, True])
-  stepped = routing.update_bias(bias, count, 0.5, keep)
+  stepped = balance.update_bias(bias, count, 0.5, keep)
   np.testing.assert_array_equal(stepped[1:], [0.5, -0.5, 0.5])
 
 
