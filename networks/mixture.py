@@ -178,6 +178,7 @@ def listen(config: moe.Config, statistics: Any, key: jax.Array) -> Listener:
     load=zeros(),
     count=zeros(),
     dropped=jnp.zeros(()),
+    rounds=jnp.zeros(()),
   )
   return Listener(statistics, key, jnp.zeros((), jnp.int32), aux)
 
@@ -205,8 +206,8 @@ def told(config: moe.Config, listener: Listener) -> tuple[Any, moe.Aux]:
   """The statistics, and one account of all calls.
 
   Importance, load and counts are sums over calls, and the two losses of
-  balance are those of the sums where the router has them. Other
-  losses and `dropped` are means over calls. Pruned experts count as idle in
+  balance are those of the sums where the router has them. Other losses,
+  `dropped` and `rounds` are means over calls. Pruned experts count as idle in
   the losses of balance, which moves no minimum.
   """
   _, _, calls, total = listener
@@ -221,6 +222,7 @@ def told(config: moe.Config, listener: Listener) -> tuple[Any, moe.Aux]:
     loss=moe.weighted(config, losses),
     losses=losses,
     dropped=mean(total.dropped),
+    rounds=mean(total.rounds),
   )
   return listener.statistics, aux
 

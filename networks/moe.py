@@ -45,6 +45,9 @@ class Config:
     backend: see `networks.dispatch`.
     capacity_factor: places of an expert over its even share, where the backend
       has a capacity.
+    room_factor: where experts are divided over devices, room between two of
+      them over the even share; what finds none waits for a further round, see
+      `networks.expert_parallel`.
   """
 
   num_experts: int = 32
@@ -55,6 +58,7 @@ class Config:
   z_weight: float = 0.0
   backend: dispatch.Backend = 'auto'
   capacity_factor: float = 2.0
+  room_factor: float = 2.0
 
   def __post_init__(self):
     if not isinstance(self.router, routers.Config):
@@ -72,9 +76,8 @@ class Config:
       raise ValueError(f'hidden={self.hidden}: must be 1 or more')
     for name in ('importance_weight', 'load_weight', 'z_weight'):
       routers.check_above(name, getattr(self, name), 0)
-    routers.check_above(
-      'capacity_factor', self.capacity_factor, 0, strictly=True
-    )
+    for name in ('capacity_factor', 'room_factor'):
+      routers.check_above(name, getattr(self, name), 0, strictly=True)
     if self.num_experts:
       self.make_router()
 
@@ -98,6 +101,8 @@ class Aux(NamedTuple):
     count: float32 `[E]`, tokens that each expert really got.
     dropped: float32 scalar, share of pairs of token and expert that found no
       place.
+    rounds: float32 scalar, how often tokens were exchanged with other devices;
+      1 where all found room at once, 0 where experts are not divided.
   """
 
   loss: jax.Array
@@ -106,6 +111,7 @@ class Aux(NamedTuple):
   load: jax.Array
   count: jax.Array
   dropped: jax.Array
+  rounds: jax.Array
 
 
 def weighted(config: Config, losses: dict[str, jax.Array]) -> jax.Array:
@@ -145,6 +151,7 @@ def metrics(aux: Aux) -> dict[str, jax.Array]:
     'max_over_mean_load': jnp.max(aux.count) / mean,
     'idle_experts': jnp.sum(aux.count == 0).astype(jnp.float32),
     'dropped': aux.dropped,
+    'rounds': aux.rounds,
     'balance_loss': aux.loss,
   }
 
@@ -222,7 +229,8 @@ class MoE(nn.Module):
       states = x.reshape(-1, *x.shape[-2:])
       each = self._route(router, states, train)
       work = lambda plan, x: dispatch.apply(plan, x, params, expert)[0]
-      y, dropped = jax.vmap(work)(each.plan, states), jnp.zeros(())
+      y = jax.vmap(work)(each.plan, states)
+      dropped = rounds = jnp.zeros(())
       found = jax.tree.map(lambda x: x.sum(0), each)
       losses = jax.tree.map(lambda x: x.mean(0), each.losses)
       found = found._replace(losses=losses)
@@ -231,7 +239,7 @@ class MoE(nn.Module):
       # Kept only for callers that ask with `mutable=['plans']`.
       if not self.is_initializing():
         self.sow('plans', 'plan', found.plan)
-      y, dropped = expert_parallel.apply(
+      y, dropped, rounds = expert_parallel.apply(
         found.plan,
         tokens,
         params,
@@ -240,6 +248,7 @@ class MoE(nn.Module):
         bundle=self._bundle(router),
         backend=self.config.backend,
         capacity_factor=self.config.capacity_factor,
+        room_factor=self.config.room_factor,
       )
     aux = Aux(
       weighted(self.config, found.losses),
@@ -248,6 +257,7 @@ class MoE(nn.Module):
       found.load,
       found.count,
       dropped,
+      rounds,
     )
     return y.reshape(*x.shape[:-1], -1), aux
 

@@ -112,6 +112,7 @@ told = of(
   '[E]',
   '[E]',
   '[]',
+  '[]',
 )
 by_token = of(ByToken, 'int32 [T, K]', '[T, K]')
 expert = dispatch.Expert(lambda params, x: x @ params)

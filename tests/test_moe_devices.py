@@ -1,7 +1,12 @@
 """Experts divided over two devices give the numbers of one."""
 
 import functools
+import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +67,8 @@ class Problem(NamedTuple):
 
 
 def loss(layer, gate, x, params, expert, target):
-  y, dropped = layer(routing.ByToken(expert, gate), x, params, EXPERT)
-  return jnp.sum((y - target) ** 2), (y, dropped)
+  y, *told = layer(routing.ByToken(expert, gate), x, params, EXPERT)
+  return jnp.sum((y - target) ** 2), (y, *told)
 
 
 def gradients(layer):
@@ -97,9 +102,10 @@ def test_output_and_gradients_equal_one_device(problem, bundle):
   step = over(gradients(functools.partial(apart, bundle=bundle)), ROWS)
   compiled = step.lower(*problem.args, *problem.fixed).compile()
   got = compiled(*jax.device_put((*problem.args, *problem.fixed), ROWS))
-  all_close(got, problem.want)
-  (_, (_, dropped)), (gate_bar, _, params_bar) = got
-  assert dropped == 0
+  (value, (y, dropped, rounds)), bars = got
+  all_close(((value, (y, dropped)), bars), problem.want)
+  assert (dropped, rounds) == (0, 1)
+  gate_bar, _, params_bar = bars
   assert np.abs(gate_bar).max() > 0.1
   assert params_bar['kernel'].sharding.shard_shape((6, 4, 3)) == (3, 4, 3)
   # Out and back, and the same for the gradient.
@@ -145,9 +151,9 @@ def test_an_expert_works_on_the_tokens_of_all_devices_at_once():
     plan = routing.ByToken(jnp.asarray(chosen), jnp.ones((7, 1)))
     return apart(plan, x, jnp.zeros((4, 1)), expert, backend='ragged')
 
-  y, dropped = over(count)(np.ones((7, 2), np.float32))
+  y, dropped, rounds = over(count)(np.ones((7, 2), np.float32))
   np.testing.assert_array_equal(y[:, 0], [1, 4, 4, 2, 4, 4, 2])
-  assert dropped == 0
+  assert (dropped, rounds) == (0, 1)
 
 
 @pytest.mark.parametrize('size', [TOKENS, TOKENS - 1])
@@ -165,8 +171,9 @@ def test_whole_experts_work_where_the_tokens_lie(problem, size):
   where = (ROWS, ROWS, WHOLE, ROWS, ROWS) if size == TOKENS else WHOLE
   for layer in (apart, functools.partial(apart, backend='loop')):
     compiled = over(gradients(layer), where, around).lower(*args).compile()
-    got = compiled(*jax.device_put(args, where))
-    all_close(got, want)
+    (value, (y, dropped, rounds)), bars = compiled(*jax.device_put(args, where))
+    all_close(((value, (y, dropped)), bars), want)
+    assert rounds == 0
     text = compiled.as_text() or ''
     assert size < TOKENS or not re.search('all-gather|all-to-all|permute', text)
 
@@ -179,7 +186,7 @@ def test_capacity_of_whole_experts_is_of_all_tokens():
   x = np.arange(1, 5, dtype=np.float32)[:, None]
   options = {'backend': 'capacity', 'capacity_factor': 1.0}
   run = lambda x: apart(plan, x, jnp.ones((2, 1)), expert, **options)
-  y, dropped = over(run, WHOLE, around)(x)
+  y, dropped, _ = over(run, WHOLE, around)(x)
   np.testing.assert_array_equal(y[:, 0], [1, 2, 0, 0])
   assert dropped == 0.5
 
@@ -201,6 +208,98 @@ def test_capacity_drops_what_finds_no_room():
   assert wide[1] == 0
 
 
+@pytest.mark.parametrize('backend', ['loop', 'dense'])
+def test_rounds_equal_one_device(problem, backend):
+  # Room for 3 rows; every token wants all experts of device 0. Some places are
+  # empty.
+  is_empty, target = problem.fixed[0] == EXPERTS, problem.fixed[1]
+  rng = np.random.default_rng(1)
+  first = rng.permuted(np.tile(np.arange(3), (TOKENS, 1)), axis=1)
+  expert = np.c_[first, rng.integers(3, 6, TOKENS)].astype(np.int32)
+  expert[is_empty] = EXPERTS
+  layer = functools.partial(apart, room_factor=0.3, backend=backend)
+  reference = functools.partial(dispatch.apply, backend='dense')
+  want = jax.jit(gradients(reference))(*problem.args, expert, target)
+  step = over(gradients(layer), ROWS)
+  args = jax.device_put((*problem.args, expert, target), ROWS)
+  (value, (y, dropped, rounds)), bars = step(*args)
+  all_close(((value, (y, dropped)), bars), want)
+  most = max(np.sum(half < 3) for half in np.split(expert, 2))
+  assert rounds == -(-most // 3) > 3
+
+
+def test_rounds_are_of_all_devices():
+  # Only device 1 has too many rows, for device 0; seeds by vmap differ.
+  chosen = np.array([[[0], [1], [1], [0]], [[1], [0], [0], [0]]], np.int32)
+  expert = dispatch.Expert(lambda params, x: x * params[None])
+  params, x = np.float32([[2], [3]]), np.arange(8, dtype=np.float32)
+  x = x.reshape(2, 4, 1)
+
+  def run(chosen, x):
+    plan = routing.ByToken(chosen, jnp.ones((4, 1)))
+    return apart(plan, x, params, expert, room_factor=1.0)
+
+  def total(x):
+    y, *told = jax.vmap(run)(chosen, x)
+    return jnp.sum(y**2), (y, *told)
+
+  x_bar, (y, dropped, rounds) = over(jax.grad(total, has_aux=True))(x)
+  scale = params[chosen[..., 0]]
+  np.testing.assert_array_equal(y, x * scale)
+  np.testing.assert_array_equal(x_bar, 2 * x * scale**2)
+  np.testing.assert_array_equal(dropped, [0, 0])
+  np.testing.assert_array_equal(rounds, [1, 2])
+
+
+@pytest.fixture(scope='module')
+def eight():
+  """What `moe_divided` finds in a process with 8 devices."""
+  tests = pathlib.Path(__file__).resolve().parent
+  done = subprocess.run(
+    [sys.executable, tests / 'moe_divided.py'],
+    env={**os.environ, 'PYTHONPATH': str(tests.parent)},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+  ('name', 'rounds'),
+  [
+    ('odd', 1),
+    ('few', 1),
+    # 6 tokens a device: 12 rows, and room for 3 to each device. To one device
+    # go both rows of a token, or one.
+    ('one', 4),
+    ('one_expert', 2),
+    # Tokens of 6 experts on 3 devices: 7 to 9 rows from one device to another.
+    ('idle', 3),
+  ],
+)
+def test_eight_devices_equal_one(eight, name, rounds):
+  found = eight[name]
+  assert found['apart'] < 1e-4
+  assert (found['dropped'], found['rounds']) == (0, rounds)
+
+
+def test_what_is_dropped_on_eight_devices_is_counted(eight):
+  # Room for 6 of 12 rows from each device.
+  found = eight['dropping']
+  assert (found['dropped'], found['rounds']) == (0.5, 1)
+  assert found['apart'] > 0.1
+
+
+def test_what_a_device_sends_does_not_grow_with_the_devices(eight):
+  two, four, eight_ = eight['sent']
+  assert two == four == eight_
+  # Room for the even share of 128 rows: 8 features, a gate and an expert.
+  assert set(two['exchanged']) == {128 * 4 * 8, 128 * 4 * 10}
+  # On a CPU the k best of a token's experts are chosen on every device.
+  assert two['kinds'] == ['all-gather', 'all-reduce', 'all-to-all']
+
+
 def test_a_program_of_each_device_counts_one():
   # Where environments of `parts.stacked` act, experts are whole.
   def one(x):
@@ -215,7 +314,7 @@ def test_without_a_mesh_it_is_one_device(problem):
   gate, x, params = problem.args
   plan = routing.ByToken(problem.fixed[0], gate)
   assert expert_parallel.devices(mesh.AXIS) == 1
-  y, _ = jax.jit(functools.partial(apart, expert=EXPERT, backend='dense'))(
+  y, *_ = jax.jit(functools.partial(apart, expert=EXPERT, backend='dense'))(
     plan, x, params
   )
   all_close(y, problem.want[0][1][0])
@@ -272,7 +371,7 @@ def make_agent():
       clean = x @ params['gate']
       noise = jax.random.normal(key, clean.shape)
       found = routing.noisy_top_k(clean, jnp.full_like(clean, 0.3), noise, 2)
-      y, _ = apart(found.plan, x, params['mixture']['experts'], EXPERT)
+      y, *_ = apart(found.plan, x, params['mixture']['experts'], EXPERT)
       return x + y, (found.losses, found.count)
 
     y, (losses, count) = jax.lax.scan(layer, batch['x'], jax.random.split(key))
