@@ -49,6 +49,7 @@ COUNTED = (
   *(name.replace('-', '_') for name in compiled.COLLECTIVES),
   'collectives_in_loops',
   'reduced',
+  'exchanged',
   'seconds',
   'error',
 )
@@ -99,12 +100,12 @@ def launch(values: Any) -> None:
 
 
 def read_names(names: Sequence[str]) -> list[str]:
-  """Presets, `search` and `experts`; all of them if none is named.
+  """Presets, `search`, `experts`, `divided`; all of them if none is named.
 
   Raises:
     UserError: one of them is unknown.
   """
-  others = ('search', 'experts')
+  others = ('search', 'experts', 'divided')
   if not names:
     return [*presets.PRESETS, *others]
   for name in names:
@@ -124,7 +125,7 @@ def run(
   """Compiles everything; the CSV grows with each program and is resumed.
 
   Args:
-    names: presets, and `search` and `experts`.
+    names: presets, and `search`, `experts` and `divided`.
     rows: of batch and environments on each device; 0 for the usual ones.
     parts: of `programs.PARTS`; () for all.
     compilers: folder for the compilers' wheels.
@@ -207,6 +208,7 @@ def compile_all(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _programs(name, asked, mesh) -> Iterator[programs.Program]:
+  folder = pathlib.Path(asked['folder'])
   if name == 'search':
     for rule in compile_programs.RULES:
       yield compile_programs.of_search(rule, mesh, asked['rows'])
@@ -214,8 +216,10 @@ def _programs(name, asked, mesh) -> Iterator[programs.Program]:
     for number in compile_programs.EXPERTS:
       for backend in compile_programs.BACKENDS:
         yield compile_programs.of_experts(backend, number, mesh)
+  elif name == 'divided':
+    if mesh.size > 1:
+      yield from compile_programs.of_divided(mesh, asked['rows'], folder)
   else:
-    folder = pathlib.Path(asked['folder'])
     yield from programs.of_preset(name, mesh, asked['rows'], folder)
 
 

@@ -1,5 +1,7 @@
 """Searches and experts that `--suite=compile` compiles."""
 
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ from search import policies, sampled
 RULES = ('puct', 'efficientzero', 'gumbel', 'sampled')
 BACKENDS = ('auto', 'loop', 'capacity', 'ragged')
 EXPERTS = (8, 32, 128)
+# Of experts that are divided: so many in all, and so many of each device.
+IN_ALL, OF_EACH = 256, 4
 
 
 def of_search(
@@ -84,5 +88,53 @@ def of_experts(backend: str, number: int, mesh: Any) -> programs.Program:
     f'tokens={case.tokens} {case.features}x{case.hidden} k={case.k}{note}',
     lambda: jax.jit(
       experts.gradient(taken), in_shardings=whole, out_shardings=whole
+    ).trace(*inputs),
+  )
+
+
+def of_divided(
+  mesh: Any, rows: int, folder: pathlib.Path
+) -> Iterator[programs.Program]:
+  """What it takes to divide experts over a mesh of several devices.
+
+  Forward and backward of the layer alone, its routing given, and an update of
+  a small language model; each with as many experts on any mesh, and with as
+  many of each device.
+
+  Args:
+    mesh: with the axis `data`.
+    rows: of the language model's batch on each device; 0 for the usual ones.
+    folder: for the language model's text.
+  """
+  for number in sorted({IN_ALL, OF_EACH * mesh.size}):
+    for backend in ('loop', 'ragged'):
+      yield _layer(backend, number, mesh)
+    settings = (f'network.moe.num_experts={number}', 'experts=divided')
+    for program in programs.of_preset(
+      'moe_language_small', mesh, rows, folder, settings
+    ):
+      if program.part == 'update':
+        yield program._replace(
+          what='divided', setting=f'{program.setting} experts={number}'
+        )
+
+
+def _layer(backend, number, mesh):
+  case = Case(tokens=2048 * mesh.size, features=512, hidden=2048)
+  inputs = jax.eval_shape(lambda: experts.inputs(number, case))
+  divided = meshes.split(mesh)
+
+  def gradient(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return experts.gradient(backend, meshes.AXIS)(*args)
+
+  return programs.Program(
+    'divided',
+    backend,
+    'layer',
+    f'tokens={case.tokens} {case.features}x{case.hidden} k={case.k} '
+    f'experts={number}',
+    lambda: jax.jit(
+      gradient, in_shardings=divided, out_shardings=divided
     ).trace(*inputs),
   )

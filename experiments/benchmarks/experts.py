@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Measurement, interleaved, speed_row
-from networks import dispatch, moe
+from networks import dispatch, expert_parallel, moe
 from networks.routing import ByToken
 
 
@@ -85,10 +85,11 @@ def _weights(key, leading, features, hidden):
   }
 
 
-def gradient(backend: Any) -> Callable:
+def gradient(backend: Any, axis: str | None = None) -> Callable:
   """The gradient of a sum of outputs in parameters, tokens and gates.
 
-  It is a function of `inputs`.
+  It is a function of `inputs`. Experts are divided over the `axis` of the mesh
+  around, if there is one.
   """
 
   def loss(params, x, gate, chosen):
@@ -96,8 +97,8 @@ def gradient(backend: Any) -> Callable:
     module = moe.FeedForward(hidden, features)
     apply: Any = lambda params, rows: module.apply({'params': params}, rows)
     expert = dispatch.Expert(apply, module.grouped)
-    y, _ = dispatch.apply(
-      ByToken(chosen, gate), x, params, expert, backend=backend
+    y, *_ = expert_parallel.apply(
+      ByToken(chosen, gate), x, params, expert, axis=axis, backend=backend
     )
     return jnp.sum(jnp.sin(y))
 

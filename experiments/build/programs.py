@@ -6,7 +6,7 @@ agent's state whole on every device, its batch split, and what works row by row
 """
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from experiments.build import capacity
 from experiments.build.agent import make_phases
 from experiments.build.experiment import describe, reads_text
 from experiments.build.material import Experiment, is_fresh, window_of
-from experiments.build.source import Layout
+from experiments.build.source import Layout, state_sharding
 
 # Rows of batch and environments on each of several devices.
 ROWS = 8
@@ -42,7 +42,11 @@ class Program(NamedTuple):
 
 
 def of_preset(
-  name: str, mesh: Any, rows: int, folder: pathlib.Path
+  name: str,
+  mesh: Any,
+  rows: int,
+  folder: pathlib.Path,
+  settings: Sequence[str] = (),
 ) -> Iterator[Program]:
   """The programs of a preset's run.
 
@@ -51,22 +55,24 @@ def of_preset(
     rows: of batch and environments on each device; 0 for the preset's own on
       one device, `ROWS` on more.
     folder: for the data set or text that the preset learns from.
+    settings: `field=value`, changes of the preset.
 
   Raises:
     ValueError: the preset cannot be made; see `build.describe`.
   """
   dataset = _material(name, folder)
-  experiment = describe(name, dataset=dataset)
+  experiment = describe(name, dataset=dataset, settings=settings)
   if rows or mesh.size > 1:
     if is_fresh(experiment.config) and mesh.size > 1:
       return  # Its streams stay on one device.
-    settings = _sizes(experiment, mesh.size, rows or ROWS)
-    experiment = describe(name, dataset=dataset, settings=settings)
+    sizes = _sizes(experiment, mesh.size, rows or ROWS)
+    experiment = describe(name, dataset=dataset, settings=[*settings, *sizes])
   parts = mesh.size if experiment.material.acts else 1
   found = list(phases(experiment, Layout(mesh, (), parts)))
   for label, agent, source, spec in found:
     suffix = f' ({label})' if len(found) > 1 else ''
-    yield from of_agent(experiment, agent, source, spec, mesh, suffix)
+    sharding = state_sharding(experiment, agent, mesh)
+    yield from of_agent(experiment, agent, source, spec, mesh, suffix, sharding)
 
 
 def _sizes(plain: Experiment, number: int, each: int) -> list[str]:

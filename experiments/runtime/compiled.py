@@ -79,6 +79,7 @@ class Counts(NamedTuple):
     collectives: how many of each kind there are.
     collectives_in_loops: collectives within a loop.
     reduced: bytes of all results of all-reduces.
+    exchanged: bytes of all results of the other collectives.
   """
 
   temporaries: int
@@ -96,6 +97,7 @@ class Counts(NamedTuple):
   collectives: dict[str, int]
   collectives_in_loops: int
   reduced: int
+  exchanged: int
 
   @property
   def memory(self) -> int:
@@ -108,10 +110,12 @@ def count(compiled: Any) -> Counts:
   text = compiled.as_text()
   cost = compiled.cost_analysis() or {}
   code = read(text)
-  found = Counter(i.opcode for i in code if i.opcode in COLLECTIVES)
+  collectives = [i for i in code if i.opcode in COLLECTIVES]
+  sizes = Counter()
+  for i in collectives:
+    sizes[i.opcode == 'all-reduce'] += i.size
   loops = [i for i in code if i.opcode == 'while']
   launched = [i for i in code if not i.is_fused and i.opcode not in _FREE]
-  in_loops = [i for i in code if i.in_loop]
   return Counts(
     **memory(compiled)._asdict(),
     flops=cost.get('flops', math.nan),
@@ -122,9 +126,10 @@ def count(compiled: Any) -> Counts:
     kernels_in_loops=sum(i.in_loop for i in launched),
     host=sum(i.asks_host for i in code),
     float64=len(re.findall(r'\bf64\[', text)),
-    collectives=dict(found),
-    collectives_in_loops=sum(i.opcode in COLLECTIVES for i in in_loops),
-    reduced=sum(i.size for i in code if i.opcode == 'all-reduce'),
+    collectives=dict(Counter(i.opcode for i in collectives)),
+    collectives_in_loops=sum(i.in_loop for i in collectives),
+    reduced=sizes[True],
+    exchanged=sizes[False],
   )
 
 
