@@ -1,9 +1,8 @@
 """How far a run that acts may go: a number of decisions, then more updates.
 
-Updates are paced by rows (`sources.Pace`), so the number of updates for N
-decisions depends on the lengths of episodes and a run counts as it goes. It
-need not look at each update: it cannot have taken more than N before update
-`Budget.stop`. So where the run ends does not depend on its intervals.
+How many updates N decisions are due depends on the lengths of episodes
+(`sources.Pace`), so a run counts as it goes: it cannot have taken more than N
+before update `Budget.stop`. Where it ends does not depend on its intervals.
 """
 
 import copy
@@ -19,8 +18,8 @@ class Budget:
   """The decisions of one run; it changes as they are taken.
 
   Attributes:
-    taken: decisions so far; float `[R]` of several runs in one program, which
-      share their updates: the one with the fewest decides.
+    taken: so far; float `[R]` of several runs in one program, which share their
+      updates: the one with the fewest decides.
     acted: updates after which acting was over; None before that.
   """
 

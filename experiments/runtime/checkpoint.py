@@ -1,22 +1,19 @@
 """Checkpoints: whole carries, asynchronous and atomic.
 
-A step is written to a temporary folder and renamed when it is complete: a kill
-at any moment leaves the steps before it as they were. Each step holds
+A step is written to a temporary folder and renamed when it is complete, so a
+kill leaves the steps before it as they were. Each step holds
 
 - `leaves`: the carry's arrays, written and read by orbax, small ones in packs;
 - `local_PPPP.bin`: what process P alone had, see `files.arrays`;
-- `manifest.json`: each leaf of the carry (path, dtype, shape; the value of
-  Python numbers and strings), the caller's `extra`, the step's number, the
-  run's identity, size and digest of every file of the step and of its rows.
+- `manifest.json`: see `integrity.Manifest`.
 
-It is checked when a folder is opened (`integrity`): a newest step that is
-damaged is set aside as `N.corrupt` and the one before it taken. The first step
-of a run is read back at once. A template gives the tree's structure, and is
-checked against what was saved before any array is read.
+`integrity` checks a folder when it is opened: a damaged newest step is set
+aside as `N.corrupt` and the one before it taken. The first step of a run is
+read back at once. A template gives the tree's structure, and is checked before
+any array is read.
 
-With several processes, `jax.Array`s are saved by all of them together, numpy
-arrays by the first alone, and what one process alone has, a part of the
-experience, as `local`. The first process checks for damage for all.
+With several processes, `jax.Array`s are saved by all together, numpy arrays by
+the first, and what one process alone has as `local`.
 """
 
 import dataclasses
@@ -44,22 +41,19 @@ class Checkpoints(NamedTuple):
   """The checkpoints of one folder.
 
   Attributes:
-    save: `(step, carry, extra=None, local=None, rows=None) -> None`, starts
-      writing and returns as soon as the carry may be changed or donated; waits
-      for the save before. `extra` is a JSON dictionary; `local` maps names to
-      `(arrays, facts)` that this process alone has; `rows` maps files outside
-      the checkpoints to their `Stored`. An existing step is left alone.
-    peek: `() -> (step, extra)` of the latest step, or None: what is needed to
-      build the template (the phase's number).
+    save: `(step, carry, extra=None, local=None, rows=None) -> None`, waits for
+      the save before, starts writing and returns as soon as the carry may be
+      changed or donated. `extra` is a JSON dictionary; `local` maps names to
+      `(arrays, facts)` of this process; `rows` maps files outside the
+      checkpoints to their `Stored`. An existing step stays.
+    peek: `() -> (step, extra)` of the latest step, or None.
     restore: `(template, inside='') -> (carry, extra)` of the latest step, or
       None. `template` has the structure of the carry, or of the part whose
       paths begin with `inside`; its leaves, arrays or `jax.ShapeDtypeStruct`s,
-      say what is wanted back: numpy arrays, or `jax.Array`s with their
-      sharding.
+      say what is wanted: numpy arrays, or `jax.Array`s with their sharding.
     restore_local: `({name: template}) -> {name: (arrays, facts)}` of the latest
       step, whichever process saved them.
-    latest_step: `() -> int` or None. Like all that reads, it waits for the save
-      before.
+    latest_step: `() -> int` or None. All that reads waits for the last save.
     reject: `(why) -> None`, sets the latest step aside, with a printed line,
       because its owner's other files are damaged. All processes call it.
     wait: `() -> None`, until the last save is complete; raises its error.
@@ -90,24 +84,23 @@ def open(
   Prints one line for each damaged step that it skips.
 
   Args:
-    directory: made if missing; it must not be a link.
     keep: number of the latest steps that stay.
     read_only: for a reader while another process writes: makes no folder and
-      leaves unfinished steps, which are the writer's.
+      leaves unfinished steps.
     run: the run's identity, JSON types; steps of another run count as damaged.
       None accepts all.
     check_rows: whether a step whose rows are missing is damaged.
-    pool: executor with one thread, which writes; None starts one. Folders that
-      share it are written in the order of their saves.
+    pool: executor with one thread, which writes; folders that share it are
+      written in the order of their saves. None starts one.
 
   Raises:
-    UserError: `keep` below 1, or nothing to read, or a link; `reject` finds no
+    UserError: `keep` below 1, nothing to read, or a link; `reject` finds no
       step before; `restore` has a template of another structure, shape or
       dtype; `save` has a leaf that is no array, number, string or bytes; from
       all, for the save before: the disk is full or refuses (the steps before
       are whole).
-    Damaged: from all that reads: every step is damaged; they are set aside if
-      something is saved nevertheless.
+    Damaged: from all that reads: every step is damaged; a new save sets them
+      aside.
     Foreign: from all that reads: written by another release or program.
   """
   if keep < 1:

@@ -42,11 +42,9 @@ def run(
 ) -> tuple[int, Any]:
   """Runs a process to its end, with options of `Popen`.
 
-  `stopping` is polled: True sends the process SIGTERM, so that it saves and
-  leaves; before the process begins, there is none, and the code is SIGTERM's.
-
-  Returns:
-    `Popen.returncode`, and its `resource.getrusage`; None if there was none.
+  If `stopping` is True, the process gets SIGTERM, saves and leaves, or is not
+  begun, with SIGTERM's code. Returns `Popen.returncode` and
+  `resource.getrusage`, None if there was no process.
   """
   if stopping():
     return 128 + signal.SIGTERM, None

@@ -1,8 +1,7 @@
 """Machines that programs are compiled for, which need not be there.
 
-The compilers for TPU and CUDA come with wheels that jax's extras name; with
-them a machine without an accelerator compiles for one. Each has a folder of its
-own outside the environment, for one process cannot have both:
+The compilers for TPU and CUDA come with wheels of jax's extras. Each has a
+folder of its own outside the environment, for one process cannot have both:
 
     'h100'          one NVIDIA H100 with 80 GB
     'h100:8'        eight in one machine
@@ -54,14 +53,9 @@ _H100_NAME = 'NVIDIA H100 80GB HBM3'
 
 
 class Target(NamedTuple):
-  """A machine.
+  """A machine: platform `tpu`, `cuda` or `cpu`, number of devices.
 
-  Attributes:
-    name: as it is given.
-    platform: `tpu`, `cuda` or `cpu`.
-    topology: as the compiler wants it.
-    devices: how many.
-    memory: bytes of each device; 0 if unknown.
+  `topology` is the compiler's; `memory` is bytes of each device, 0 if unknown.
   """
 
   name: str
@@ -128,11 +122,8 @@ def requirements(platform: str) -> list[str]:
 def prepare(platform: str, folder: pathlib.Path) -> pathlib.Path | None:
   """Installs a platform's compiler outside the environment, once.
 
-  Args:
-    folder: holds one folder for each platform.
-
-  Returns:
-    A folder that must be on the path of a process that compiles, or None.
+  Returns a folder, in `folder`, that must be on the path of a process that
+  compiles, or None.
 
   Raises:
     UserError: the wheels cannot be installed.
@@ -186,11 +177,8 @@ def ask(
 ) -> Iterator[dict[str, Any]]:
   """What a module answers in a process that can compile for a target.
 
-  Args:
-    module: run by `python -m`; reads one JSON object, prints one a line.
-    target: its compiler is installed first.
-    folder: see `prepare`.
-    asked: the object that the module reads.
+  `python -m MODULE` reads one JSON object, `asked`, and prints one a line; the
+  target's compiler is installed first, see `prepare`.
 
   Raises:
     UserError: the compiler cannot be installed, or the process fails.

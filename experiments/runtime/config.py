@@ -59,9 +59,8 @@ def run_main(main: Callable[[], None]) -> None:
   """Parses absl's flags and calls a launcher's `main()`.
 
   A `UserError`, a wrong flag or a stray argument becomes one line and exit code
-  2 (`OUTPLAY_TRACEBACK=1` shows its cause); other exceptions keep their
-  traceback. An interrupted launcher exits with 130, a terminated one with 143;
-  see `runtime.signals`.
+  2; other exceptions keep their traceback. An interrupted launcher exits with
+  130, a terminated one with 143; see `runtime.signals`.
 
   Raises:
     SystemExit: with the exit code.
@@ -125,12 +124,9 @@ _LONGEST_NAME = 255 - len('..0123456789abcdef.tmp')
 def check_place(
   field: str, path: str | os.PathLike, *, folder: bool = False
 ) -> None:
-  """Refuses a place where nothing can be written; makes nothing.
+  """Refuses a flag's path where nothing can be written; makes nothing.
 
-  Args:
-    field: the flag that names it.
-    path: to write to, which may exist already.
-    folder: whether it is a folder, not a file.
+  It may exist already.
 
   Raises:
     UserError: a folder in the place of a file, or the reverse, at the path or

@@ -52,18 +52,16 @@ def initialize(
   Missing arguments are read from the environment: OUTPLAY_COORDINATOR,
   OUTPLAY_NUM_PROCESSES, OUTPLAY_PROCESS_ID, OUTPLAY_LOCAL_DEVICES.
 
-  A run that ends well calls `shutdown`, and only such a run: a process that
-  exits without it has failed, and leaves at once, with code 1 or that of its
-  refusal or signal, without waiting for peers that wait for it. Processes that
-  do not find each other in time exit with code 2 and one line on stderr, which
-  cannot be caught.
+  Only a run that ends well calls `shutdown`: a process that exits without it
+  has failed, and leaves at once, with code 1 or that of its refusal or signal,
+  without waiting for its peers. Processes that do not find each other in time
+  exit with code 2 and one line on stderr, which cannot be caught.
 
   Args:
     coordinator: 'none' or None, a single process unless the environment names a
       coordinator; 'auto', jax asks the TPU pod, Slurm, Kubernetes or Open MPI
-      that started this process; HOST:PORT of process 0.
-    num_processes: with HOST:PORT.
-    process_id: which of them this is, from 0; with HOST:PORT.
+      that started this process; HOST:PORT of process 0, with the next two.
+    process_id: which of them this is, from 0.
     local_devices: virtual CPU devices of this process; None for jax's choice.
     timeout: seconds to wait for the others.
 
@@ -131,13 +129,9 @@ _REMEDY = 'all processes must have the same flags, data and code'
 def agree(given: Mapping[str, Any], remedy: str = _REMEDY) -> None:
   """Refuses to go on if the processes were given different arguments.
 
-  All processes must call it before any other collective. Differences would
-  train another run on each process, or leave one in a collective that the
-  others never enter.
-
-  Args:
-    given: all that determines the run, as nested JSON types.
-    remedy: the end of the message.
+  All processes call it before any other collective, in which differences could
+  leave one alone. `given` is all that determines the run, as nested JSON types;
+  `remedy` ends the message.
 
   Raises:
     UserError: it is not the same everywhere; in all processes, which are
@@ -170,10 +164,6 @@ def disagreement(
 
   What most have is right, or process 0 if there is no majority; the line names
   the odd ones with their fields and values.
-
-  Args:
-    given: of each process, see `agree`; not all alike.
-    remedy: the end of the line.
   """
   leaves = [dict(_leaves(each)) for each in given]
   texts = [json.dumps(each, sort_keys=True) for each in leaves]
@@ -243,16 +233,11 @@ def stopping(
 ) -> Callable[[int], bool]:
   """A rule to stop on which all processes agree at the same step.
 
-  Any process may want to stop; its vote counts where all of them ask, so that
-  none is left alone in a collective. A single process decides for itself at
-  every step.
-
-  A vote takes a collective of one number (2 ms between two processes of one
-  busy machine) and waits for the updates before it; `every` makes it rarer.
-
-  Args:
-    local: whether this process wants to stop (`signals.graceful_exit`).
-    every: steps from vote to vote.
+  A vote of any process, if `local()` is True, counts where all of them ask, so
+  that none is left alone in a collective. A single process decides for itself
+  at every step. A vote takes a collective of one number (2 ms between two
+  processes of one busy machine) and waits for the updates before it; `every`
+  steps make it rarer.
 
   Returns:
     `(step) -> bool`, which all processes must ask at the same steps. Once it is
@@ -410,9 +395,8 @@ def _check_port(coordinator: str) -> None:
 def _leave() -> None:
   """Ends a process that has not called `shutdown`.
 
-  jax's own exit handler would wait for all others first, while they wait in a
-  collective for this one: minutes of silence, then all are aborted at once, and
-  none knows which was the first.
+  jax's own exit handler would wait for the others while they wait in a
+  collective for this one: minutes of silence, then all are aborted at once.
   """
   print(
     'error: this process ends before the run does; the others cannot go on',

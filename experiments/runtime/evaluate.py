@@ -66,11 +66,9 @@ def on_host(
   """Plays episodes on simulators of the host.
 
   Args:
-    env: environments with the evaluation's protocol.
+    env: with the evaluation's protocol.
     play: from `player`, or any `(params, key, timestep) -> action`.
-    key: for the planner.
     num_episodes: rounded up to a multiple of `env.num_envs`.
-    seed: of the simulators.
     max_steps: decisions after which an episode is cut, with a printed note, and
       counts with its return so far; Atari's longest have 27,000. A simulator
       cannot be reset alone, so that environment plays no other.
@@ -123,15 +121,8 @@ def on_device(
 ) -> Episodes:
   """Plays episodes of an unbatched JAX environment, one per parallel copy.
 
-  The result does not depend on the devices.
-
-  Args:
-    play: from `player`.
-    key: for environment and planner.
-    num_episodes: exactly this many.
-    max_steps: episodes are cut there.
-    devices: that share the episodes, as many of them as can equally; () for the
-      parameters' own.
+  They are cut after `max_steps`. As many of the devices as can equally share
+  them; () stands for the parameters' own. The result does not depend on it.
   """
   size = max(len(devices), 1)
   size = next(n for n in range(size, 0, -1) if num_episodes % n == 0)
@@ -167,10 +158,8 @@ def device_episodes(
 ) -> tuple[chex.Array, chex.Array]:
   """What `on_device` compiles; it may be traced and vmapped.
 
-  Traced by `runtime.mesh.by_rows`, `num` counts those of one device.
-
-  Returns:
-    Returns float32 `[num]` and lengths int32 `[num]`.
+  Traced by `runtime.mesh.by_rows`, `num` counts those of one device. Returns
+  are float32 `[num]` and lengths int32 `[num]`.
   """
   reset_key, key = jax.random.split(key)
   env_state, timestep = jax.vmap(reset)(rows.split(reset_key, num))

@@ -14,13 +14,10 @@ MAX_INT = 2**31 - 1
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """Parses flags, and refuses what absl would silently accept.
+  """Parses flags, refuses what absl would accept; returns the other arguments.
 
   If a flag or a field of `--set` is given twice, the last one counts, because
   scripts append to a command.
-
-  Returns:
-    The program's name and what is left that is no flag.
 
   Raises:
     UserError: an unknown flag, or a value that is empty or invalid for its
@@ -56,10 +53,8 @@ def check_arguments(argv: Sequence[str]) -> None:
 def refuse(names: Sequence[str], where: str, remedy: str = '') -> None:
   """Refuses flags that a command of this kind would ignore.
 
-  Args:
-    names: flags that have no effect in it.
-    where: why, such as `--human`.
-    remedy: to leave them out if not given.
+  `where` says why, such as `with --human`; the usual remedy is to leave them
+  out.
 
   Raises:
     UserError: one of them was given.

@@ -47,13 +47,9 @@ class Foreign(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A leaf of a saved tree.
+  """A leaf of a saved tree: key path, dtype and shape, or value.
 
-  Attributes:
-    path: its key path.
-    dtype: of an array, `python int` and the like, or `bytes`.
-    shape: of an array.
-    value: of a Python number or string.
+  The dtype is an array's, `bytes`, or `python int` and the like with a value.
   """
 
   path: str
@@ -71,13 +67,7 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-  """What one process alone had, a part of the experience.
-
-  Attributes:
-    file: of its arrays, in the step's folder.
-    leaves: of its arrays.
-    facts: JSON types.
-  """
+  """What one process alone had: its arrays' file and leaves, and JSON facts."""
 
   file: str
   leaves: tuple[Leaf, ...]
@@ -95,7 +85,7 @@ class Manifest:
     extra: the caller's.
     leaves: of the carry.
     local: by name.
-    files: of the step's folder.
+    files: of the step's folder, with size and digest.
     rows: other files, relative to the folder above the checkpoints.
     packs: where small arrays are, by the number of their leaf.
   """
@@ -351,8 +341,7 @@ class Settled(NamedTuple):
   """What was found in a folder of checkpoints.
 
   Attributes:
-    step: the newest whole one, or None.
-    folder: where it is.
+    step: the newest whole one, or None, in `folder`.
     steps: all that are in place, as far as was looked, descending.
     hopeless: the message for the user if there are only damaged ones.
   """
@@ -373,8 +362,8 @@ def settle(
   """Finds the newest whole step and sets newer ones aside, with a line each.
 
   All processes call it, unless `read_only`. If all are damaged they stay in
-  place: the next run must not begin anew unasked. `below` leaves out steps from
-  there on.
+  place: the next run must not begin anew unasked. Only steps `below` are
+  considered.
 
   Raises:
     UserError: the folder cannot be used as it is; all processes raise.

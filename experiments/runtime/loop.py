@@ -1,9 +1,9 @@
 """The one loop: it knows no agent, and an agent knows nothing of it.
 
 A step takes a batch from the source, updates the agent and returns the result
-to the source; its key is the run's key folded with the step. With a pure source
-a whole interval is one compiled program; with a source on the host the step
-runs there and `agent.update` is compiled, its state donated.
+to the source; its key is the run's folded with the step. With a pure source a
+whole interval is one compiled program; else only `agent.update` is compiled,
+its state donated.
 """
 
 import functools
@@ -32,12 +32,9 @@ class Carry(NamedTuple):
 
 
 class Intervals(NamedTuple):
-  """How often things happen, in updates; 0 for never.
+  """Updates between logs, checkpoints and evaluations; 0 for never.
 
-  Attributes:
-    log: metrics are averaged and logged.
-    checkpoint: the carry is saved (and host simulators start afresh).
-    evaluate: the evaluation runs.
+  Host simulators start afresh at a checkpoint.
   """
 
   log: int
@@ -78,12 +75,11 @@ class Diverged(UserError):
 
 
 class Watch(NamedTuple):
-  """The first update with a number that is not finite.
+  """The first update with a number that is not finite, or the last one.
 
   Attributes:
-    step: int32, its number, counted from 1; 0 if there is none.
-    values: dict of float32 scalars, its metrics, gauges and counts; the last
-      update's if there is none.
+    step: int32, counted from 1; 0 if all are finite.
+    values: dict of float32 scalars, metrics, gauges and counts.
   """
 
   step: Any
@@ -131,11 +127,10 @@ def source_key(key: chex.PRNGKey) -> chex.PRNGKey:
 def step(
   agent: Agent, source: Source, carry: Carry, key: chex.PRNGKey, update=None
 ) -> tuple[Carry, dict[str, Any], dict[str, Any]]:
-  """One update, with the run's key and perhaps a compiled `agent.update`.
+  """One update, perhaps by a compiled `agent.update`.
 
-  Returns:
-    The carry, means (agent metrics and the source's gauges) and sums (the
-    source's counts).
+  Returns the carry, means (agent metrics and the source's gauges) and sums (the
+  source's counts).
   """
   next_key, update_key = jax.random.split(jax.random.fold_in(key, carry.step))
   source_state, batch, measures = source.next(
@@ -150,9 +145,8 @@ def step(
 def compile_interval(agent: Agent, source: Source) -> Callable:
   """A compilable `(carry, key, num_steps) -> (carry, means, counts)`.
 
-  One program serves every number of steps. It can be vmapped over carries and
-  keys, with a shared step. It raises nothing: a number that is not finite shows
-  in the means.
+  One program serves every number of steps and can be vmapped over carries and
+  keys, with a shared step. A number that is not finite shows in the means.
   """
   watched = watched_interval(agent, source)
   return lambda carry, key, num_steps: watched(carry, key, num_steps)[:3]
@@ -288,9 +282,8 @@ def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
 class Reading(NamedTuple):
   """How the numbers of some updates are checked and summarised.
 
-  Attributes:
-    check: `(step, agent_state, Piece) -> None`, raises if the run cannot go on.
-    summary: `(Piece) -> metrics`, what is logged.
+  `check(step, agent_state, piece)` raises if the run cannot go on;
+  `summary(piece)` gives the metrics to log.
   """
 
   check: Callable[[int, Any, Piece], None]

@@ -144,8 +144,8 @@ def compile_update(
   Args:
     agent: for `pmap`, made with `reduce=pmean`.
     how: see the module's docstring.
-    state_sharding: shardings of the state, a prefix of its tree, as the
-      function of that name makes them; None replicates it. `jit` only.
+    state_sharding: a prefix of the state's tree, from the function of that
+      name; None replicates it. `jit` only.
 
   Returns:
     `(state, batch, key) -> (state, info)`; leaves of the batch are split along
@@ -238,15 +238,9 @@ def by_rows(function: Callable, mesh: Mesh, which: Sequence[int]) -> Callable:
   Each device calls it for its own rows, with the random numbers that they would
   have on one device (`search.rows`), so a tree's loop ends when its own rows
   are done. Each row of the results must follow from the same row of the
-  arguments, the whole arguments, and what `search.rows` draws.
-
-  Args:
-    which: positions of the arguments that have rows along their first axis; the
-      others are whole on each device.
-
-  Returns:
-    The function, to be traced or compiled by `jax.jit`; its results are split
-    along their first axis.
+  arguments, the whole arguments, and what `search.rows` draws. `which`
+  arguments have rows along their first axis, as all results do; the others are
+  whole on each device.
   """
   whole, rows = PartitionSpec(), PartitionSpec(search_rows.AXIS)
 

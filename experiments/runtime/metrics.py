@@ -25,7 +25,7 @@ class Writer(NamedTuple):
     write: `(step, row) -> None`; `row` maps names to scalars (Python's, numpy's
       or 0-d arrays) or to short strings.
     close: `() -> None`.
-    digest: `() -> str`, of the rows so far; None if none is kept.
+    digest: `() -> str`, of the rows so far, or None.
   """
 
   write: Callable[[int, Mapping[str, Any]], None]
@@ -54,15 +54,13 @@ def csv_writer(
 ) -> Writer:
   """Appends rows to a CSV file whose first column is `step`.
 
-  A new name gets a column at the end (the file is rewritten atomically), blank
-  in earlier rows. Rows are flushed when `write` returns, so a killed process
-  has lost none.
+  Its folder must exist. A new name gets a column at the end (the file is
+  rewritten atomically), blank in earlier rows. Rows are flushed when `write`
+  returns.
 
   Args:
-    path: the file; its folder must exist.
     resume_step: where a resumed run continues. Later rows, of the future that
-      was lost, are removed, so that the file becomes the uninterrupted run's.
-      None begins anew.
+      was lost, are removed. None begins anew.
     must_be: the digest of the rows up to there, '' if unknown; a line is
       printed if they have another one.
 
@@ -223,14 +221,12 @@ def wandb_writer(
 ) -> Writer:
   """Writes scalars to a run of Weights & Biases; strings are left out.
 
-  WANDB_MODE and its other variables are respected. The run's id is kept in
-  `wandb_id.txt`, so that a resumed run continues it. What a killed run logged
-  after its checkpoint stays, for wandb's steps only grow: rows up to there are
-  left out. Off-line each start has a folder of its own under `wandb`, all with
-  the same id.
+  WANDB_MODE and its other variables are respected. `wandb_id.txt` keeps the
+  run's id, so that a resumed run continues it. What a killed run logged after
+  its checkpoint stays, for wandb's steps only grow: rows up to there are left
+  out. Off-line each start has its own folder under `wandb`, with the same id.
 
   Args:
-    workdir: the run's folder; its name is the run's.
     config: the settings that wandb shows.
     resume_step: where a resumed run continues; None begins a new run.
 
@@ -282,15 +278,8 @@ def progress(
 
   On a terminal a live bar; else a line at the first row, at most one every
   `every_seconds`, and one at the last step. Speed is since the first row, which
-  leaves compiling out.
-
-  Args:
-    total: steps of the whole run.
-    start: the step that a resumed run begins at.
-    columns: the numbers to show, each with its last known value; by default the
-      first four of the last row.
-    stream: stderr if None.
-    clock: seconds.
+  leaves compiling out. The numbers are `columns`, with their last known values,
+  or the first four of the last row.
   """
   terminal = sys.stderr if stream is None else stream
   known: dict[str, Any] = {}

@@ -1,10 +1,10 @@
 """The arrays of a checkpoint's step, through orbax.
 
-One handler serves the whole process, so there is none of what `Checkpointer`
-starts for each save (an event loop, its thread, its descriptors). Folders have
-an alias for orbax, because it interprets `*`, `?`, `[` and backslashes in
-paths. zarr's metadata is compared with what is expected before tensorstore sees
-it: it allocates what these files say, and some of them end the process.
+One handler serves the whole process, without what `Checkpointer` starts for
+each save (an event loop, its thread, its descriptors). Folders have an alias
+for orbax, because it interprets `*`, `?`, `[` and backslashes in paths. zarr's
+metadata is checked before tensorstore sees it, which allocates what these files
+say, and some of them end the process.
 
 Each array is two files, which are created, flushed and deleted one by one, so
 small numpy leaves are written together as a few arrays of bytes, packs.
@@ -41,11 +41,8 @@ def packed(
 ) -> tuple[dict[str, Any], dict[str, Place]]:
   """Puts small numpy arrays together.
 
-  Args:
-    arrays: by name, numpy's or jax's; no name begins with `pack`.
-
-  Returns:
-    What to `save`, and the places of the arrays that are in packs.
+  Returns what to `save`, and the places of arrays in packs; no other array's
+  name begins with `pack`.
   """
   alone, places, packs = {}, {}, []
   size = 0  # of the last pack
@@ -97,15 +94,11 @@ def load(
   """Reads some arrays.
 
   Args:
-    folder: of `save`.
     wanted: by name, a numpy array or a `jax.ShapeDtypeStruct` with a sharding:
       shape, dtype and where it goes.
     places: of those that are in packs.
     check: whether zarr's metadata are files of their own; earlier releases
       wrote a database instead.
-
-  Returns:
-    Arrays of the same kinds by name.
 
   Raises:
     Damaged: they are not there, or others are.
@@ -201,9 +194,8 @@ def _handler() -> Any:
 def _run_to_the_end(work: Coroutine[Any, Any, Any]) -> Any:
   """Runs what orbax runs in a loop of its own, with all that it has begun.
 
-  Orbax closes the loop as soon as one array fails, on a full disk. tensorstore
-  continues with the others, in a folder that is deleted meanwhile, and its
-  threads print that the loop is closed.
+  Orbax closes the loop as soon as one array fails, while tensorstore's threads
+  continue with the others and print that the loop is closed.
   """
 
   async def all_of_it() -> Any:

@@ -30,8 +30,8 @@ def override(
   set by that name, `router=balanced`; fields that both have keep their values.
 
   Args:
-    sections: instances by the section's name; dataclasses in them are searched
-      too. `matching` says how fields are named.
+    sections: instances by the section's name, with dataclasses in them;
+      `matching` says how fields are named.
     assignments: the later one wins, but those that choose a dataclass come
       first; those that their dataclass refuses are tried again after the
       others. Values are read by the field's annotation: int (`1e5` too), float,
@@ -126,11 +126,10 @@ def matching(
 ) -> list[tuple[str, ...]]:
   """Paths of fields that a name may mean; none or several for a bad name.
 
-  Args:
-    known: all paths, `('agent', 'network', 'moe', 'router', 'k')`.
-    asked: the parts of the name: a whole path; else the end of it; else some of
-      its parts in order, the last one included, `('network', 'moe', 'k')`. A
-      last part `name` may be left out.
+  The parts of the name, `asked`, are a whole path; else the end of it; else
+  some of its parts in order, the last one included: `('network', 'moe', 'k')`
+  for `('agent', 'network', 'moe', 'router', 'k')`. A last part `name` may be
+  left out.
   """
   if asked in known:
     return [asked]
@@ -151,12 +150,7 @@ def _in_order(parts: Sequence[str], path: Sequence[str]) -> bool:
 
 
 def paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-  """Paths of all fields that can be set.
-
-  Args:
-    config: a dataclass; those in it are searched, too.
-    prefix: put before each path.
-  """
+  """Paths of all fields of a dataclass, nested ones too, after a prefix."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):

@@ -2,8 +2,8 @@
 
 A run has a fixed number of parts. Each has a share of the environments, of the
 replay's capacity and of the batch, its own keys and its own folder. What a part
-does depends on its number alone, so the same parts on other devices or
-processes give the same numbers.
+does depends on its number alone, so other devices or processes give the same
+numbers.
 
 On the host the parts are dealt to the processes in equal consecutive blocks: of
 N parts, process p of P holds p N / P to (p + 1) N / P - 1. Within a process
@@ -12,7 +12,7 @@ together, and round robin to acting devices. A run may thus resume with any
 number of processes that divides its parts, if all can read its folder. Pure
 parts are stacked along a leading axis that is split over the devices.
 
-The parts give what one replay of everything gives in expectation: a row's
+In expectation the parts give what one replay of everything gives: a row's
 importance weight carries its part's total priority (`agents.core.replay`'s
 `scale`), and ages count the decisions of all parts. New rows get the largest
 priority of their own part. A batch's rows come part by part.
@@ -44,14 +44,9 @@ from experiments.runtime.sources import Measures, Source
 def choose(wanted: int, saved: int, sizes: dict[str, int], mesh: Mesh) -> int:
   """How many parts a run has.
 
-  Args:
-    wanted: by the user; 0 for any.
-    saved: what the run's checkpoint has; 0 for none.
-    sizes: what is divided, by the field's name.
-
-  Returns:
-    `wanted`, or `saved`, or else the largest number up to the mesh's devices
-    that divides all sizes and is a multiple of the processes.
+  It is `wanted` by the user or `saved` in the run's checkpoint, each 0 for
+  none, or else the largest number up to the mesh's devices that divides all
+  sizes, given by field, and is a multiple of the processes.
 
   Raises:
     ValueError: it does not divide, or differs from what is saved.
@@ -120,16 +115,11 @@ class State(NamedTuple):
 def hosted(
   parts: Sequence[Source], number: int, mesh: Mesh, batch_size: int
 ) -> Source:
-  """Parts on the host as one source of global batches.
+  """Parts on the host as one source of global batches of `Trajectory`s.
 
-  Args:
-    parts: those that this process holds, in order; each makes windows of
-      `batch_size / number`.
-    number: N, of all processes.
-
-  Returns:
-    A source of `Trajectory`s split over the mesh, part by part. Its counts are
-    this process's.
+  `parts` are those that this process holds of `number` (N), in order, each with
+  windows of `batch_size / number`. Batches are split over the mesh, part by
+  part; counts are this process's.
 
   Raises:
     ValueError: a batch that the devices cannot share.

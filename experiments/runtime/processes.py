@@ -45,8 +45,7 @@ class Outcome(NamedTuple):
   """How all of them ended.
 
   Attributes:
-    first: the first process that failed, or else the first that was stopped;
-      None if all ended with code 0.
+    first: to fail, or else to be stopped; None if all ended with code 0.
     signal: the first signal that the parent passed on, or None.
   """
 
@@ -108,11 +107,8 @@ def supervise(
   SIGTERM and SIGINT are passed on to all, as often as they come, and waited for
   without limit: the processes save their state. Each leads a group of its own,
   so that Ctrl-C reaches it once, through the parent. If the parent is killed,
-  the kernel kills them (Linux).
-
-  Args:
-    each: variables added to the environment, one dictionary a process.
-    grace: seconds that the others have after SIGTERM when one has failed.
+  the kernel kills them (Linux). When one fails, the others have `grace` seconds
+  after SIGTERM.
   """
   # Signals and ends in the order they come: (process, returncode) or
   # (None, signal).

@@ -132,13 +132,8 @@ def host_replay(
 ) -> core.Replay:
   """A replay in numpy arrays, for simulators on the host.
 
-  Args:
-    capacity: decisions it holds, over all streams.
-    batch_size: `B`.
-    window: `L`.
-    frame_stack: `S`.
-    alpha: exponent of the priorities, 0 for uniform.
-    compress: keep uint8 images compressed (zlib, lossless).
+  Arguments are as in `agents.core.replay`; `compress` keeps uint8 images
+  compressed (zlib, lossless).
 
   Raises:
     ValueError: an argument out of range; in `init`, a capacity too small; in
@@ -272,10 +267,8 @@ def save(
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """Writes and flushes the rows since the last save.
 
+  Returns a copy of the priorities, float32 `[T, E]`, and the meta, JSON types.
   It changes and deletes no file (see `prune`).
-
-  Returns:
-    A copy of the priorities, float32 `[T, E]`, and the meta, JSON types.
 
   Raises:
     UserError: the disk refuses, or a link is in a file's place.
@@ -319,7 +312,6 @@ def load(
 
   Args:
     state: fresh from `init`, of the same capacity; it is filled and returned.
-    directory: where `save` wrote.
     priority: float32 `[T, E]`.
     meta: from `save`.
 

@@ -77,10 +77,9 @@ def write_run_config(
 ) -> None:
   """Makes a run's folder and its `config.json`, atomically.
 
-  Args:
-    config: all that decides the run's numbers: preset, agent, env, seed, steps
-      and the sections of settings (dataclasses become dictionaries).
-    device: see `made_with`, which is added.
+  `config` is all that decides the run's numbers: preset, agent, env, seed,
+  steps and the sections of settings (dataclasses become dictionaries).
+  `made_with` is added.
 
   Raises:
     UserError: something in it cannot be written as JSON.
@@ -175,10 +174,8 @@ def check_run_config(
 ) -> list[str] | None:
   """Whether a folder's run may resume with this config.
 
-  Args:
-    config: as for `write_run_config`.
-    device: likewise.
-    free: paths of settings that may change during a run (`run.devices`).
+  `free` are paths of settings that may change (`run.devices`); the rest is as
+  for `write_run_config`.
 
   Returns:
     None if there is no run yet; else how what it was made with differs now

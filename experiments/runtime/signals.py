@@ -137,9 +137,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def handling(handler: _Handler, *, takes: float = math.inf) -> Iterator[None]:
   """Passes SIGTERM and SIGINT to a handler, in the main thread.
 
-  Args:
-    takes: signals that the handler takes care of; one more ends the process
-      even if its main thread is stuck in a call.
+  It takes care of `takes` signals; one more ends the process even if its main
+  thread is stuck in a call.
   """
   before, outer = handlers(), _state.takes
   take_back([handler] * len(SIGNALS))
@@ -157,8 +156,8 @@ def graceful_exit() -> Iterator[Callable[[], bool]]:
 
   `with graceful_exit() as should_stop: while not should_stop(): ...`. A second
   signal ends the process at once, with 130 or 143. Outside the main thread the
-  flag stays False. In a launcher that was interrupted before, and went on
-  regardless, it is True at once.
+  flag stays False. In a launcher that was interrupted before it is True at
+  once.
   """
   flag = threading.Event()
   if not _state.is_launcher:

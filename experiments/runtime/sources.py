@@ -194,11 +194,9 @@ def _mean_age(batch: Trajectory) -> chex.Array:
 
 
 class Replayed(NamedTuple):
-  """State of `replayed`.
+  """State of `replayed`: the inner source's, and the rows.
 
   Attributes:
-    inner: of the inner source.
-    replay: the rows.
     rests: bool scalar, whether no more rows are taken; None if that never
       happens.
   """
@@ -258,14 +256,10 @@ class Pace(NamedTuple):
   def reach(self, step: int, decisions: int) -> int:
     """The update up to which a run may go before it counts its decisions.
 
-    Args:
-      step: updates made.
-      decisions: left to take; 0 or less for none.
-
-    Returns:
-      The largest number of updates whose rows cannot hold more decisions. It is
-      above `step` if any are left: a row, and all rows before one update, are
-      taken as a whole.
+    It is the largest number of updates whose rows cannot hold more than
+    `decisions`, those left to take (0 or less for none), but above `step`, the
+    updates made, if any are left: a row, and all rows before one update, are
+    taken as a whole.
     """
     rows = self.rows_until(step - 1) if step else 0
     if decisions > 0:
@@ -442,9 +436,8 @@ def reanalyzed(
 ) -> Source:
   """Passes each batch through the agent's `refresh`, if it has one.
 
-  Args:
-    refresh: that function compiled over a mesh (`runtime.mesh`); None compiles
-      it here where needed.
+  `refresh` is that function over a mesh (`runtime.mesh`); None compiles it here
+  if needed.
   """
   if agent.refresh is None:
     return inner

@@ -65,13 +65,8 @@ def from_tokens(
 
   An epoch has `W // B` updates; the few windows that fill no batch are others
   in each epoch. The order is drawn from the key of an epoch's first step, and
-  checkpoints keep it, but no tokens.
-
-  Args:
-    tokens: unsigned `[N]`.
-    batch_size: B.
-    length: L.
-    place: applied to a batch, to divide it over devices.
+  checkpoints keep it, but no tokens. Tokens are unsigned `[N]`; `place` is
+  applied to a batch, to divide it over devices.
 
   Raises:
     ValueError: fewer windows than a batch has.
@@ -200,18 +195,12 @@ def continuation(
   temperature: float,
   key: chex.PRNGKey,
 ) -> np.ndarray:
-  """Tokens drawn one after another, each from up to `L` before it.
+  """Draws tokens, int32 `[count]`, each from up to `L` before it.
 
   Args:
     predict: `(tokens int32 [1, L]) -> logits [1, L, V]`, compiled.
     prompt: integers `[P]`, at least one.
-    count: how many.
-    length: L.
     temperature: logits are divided by it; 0 takes the likeliest token.
-    key: of the draws.
-
-  Returns:
-    int32 `[count]`.
   """
   tokens = [int(t) for t in prompt]
   for i in range(count):

@@ -61,8 +61,7 @@ def from_dataset(
 
   Args:
     rows: numpy arrays or memory maps.
-    batch_size: `B`.
-    reward_scale: rewards are multiplied by it; may be traced.
+    reward_scale: a factor, which may be traced.
     on_device: whether all rows are copied to the device, which makes the source
       pure; else batches are gathered on the host.
     place: applied to a batch of a pure source, to divide it over devices.
@@ -200,16 +199,14 @@ def mixed(
 
   At every step rollouts begin in `starts` observations of their own batch and
   are written to a ring: as much as a large batch of rollouts now and then, but
-  even in time, and without a branch that `vmap` over seeds would take at every
-  step.
+  even in time, and without a branch that `vmap` over seeds would always take. A
+  batch has `real` and `model` rows; the inner source's have at least `real` and
+  `starts`.
 
   Args:
-    inner: at least `real` and `starts` `Transition`s a batch.
     imagine: `(agent_state, observations [starts, ...], key) -> Transition` of
       `[M, ...]`.
     capacity: rows of the ring, a multiple of `M`.
-    real: rows of each batch from the inner source.
-    model: rows of each batch from the ring.
 
   Raises:
     ValueError: in `init`, a capacity that is not a multiple of `M`.

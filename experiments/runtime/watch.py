@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 
 def compilations() -> Callable[[], int]:
-  """Counts the programs that JAX compiles, or loads from its cache, from now.
+  """`() -> int`, the programs that JAX compiled or loaded since the last call.
 
-  Returns:
-    `() -> int`, how many since the last call. After a run has warmed up it must
-    be 0: more means that something is traced again and again.
+  After a run has warmed up it must be 0: more means that something is traced
+  again and again.
   """
   import jax
 
