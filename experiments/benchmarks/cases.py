@@ -143,11 +143,9 @@ def find(
 ) -> Case:
   """The case of a suite on this machine's devices.
 
-  Args:
-    suite: `agent` (searches, learner, acting), `scale`, `offline`, `experts`.
-    quick: fewer or smaller; on a CPU just enough to see that it runs.
-    repeats: of every measurement, at most the case's.
-    seeds: in place of the case's, unless ().
+  Suites are `agent` (searches, learner, acting), `scale`, `offline` and
+  `experts`. `quick` is fewer or smaller, on a CPU just enough to see that it
+  runs; `repeats` are at most the case's; `seeds` replace the case's.
 
   Raises:
     ValueError: a number of seeds below 1.

@@ -124,12 +124,13 @@ def run(
 ) -> list[dict[str, Any]]:
   """Compiles everything; the CSV grows with each program and is resumed.
 
+  Returns its rows.
+
   Args:
     names: presets, and `search`, `experts` and `divided`.
     rows: of batch and environments on each device; 0 for the usual ones.
     parts: of `programs.PARTS`; () for all.
     compilers: folder for the compilers' wheels.
-    out: the CSV, whose rows are returned.
 
   Raises:
     UserError: a compiler that cannot be installed, or ends without a message.

@@ -130,17 +130,10 @@ def measure_roof(case: Case) -> tuple[Roof, list[Measurement]]:
 def roof_rows(
   name: str, setting: str, does: Work, speed: Measurement, roof: Roof
 ) -> list[Measurement]:
-  """A program's rates, as shares of the roof's.
+  """The rates of a program, which `does` some work each update.
 
-  Args:
-    name: of the program.
-    setting: its sizes.
-    does: each update.
-    speed: its updates per second.
-
-  Returns:
-    GFLOP/s, as a share of what is attainable at its operations a byte, and
-    GB/s, as a share of the bandwidth; shares by wall and by CPU second.
+  They are GFLOP/s, as a share of what is attainable at its operations a byte,
+  and GB/s, as a share of the bandwidth; shares by wall and by CPU second.
   """
   intensity = does.flops / does.bytes
   attainable = np.minimum(roof.flops, intensity * roof.bandwidth)

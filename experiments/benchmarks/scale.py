@@ -72,10 +72,8 @@ def subjects(
 ) -> list[Subject]:
   """What is trained, on Catch in JAX.
 
-  Args:
-    preset: only this one, on its own environment if that is in JAX; None for a
-      small MuZero and the presets of MuZero and EfficientZero.
-    settings: `field=value`, for all.
+  With a `preset` only this one, on its own environment if that is in JAX; else
+  a small MuZero and the presets of MuZero and EfficientZero.
 
   Raises:
     ValueError: see `build.describe`.

@@ -26,19 +26,11 @@ from search.model import TimeStep
 def table_model(
   seed: int, batch: int, actions: int, width: int, states: int = 1024
 ) -> tuple[Any, Any, Callable]:
-  """A model that costs next to nothing: a random table of states.
+  """A model that costs next to nothing: a random table of `states`.
 
-  Priors, values and rewards are normal numbers, so that no scores tie.
-
-  Args:
-    batch: roots.
-    actions: `A`.
-    width: float32 numbers that each embedding has in addition to its state;
-      every step writes all of them.
-    states: rows of the table.
-
-  Returns:
-    `(params, root, recurrent_fn)` for a search.
+  Priors, values and rewards are normal numbers, so that no scores tie. Each
+  embedding has `width` float32 numbers in addition to its state; every step
+  writes all of them. Returns `(params, root, recurrent_fn)` for a search.
   """
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -258,9 +250,6 @@ def sampled_table(
   the plain model. Without a `networks.actions.ActionDistribution` there are
   `_SAMPLES` enumerated actions with uniform priors, as those of K different
   draws from a policy are.
-
-  Returns:
-    `(params, root, recurrent_fn)` for a search.
   """
   columns = _SAMPLES if distribution is None else _DISTINGUISHED
   params, root, inner = table_model(seed, batch, columns, 0)
@@ -284,13 +273,10 @@ def sampled_table(
 def sampled_network(
   seed: int, batch: int, family: Family | None
 ) -> tuple[Any, Any, Callable]:
-  """A fresh learned model of an observation of 24 numbers.
+  """A fresh learned model of an observation of 24 numbers, like `table_model`.
 
   Without a family there are `_SAMPLES` enumerated actions. The networks differ
   in the policy head and in the layer that reads the action.
-
-  Returns:
-    `(params, root, recurrent_fn)` for a search.
   """
   network = NetworkConfig(
     torso='vector',

@@ -37,14 +37,9 @@ def on_one_core(
   """Measures here on an accelerator, else in a process of one CPU core.
 
   With more cores a program spends a varying share of its CPU time waiting for
-  work, and ratios say little.
-
-  Args:
-    measure: returns or yields lists of `Measurement`; of a module's top level.
-    *args: of `measure`, which can be pickled.
-
-  Yields:
-    The lists; a single one, its settings marked, from a process.
+  work, and ratios say little. `measure`, of a module's top level, returns or
+  yields lists of `Measurement`; a process yields a single list, its settings
+  marked.
   """
   import jax
 
@@ -128,15 +123,9 @@ def interleaved(
 ) -> dict[str, Timing]:
   """Times tasks in turns, so that a change of load meets all of them.
 
-  Args:
-    tasks: each is called once first, to compile, and must return only when its
-      work is done.
-    repeats: rounds.
-    least_seconds: a task is repeated until a measurement takes about this.
-    clocks: wall and CPU time, in seconds.
-
-  Returns:
-    Seconds a call for each task.
+  Each is called once first, to compile, and must return only when its work is
+  done; it is then repeated until a measurement takes about `least_seconds`. The
+  clocks are wall and CPU time. Returns seconds a call for each task.
   """
   calls = {}
   for name, task in tasks.items():

@@ -12,11 +12,9 @@ from experiments.runtime import config as configs
 def players(experiment: Experiment, agent) -> dict[str, Callable]:
   """How an agent plays in an evaluation, by the prefix of its metrics.
 
-  An agent with a model plays with search (`eval`) and without (`network`); one
-  with `exploit` just plays (`eval`); one that only learns does not.
-
-  Returns:
-    `(params, key, timestep) -> action` each, which may be traced.
+  They are `(params, key, timestep) -> action`, which may be traced. An agent
+  with a model plays with search (`eval`) and without (`network`); one with
+  `exploit` just plays (`eval`); one that only learns does not.
   """
   from agents.core import planning
 
@@ -43,11 +41,7 @@ def _plan(planner, model, params, key, timestep):
 def make_decider(
   experiment: Experiment, agent: Any, budget: int, rule: str | None = None
 ) -> Callable[..., tuple[Any, Any]]:
-  """How an agent plays to win, compiled.
-
-  Args:
-    budget: simulations a decision; 0 is the network alone.
-    rule: a search rule in place of the agent's.
+  """How an agent plays to win, compiled: 0 simulations are the network alone.
 
   Returns:
     `(params, key, timestep) -> (action [B, ...], value [B])`; the value is the
@@ -55,7 +49,7 @@ def make_decider(
 
   Raises:
     UserError: the agent has no search.
-    ValueError: the search does not suit the agent.
+    ValueError: the search, by `rule` if not the agent's, does not suit it.
   """
   import jax
 

@@ -106,8 +106,7 @@ class Place(NamedTuple):
   """Where what is learned from a data set is evaluated.
 
   Attributes:
-    env_name: for `envs.make`; '' for nowhere.
-    options: of it.
+    env_name: for `envs.make` with `options`; '' for nowhere.
     recorded: JSON of `envs.recorded.Recorded`; '' for nothing.
     notes: lines for people, on how it differs from where the data are from.
   """

@@ -268,12 +268,9 @@ def finisher(
 ) -> Callable[[pathlib.Path, dict[str, Any]], None] | None:
   """Plays what was learned, without search and with more and more of it.
 
-  Args:
-    remark: a line on the mean return of the last row.
-
-  Returns:
-    `(workdir, params by the checkpoint's name) -> None`, which writes a table
-    and, for a search, a figure; None if nothing is to be played.
+  It is `(workdir, params by the checkpoint's name) -> None`, which writes a
+  table and, for a search, a figure; None if nothing is to be played. `remark`
+  makes a line of the last mean return.
   """
   if not (experiment.run.final_episodes and experiment.env_name):
     return None

@@ -88,13 +88,9 @@ def print_rows(rows: Sequence[Row]) -> None:
 def run(env: Any, play: Callable, params: Any, episodes: int, seed: int) -> Any:
   """Plays whole episodes; equal seeds have equal starts for all players.
 
-  Args:
-    play: `(params, key, timestep) -> action`, compiled.
-    episodes: on the host rounded up to a multiple of its copies.
-    seed: of the simulators and the planner.
-
-  Returns:
-    `runtime.evaluate.Episodes`.
+  `play` is `(params, key, timestep) -> action`, compiled. On the host, episodes
+  are rounded up to a multiple of the copies. Returns
+  `runtime.evaluate.Episodes`.
   """
   import jax
 
@@ -165,13 +161,8 @@ def evaluate(
 ) -> list[Row]:
   """Plays every checkpoint (name to params) with every budget.
 
-  The simulators are seeded alike for all, so that differences are not luck.
-
-  Args:
-    simulations: budgets; 0 is the network alone.
-    episodes: for each row.
-    rule: a search rule in place of the agent's.
-    seed: of simulators and planner.
+  0 simulations are the network alone. The simulators are seeded alike for all,
+  so that differences are not luck.
 
   Raises:
     UserError: the agent does not search as asked.

@@ -30,10 +30,8 @@ def describe(
   """A preset with changes; nothing is made or compiled yet.
 
   Args:
-    preset_name: a row of `experiments.presets`.
     agent: in place of the preset's, whose settings for fields that it does not
       have are left out.
-    env: in place of the preset's.
     steps: decisions (or updates on a data set).
     settings: `field=value`.
     dataset: to learn from in place of play; a data set or a text.

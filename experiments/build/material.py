@@ -32,13 +32,9 @@ class Opened(NamedTuple):
 
 
 class Kept(NamedTuple):
-  """What one run keeps to learn from.
+  """What one run keeps to learn from, by the setting that says how much.
 
-  Attributes:
-    field: the setting that says how much.
-    value: its value.
-    size: bytes that it takes.
-    drawn: bytes of a row of a batch.
+  `size` is its bytes, `drawn` the bytes of a row of a batch.
   """
 
   field: str
@@ -134,11 +130,7 @@ class Experiment(NamedTuple):
     agent_name: a module of `agents/`.
     env_name: for `experiments.envs.make`; '' if a data set has none.
     steps: decisions; updates if it learns from a data set.
-    seed: the run's.
     config: the agent's `Config`.
-    env: `EnvConfig`.
-    run: `RunConfig`.
-    material: what its agent learns from.
     dataset: for `experiments.data.open_dataset`, or the path of a text; '' for
       none. Only the material reads it.
     time_steps: expected for so many decisions, see `runtime.sources.Pace`.

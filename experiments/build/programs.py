@@ -48,14 +48,11 @@ def of_preset(
   folder: pathlib.Path,
   settings: Sequence[str] = (),
 ) -> Iterator[Program]:
-  """The programs of a preset's run.
+  """The programs of a preset's run, over a mesh with the axis `data`.
 
-  Args:
-    mesh: with the axis `data`.
-    rows: of batch and environments on each device; 0 for the preset's own on
-      one device, `ROWS` on more.
-    folder: for the data set or text that the preset learns from.
-    settings: `field=value`, changes of the preset.
+  Each device has `rows` of batch and environments; 0 stands for the preset's
+  own on one device, `ROWS` on more. `folder` is for a data set or text to learn
+  from, and `settings` are changes of the preset, `field=value`.
 
   Raises:
     ValueError: the preset cannot be made; see `build.describe`.
@@ -161,13 +158,10 @@ def of_agent(
   suffix: str = '',
   sharding: Any = None,
 ) -> Iterator[Program]:
-  """The programs of an agent's training.
+  """The programs of an agent's training, over a mesh with the axis `data`.
 
-  Args:
-    source: from `phases`; None for host simulators.
-    mesh: with the axis `data`.
-    suffix: of the programs' names.
-    sharding: of the agent's state; None for whole on each device.
+  `source` is None for host simulators; `suffix` is added to the programs'
+  names; the state is whole on each device without a `sharding`.
   """
   import jax
 

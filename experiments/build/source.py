@@ -117,10 +117,8 @@ def make_source(
 ):
   """The source of an experiment: environment, replay, reanalysis.
 
-  Args:
-    env: from `make_env`, with as many copies as a part has.
-    layout: None for one device and one part.
-    stopping: see `sources.replayed`.
+  The environment has the copies of a part; without a layout there is one device
+  and one part; `stopping` is as for `sources.replayed`.
 
   Raises:
     ValueError: devices for acting, but the environment is pure JAX.

@@ -37,11 +37,9 @@ def refuse_unused(
 ) -> None:
   """Refuses a user's settings that this kind of run does not read.
 
-  Args:
-    assignments: `field=value`, as in `--set`.
-    config: of the agent, with the assignments made.
-    on_data: whether the run learns from a data set or a text.
-    is_fresh: whether its agent learns from each step once, without a replay.
+  `config` is the agent's, with the assignments (`field=value`) made; `on_data`
+  and `is_fresh` say whether it learns from a data set or text, or from each
+  step once, without a replay.
 
   Raises:
     ValueError: a setting would have no effect.

@@ -132,9 +132,8 @@ def learned(ensemble: Any, reward_factor: float = 1.0) -> Dynamics:
 def critic_value(networks: Any, value: str = 'min') -> Callable[..., Any]:
   """Reduces an agent's critics to one: `(agent_params, o, a [B, D]) -> [B]`.
 
-  Args:
-    networks: with `critic.apply(params.critic, o, a) -> [E, B]`.
-    value: `'min'` of the E critics, as in the agents' own targets, or `'mean'`.
+  The value is the `'min'` of E critics, as in the agents' own targets, or the
+  `'mean'`, of `networks.critic.apply(params.critic, o, a) -> [E, B]`.
 
   Raises:
     ValueError: `value` is neither, or the networks have no critic.
@@ -172,7 +171,6 @@ def planning_model(
 
   Args:
     agent: its `act` and `exploit` read only observations.
-    q: from `critic_value`.
     gamma: discount per decision.
     reward_factor: of the rewards in the critic's training data.
     num: K, number of candidates per state: the actor's mode and K - 1 more.

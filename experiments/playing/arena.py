@@ -23,12 +23,9 @@ def make_player(
 ) -> players.Player:
   """Makes a player from its name, with the parameters of its run.
 
-  Args:
-    name: in the grammar of `playing.planners`, or known to `host`.
-    workdir: the run of a name that does not contain one.
-    own: that run's `build.Experiment`.
-    host: from `other_players`; None if there are none.
-    usual: the checkpoint for a name that does not contain a run.
+  A name without a run (see `playing.planners`) has that of `workdir`, whose
+  experiment is `own`, and the checkpoint `usual`; `host` is from
+  `other_players`.
 
   Raises:
     UserError: an unknown name or run, or a run of another game.
@@ -69,8 +66,7 @@ def make_player(
 def other_players(game: Any) -> Callable[[str], players.Player | None]:
   """Finds opponents from outside this suite: `solver`, `pubeval`, `gnubg=N`.
 
-  Returns:
-    `(name) -> Player`, None for any other name.
+  By `(name) -> Player`, None for any other name.
 
   Raises:
     UserError: by that function, for an opponent that does not play this game or
@@ -111,11 +107,8 @@ def matches(
 ) -> list[match.Result]:
   """Plays each of `ours` against each of `others`, on the same openings.
 
-  Args:
-    openings: each is played twice.
-    opening_plies: number of random moves before a game.
-    seed: of openings, chance and players that draw their moves.
-    report: called with each result as soon as it is known.
+  Each opening has `opening_plies` random moves and is played twice; `report` is
+  called with each result as soon as it is known.
 
   Raises:
     ValueError: `openings` or `opening_plies` is out of range for this game.

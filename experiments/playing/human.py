@@ -43,17 +43,9 @@ def against_person(
   """Plays one game against the person at the terminal.
 
   If the player has a network, its value of each position is printed, and the
-  values of its best few moves.
-
-  Args:
-    game: the rules; sides move in turn, or pass.
-    begins: whether the person moves first.
-    seed: of chance.
-    ask: prints a prompt and returns the answer; EOFError quits.
-    tell: prints a text.
-
-  Returns:
-    The person's points; None if they quit.
+  values of its best few moves. `ask` prints a prompt and returns the answer,
+  EOFError quits; `tell` prints a text. Returns the person's points, None if
+  they quit.
   """
   import jax
 

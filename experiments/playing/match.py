@@ -34,12 +34,7 @@ class Result(NamedTuple):
   """One line of match.csv.
 
   Attributes:
-    player: the player's name.
-    opponent: the opponent's name.
     games: twice the number of openings.
-    wins: of the player.
-    draws: games that nobody won.
-    losses: of the player.
     score: share of games won, with a draw as half a win.
     score_se: standard error over openings, because the two games of an opening
       are not independent.
@@ -133,15 +128,11 @@ def play(
   max_plies: int = 1000,
   progress: Callable[[int], None] = lambda ply: None,
 ) -> Games:
-  """Plays every opening twice, with sides swapped.
+  """Plays every opening (from `openings`) twice, with sides swapped.
 
-  Move t has the same random numbers of chance in both games of an opening.
-
-  Args:
-    game: the rules; sides move in turn.
-    starts: from `openings`.
-    seed: of chance and of players that draw their moves.
-    progress: called with the number of each ply before it is played.
+  Sides move in turn. Move t has the same random numbers of chance in both games
+  of an opening. `progress` is called with the number of each ply before it is
+  played.
 
   Raises:
     ValueError: a side moves twice in a row.

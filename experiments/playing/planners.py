@@ -169,9 +169,7 @@ def _unknown(name: str) -> UserError:
 def split(name: str) -> tuple[str, str, str]:
   """Splits a name into run, checkpoint and strategy: `runs/b@early:puct=32`.
 
-  Returns:
-    The run's folder, `''` if the name has none; the checkpoint, `final` if the
-    name has none; the rest.
+  Without a run, the first two are `''` and `final`.
   """
   run, colon, rest = name.rpartition(':')
   if not colon:
@@ -183,12 +181,8 @@ def split(name: str) -> tuple[str, str, str]:
 def refuse(name: str, strategy: Strategy, agent: str, kind: str) -> None:
   """Refuses a strategy that an agent cannot be combined with.
 
-  Args:
-    name: the player's name, for the message.
-    strategy: from `parse`.
-    agent: the agent's name.
-    kind: what the agent can plan with: `game`, the rules of a game;
-      `actor_critic`; `tree`, its own model; `policy`, nothing but its policy.
+  `kind` is what the agent can plan with: `game`, the rules of a game;
+  `actor_critic`; `tree`, its own model; `policy`, nothing but its policy.
 
   Raises:
     UserError: the strategy needs something that the agent lacks.

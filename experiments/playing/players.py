@@ -22,8 +22,8 @@ class Player(NamedTuple):
     decide: `(params, key, timestep) -> PolicyOutput`, compiled or on the host;
       the observation of its time steps is the position.
     params: the network's parameters; None if it has no network.
-    evaluations: network evaluations per decision if all actions are legal;
-      None if the number depends on the game's length.
+    evaluations: of the network per decision if all actions are legal; None if
+      the number depends on the game's length.
   """
 
   name: str
@@ -41,10 +41,9 @@ def make(
   search: Any = None,
   base: Callable[..., Any] | None = None,
 ) -> Player:
-  """Makes a player of a game.
+  """Makes a player of a game, with the agent's exact model.
 
   Args:
-    model: the agent's, an exact one.
     search: the agent's `planning.SearchConfig`, for a tree search's constants;
       None for the defaults.
     base: the agent's `exploit`, which plays rollouts if the model has

@@ -22,16 +22,12 @@ def episode(
   seed: int = 0,
   limit: int = pictures.LONGEST,
 ) -> list[pictures.Frame]:
-  """Draws an episode, from its first time step to its last.
+  """Draws an episode of up to `limit` time steps.
 
   A caption has the number of decisions so far, the last reward, the
-  undiscounted return so far and the planner's value.
-
-  Args:
-    env: a pure environment, or host simulators, of which the first is drawn.
-    decide: `(params, key, timestep) -> (action [B, ...], value [B] or None)`.
-    seed: of the environment and the planner.
-    limit: the most time steps to draw.
+  undiscounted return so far and the planner's value. The environment is pure,
+  or host simulators, of which the first is drawn; `decide` is `(params, key,
+  timestep) -> (action [B, ...], value [B] or None)`.
 
   Raises:
     UserError: this environment cannot be drawn.

@@ -43,14 +43,12 @@ def learning_curves(
   smooth: int = 1,
   points: int = 200,
 ) -> dict[str, Curve]:
-  """Curves of groups of runs, label -> `Curve`.
+  """Curves of groups of runs, label -> `Curve`, over a grid of `points`.
 
   Args:
     workdirs: folders, or patterns of them.
-    x: a column of metrics.csv: `decisions`, or `step` for updates.
-    y: another.
+    x: a column of metrics.csv: `decisions`, or `step` for updates; likewise y.
     smooth: rows in the moving average that ends at each row.
-    points: of the grid.
 
   Raises:
     UserError: see `find_runs`, `read_column`; runs that do not overlap.
@@ -75,12 +73,9 @@ def mean_curve(
 ) -> Curve | None:
   """The mean of several runs over the part that they have in common.
 
-  Args:
-    columns: `(xs [N], ys [N])` of each run, xs `[N]` rising.
-    points: of the grid.
-
-  Returns:
-    The curve with its bootstrapped 95% interval; None if nothing is common.
+  Columns are `(xs [N], ys [N])` of each run, xs `[N]` rising. The curve has a
+  grid of `points` and a bootstrapped 95% interval; it is None if nothing is
+  common.
   """
   start = max(xs[0] for xs, _ in columns)
   end = min(xs[-1] for xs, _ in columns)
@@ -159,13 +154,9 @@ class Pooled(NamedTuple):
     checkpoint: `final`, `best` or `early`.
     planner: the search's rule, or `network`.
     simulations: a decision; 0 is the network alone.
-    seeds: how many.
-    return_mean: mean over seeds.
-    return_low: of its 95% interval over seeds (Student's).
-    return_high: likewise.
-    gain_mean: mean over seeds of search minus network alone, same run.
-    gain_low: of its 95% interval over seeds, paired by seed.
-    gain_high: likewise.
+    return_mean: mean over seeds, with a 95% interval (Student's).
+    gain_mean: mean over seeds of search minus network alone, same run, with a
+      95% interval, paired by seed.
   """
 
   group: str
@@ -267,7 +258,6 @@ def budget_figure(
 
   Args:
     evaluation: evaluation.csv, its rows, or `Pooled` rows of one group.
-    path: of the picture; its suffix is the format.
     title: None takes agent, environment and seed of the config.json next to the
       CSV.
 

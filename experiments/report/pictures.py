@@ -160,9 +160,8 @@ def captioned(frame: Frame) -> np.ndarray:
 def drawing(spec: Any) -> Callable[[Any, Any], np.ndarray]:
   """The function that draws time steps of an environment.
 
-  Returns:
-    `(observation, action) -> uint8 [H, W, 3]`, both without batch; the action
-    is None on the last time step.
+  It is `(observation, action) -> uint8 [H, W, 3]`, both without batch; the
+  action is None on the last time step.
 
   Raises:
     UserError: its observations cannot be drawn.

@@ -20,14 +20,9 @@ _DERIVED = ('agent.total_updates', 'agent.total_decisions')
 
 
 class Run(NamedTuple):
-  """A run's folder.
+  """A run's folder, with the label of its group.
 
-  Attributes:
-    workdir: the folder.
-    label: of its group, for legends.
-    env: the environment's name.
-    method: the label without the environment, for tables over games.
-    seed: the run's.
+  `method` is the label without the environment, for tables over games.
   """
 
   workdir: pathlib.Path

@@ -92,16 +92,9 @@ def ticker(
   every_seconds: float = 10.0,
   clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[int], None]:
-  """Prints how far something is, at most one line every few seconds.
+  """`(count) -> None`, which prints how far something is to standard error.
 
-  Args:
-    what: is counted.
-    total: None if it is unknown.
-    every_seconds: between lines, and before the first one.
-    clock: seconds.
-
-  Returns:
-    `(count) -> None`, which prints to standard error.
+  It prints at most one line every few seconds.
   """
   last = clock()
 

@@ -116,13 +116,11 @@ def vmapped(
   stopping: Callable[[], bool],
   report: Report,
 ) -> None:
-  """Runs programs one after the other, each over all devices.
+  """Runs programs that have not finished, each over all devices.
 
-  Args:
-    todo: from `parts`; finished ones are left out.
-    checkpoint_minutes: between checkpoints, at least.
-    stopping: polled; True saves and leaves.
-    report: `(updates done in this call, means over rows)`.
+  Checkpoints are at least `checkpoint_minutes` apart; `stopping` is polled:
+  True saves and leaves; `report` is `(updates done in this call, means over
+  rows)`.
   """
   from experiments.runtime import mesh as meshes
 

@@ -3,11 +3,9 @@
 Li et al. 2020, "A system for massively parallel hyperparameter tuning", in the
 variant that stops rows instead of promoting them: at rungs of `first`, `factor
 * first`, ... updates a row continues only if it is among the best `1 / factor`
-of those that have reached the rung so far. A rung's first rows have nothing to
-be compared with and continue. Every row counts by itself, whatever its seed.
-
-Everything is read from the rows' metrics, so a resumed sweep decides as one
-that was not interrupted.
+of those that have reached the rung so far. The first rows of a rung continue.
+Every row counts by itself, whatever its seed. Everything is read from the rows'
+metrics, so a resumed sweep decides alike.
 """
 
 import math
@@ -55,11 +53,8 @@ def is_poor(
 ) -> str:
   """Why a row is ended now; '' if it continues.
 
-  Args:
-    curves: of all rows that have begun.
-    updates: of a whole row.
-    decided: rungs that rows have passed, which are not decided again; new ones
-      are added.
+  `curves` are those of all rows that have begun; `decided` are rungs that rows
+  have passed, which are not decided again; new ones are added.
   """
   for rung in halving.rungs(updates):
     own = value_at(curves[row], halving.metric, rung)

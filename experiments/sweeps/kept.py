@@ -97,13 +97,9 @@ def acted(keeper) -> int | None:
 def save(keeper, axes, carry, points, count, number, acted) -> None:
   """Saves the rows of a program after an update that has a point.
 
-  Args:
-    axes: of the carry, see `program.Functions`.
-    carry: of all rows, leaves `[R, ...]`.
-    points: the curves so far.
-    count: number of real rows; those after them are padding, copies of others.
-    number: index of the phase.
-    acted: number of updates when acting ended; None before that.
+  The carry's leaves are `[R, ...]`, of which `count` are real rows and the rest
+  copies; `axes` are the carry's, see `program.Functions`; `number` is the
+  phase's index; `acted` counts updates until acting ended, None before that.
   """
   import jax
   import numpy as np
@@ -130,11 +126,8 @@ def save(keeper, axes, carry, points, count, number, acted) -> None:
 def restore(keeper, phases, values, seeds, count, mesh):
   """The carry, the points so far and the phase's number, or None.
 
-  Args:
-    phases: from `program.compiled`.
-    values: float32 `[R, F]` of the traced fields.
-    seeds: uint32 `[R]`.
-    count: see `save`.
+  Phases are from `program.compiled`; values of the traced fields are float32
+  `[R, F]`, seeds uint32 `[R]`; `count` is as for `save`.
 
   Raises:
     UserError: the checkpoint is damaged.

@@ -27,18 +27,13 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """A sweep.
+  """A sweep of a preset; None stands for what is the preset's own.
 
   Attributes:
-    preset: a row of `experiments.presets`.
-    agent: in place of the preset's, or None.
-    env: likewise.
-    steps: decisions, likewise.
     fixed: `field=value` of every setting.
     fields: what is swept, in the words of the command line.
     settings: a value for each field, as text.
     logarithmic: fields that were drawn from a logarithmic range.
-    dataset: to learn from in place of play, or None.
   """
 
   preset: str

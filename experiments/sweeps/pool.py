@@ -165,14 +165,10 @@ def run(
 ) -> dict[Row, str]:
   """Runs rows that have not ended; returns why rows failed.
 
-  A process that dies is resumed from its last checkpoint by a new one, on
-  another machine if there is one; a mistake (exit code 2) is not tried again.
-
-  Args:
-    retries: new attempts for each row.
-    stopping: polled; True asks the processes to save, and leaves.
-    report: called with the number of rows that have ended.
-    halving: ends poor rows early.
+  A process that dies is resumed from its last checkpoint by a new one,
+  `retries` times, on another machine if there is one; a mistake (exit code 2)
+  is not tried again. `stopping` is polled: True asks the processes to save, and
+  leaves. `report` is called with the number of rows that have ended.
   """
   waiting = collections.deque(Tried(j) for j in todo if not rows.has_ended(j))
   running: dict[Row, Tried] = {}

@@ -18,13 +18,10 @@ from experiments.sweeps import plan
 
 
 class Program(NamedTuple):
-  """What one compiled program trains.
+  """What one compiled program trains: an experiment with `R` seeds.
 
-  Attributes:
-    experiment: every row's, apart from the seed and the traced fields.
-    paths: of the `F` traced fields, see `plan.find_path`.
-    values: `R` lists of `F` floats.
-    seeds: `R` seeds.
+  `paths` are `F` traced fields (`plan.find_path`), `values` `R` lists of `F`
+  floats for them.
   """
 
   experiment: build.Experiment

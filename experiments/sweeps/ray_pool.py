@@ -388,14 +388,9 @@ def connect(
 ) -> Pool:
   """Connects to a cluster, whose machines are checked before their first row.
 
-  Ray's own SIGTERM handler, which ends the driver with a C++ stack trace, is
-  removed again.
-
-  Args:
-    address: None finds a running cluster or starts one here.
-    workdir: the sweep's folder, which all machines must share.
-    cpus: that a row needs, as `gpus`.
-    limits: of a row; Ray also reserves its memory.
+  They must share `workdir`. Ray also reserves the limits' memory. An `address`
+  of None finds a running cluster or starts one here. Ray's own SIGTERM handler,
+  which ends the driver with a C++ stack trace, is removed again.
 
   Raises:
     UserError: Ray is not installed, there is no cluster, or no machine has room

@@ -104,13 +104,8 @@ def write(
 ) -> list[Summary]:
   """Writes sweep.csv, curves.csv, summary.csv and sweep.png.
 
-  Args:
-    results: of the rows that have ended.
-    metric: a column of the curves, higher is better.
-    left: rows that have not ended, which only sweep.csv names.
-
-  Returns:
-    `summarise`, the best first.
+  A higher `metric`, a column of the curves, is better; only sweep.csv names the
+  rows that are `left`. Returns `summarise`.
 
   Raises:
     UserError: no result has the metric.

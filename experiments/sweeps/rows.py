@@ -19,13 +19,9 @@ from experiments.sweeps.results import Result
 
 
 class Job(NamedTuple):
-  """A row as a process.
+  """A row as a process, with its absolute folder and its flags.
 
-  Attributes:
-    row: which.
-    folder: its own, absolute.
-    arguments: of `experiments.train`.
-    updates: planned; a row that acts ends by its decisions.
+  `updates` are planned; a row that acts ends by its decisions.
   """
 
   row: Row

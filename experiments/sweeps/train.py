@@ -29,13 +29,8 @@ def run(
   decisions, all continue until the row with the fewest has taken them;
   `decisions` says how many each one took. A row that diverges continues as NaN.
 
-  Args:
-    checkpoint_seconds: between checkpoints, at least.
-    stopping: polled at every halt; True saves and leaves.
-    report: `(step, means over rows)`.
-
-  Returns:
-    The curves; None if stopped before the end.
+  `stopping` is polled at every halt: True saves and leaves; `report` is `(step,
+  means over rows)`. Returns the curves, None if stopped before the end.
   """
   import numpy as np
 
@@ -217,11 +212,8 @@ def _source(phase):
 def on_host(experiment, act, values, params, step):
   """What `Measure.evaluate` returns, on host simulators of all rows.
 
-  Args:
-    act: of a `Measure`, compiled over the rows.
-    values: float `[R, F]`.
-    params: of the agents, leaves `[R, ...]`.
-    step: that seeds the simulators.
+  `act` is compiled over the rows, with values float `[R, F]` and params of
+  leaves `[R, ...]`; `step` seeds the simulators.
   """
   import jax
   import numpy as np

@@ -1,11 +1,9 @@
 """The agent that data are collected with: a run of SAC in its own folder.
 
 It resumes as any run: its checkpoints hold all its rows, and at each of them
-the simulators start afresh from a seed that follows from the update, also in a
-run that was never stopped. The policy of every evaluation is kept.
-
-It differs from `experiments.train` in two ways: actions are uniform before the
-first update, and an evaluation plays as the data are made, which is sampling.
+the simulators start afresh, also in a run that was never stopped. It keeps the
+policy of every evaluation. Unlike in `experiments.train`, actions are uniform
+before the first update, and an evaluation samples, as the data do.
 """
 
 import dataclasses
@@ -53,13 +51,7 @@ class _Kept:
 def describe(
   env_name: str, config: Any, collection: Any, *, steps: int, seed: int
 ) -> build.Experiment:
-  """The run, which explores at random first.
-
-  Args:
-    env_name: envpool's.
-    config: `agents.sac.Config`.
-    collection: `collect.Collection`.
-    steps: decisions.
+  """The run of an `agents.sac.Config`, which explores at random first.
 
   Raises:
     ValueError: its settings do not fit.

@@ -148,13 +148,9 @@ def run(
 ) -> None:
   """Makes the data sets that are missing, and prints what there is.
 
-  Args:
-    env_name: envpool's.
-    steps: decisions of the training.
-    transitions: rows of random, medium and expert each.
-    seed: of everything.
-    sac: `agents.sac.Config`.
-    minari: whether to write Minari's folders, too.
+  `steps` are decisions of the training; `transitions` are rows of random,
+  medium and expert each; `sac` is `agents.sac.Config`; `minari` also writes
+  Minari's folders.
 
   Raises:
     ValueError: settings that do not fit, a folder of other settings, or a

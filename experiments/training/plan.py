@@ -33,10 +33,8 @@ def launch(
 ) -> None:
   """Prints how much memory a run needs, and refuses one that does not fit.
 
-  Args:
-    experiment: from `build.describe`.
-    values: the flags of `python -m experiments.train`.
-    folder: of the run, whose checkpoint may have been split already.
+  `values` are the flags of `experiments.train`; the run's folder may hold a
+  checkpoint, which fixes its parts.
 
   Raises:
     UserError: it does not fit, or a flag would be ignored.
@@ -87,11 +85,9 @@ def here(experiment: build.Experiment, saved_parts: int = 0) -> list[Plan]:
 def elsewhere(
   experiment: build.Experiment, name: str, about: dict[str, Any]
 ) -> list[Plan]:
-  """Plans of a run's phases on a machine that need not be there.
+  """Plans of a run's phases on a machine of `compile_targets`.
 
-  Args:
-    name: of the machine, see `compile_targets`.
-    about: the arguments of `build.describe`.
+  `about` are the arguments of `build.describe`.
 
   Raises:
     UserError: an unknown machine, or the run does not fit it.

@@ -30,12 +30,12 @@ class Need(NamedTuple):
   """Something that takes memory.
 
   Attributes:
-    what: it is.
+    what: its name.
     fields: `name=value` of the settings that change it.
-    device: bytes on each device; infinite where the compiler gives up.
+    device: bytes on each device; infinite if the compiler gives up.
     host: bytes on each host.
     stays: False if it is free again when a program ends; only the largest such
-      row counts.
+      need counts.
   """
 
   what: str
@@ -49,7 +49,6 @@ class Plan(NamedTuple):
   """The memory of a phase of a run.
 
   Attributes:
-    phase: its name.
     rows: what takes memory.
     machine: its devices, for people.
     has: bytes of each device; 0 if unknown, or if they are the host's.

@@ -72,9 +72,7 @@ def run(
 def check(experiment: build.Experiment, workdir: str | None) -> None:
   """Refuses what a run would refuse, except for devices and processes.
 
-  Args:
-    experiment: from `build.describe`.
-    workdir: the run's folder; `default_workdir` if left out.
+  `workdir` is the run's folder, or else `default_workdir`.
 
   Raises:
     UserError: the run cannot begin, or resume in its folder.

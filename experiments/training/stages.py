@@ -11,9 +11,6 @@ class Stage(NamedTuple):
   """A phase, ready to run.
 
   Attributes:
-    name: the phase's.
-    agent: its agent.
-    source: its source.
     end: the run's update at which it ends; None if it ends by its decisions.
     transfer: see `Phase`.
     update: compiled over the devices; None if the loop compiles.

@@ -29,8 +29,8 @@ class Also(NamedTuple):
     profile: updates to trace.
     tensorboard: whether to write events.
     wandb: the project for the numbers; '' for none.
-    measure: whether the trained agent is evaluated at the end as it is every
-      `evaluate_every` updates, into measured.csv.
+    measure: whether to evaluate the trained agent, as every `evaluate_every`
+      updates, into measured.csv.
   """
 
   profile: int = 0
@@ -43,14 +43,10 @@ NOTHING = Also()
 
 
 class Trained(NamedTuple):
-  """A run after training.
+  """A run after training, from update `begin` to `end`.
 
-  Attributes:
-    trainer: what was run.
-    carry: the last one; its simulators and threads are closed.
-    begin: updates made before.
-    end: updates made by now.
-    ended: whether that is all.
+  The carry's simulators and threads are closed; `ended` says whether that is
+  all.
   """
 
   trainer: stages.Trainer
