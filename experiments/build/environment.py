@@ -26,7 +26,7 @@ from experiments.presets.settings import RunConfig
 from experiments.report import terminal
 
 # Simulators that an evaluation plays in at once.
-BESIDE = 32
+AT_ONCE = 32
 
 
 def complete(experiment: Experiment, env: str | None) -> Experiment:
@@ -170,7 +170,7 @@ def evaluator(
   if not (players and experiment.env_name):
     return None
   episodes = experiment.run.evaluate_episodes
-  env = make_env(experiment, training=False, num_envs=min(episodes, BESIDE))
+  env = make_env(experiment, training=False, num_envs=min(episodes, AT_ONCE))
 
   def evaluate(params, step):
     params = mesh.local(params)

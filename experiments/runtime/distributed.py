@@ -36,7 +36,7 @@ _NAMES_BYTES = 4096
 # Seconds of waiting for peers after which a line says so.
 _SAID_AFTER = (10, 60, 120, 180, 240)
 # Fields and processes that a line names.
-_TOLD = 3
+_NAMED = 3
 
 
 def initialize(
@@ -169,10 +169,12 @@ def disagreement(
   texts = [json.dumps(each, sort_keys=True) for each in leaves]
   usual = max(range(len(texts)), key=lambda i: (texts.count(texts[i]), -i))
   odd = [i for i, text in enumerate(texts) if text != texts[usual]]
-  told = [_difference(i, leaves[i], usual, leaves[usual]) for i in odd[:_TOLD]]
-  if len(odd) > _TOLD:
-    told.append(f'{len(odd) - _TOLD} more processes differ')
-  return f'{"; ".join(told)}: {remedy}'
+  named = [
+    _difference(i, leaves[i], usual, leaves[usual]) for i in odd[:_NAMED]
+  ]
+  if len(odd) > _NAMED:
+    named.append(f'{len(odd) - _NAMED} more processes differ')
+  return f'{"; ".join(named)}: {remedy}'
 
 
 def _difference(
@@ -186,8 +188,8 @@ def _difference(
         for side in (here, there)
       )
       pieces.append(f'{name}={own} (process {usual}: {other})')
-  if len(pieces) > _TOLD:
-    pieces[_TOLD:] = [f'{len(pieces) - _TOLD} more']
+  if len(pieces) > _NAMED:
+    pieces[_NAMED:] = [f'{len(pieces) - _NAMED} more']
   return f'process {odd} has {", ".join(pieces)}'
 
 

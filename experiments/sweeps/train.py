@@ -224,8 +224,8 @@ def on_host(experiment, act, values, params, step):
 
   rows, episodes = len(values), experiment.run.evaluate_episodes
   # This fixes the number of episodes and which copy plays which.
-  beside = min(episodes, environment.BESIDE)
-  env = build.make_env(experiment, training=False, num_envs=beside)
+  at_once = min(episodes, environment.AT_ONCE)
+  env = build.make_env(experiment, training=False, num_envs=at_once)
   assert isinstance(env, HostEnvironment)
   # As `experiments.train` does, every row meets the same episodes.
   env = side_by_side(env, rows)
@@ -237,7 +237,7 @@ def on_host(experiment, act, values, params, step):
     values, params, key, jax.tree.map(shaped, timestep)
   )
 
-  diverged = np.zeros((rows, beside), bool)
+  diverged = np.zeros((rows, at_once), bool)
 
   def play(params, key, timestep):
     del params
@@ -257,7 +257,7 @@ def on_host(experiment, act, values, params, step):
     seed=step,
   )
   returns = shaped(played.returns)
-  bad = np.repeat(diverged, returns.shape[1] // beside, axis=1)
+  bad = np.repeat(diverged, returns.shape[1] // at_once, axis=1)
   returns = np.where(bad, np.nan, returns)
   return {'eval': (returns, shaped(played.lengths))}
 
