@@ -1,8 +1,8 @@
 # %% [markdown]
 # # ATAC's game
 #
-# Learning from a data set that others have made, one wants to be no worse than
-# they were, whatever the hyper-parameters. ATAC (Cheng et al. 2022) promises
+# An agent that learns from a data set should be no worse than the policy that
+# made it, whatever the hyper-parameters. ATAC (Cheng et al. 2022) guarantees
 # that by a game between an actor and a critic,
 #
 # $$\hat\pi = \arg\max_\pi L(\pi, f_\pi), \qquad
@@ -10,7 +10,8 @@
 #
 # where $L(\pi, f) = E_\mu[f(s, \pi) - f(s, a)]$ is what the critic says that
 # the actor gains over the data's behaviour $\mu$, and $E$ is the Bellman error.
-# First the game is played exactly, in tables; then by networks, on a data set.
+# First the game is played exactly, in tables; then with networks, on a data
+# set.
 
 # %%
 import dataclasses
@@ -49,19 +50,19 @@ BATCH_SIZE = 8 if TINY else 64
 # %% [markdown]
 # ## In tables
 #
-# `search.exact.offline_game` plays Algorithm 1 in a finite MDP: an actor
-# without regret against critics that are solved for. Here in random MDPs, for
-# each beta. The behaviour never takes one of the actions of each state, so
-# critics must say something about what nobody has seen.
+# `search.exact.offline_game` plays Algorithm 1 in a finite MDP: a no-regret
+# actor against critics that are solved for. Here it is played in random MDPs,
+# for each beta. The behaviour never takes one of the actions of each state, so
+# the critics must judge actions that the data do not contain.
 #
 # `offline_game.assess` measures every term of the guarantee for a play of K
 # rounds,
 #
 # $$J(\text{mixture}) \ge J(\mu) - \frac{\mathrm{Reg}}{K (1 - \gamma)},$$
 #
-# and calls left side minus right side the slack. Beside it is played ATAC_0,
-# whose critics are pessimistic about the initial state's value instead of about
-# the gain over $\mu$. It is known to lack the guarantee.
+# and calls the left side minus the right side the slack. For comparison ATAC_0
+# is played, whose critics are pessimistic about the initial state's value
+# instead of the gain over $\mu$. It is known to lack the guarantee.
 
 # %%
 VALUE_MAX = 10.0  # 1 / (1 - gamma); rewards are within [0, 1]
@@ -98,8 +99,8 @@ for kind, (_, slack, _) in tables.items():
 # %% [markdown]
 # Thin lines are MDPs, thick ones their mean. No play with relative pessimism
 # has a negative slack, whatever beta is. A small beta imitates, a large one
-# gains; that the mean at beta = 0 is a hair below zero is the regret of a
-# finite play.
+# gains; the mean at beta = 0 is slightly below zero because a finite play has
+# some regret.
 
 # %% alt="Gain, slack and distance from the behaviour against beta, random MDPs"
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout='constrained')
@@ -126,10 +127,10 @@ panels[2].legend(frameon=False, fontsize=9, title='pessimism')
 # %% [markdown]
 # ## The imitation limit
 #
-# At $\beta = 0$ nothing ties the critic to rewards. It is then Vmax where
-# $\mu$ acts more often than the actor, else 0, and the game's value is
-# $-V_{max} E_\mu[TV(\pi, \mu)]$: the actor can do no better than to become
-# $\mu$. That it comes so near is a matter of K.
+# At $\beta = 0$ nothing ties the critic to rewards. It is then Vmax where $\mu$
+# acts more often than the actor, else 0, and the game's value is $-V_{max}
+# E_\mu[TV(\pi, \mu)]$: the actor can do no better than to become $\mu$. How
+# near it comes depends on K.
 
 # %%
 gain, _, tv = tables['relative']
@@ -141,9 +142,10 @@ for i in range(NUM_MDPS):
 # %% [markdown]
 # ## A data set
 #
-# SAC learns to swing up the pendulum for a while, everything compiled, and what
-# it does half way is kept. From the shell, `python -m experiments.collect`
-# makes data sets of five qualities; a D4RL or Minari file would do as well.
+# SAC learns to swing up the pendulum for a while, in one compiled program, and
+# its policy from half way is kept. From the shell, `python -m
+# experiments.collect` makes data sets of five qualities; a D4RL or Minari file
+# would do as well.
 
 # %%
 experiment = build.describe(
@@ -170,7 +172,7 @@ carry, _, _ = jax.jit(loop.compile_interval(sac, source))(
 )
 
 # %% [markdown]
-# A recording is `sources.from_env` again, without a learner behind it.
+# A recording is `sources.from_env` again, without a learner.
 
 # %%
 NUM_ENVS = 8
@@ -188,9 +190,9 @@ _, rows = jax.jit(lambda state, keys: jax.lax.scan(record, state, keys))(
 )
 
 # %% [markdown]
-# A row is a time step and what was done on it. A transition needs two; where
-# the second one begins another episode there is none. With `npz.save` the data
-# set would be kept for `python -m experiments.train --preset=atac_small
+# A row is a time step and the action taken on it. A transition needs two rows;
+# there is none where the second one begins another episode. `npz.save` would
+# write the data set for `python -m experiments.train --preset=atac_small
 # --dataset=FOLDER --env=Pendulum-v1`.
 
 # %%
@@ -218,9 +220,9 @@ print(summary(dataset))
 # ## The game with networks
 #
 # A run has two phases, a warm start and the game (`atac.make_phases`). Between
-# them `transfer` starts the policy's optimiser afresh. Beta has no part in the
-# warm start: one for each seed serves all games, which `vmap` plays side by
-# side, seeds times betas in one program.
+# them `transfer` resets the policy's optimiser. Beta plays no part in the warm
+# start: one per seed serves all games, which `vmap` plays in parallel, seeds
+# times betas in one program.
 
 # %%
 spec = spec_of(dataset, env.spec)
@@ -312,14 +314,14 @@ panels[2].legend(
 
 # %% [markdown]
 # Lines are means over seeds, bands go from the lowest seed to the highest, the
-# dotted line is the data's mean return. Two things are to be seen.
+# dotted line is the data's mean return. Two things can be seen.
 #
 # A small beta stays near the data's return: it imitates. A medium one is far
 # better than the data.
 #
-# And the promise is one about the solution of the game, not about any number of
-# updates. With a large beta the critics have not learned enough after these
-# few, and until they have, the policy follows what they wrongly believe of
-# actions that the data do not show. The middle panel tells: the game's own
-# critic never promises more than $(1 - \gamma)(J(\pi) - J(\mu))$, and here it
-# promises a gain to policies that are worse than the data.
+# The guarantee is about the solution of the game, though, not about any number
+# of updates. With a large beta the critics have not learned enough after so
+# few, and until they have, the policy follows their wrong estimates of actions
+# that the data do not show. The middle panel shows it: the game's exact critic
+# never promises more than $(1 - \gamma)(J(\pi) - J(\mu))$, and here the learned
+# one promises a gain to policies that are worse than the data.

@@ -3,13 +3,13 @@
 #
 # An agent is three pure functions, `Agent(init, act, update)`, and its losses
 # are functions of arrays. So a new agent is a few lines: replace one term of an
-# agent that exists, or write an `update` from the terms in `agents.core`. As
-# nothing in it is an object with a life of its own, `jax.vmap` trains 32 seeds
-# of it in one compiled program.
+# agent that exists, or write an `update` from the terms in `agents.core`. Since
+# an agent has no hidden state, `jax.vmap` trains 32 seeds of it in one compiled
+# program.
 #
-# TD3+BC imitates what its data set did. Here it meets one that is worth it and
-# one that is not, torques drawn at random. First one of its terms is replaced;
-# then a new agent takes a term of ATAC in its place.
+# TD3+BC imitates the behaviour in its data set. Here it meets a behaviour that
+# is worth imitating, and one that is not: torques drawn at random. First one of
+# its terms is replaced; then a new agent takes a term of ATAC in its place.
 
 # %%
 import time
@@ -49,8 +49,8 @@ REWARD_SCALE = 0.1
 # a discount that is 0 at a termination only (this task has none), and what was
 # seen next. `transitions.Rows` adds the first observations of episodes.
 #
-# Two behaviours are recorded: one without any sense, and a controller that
-# pumps energy, holds the pendulum when it is up, and trembles.
+# Two behaviours are recorded: random torques, and a noisy controller that pumps
+# energy and holds the pendulum when it is up.
 
 # %%
 env = pendulum.make_pendulum(action_repeat=4)
@@ -108,11 +108,11 @@ for name, rows in data.items():
 # %% [markdown]
 # ## A whole training as one function
 #
-# `loop.compile_interval` makes a number of updates of any agent and any pure
-# source. A training is a `scan` of such intervals with an evaluation behind
-# each; `vmap` over its key gives the seeds. The rows are an argument of the
-# program (`in_axes=None`): in memory once for all seeds, and one program serves
-# both data sets.
+# `loop.compile_interval` makes a number of updates of any agent with any pure
+# source. A training is a `scan` of such intervals, each followed by an
+# evaluation; `vmap` over its key gives the seeds. The rows are an argument of
+# the program (`in_axes=None`): they are in memory once for all seeds, and one
+# program serves both data sets.
 
 
 # %%
@@ -153,10 +153,10 @@ def train(agent):
 # %% [markdown]
 # ## The parent, and one term replaced
 #
-# Every agent's file makes its losses as a NamedTuple of functions, one number a
-# row; `help(td3_bc.Losses)` says what each is given. The term `cloning` is the
-# imitation. Without it there is the critic alone, which the policy may climb to
-# actions that the data never show.
+# Every agent's file makes its losses as a NamedTuple of functions that return
+# one number per row; `help(td3_bc.Losses)` lists their arguments. The term
+# `cloning` is the imitation. Without it the policy follows the critic alone,
+# which may lead it to actions that the data never show.
 
 # %%
 config = td3_bc.Config(
@@ -178,15 +178,15 @@ results = {
 # %% [markdown]
 # ## A new agent
 #
-# ATAC has another answer to actions that the data do not know: the policy
-# imitates nobody, and the critics are asked to promise it no more than they
+# ATAC deals differently with actions that are not in the data: the policy
+# imitates nothing, and the critics are trained to promise it no more than they
 # must,
 #
 # $$\min_f \; E[f(s, \pi(s)) - f(s, a)] + \beta\, E[(f - T^\pi f)(s, a)^2].$$
 #
 # With a deterministic policy and twin critics that is a whole agent in some
-# forty lines. What is ours in them are the two losses; `optim.minimise` makes
-# a step of an optimiser from a loss, `optim.track` the slow copy.
+# forty lines. Only the two losses are new; `optim.minimise` makes an
+# optimiser's step from a loss, and `optim.track` updates the slow copy.
 
 
 # %%
@@ -261,8 +261,8 @@ results['pessimist'] = train(make_pessimist())
 # %% [markdown]
 # ## With intervals
 #
-# Of 32 seeds one shows the interquartile mean, which single unlucky seeds do
-# not move, with a bootstrap's 95% interval.
+# The curves are interquartile means of 32 seeds, which a few unlucky seeds do
+# not move, with 95% bootstrap intervals.
 
 # %% alt="Return against updates, three agents on two data sets"
 figure, panels = plt.subplots(
@@ -286,8 +286,8 @@ panels[0].set_ylabel('return, IQM of the seeds')
 panels[1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
 
 # %% [markdown]
-# And as numbers, at the last evaluation: the interquartile mean, its interval,
-# and how likely a run beats one of the parent's.
+# The same in numbers, at the last evaluation: the interquartile mean, its
+# interval, and the probability that a run beats one of the parent's.
 
 # %%
 for i, name in enumerate(data):
@@ -302,8 +302,8 @@ for i, name in enumerate(data):
     )
 
 # %% [markdown]
-# Imitation is a burden on random data and what saves the agent on the
-# controller's: without it the policy climbs to torques that the controller
-# never used, where the critics are wrong. The pessimist needs no choice
-# between the two. On neither data set is it worse than its parent; on random
-# data, where every torque was tried, pessimism makes it slower than daring.
+# Imitation is a burden on random data, and saves the agent on the controller's
+# data: without it the policy moves to torques that the controller never used,
+# where the critics are wrong. The pessimist need not choose between the two. It
+# is not worse than its parent on either data set; on random data, where every
+# torque was tried, pessimism makes it slower than the agent without imitation.

@@ -314,5 +314,5 @@ def check(
     raise UserError(f'{path}: there is none; {again} writes it')
   if written_code(path.read_text(encoding='utf-8')) != code(name, (), folder):
     raise UserError(
-      f'{path}: its code is not that of {name}.py; {again} writes it anew'
+      f'{path}: its code is not that of {name}.py; {again} writes it again'
     )

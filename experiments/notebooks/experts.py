@@ -6,9 +6,9 @@
 #
 # $$y = \sum_i G(x)_i\, E_i(x).$$
 #
-# Nothing tells the gate how to divide the work. Here it is watched doing so on
-# a problem small enough to be drawn: with the two losses that keep experts
-# balanced, without them, and with experts pruned that nobody uses.
+# Nothing tells the gate how to divide the work. Here one can watch it do so on
+# a problem small enough to draw: with the two losses that keep experts
+# balanced, without them, and with unused experts pruned.
 
 # %%
 from typing import Any
@@ -36,10 +36,10 @@ HIDDEN = 4  # of each expert
 # %% [markdown]
 # ## A problem in six pieces
 #
-# Inputs lie in six clusters of the plane, and in each of them the target is
-# another linear function, so that one small expert can do one cluster well and
-# not all of them. A constant 1 as third input takes the place of biases, which
-# neither the gate nor the paper's experts have.
+# Inputs lie in six clusters of the plane, and each cluster has its own linear
+# target, so that one small expert can do one cluster well but not all of them.
+# A constant 1 as third input replaces biases, which neither the gate nor the
+# paper's experts have.
 
 # %%
 NUM_CLUSTERS = 6
@@ -65,9 +65,9 @@ test_x, test_y = draw(jax.random.key(2), 400)
 # ## Training, watched
 #
 # `layer.apply` returns the output and an `Aux`: the loss to add, and how much
-# each expert got. Noise of the gate comes from the random stream `gate`. Who
-# took which input (the plan) is told to those who ask, by `mutable=['plans']`.
-# The running load that pruning goes by is `stats`, beside the parameters.
+# each expert got. The gate's noise comes from the random stream `gate`. Which
+# expert took which input (the plan) is returned with `mutable=['plans']`. The
+# running load that decides about pruning is in `stats`, next to the parameters.
 #
 # The balance losses' weight and the pruning's threshold are ordinary arguments,
 # so that all variants and all seeds are one program.
@@ -145,13 +145,13 @@ counts = np.asarray(counts)
 updates = EVERY * np.arange(1, POINTS + 1)
 
 # %% [markdown]
-# ## Who takes what
+# ## Which expert takes which input
 #
 # The colour is the expert with the largest gate, of the first seed. Gates are
 # linear, so the plane is divided by straight lines. Within a hundred updates a
-# few experts have most of the inputs. The balance losses call the others back,
-# until most clusters have an expert of their own; without the losses it stays
-# so.
+# few experts have most of the inputs. The balance losses bring the others back,
+# until most clusters have an expert of their own; without them a few experts
+# keep most of the inputs.
 
 # %% alt="Inputs coloured by their expert, through training, three variants"
 figure, panels = plt.subplots(
@@ -175,8 +175,8 @@ for axes, i in zip(panels[0], SHOWN):
 # %% [markdown]
 # ## The load of each expert
 #
-# The same runs, all of their updates: the share of the inputs' places (k = 2 an
-# input) that each expert gets. An even share is 1/8.
+# The same runs over all updates: each expert's share of the places (k = 2 per
+# input). An even share is 1/8.
 
 # %% alt="Heat map of the load of eight experts over training, three variants"
 figure, panels = plt.subplots(
@@ -204,7 +204,7 @@ figure.colorbar(drawn, ax=panels, label='share of the load')
 # The coefficient of variation (CV) is the standard deviation over the mean: 0
 # is balance, $\sqrt{E/k - 1} = 1.7$ is two experts with everything. Importance
 # is the sum of an expert's gates, load the number of its inputs. Lines are
-# medians over seeds, bands the quarters beside them.
+# medians over seeds, bands reach from the first to the third quartile.
 
 # %% alt="Variation of importance and load, and test error, against updates"
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout='constrained')
@@ -238,9 +238,9 @@ for i, name in enumerate(VARIANTS):
   )
 
 # %% [markdown]
-# An expert has four hidden units, enough for one cluster and not for several:
-# so idle ones are missed, and balance lowers the error. Pruning costs nothing
-# more; it makes final what the gate has begun.
+# An expert has four hidden units, enough for one cluster but not for several:
+# so idle experts cost accuracy, and balance lowers the error. Pruning raises
+# the error no further; it makes permanent what the gate has begun.
 #
 # ## A smaller layer
 #

@@ -3,12 +3,12 @@
 #
 # Looking one step ahead from an approximate value and playing what looks best
 # earns the value of Newton's next iterate for Bellman's equation (Bertsekas
-# 2022, "Lessons from AlphaZero"). That is why a planner gains so much over the
-# network that it plans with: once near the solution, Newton's error goes with
-# the square of the one before.
-# First the step is drawn where everything is one number; then the same
-# planner, `search.lookahead` over `search.rollout`, plays Connect Four with a
-# network that was trained for a minute.
+# 2022, "Lessons from AlphaZero"). This explains why a planner gains so much
+# over the network that it plans with: near the solution, Newton's error is
+# proportional to the square of the previous one. First the step is drawn where
+# everything is one number; then the same planner, `search.lookahead` over
+# `search.rollout`, plays Connect Four with a network that was trained for a
+# minute.
 
 # %% tags=["parameters"]
 TINY = False
@@ -37,16 +37,16 @@ plt.rcParams['legend.frameon'] = False
 # %% [markdown]
 # ## One number
 #
-# A linear system with quadratic costs, `x <- a x + b u` at `q x² + r u²` a
-# step: whatever linear policy `u = L x` is played, a state costs `K x²`, so a
-# whole value function is the number K, and Bellman's operator is a function F
-# of it, `riccati.riccati`. The optimal K* is where F crosses the diagonal.
+# A linear system with quadratic costs, `x <- a x + b u` at `q x² + r u²` per
+# step: under any linear policy `u = L x` a state costs `K x²`, so a whole value
+# function is the number K, and Bellman's operator is a function F of it,
+# `riccati.riccati`. The optimal K* is where F crosses the diagonal.
 #
 # F is the lower envelope of straight lines, one for each policy L: one step of
 # L and then K. The policy that look-ahead from K~ chooses is the line that
-# touches F at K~, its tangent. What that policy costs when it is played for
-# ever is where *its* line crosses the diagonal. Going down a tangent to the
-# root is Newton's step.
+# touches F at K~, its tangent. Where *its* line crosses the diagonal is the
+# cost of playing that policy for ever. Following a tangent to the root is
+# Newton's step.
 
 # %%
 system = riccati.System(2.0, 2.0, 1.0, 5.0)  # a, b, q, r
@@ -76,13 +76,13 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Three things can be read off it.
+# The figure shows three things.
 #
 # 1. F is concave (costs are minimised), so the tangent is above it and K_L~ is
 #    never below K*: a policy cannot beat the optimal one, however wrong K~ is.
 # 2. Left of the place where the tangent has slope 1 it never meets the
-#    diagonal: the policy is unstable and costs infinitely much. Look-ahead has
-#    a *region of stability*.
+#    diagonal: the policy is unstable and its cost infinite. Look-ahead has a
+#    *region of stability*.
 # 3. Looking l steps ahead is the same step from F(F(...K~)), which is nearer
 #    to K*: the region grows with l. A rollout of m steps of a base policy is
 #    the same step from where that policy's line leads in m steps.
@@ -123,14 +123,14 @@ plt.show()
 # right, a rollout takes the terminal cost's influence away: with a stable base
 # policy it is stable from all K~ shown, and better than that policy. Where K~
 # is good already (near the dip of m = 0), rolling out a mediocre policy makes
-# it worse: m = 8 forgets what K~ knew. The same trade will be met in Connect
+# it worse: m = 8 forgets what K~ knew. The same trade-off appears in Connect
 # Four.
 #
 # ## Twenty numbers
 #
 # Nothing of this is special to one dimension. In a random Markov decision
-# process of 20 states the planner that plays games, `lookahead.lookahead`, is
-# asked for its actions in every state; they are those of the Newton step.
+# process of 20 states the planner that plays games, `lookahead.lookahead`,
+# chooses the actions of the Newton step in every state.
 
 # %%
 no = jnp.zeros(20, bool)
@@ -193,10 +193,9 @@ params = carry.agent.params
 print(f'{experiment.updates} updates')
 
 # %% [markdown]
-# A planner decides; a model says what leaves are worth. `rollout.truncated`
-# gives back a model whose values are those of 8 moves of the network's own
-# policy, drawn or the likeliest ones, and its value behind them; any planner
-# takes it.
+# A planner decides; a model evaluates leaves. `rollout.truncated` returns a
+# model whose values come from 8 moves of the network's own policy, drawn or the
+# likeliest ones, and the network's value after them; any planner takes it.
 
 # %%
 model = agent.model
@@ -223,8 +222,8 @@ def make_player(name):
 made = {name: make_player(name) for name in PLAYERS}
 
 # %% [markdown]
-# A position after a few random moves, and what each of them makes of it: its
-# move and its value for the player to move.
+# A position after a few random moves, and each planner's move and value for the
+# player to move.
 
 # %%
 game = env.spec.game
@@ -271,10 +270,10 @@ plt.show()
 # %% [markdown]
 # One bar is too good. A rollout of likeliest moves plays the opponent's own
 # moves for it: against the network alone it foresees eight moves exactly, and
-# its step is a best reply to this one opponent. Bars like these measure that,
-# too, and not strength alone. So the planners meet each other, where nobody
-# knows the other's moves: does the second step still pay when the first one is
-# there, does a rollout?
+# its step is a best reply to this one opponent. So these bars do not measure
+# strength alone. Therefore the planners meet each other, where neither knows
+# the other's moves: does the second step still pay on top of the first one, and
+# does a rollout?
 
 # %%
 for name, against in (
@@ -287,10 +286,10 @@ for name, against in (
   print(f'{name:24} {mean:.3f} ± {half:.3f} against {against}')
 
 # %% [markdown]
-# The second stage pays against everyone here. The rollouts do not, once the
-# opponent is not the one that they imagine: the network's value knows more
+# The second stage pays against every opponent here. The rollouts do not, once
+# the opponent is not the one that they imagine: the network's value knows more
 # about a position than eight moves of a policy that was trained for a minute,
-# and the value behind them. It is the right panel above: near the dip a rollout
+# and the value after them. It is the right panel above: near the dip a rollout
 # of a mediocre policy makes J~ worse, and a drawn one adds noise. Far from the
 # dip, for a network at the beginning of its training, one stage with a rollout
 # should beat one stage without, and it does: `python -m experiments.notebook

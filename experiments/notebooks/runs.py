@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Ask a run questions
 #
-# A run's folder holds all that is needed to ask it things that nobody thought
-# of while it trained. This notebook loads one and asks: how did it learn, what
+# A run's folder holds all that is needed to ask questions that came up only
+# after the training. This notebook loads one and asks: how did it learn, what
 # does the network think of a position, what is a search worth at which budget,
-# what in the picture matters, what if it were different, how do visits move as
-# a search goes on, and how long does the model's imagination agree with what
-# comes. It makes a small run first; of a run of your own it asks the same:
+# what in the picture matters, what if it were different, how do visits move
+# during a search, and how long does the model's imagination agree with what
+# comes. It makes a small run first; to ask the same about a run of your own:
 #
 #     python -m experiments.notebook runs --set=WORKDIR=runs/NAME
 #
@@ -124,9 +124,9 @@ plt.show()
 # %% [markdown]
 # ## Positions
 #
-# To ask about positions some are needed. The early checkpoint plays them, its
-# policy drawn from without a search, so that there are mistakes to talk about.
-# An environment in JAX does not begin anew by itself; one of the host does.
+# Questions about positions need some positions. The early checkpoint plays them
+# by sampling from its policy without a search, so that there are mistakes to
+# look at. An environment in JAX does not reset by itself; one of the host does.
 
 # %%
 alone = dataclasses.replace(experiment.config.search, num_simulations=0)
@@ -171,8 +171,8 @@ print(f'{steps.reward.size} positions, {int(last.sum())} episodes ended')
 # ## What does the network think?
 #
 # `agent.model.root` is what a search begins with: the prior over actions and
-# the value. Along one episode, what both checkpoints expect, beside what was
-# really collected from there on (discounted).
+# the value. Along one episode: what both checkpoints expect, next to the
+# discounted return that was really collected from there on.
 
 # %%
 opinion = jax.jit(
@@ -268,10 +268,10 @@ plt.show()
 # ## What in the picture matters?
 #
 # One position, each of its numbers set to 0 in turn: by how much does the value
-# change? No gradients are needed, and what is answered is exactly what is
-# asked. The network of the run made here expects more of a picture without the
-# ball than of this one. It never saw such a picture: an answer to a question
-# that training did not ask is a guess.
+# change? No gradients are needed, and the answer is exact. The network of the
+# run made here expects more of a picture without the ball than of this one. It
+# never saw such a picture: outside its training data a network's answer is a
+# guess.
 
 # %% alt="A position and the change of its value where a number is blanked"
 middle = jax.tree.map(lambda x: x[len(x) // 2 : len(x) // 2 + 1], episode)
@@ -308,12 +308,12 @@ if shown.size <= 4096:
 # %% [markdown]
 # ## What if?
 #
-# A counterfactual is a position that one writes oneself. In Catch: the ball
-# five rows above the ground, in every column, and the paddle everywhere. Four
-# steps take the paddle from one wall to the other, so every position is won,
-# and a value below 1 is a doubt: it grows with the way that the paddle has to
-# go. Arrows are the policy's likeliest action. It may be right long before the
-# value is.
+# A counterfactual is a position written by hand. In Catch: the ball five rows
+# above the ground, in every column, and the paddle everywhere. Four steps take
+# the paddle from one wall to the other, so every position can be won, and a
+# value below 1 is a doubt, which grows with the distance that the paddle has to
+# cover. Arrows are the policy's likeliest action. It may be right long before
+# the value is.
 
 # %% alt="Value and action for each place of ball and paddle"
 if experiment.env_name == 'jax:catch':
@@ -346,12 +346,12 @@ if experiment.env_name == 'jax:catch':
   plt.show()
 
 # %% [markdown]
-# ## How do visits move as a search goes on?
+# ## How do visits move during a search?
 #
 # Nodes are numbered as they are added. Without noise a search of N simulations
 # therefore contains all shorter ones (PUCT and EfficientZero's rule; Gumbel's
 # plans its halvings by N): the first n nodes are the tree after n simulations.
-# The root's child above node n tells which action simulation n went through.
+# The root's child above node n shows which action simulation n took.
 
 # %%
 settings = dataclasses.replace(
@@ -416,8 +416,8 @@ plt.show()
 # From every recorded position the model is unrolled over the actions that were
 # really taken, and each reward that it imagines is compared with the one that
 # came k steps later. Windows across an episode's end are left out. The dashed
-# line is what one would err by always saying the mean: where a curve reaches
-# it, the model knows nothing any more.
+# line is the error of always predicting the mean: where a curve reaches it, the
+# model knows nothing any more.
 
 
 # %%

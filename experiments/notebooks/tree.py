@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Inside a search tree
 #
-# An agent is trained for a minute, one search of its is kept whole and drawn:
-# which actions were sampled, how often each was visited, what it is worth, and
-# where rewards come from when the model predicts sums of them. The second half
-# shows why those sums must be reset node by node: three wrong ways of doing
-# it, first in a search small enough to check by hand, then in the trained
-# agent, whose every imagined reward is compared with the simulator's.
+# An agent is trained for a minute, and one of its searches is kept whole and
+# drawn: which actions were sampled, how often each was visited, what it is
+# worth, and where rewards come from when the model predicts sums of them. The
+# second half shows why those sums must be reset node by node: three wrong ways
+# of doing it, first in a search small enough to check by hand, then in the
+# trained agent, where every imagined reward is compared with the simulator's.
 
 # %% tags=["parameters"]
 TINY = False
@@ -39,7 +39,7 @@ from search import policies, sampled, value_prefix
 from search.model import Environment, Model, TimeStep
 
 # %% [markdown]
-# ## An agent with everything that a tree can hold
+# ## An agent that uses everything a tree can hold
 #
 # Sampled MuZero with EfficientZero's value prefix swings up a pendulum. Actions
 # are torques in [-2, 2]: none can be enumerated, so every node draws K = 5 of
@@ -69,7 +69,7 @@ print(experiment.updates, 'updates')
 
 # %% [markdown]
 # The environment is compiled with the agent: source, search and update are one
-# program. Without a launcher this is all it takes.
+# program. This is all it takes without a launcher.
 
 # %%
 key = jax.random.key(0)
@@ -92,8 +92,8 @@ for step, metrics in log:
 # ## One search, kept whole
 #
 # A planner's output has a field `search_tree`. Launchers drop it, because it
-# holds the latent state of every node; here it is what we came for. Its arrays
-# are `[B, N, ...]`: a batch of trees, N = simulations + 1 nodes each.
+# holds the latent state of every node; here it is what we want. Its arrays are
+# `[B, N, ...]`: a batch of trees, N = simulations + 1 nodes each.
 
 # %%
 planner = policies.make_planner(
@@ -136,8 +136,8 @@ tree_figure.figure(
 plt.show()
 
 # %% [markdown]
-# How to read it. A number in a node is its visit count; the root's is the
-# number of simulations and one, and the counts of its children over their sum
+# How to read it: a number in a node is its visit count; the root's is the
+# number of simulations plus one, and the counts of its children over their sum
 # are the target that the policy is trained towards (`output.action_weights`).
 # An edge carries the sampled torque and Q = reward + discount x value. In red,
 # Σ is the value prefix that the LSTM predicts *at* a node: the sum of rewards
@@ -145,7 +145,7 @@ plt.show()
 # minus the one at its upper end, except below a square, where the prefix counts
 # from zero again: there, Σ itself is the reward.
 #
-# That the drawing says the same as the planner can be checked in a line each.
+# One line each checks that the drawing agrees with the planner.
 
 # %%
 rewards, discounts = tree.children_rewards, tree.children_discounts
@@ -159,9 +159,9 @@ print(np.asarray(prefix.depth[row]), 'depth of each node')
 #
 # The LSTM is trained on windows in which it is reset every h steps, so it has
 # never counted further than h. In a batch of trees the nodes that one
-# simulation adds lie at different depths: whether to reset is each node's own
-# question, and its own depth answers it. Three ways of getting it wrong need
-# one line each, by changing what `value_prefix` keeps in the embedding:
+# simulation adds lie at different depths: whether to reset depends on each
+# node's own depth. Three ways of getting it wrong need one line each, which
+# changes what `value_prefix` keeps in the embedding:
 #
 # - **never**: the LSTM runs on, beyond what it was trained on;
 # - **together**: the batch is reset when the first tree's node is due;
@@ -189,13 +189,13 @@ def with_way(step):
 
 
 # %% [markdown]
-# A game small enough to check: the first action chooses a road, and then one
-# only walks. The *quick* road pays 1 at each of its first 3 steps, the *slow*
-# one pays 5 at its fifth step and nothing else, so the slow one is better. The
-# LSTM is perfect within its horizon of 3 and adds nothing beyond: what it was
-# never trained to count it does not count. Two trees are searched in one batch;
-# it is the second one that we watch. The first one, its neighbour, has another
-# prior at its root, and so grows differently.
+# A game small enough to check: the first action chooses a road, and after that
+# there is nothing to choose. The *quick* road pays 1 at each of its first 3
+# steps, the *slow* one pays 5 at its fifth step and nothing else, so the slow
+# one is better. The LSTM is perfect within its horizon of 3 and adds nothing
+# beyond, because it was never trained to count further. Two trees are searched
+# in one batch, and we watch the second one. The first one has another prior at
+# its root, and so grows differently.
 
 # %%
 ROADS = jnp.array([[1.0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 5, 0, 0, 0]])
@@ -271,10 +271,10 @@ for number, way in enumerate(WAYS):
 
 # %% [markdown]
 # Only *per element* reads the rewards that are paid. *Never* is right for three
-# steps and blind behind them. *Carry only* takes what was paid before a reset
-# off the first reward behind it: there even a perfect LSTM does not help.
-# *Together* has something worse than an error. What the second tree chooses
-# depends on who is searched beside it:
+# steps and blind after them. *Carry only* subtracts what was paid before a
+# reset from the first reward after it: there even a perfect LSTM does not help.
+# *Together* is worse than merely wrong: what the second tree chooses depends on
+# which tree shares its batch:
 
 # %%
 for neighbour in (0.1, 0.3, 0.5, 0.7, 0.9):
@@ -361,9 +361,8 @@ for way in WAYS[1:]:
   print(f'{way}: another action at {changed:.0%} of {ROOTS} roots')
 
 # %% [markdown]
-# What it costs to play so, from the same starts and with the same keys: the
-# mean difference of the return to that of the right way, and its standard
-# error.
+# What each mistake costs in play, from the same starts and with the same keys:
+# the mean difference to the return of the right way, and its standard error.
 
 # %%
 returns = {}
@@ -380,10 +379,10 @@ for way in WAYS[1:]:
 
 # %% [markdown]
 # The curves tell the mistakes apart: *never* is as good as the right way up to
-# the horizon and worse behind it, *carry only* fails exactly behind a reset, by
+# the horizon and worse after it, *carry only* fails exactly after a reset, by
 # the sum of the rewards before it. The choices hardly tell them apart, and the
 # return does by no more than twice its error: all paths here earn about as much
 # up to a reset, so that the mistake shifts them alike and their order stays. On
 # the roads above it does not shift them alike, and *never* and *together* take
-# the wrong one. A wrong reset is a bug that a learning curve may hide;
-# the comparison of rewards finds it in seconds.
+# the wrong one. A wrong reset is a bug that a learning curve may hide; the
+# comparison of rewards finds it in seconds.
