@@ -1,7 +1,7 @@
 """Backgammon with and without planning, over training seeds and sizes.
 
-python -m experiments.study backgammon           # trains, resumes python -m
-experiments.study backgammon_players   # plays, resumes
+  python -m experiments.study backgammon          # trains, resumes
+  python -m experiments.study backgammon_players  # plays, resumes
 
 Every player of `--players` is made of every network and meets each of
 `--opponents`: games, or `judge`, GNU Backgammon looking one ply beyond each

@@ -1,7 +1,7 @@
 """Strength of players of a game against what they spend, over training seeds.
 
-python -m experiments.study connect_four           # trains, resumes python -m
-experiments.study connect_four_players   # plays, resumes
+  python -m experiments.study connect_four          # trains, resumes
+  python -m experiments.study connect_four_players  # plays, resumes
 
 Every player of `PLAYERS` is made of every seed's network. In Connect Four it
 has three opponents: perfect play (the share of judged positions in which it
