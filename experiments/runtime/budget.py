@@ -5,8 +5,6 @@ How many updates N decisions are due depends on the lengths of episodes
 before update `Budget.stop`. Where it ends does not depend on its intervals.
 """
 
-import copy
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -47,14 +45,3 @@ class Budget:
         return reach
       self.acted = step
     return max(self.acted + self._extra, step)
-
-  def is_spent(self, rows: Iterable[tuple[int, float]]) -> bool:
-    """Whether a run with these rows (updates, decisions so far) has ended.
-
-    One of them is where acting ended.
-    """
-    budget, step = copy.copy(self), 0
-    for step, budget.taken in rows:
-      if budget.acted is None:
-        budget.stop(step)
-    return budget.stop(step) == step

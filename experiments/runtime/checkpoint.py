@@ -258,7 +258,7 @@ def open(
     if not steps[1:]:
       raise UserError(
         f'the only checkpoint in {shown(root)}, step {step}, is damaged '
-        f'({why}): restore it from a copy, or delete the run to begin it anew'
+        f'({why}): restore it from a copy, or delete the run to start over'
       )
     if integrity.is_first():
       aside = integrity.set_aside(folder)

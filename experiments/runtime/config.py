@@ -95,8 +95,8 @@ _NOBODY_READS = 128 + 13
 def _one_line(unread: int = _NOBODY_READS) -> Iterator[None]:
   """Ends the process with code 2 and one line for a mistake of its user.
 
-  Without a line if nobody reads its output any more (`... --help | head`): then
-  with `unread`, unless it was about to end.
+  If nobody reads its output any more (`... --help | head`), it prints no line
+  and ends with `unread`, unless it was about to end.
   """
   try:
     try:

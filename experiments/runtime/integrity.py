@@ -362,7 +362,7 @@ def settle(
   """Finds the newest whole step and sets newer ones aside, with a line each.
 
   All processes call it, unless `read_only`. If all are damaged they stay in
-  place: the next run must not begin anew unasked. Only steps `below` are
+  place: the next run must not start over unasked. Only steps `below` are
   considered.
 
   Raises:
@@ -421,7 +421,7 @@ def _settle(root, read_only, run, rows, below) -> Settled:
       None,
       [],
       f'no checkpoint in {shown(root)} is whole ({reasons}): restore one '
-      'from a copy, or delete the run to begin it anew'
+      'from a copy, or delete the run to start over'
       if damaged
       else None,
     )

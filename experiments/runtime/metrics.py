@@ -60,7 +60,7 @@ def csv_writer(
 
   Args:
     resume_step: where a resumed run continues. Later rows, of the future that
-      was lost, are removed. None begins anew.
+      was lost, are removed. None starts a new file.
     must_be: the digest of the rows up to there, '' if unknown; a line is
       printed if they have another one.
 

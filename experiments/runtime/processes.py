@@ -199,9 +199,9 @@ def _watch(
 def _await(
   process: int, child: subprocess.Popen, events: queue.SimpleQueue
 ) -> None:
-  # A thread each: polling all in turn would not tell who was the first.
+  # A thread each: polling all in turn would not show which ended first.
   events.put((process, child.wait()))
-  processes.send(child, signal.SIGKILL)  # what it has left behind in its group
+  processes.send(child, signal.SIGKILL)  # what is left in its group
 
 
 def _print_lines(

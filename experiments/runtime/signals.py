@@ -199,7 +199,7 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def _raised_again() -> Iterator[None]:
-  """Interrupts anew if one was lost in a callback, such as jax's for the GC."""
+  """Interrupts again if a callback, such as jax's for the GC, lost it."""
   before = sys.unraisablehook
 
   def again() -> None:

@@ -59,7 +59,7 @@ def transitions(simulator: Any, spec: Any, choose: Callable) -> Iterator[Rows]:
       next_observation=following.observation,
       terminated=following.discount == 0,
       truncated=following.truncated,
-      # The step after an episode's last one does not act: it starts anew.
+      # The step after an episode's last one does not act: it starts another.
       valid=~following.is_first,
     )
     timestep = following

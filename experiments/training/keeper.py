@@ -302,7 +302,7 @@ class Keeper:
       self._save_final(step, carry.agent.params)
 
   def _check_lost(self) -> None:
-    """Refuses to begin a run anew that has had checkpoints.
+    """Refuses to start a run over that has had checkpoints.
 
     A run that was killed before its first one has no `final` either, which is
     written after it.
@@ -319,12 +319,12 @@ class Keeper:
       raise UserError(
         f'{shown(self._workdir / "checkpoints")}: holds no checkpoint, but the '
         f'run had reached update {last}: restore one from a copy, or delete '
-        'the run to begin it anew'
+        'the run to start over'
       )
     if last and distributed.is_main():
       print(
         f'note: the run was stopped at update {last}, before its first '
-        'checkpoint: it begins anew'
+        'checkpoint: it starts over'
       )
 
   def close(self) -> None:

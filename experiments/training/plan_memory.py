@@ -108,7 +108,7 @@ def of_phase(
     wanted = ['interval']
   elif source is None and not layout.acting:
     wanted.append('act')
-  beside = experiment.run.acting == 'asynchronous'
+  in_parallel = experiment.run.acting == 'asynchronous'
   arguments = (experiment, agent, source, spec, mesh, '', sharding)
   for program in programs.of_agent(*arguments):
     if (part := program.part) not in wanted:
@@ -122,7 +122,7 @@ def of_phase(
           Need('padding and keys', (), max(found.arguments - held, 0.0))
         )
     rows.append(Need(f'code of {part}', (), code))
-    stays = part == 'act' and beside
+    stays = part == 'act' and in_parallel
     fields = settings(experiment, *_CHANGES[part])
     rows.append(Need(f'program {part}', fields, size, 0.0, stays))
   first = mesh.devices.flat[0]
