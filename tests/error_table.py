@@ -293,7 +293,7 @@ TABLE = {
   'train --preset=bc --dataset=type.npz': 'type.npz: action is float64, must b',
   'train --preset=bc --dataset=short.npz': 'reward has 7: must be equal',
   'train --preset=bc --dataset=ids.npz': 'ids.npz: episode ... must start at 0',
-  'train --preset=bc --dataset=torn.hdf5': 'torn.hdf5: torn, or not an hdf5',
+  'train --preset=bc --dataset=torn.hdf5': 'torn.hdf5: truncated, or not an hd',
   'sweep --workdir=new --preset=bc --dataset=none': 'dataset=none: no such pat',
   'train --preset=moe_language_small --text=none': 'text=none: no such file',
   'train --preset=moe_language_small --text=empty': 'text=empty: is a folder',

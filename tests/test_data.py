@@ -223,7 +223,7 @@ def test_a_torn_folder_names_file_and_key(tmp_path):
     whole = (path / f'{key}.npy').read_bytes()
     for share in (0, 0.3, 0.95):
       tear(path / f'{key}.npy', share)
-      with pytest.raises(ValueError, match=f'{path}: {key} is torn'):
+      with pytest.raises(ValueError, match=f'{path}: {key} is truncated'):
         npz.load(path)
       (path / f'{key}.npy').write_bytes(whole)
   (path / 'reward.npy').unlink()
@@ -261,19 +261,19 @@ def test_a_damaged_npz_names_file_and_key(tmp_path):
   npz.save(toy(), path)
   whole = path.read_bytes()
   tear(path)
-  with pytest.raises(ValueError, match=f'{path}: archive is torn'):
+  with pytest.raises(ValueError, match=f'{path}: archive is truncated'):
     npz.load(path)
   # One wrong byte within a member's data.
   at = whole.index(b'reward.npy') + 40
   path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-  with pytest.raises(ValueError, match=f'{path}: reward is torn'):
+  with pytest.raises(ValueError, match=f'{path}: reward is truncated'):
     npz.load(path)
   np.savez(path.with_name('other.npz'), reward=np.zeros(3))
   with pytest.raises(ValueError, match='about is missing'):
     npz.load(path.with_name('other.npz'))
   with path.open('wb') as file:
     np.save(file, np.zeros(3))
-  with pytest.raises(ValueError, match=r'archive is torn.*single array'):
+  with pytest.raises(ValueError, match=r'archive is truncated.*single array'):
     npz.load(path)
 
 

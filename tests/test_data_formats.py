@@ -232,7 +232,7 @@ def test_a_torn_hdf5_is_refused(tmp_path):
   path = write(tmp_path / 'a.hdf5', flat())
   raw = path.read_bytes()
   path.write_bytes(raw[: len(raw) // 2])
-  with pytest.raises(ValueError, match=f'^{path}: torn, or not an hdf5'):
+  with pytest.raises(ValueError, match=f'^{path}: truncated, or not an hdf5'):
     d4rl.load(path)
   # Wrong bytes in the middle of compressed data.
   with h5py.File(tmp_path / 'b.hdf5', 'w') as file:

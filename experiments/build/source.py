@@ -52,15 +52,15 @@ def make_layout(experiment: Experiment, saved_parts: int = 0) -> Layout:
   if len(each) > 1:
     raise ValueError(
       f'devices={run.devices}: processes have {sorted(each)} devices; all must '
-      'have as many'
+      'have the same number'
     )
   layout = lay_out(experiment, meshes.make_mesh(learning), saved_parts)
   number = layout.parts
   if len(acting) > len(parts.held(number)):
     raise ValueError(
       f'acting_devices={run.acting_devices}: a process holds '
-      f'{len(parts.held(number))} parts only; take more, parts='
-      f'{len(acting) * jax.process_count()} say'
+      f'{len(parts.held(number))} parts only; take more, such as parts='
+      f'{len(acting) * jax.process_count()}'
     )
   return layout._replace(acting=acting)
 

@@ -48,7 +48,8 @@ def open_file(
     raise UserError(f'{where}: no such file') from error
   except (OSError, RuntimeError, ValueError) as error:
     raise UserError(
-      f'{where}: torn, or not an hdf5 file ({shown(error)}); fetch it again'
+      f'{where}: truncated, or not an hdf5 file ({shown(error)}); fetch it '
+      'again'
     ) from error
 
 

@@ -56,7 +56,7 @@ def open_map(path: pathlib.Path, key: str) -> np.ndarray:
     try:
       header = _read_header(file, found.st_size)
     except _DAMAGE as error:
-      raise _torn(where, error) from error
+      raise _damaged(where, error) from error
     _check_filled(where, found)
     if not math.prod(header.shape):
       # An empty file cannot be mapped.
@@ -66,7 +66,7 @@ def open_map(path: pathlib.Path, key: str) -> np.ndarray:
         file, header.dtype, 'r', header.offset, header.shape, header.order
       )
     except _DAMAGE as error:
-      raise _torn(where, error) from error
+      raise _damaged(where, error) from error
 
 
 def _check_filled(where: str, found: os.stat_result) -> None:
@@ -105,7 +105,7 @@ def read_archive(
         raise ValueError('a single array')
       archive = zipfile.ZipFile(file)
     except _DAMAGE as error:
-      raise _torn(f'{where}: archive', error) from error
+      raise _damaged(f'{where}: archive', error) from error
     members = _members(archive, where, kinds)
     found = {}
     for name, member in members.items():
@@ -113,7 +113,7 @@ def read_archive(
         with archive.open(member) as content:
           found[name] = _read_array(content, member.file_size, kinds[name])
       except _DAMAGE as error:
-        raise _torn(f'{where}: {name}', error) from error
+        raise _damaged(f'{where}: {name}', error) from error
     return found
 
 
@@ -212,8 +212,8 @@ def _read_array(content: Any, size: int, kinds: str) -> np.ndarray:
   return array.reshape(header.shape, order=header.order)
 
 
-def _torn(where: str, error: BaseException) -> UserError:
+def _damaged(where: str, error: BaseException) -> UserError:
   why = shown(' '.join(str(error).split()) or type(error).__name__)
   return UserError(
-    f'{where} is torn or damaged ({why}); collect or copy it again'
+    f'{where} is truncated or damaged ({why}); collect or copy it again'
   )

@@ -123,7 +123,9 @@ def _read_npz(path):
   columns = npy.read_archive(path, kinds, follow=True)
   about = columns.pop('about')
   if about.ndim:
-    raise UserError(f'{shown(path)}: about is torn or damaged: must be a text')
+    raise UserError(
+      f'{shown(path)}: about is truncated or damaged: must be a text'
+    )
   return _from_json(str(about), f'{path}: about'), columns
 
 

@@ -130,8 +130,8 @@ def _array(value, what) -> np.ndarray:
     array = np.asarray(value)
   except Exception as error:  # Ragged, or its own `__array__` failed.
     raise Wrong(
-      f'returned {described(value)} as {what}, which is no array; must hold '
-      'numbers'
+      f'returned {described(value)} as {what}, which is not an array; must '
+      'hold numbers'
     ) from error
   if array.dtype.kind not in 'biuf':
     raise Wrong(f'returned {described(value)} as {what}; must hold numbers')

@@ -96,9 +96,9 @@ def open(
   Raises:
     UserError: `keep` below 1, nothing to read, or a link; `reject` finds no
       step before; `restore` has a template of another structure, shape or
-      dtype; `save` has a leaf that is no array, number, string or bytes; from
-      all, for the save before: the disk is full or refuses (the steps before
-      are whole).
+      dtype; `save` has a leaf that is not an array, number, string or bytes;
+      from all, for the save before: the disk is full or refuses (the steps
+      before are whole).
     Damaged: from all that reads: every step is damaged; a new save sets them
       aside.
     Foreign: from all that reads: written by another release or program.
@@ -414,7 +414,7 @@ def best(
     if found is None:
       return None
     if not isinstance(found[1].get('metric'), float):
-      raise integrity.Damaged(f'{shown(directory)}: metric is no number')
+      raise integrity.Damaged(f'{shown(directory)}: metric is not a number')
     return found[1]['metric']
 
   lost = False

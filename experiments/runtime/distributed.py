@@ -401,7 +401,7 @@ def _leave() -> None:
   collective for this one: minutes of silence, then all are aborted at once.
   """
   print(
-    'error: this process ends before the run does; the others cannot go on',
+    'error: this process ends before the run does; the others cannot continue',
     file=sys.stderr,
     flush=True,
   )

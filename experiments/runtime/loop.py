@@ -71,7 +71,7 @@ _NO_HOOKS = Hooks()
 
 
 class Diverged(UserError):
-  """A metric or a parameter is not finite: the run cannot go on."""
+  """A metric or a parameter is not finite: the run cannot continue."""
 
 
 class Watch(NamedTuple):
@@ -282,7 +282,7 @@ def _summary(means, counts, seconds, num_steps) -> dict[str, float]:
 class Reading(NamedTuple):
   """How the numbers of some updates are checked and summarised.
 
-  `check(step, agent_state, piece)` raises if the run cannot go on;
+  `check(step, agent_state, piece)` raises if the run cannot continue;
   `summary(piece)` gives the metrics to log.
   """
 
