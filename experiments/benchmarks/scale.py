@@ -1,13 +1,12 @@
 """How training scales: seeds in one program, devices, and the machine's roof.
 
-Seeds: one program of N seeds, and the program of one seed; updates a second are
-of all seeds. On a CPU this is done on one core: with more, the program of one
-seed spends up to half of its CPU time waiting for work, and ratios say little.
-Devices: the data-parallel update with the batch fixed (strong) and with the
-batch a device fixed (weak). If there are only CPUs the devices are virtual
-ones, and measure what dividing the work costs, not what it gains. Roofline:
-every program's operations and bytes relative to the largest rates measured in
-the same process (Williams 2009).
+Seeds: one program of N seeds against the program of one seed; updates a second
+are of all seeds. On a CPU this takes one core: on more, the program of one seed
+spends up to half of its CPU time waiting, and ratios say little. Devices: the
+data-parallel update with the batch fixed (strong) and with the batch per device
+fixed (weak). Virtual devices of a CPU measure only what dividing the work
+costs. Roofline: every program's operations and bytes relative to the largest
+rates measured in the same process (Williams 2009).
 """
 
 import dataclasses

@@ -5,19 +5,17 @@ usually `timeouts` and `next_observations`. Missing arrays are filled in if
 possible, and refused otherwise:
 
 - Without `timeouts` (files of v0), episodes are truncated after the task's
-  number of steps. Unknown tasks are refused, because time limits would look
-  like steps within an episode.
-- Without `next_observations`, the next row has the next observation, except
-  where an episode ends. A terminal row gets its own observation (values are
-  never bootstrapped from it, but a dynamics model must not learn from it). A
-  row at a time limit is dropped, and the row before it is truncated instead; an
-  unfinished last row is dropped, too. Returns of such episodes lack their last
-  reward.
+  number of steps; unknown tasks are refused.
+- Without `next_observations`, the next row has the next observation. A terminal
+  row gets its own (values are never bootstrapped from it, but a dynamics model
+  must not learn from it). A row at a time limit is dropped and the row before
+  it truncated, so the return lacks the last reward; an unfinished last row is
+  dropped, too.
 - A row with both flags has terminated.
 - Some files (antmaze) continue after the goal and set `terminals` in each row
   until the time limit: the episode ends with the first such row, and the others
-  are dropped. If `next_observations` exists, these rows are distinguished from
-  episodes of one step by their observation.
+  are dropped. With `next_observations`, their observations distinguish them
+  from episodes of one step.
 """
 
 import pathlib

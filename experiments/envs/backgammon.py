@@ -2,14 +2,13 @@
 
 There is no doubling cube: a game is worth 1, a gammon 2, a backgammon 3.
 
-Turns are enumerated so that no board comes up twice. A die moves a stone from a
-source; of a double, a turn is a multiset of sources, which can always be played
-from the highest source down, and no two lead to the same board (the vectors by
-which a move of given length changes a board are linearly independent). Of two
-different dice a turn is a pair of sources, one a die, and only two kinds of
-pairs coincide: the same stone moved by either die first without a hit on the
-way, and two stones borne off by either die. Sets of points are words of 26
-bits.
+No board is enumerated twice. Of a double, a turn is a multiset of sources,
+which can always be played from the highest source down; no two lead to the same
+board (the vectors by which a move of given length changes a board are linearly
+independent). Of two different dice a turn is a pair of sources, one a die, and
+only two kinds of pairs coincide: the same stone moved by either die first
+without a hit on the way, and two stones borne off by either die. Sets of points
+are words of 26 bits.
 
 Axes: `K` turns, 2 sides (the mover's first), 26 places.
 """

@@ -2,11 +2,10 @@
 
 A violation becomes an error of one line: the environment, the call, what it
 returned, what would be right. Numbers that are not finite are refused where
-they enter, before they spoil the loss. An exception of the user's own code is
-the error's cause; launchers show its traceback on request.
-
-Accepted: rewards and flags as arrays of one element, observations as lists,
-floats of another precision, integers for floats.
+they enter. An exception of the user's own code is the error's cause; launchers
+show its traceback on request. Accepted are rewards and flags as arrays of one
+element, observations as lists, floats of another precision, and integers for
+floats.
 """
 
 import pathlib

@@ -1,38 +1,31 @@
 """envpool's simulators: Atari, classic control, bsuite, MuJoCo, DMC, ...
 
-This module handles these traps: the step after an episode's end is a dummy, and
+Traps that are handled here: the step after an episode's end is a dummy, and
 becomes the next episode's first time step; bad actions never reach C++;
-neighbouring seeds do not share streams; a zero `noop_max` is refused, because
-envpool would crash; on Atari, the end of a game that coincides with the time
-limit is a termination (elsewhere envpool reports a truncation, and nothing
-distinguishes the two).
+neighbouring seeds do not share streams; a zero `noop_max`, which crashes
+envpool, is refused; on Atari, the end of a game that coincides with the time
+limit is a termination (elsewhere nothing distinguishes it from a truncation).
 
 Atari defaults are the Atari 100k protocol of EfficientZero (Ye et al. 2021):
 frame skip 4 with a maximum over the last two, stack 4, 96x96 RGB, up to 30
 no-ops, no sticky actions, 3000 decisions per game; in training a lost life
-terminates and rewards are clipped to [-1, 1].
-
-Departure: frames are stacked here. envpool's stack continues across a lost
-life; ours restarts at every first step, as EfficientZero's does.
+terminates and rewards are clipped to [-1, 1]. Frames are stacked here, because
+envpool's stack continues across a lost life; ours restarts at every first step,
+as EfficientZero's does. After a lost life envpool plays the no-ops of a reset,
+whose rewards belong to no time step, so returns with `training=True` may miss a
+point: report scores with `training=False`.
 
 DeepMind Control and MuJoCo: envpool's `frame_skip` is the number of physics
-steps in one simulator step (by default the task's own control interval).
-Rewards are not summed over them (the suite's reward is that of the last state),
-and `max_episode_steps` always counts simulator steps. To repeat actions, use
-`action_repeat`.
+steps in one simulator step (by default the task's control interval), over which
+rewards are not summed; `max_episode_steps` counts simulator steps. To repeat
+actions, use `action_repeat`.
 
-Their images (`from_pixels=True`) are drawn by OpenGL through EGL. envpool's own
-copy of that library does not find Mesa's drivers, and the process dies; the
-system's copy, loaded before envpool is imported, finds them. A trial in a
-separate process turns a failure that remains into a ValueError.
-
-From 1.2.6 on, envpool's wheels need the system's OpenGL for all of MuJoCo and
-for football, and `import envpool` loads every family at once. Without OpenGL,
-`library` imports it without the families that cannot be loaded.
-
-After a lost life, envpool plays the no-ops of a reset. Their rewards belong to
-no time step, so returns with `training=True` may occasionally miss a point;
-report scores with `training=False`.
+Images (`from_pixels=True`) are drawn by OpenGL through EGL. envpool's copy of
+that library does not find Mesa's drivers, and the process dies; the system's
+copy, loaded before envpool is imported, finds them. A trial in a separate
+process turns a failure that remains into a ValueError. From 1.2.6 on, importing
+envpool needs OpenGL for MuJoCo and football; without it, `library` leaves out
+the families that cannot be loaded.
 """
 
 import ctypes

@@ -1,9 +1,9 @@
 """Checks environment names from files: no code that a file names is executed.
 
-Data sets and runs' folders contain the name of their environment. A name can
-mention a module to import (`gymnasium:module:Id`), and an option can mention a
-module or a program to start. Such names are accepted only from the user's own
-`--env`; a name from a file must belong to an environment registered here.
+A data set's or run's environment name can mention a module to import
+(`gymnasium:module:Id`), and an option a module or program to start. Those are
+accepted only from the user's own `--env`; a name from a file must be registered
+here.
 """
 
 import re

@@ -1,10 +1,10 @@
 """Rebuilds the environment that a data set was recorded in.
 
 Minari stores Gymnasium's `EnvSpec`: an id, keyword arguments, a time limit and
-wrappers. All of them affect the agent, so all are rebuilt, as far as a file may
-be trusted: ids must be registered already, arguments must be plain numbers and
-words, and wrappers must be in the list below. The parts that are left out are
-listed, so that they can be reported before training.
+wrappers. All affect the agent, so all are rebuilt as far as a file may be
+trusted: ids must be registered already, arguments plain numbers and words, and
+wrappers in the list below. Other parts are listed, to be reported before
+training.
 """
 
 import dataclasses

@@ -5,15 +5,15 @@ mesh's `data` axis, the state is replicated (a mixture's experts may be divided:
 `state_sharding`), and the compiler inserts the sums; one device and several
 give the same numbers up to rounding, batch statistics included. A mesh is set
 where the program is traced, for `networks.expert_parallel` to find. `pmap`:
-each device runs `update` on its own rows; the means that a `reduce` of
-`agent.make` takes (gradients, statistics, metrics) make the parameters agree,
-while a BatchNorm normalises by the statistics of all devices only if its
-network was made with the same `reduce`. Keys are folded with the device's index
-there, so it equals one device for updates that draw nothing.
+each device runs `update` on its own rows, and the means that a `reduce` of
+`agent.make` takes (gradients, statistics, metrics) make the parameters agree; a
+BatchNorm's statistics are those of all devices only if its network was made
+with the same `reduce`. Keys are folded with the device's index there, so it
+equals one device for updates that draw nothing.
 
-What is done row by row (searching, acting, whole episodes of an evaluation) is
-mapped over the devices (`by_rows`) instead of being left to the partitioner:
-loops that end with the last row would ask all devices at every turn.
+Work row by row (searching, acting, whole episodes of an evaluation) is mapped
+over the devices (`by_rows`) instead of being left to the partitioner: loops
+that end with the last row would ask all devices at every turn.
 
 Every process calls the same functions in the same order.
 """

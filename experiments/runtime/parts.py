@@ -5,12 +5,11 @@ replay's capacity and of the batch, its own keys and its own folder. What a part
 does depends on its number alone, so other devices or processes give the same
 numbers.
 
-On the host the parts are dealt to the processes in equal consecutive blocks: of
-N parts, process p of P holds p N / P to (p + 1) N / P - 1. Within a process
-they are dealt likewise to its learning devices, where their windows are put
-together, and round robin to acting devices. A run may thus resume with any
-number of processes that divides its parts, if all can read its folder. Pure
-parts are stacked along a leading axis that is split over the devices.
+On the host, processes get equal consecutive blocks: of N parts, process p of P
+holds p N / P to (p + 1) N / P - 1. Learning devices share a process's parts
+likewise, acting devices round robin. A run may resume with any number of
+processes that divides its parts, if all can read its folder. Pure parts are
+stacked along a leading axis that is split over the devices.
 
 In expectation the parts give what one replay of everything gives: a row's
 importance weight carries its part's total priority (`agents.core.replay`'s

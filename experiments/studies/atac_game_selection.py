@@ -54,7 +54,6 @@ class Choice(NamedTuple):
     coverage: of the behaviour policy: `full`, or `partial`.
     transitions: in each data set.
     rule: of choice; see `choose`.
-    mdps: how many.
     regret: J of the best beta less the chosen one's; mean over MDPs.
     regret_low: of its 95% interval (Student's).
     regret_high: likewise.

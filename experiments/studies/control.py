@@ -57,13 +57,11 @@ class Played(NamedTuple):
 
   Attributes:
     quality: of the data.
-    agent: its name.
     seed: of its training.
     planner: one of `BARE` or `PLANNERS`.
     dynamics: `none`, `exact` or `learned`.
     candidates: K of the first stage.
     episodes: whole ones played.
-    return_mean: mean return.
     return_se: standard error over episodes.
     gain: of the return over the actor's own, from the same starts.
     gain_se: standard error of the paired differences.
