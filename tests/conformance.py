@@ -1,249 +1,252 @@
-"""One table of the agents that search, and batches for them.
+"""One table of all agents, small, with what they learn from.
 
-A batch has four windows: a plain one, one that terminates at step 2, one that
-is truncated at step 2, and a plain one.
+A new agent needs one row here; `test_conformance` then checks it, and the
+tests of its family find it by its name.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import game_cases
 import jax
 import jax.numpy as jnp
-import numpy as np
+import language_cases
+import offline_cases
+import searching_cases
+import small_agents
+from searching_cases import (
+  BATCH_NORM,
+  BOX,
+  IMAGE,
+  JOINT,
+  SAMPLES,
+  SMALL_IMAGE,
+  ez,
+  mz,
+  sampled,
+)
 
-from agents import efficientzero, muzero, sampled_muzero
+from agents import (
+  alphazero,
+  atac,
+  bc,
+  combo,
+  cql,
+  dynamics,
+  iql,
+  language,
+  sac,
+  td3_bc,
+  td_gammon,
+)
 from agents.core import planning
-from agents.core.types import (
-  ArraySpec,
-  Continuous,
-  Discrete,
-  Experience,
-  Sample,
-  Spec,
-  Trajectory,
-)
-from networks.muzero import NetworkConfig
-from search.model import TimeStep
-
-B, A, K, N, TERMINATED, TRUNCATED = 4, 3, 3, 2, 1, 2
-END = 2  # where those two windows end
-
-VECTOR = Spec(ArraySpec((4,), np.float32), Discrete(A), masks_actions=True)
-IMAGE = Spec(ArraySpec((6, 5, 2), np.uint8), Discrete(A))
-LOW, HIGH = np.float32([-2, 0.5]), np.float32([-1, 3])
-BOX = Spec(ArraySpec((4,), np.float32), Continuous((2,), LOW, HIGH))
-JOINT = VECTOR._replace(action=Discrete(9, factors=(3, 3)))
-NETWORK = NetworkConfig(
-  torso='vector',
-  latent_size=8,
-  blocks=0,
-  norm='layer',
-  lstm_size=4,
-  value_bins=11,
-  reward_bins=11,
-  projector=(6, 6),
-  predictor=(4,),
-  head_hidden=(6,),
-)
-BATCH_NORM = dataclasses.replace(NETWORK, norm='batch')
-SMALL_IMAGE = dataclasses.replace(
-  BATCH_NORM, torso='image', channels=4, head_channels=2
-)
-SHARED = {
-  'network': NETWORK,
-  'search': planning.SearchConfig(num_simulations=4),
-  'gamma': 0.9,
-  'unroll_steps': K,
-  'td_steps': N,
-  'reanalyze_fraction': 0.5,
-  'learning_rate': 0.1,
-  'warmup_updates': 0,
-  'target_period': 3,
-}
+from agents.core.types import Agent, Spec
 
 
-def mz(**changes):
-  config = muzero.Config(**{**SHARED, **changes})
-  return muzero, config, VECTOR
+class Row(NamedTuple):
+  """An agent and what it learns from.
+
+  Attributes:
+    module: the agent's.
+    config: of `module.Config`.
+    spec: of its environment or data.
+    make_batch: `(config, spec, seed=0) -> batch` of an update.
+    make: `(module, config, spec, networks=None, terms=None, ...) -> agent`.
+  """
+
+  module: Any
+  config: Any
+  spec: Spec
+  make_batch: Callable
+  make: Callable = small_agents.make_agent
 
 
-def ez(spec=VECTOR, **changes):
-  off_policy = {'total_decisions': 100, 'prefix_horizon': 2}
-  config = efficientzero.Config(**{**SHARED, **off_policy, **changes})
-  return efficientzero, config, spec
+class Built(NamedTuple):
+  """An agent with its compiled functions and an update's inputs.
+
+  `donating` is the update as the loop compiles it, which eats its state;
+  `update` is the same program on a copy of the state. `traces` counts.
+  """
+
+  module: Any
+  config: Any
+  spec: Spec
+  agent: Agent
+  init: Callable
+  state: Any
+  batch: Any
+  donating: Callable
+  update: Callable
+  evaluate: Callable | None
+  refresh: Callable | None
+  traces: list[int]
 
 
-def sampled(spec=BOX, **changes):
-  own = {
-    'search': dataclasses.replace(SAMPLES, rule='puct'),
-    'learning_rate': 0.03,
-    'total_decisions': 100,
-    'prefix_horizon': 2,
-    'entropy_samples': 4,
-  }
-  config = sampled_muzero.Config(**{**SHARED, **own, **changes})
-  return sampled_muzero, config, spec
+def searching(row):
+  return Row(*row, searching_cases.make_batch)
 
 
-SAMPLES = planning.SearchConfig(num_simulations=4, num_samples=5)
-gumbel = planning.SearchConfig(rule='gumbel', num_simulations=4)
+def offline(module, make_batch=None, make=small_agents.make_agent, **fields):
+  """A row of an agent that learns from a data set of transitions."""
+  if module is not dynamics:
+    fields = {'hidden_sizes': (8,)} | fields
+  config, spec = module.Config(**fields), offline_cases.SPEC
+  make_batch = make_batch or offline_cases.make_batch
+  batch = lambda config, spec, seed=0: make_batch(seed)
+  return Row(module, config, spec, batch, make)
+
+
 puct = planning.SearchConfig(rule='puct', num_simulations=4)
+gumbel = planning.SearchConfig(rule='gumbel', num_simulations=4)
 vector_latent = dataclasses.replace(SMALL_IMAGE, latent='vector', norm='layer')
+MODEL = dynamics.Config(widths=(8,), members=3, elites=2, held_out=0.3)
+# Rates so large that a wrong one would show.
+ATAC = {'fast_rate': 1e-2, 'slow_rate': 3e-3, 'target_rate': 0.1, 'gamma': 0.9}
+few_samples = dataclasses.replace(game_cases.CONFIG.search, num_samples=4)
+
 AGENTS = {
-  'muzero': mz(search=puct, network=BATCH_NORM),
-  'muzero gumbel adam': mz(search=gumbel, optimiser='adam'),
-  'muzero -reanalyze': mz(reanalyze_fraction=0.0, reanalyze_values=False),
-  'efficientzero': ez(network=BATCH_NORM),
-  'efficientzero -value prefix': ez(value_prefix=False),
-  'efficientzero -consistency': ez(consistency=False),
-  'efficientzero -off-policy correction': ez(off_policy_correction=False),
-  'efficientzero -reanalyze': ez(reanalyze_fraction=0.0),
-  'efficientzero image': ez(IMAGE, network=SMALL_IMAGE),
-  'efficientzero image -augmentation': ez(
-    IMAGE, network=vector_latent, augmentation=False
+  'muzero': searching(mz(search=puct, network=BATCH_NORM)),
+  'muzero gumbel adam': searching(mz(search=gumbel, optimiser='adam')),
+  'muzero -reanalyze': searching(
+    mz(reanalyze_fraction=0.0, reanalyze_values=False)
   ),
-  'sampled_muzero': sampled(),
-  'sampled_efficientzero': sampled(
-    search=SAMPLES,
-    policy='factored',
-    bins=3,
-    network=BATCH_NORM,
-    value_prefix=True,
-    consistency=True,
-    off_policy_correction=True,
+  'efficientzero': searching(ez(network=BATCH_NORM)),
+  'efficientzero -value prefix': searching(ez(value_prefix=False)),
+  'efficientzero -consistency': searching(ez(consistency=False)),
+  'efficientzero -off-policy correction': searching(
+    ez(off_policy_correction=False)
   ),
-  'sampled_muzero joint': sampled(
-    JOINT,
-    policy='flat',
-    search=dataclasses.replace(SAMPLES, replacement=False),
+  'efficientzero -reanalyze': searching(ez(reanalyze_fraction=0.0)),
+  'efficientzero image': searching(ez(IMAGE, network=SMALL_IMAGE)),
+  'efficientzero image -augmentation': searching(
+    ez(IMAGE, network=vector_latent, augmentation=False)
   ),
-  'sampled_muzero image gumbel -reanalyze': sampled(
-    IMAGE._replace(action=BOX.action),
-    network=SMALL_IMAGE,
-    search=dataclasses.replace(SAMPLES, rule='gumbel'),
-    reanalyze_fraction=0.0,
+  'sampled_muzero': searching(sampled()),
+  'sampled_efficientzero': searching(
+    sampled(
+      search=SAMPLES,
+      policy='factored',
+      bins=3,
+      network=BATCH_NORM,
+      value_prefix=True,
+      consistency=True,
+      off_policy_correction=True,
+    )
   ),
+  'sampled_muzero joint': searching(
+    sampled(
+      JOINT,
+      policy='flat',
+      search=dataclasses.replace(SAMPLES, replacement=False),
+    )
+  ),
+  'sampled_muzero image gumbel -reanalyze': searching(
+    sampled(
+      IMAGE._replace(action=BOX.action),
+      network=SMALL_IMAGE,
+      search=dataclasses.replace(SAMPLES, rule='gumbel'),
+      reanalyze_fraction=0.0,
+    )
+  ),
+  'alphazero': Row(
+    alphazero, game_cases.CONFIG, game_cases.ENV.spec, game_cases.make_batch
+  ),
+  'alphazero sampled': Row(
+    alphazero,
+    dataclasses.replace(game_cases.CONFIG, sampled=True, search=few_samples),
+    game_cases.ENV.spec,
+    game_cases.make_batch,
+  ),
+  'td_gammon': Row(
+    td_gammon, game_cases.RACER, game_cases.RACE.spec, game_cases.make_row
+  ),
+  'language': Row(
+    language,
+    language_cases.CONFIG,
+    language_cases.SPEC,
+    language_cases.make_batch,
+  ),
+  'sac': offline(sac),
+  'sac dqra': offline(
+    sac, residual_weight=0.5, layer_norm=True, normalise=True
+  ),
+  'bc': offline(bc),
+  'bc floor': offline(bc, min_entropy=-2.0, normalise=True),
+  'bc squared': offline(bc, loss='squared', layer_norm=True),
+  'td3_bc': offline(td3_bc),
+  'td3': offline(td3_bc, behaviour_cloning=False, normalise=False),
+  'td3_bc dqra': offline(td3_bc, residual_weight=0.5, layer_norm=True),
+  'cql': offline(cql, num_samples=3, layer_norm=True, normalise=True),
+  'cql lagrange': offline(
+    cql, num_samples=2, gap_target=1.0, deterministic_backup=False
+  ),
+  'iql': offline(iql),
+  'iql constant rate': offline(
+    iql, cosine=False, layer_norm=True, normalise=True
+  ),
+  'dynamics': offline(dynamics, **dataclasses.asdict(MODEL)),
+  'combo': offline(
+    combo,
+    offline_cases.make_mixed,
+    num_samples=2,
+    rollout_length=3,
+    rollout_batch=4,
+    model_capacity=24,
+    model_updates=5,
+    model=MODEL,
+  ),
+  'atac': offline(atac, **ATAC),
+  'atac initial': offline(
+    atac,
+    offline_cases.make_batch_with_starts,
+    pessimism='initial',
+    normalise=True,
+    **ATAC,
+  ),
+  'atac warm start': offline(atac, make=small_agents.make_warm_start, **ATAC),
 }
+SEARCHING = [
+  name
+  for name, row in AGENTS.items()
+  if row.make_batch is searching_cases.make_batch
+]
+OFFLINE = [
+  name for name, row in AGENTS.items() if row.spec is offline_cases.SPEC
+]
 
 
-def make_agent(module, config, spec, networks=None, terms=None, **keywords):
-  """An agent of a module; `terms` replace losses, `keywords` go to `make`."""
-  networks = networks or module.make_networks(config, spec)
-  losses = module.make_losses()._replace(**(terms or {}))
-  return module.make(config, networks, losses, spec, **keywords)
+def make(name, spec=None, **changes):
+  """The agent of a row, with fields of its config changed."""
+  row = AGENTS[name]
+  config = dataclasses.replace(row.config, **changes)
+  return row.make(row.module, config, spec or row.spec)
 
 
-def is_sampled(config):
-  return isinstance(config, sampled_muzero.Config)
+@functools.cache
+def built(name: str) -> Built:
+  """A row's agent, compiled at most once in a process of tests."""
+  module, config, spec, make_batch, make = AGENTS[name]
+  agent, traces = make(module, config, spec), [0]
 
+  def update(state, batch, key):
+    traces[0] += 1
+    return agent.update(state, batch, key)
 
-def make_observation(spec, rng, *leading):
-  shape = (*leading, *spec.observation.shape)
-  if spec.observation.dtype == np.uint8:
-    return jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
-  return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def make_actions(config, spec, rng, *leading):
-  """Actions `[*leading, ...]` that the agent could have taken."""
-  if not isinstance(spec.action, Continuous):
-    drawn = rng.integers(0, spec.action.num_actions, leading)
-    return jnp.asarray(drawn, jnp.int32)
-  size = spec.action.low.size
-  share = rng.random((*leading, size))
-  if config.policy == 'factored':
-    share = rng.integers(0, config.bins, (*leading, size)) / (config.bins - 1)
-  low, high = spec.action.low, spec.action.high
-  return jnp.asarray(low + (high - low) * share, jnp.float32)
-
-
-def make_batch(config, spec, seed=0):
-  length = config.window
-  rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  valid = np.ones((B, length), bool)
-  valid[[TERMINATED, TRUNCATED], END + 1 :] = False
-  discount = np.ones((B, length), np.float32)
-  discount[TERMINATED, END] = 0
-  truncated = np.zeros((B, length), bool)
-  truncated[TRUNCATED, END] = True
-  is_first = np.zeros((B, length), bool)
-  is_first[[TERMINATED, TRUNCATED], END + 1] = True
-  invalid = None
-  if spec.masks_actions:
-    invalid = rng.random((B, length, spec.action.num_actions)) < 0.3
-    invalid[..., 0] = False
-    invalid = jnp.asarray(invalid)
-  timestep = TimeStep(
-    observation=make_observation(spec, rng, B, length),
-    reward=normal(B, length),
-    discount=jnp.asarray(discount),
-    is_first=jnp.asarray(is_first),
-    truncated=jnp.asarray(truncated),
-    invalid_actions=invalid,
-  )
-  slots = config.search.num_samples if is_sampled(config) else A
-  extras = {
-    'search_policy': jax.nn.softmax(normal(B, length, slots)),
-    'search_value': normal(B, length),
-  }
-  action = make_actions(config, spec, rng, B, length)
-  if is_sampled(config):
-    drawn = make_actions(config, spec, rng, B, length, slots)
-    extras['sampled_actions'] = drawn
-  sample = Sample(
-    index=jnp.arange(B, dtype=jnp.int32),
-    generation=jnp.ones(B, jnp.int32),
-    weight=jnp.float32([1.0, 0.5, 0.25, 0.75]),
-    age=jnp.float32([0, 29, 30, 90]),  # horizons 2, 2, 1, 1
-  )
-  experience = Experience(timestep, action, extras)
-  return Trajectory(experience, jnp.asarray(valid), sample)
-
-
-def shake(tree, seed=0, scale=0.3):
-  """Adds noise to the floats, so that heads which start at zero say more."""
-  leaves, treedef = jax.tree.flatten(tree)
-  rng = np.random.default_rng(seed)
-  noisy = [
-    x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
-    if jnp.issubdtype(x.dtype, jnp.floating)
-    else x
-    for x in leaves
-  ]
-  return treedef.unflatten(noisy)
-
-
-def shaken(state, seed=0):
-  change = lambda params, i: params._replace(
-    network=shake(params.network, seed + i)
-  )
-  return state._replace(
-    params=change(state.params, 0), target_params=change(state.target_params, 1)
-  )
-
-
-def replace_experience(batch, **changes):
-  return batch._replace(experience=batch.experience._replace(**changes))
-
-
-def replace_timestep(batch, **changes):
-  timestep = batch.experience.timestep._replace(**changes)
-  return replace_experience(batch, timestep=timestep)
-
-
-def replace_extras(batch, **changes):
-  return replace_experience(batch, extras=batch.experience.extras | changes)
-
-
-def assert_equal(got, want):
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def assert_close(got, want, tolerance=1e-5):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=tolerance, atol=tolerance
-    ),
-    got,
-    want,
+  init = jax.jit(agent.init)
+  donating = jax.jit(update, donate_argnums=0)
+  return Built(
+    module=module,
+    config=config,
+    spec=spec,
+    agent=agent,
+    init=init,
+    state=init(jax.random.key(1)),
+    batch=make_batch(config, spec),
+    donating=donating,
+    update=lambda state, *rest: donating(jax.tree.map(jnp.copy, state), *rest),
+    evaluate=agent.evaluate and jax.jit(agent.evaluate),
+    refresh=agent.refresh and jax.jit(agent.refresh),
+    traces=traces,
   )

@@ -79,7 +79,7 @@ MUTANTS = (
     'agents/core/efficient.py',
     'reset_every=config.prefix_horizon if config.value_prefix else None,',
     'reset_every=None,',
-    'tests/test_agents.py',
+    'tests/test_agents_losses.py',
     'learner_resets and (2 or 3)',
   ),
   Mutant(
@@ -107,7 +107,7 @@ MUTANTS = (
     'agents/combo.py',
     'soft = (rows.o_tm1, noise.tm1, weights.rows)',
     'soft = (rows.o_tm1, noise.tm1, weights.real)',
-    'tests/test_agents_model.py',
+    'tests/test_agents_combo.py',
     'combos_critics_and_policy',
   ),
   Mutant(

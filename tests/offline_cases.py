@@ -6,12 +6,12 @@ update can be computed a second time from the equations alone.
 
 import math
 
-import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
+import small_agents
 
-from agents.core.types import ArraySpec, Continuous, Spec, Transition
+from agents.core.types import ArraySpec, Continuous, Mixed, Spec, Transition
 from networks import actor_critic
 from search.model import TimeStep
 
@@ -27,7 +27,7 @@ UNIT = Continuous((1,), -np.ones(1, np.float32), np.ones(1, np.float32))
 
 
 def make_agent(module, config, spec=SPEC, networks=None, **keywords):
-  return conformance.make_agent(module, config, spec, networks, **keywords)
+  return small_agents.make_agent(module, config, spec, networks, **keywords)
 
 
 def make_observation(rng, size=B):
@@ -55,18 +55,15 @@ def make_timestep(observation):
   return TimeStep(observation, zeros, zeros + 1, no, no)
 
 
-def stack(*trees):
-  return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+def make_batch_with_starts(seed=0):
+  """With first observations of episodes."""
+  rng = np.random.default_rng(seed + 1000)
+  return make_batch(seed)._replace(o_0=make_observation(rng))
 
 
-def assert_close(got, want, tolerance=1e-5):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=tolerance, atol=tolerance
-    ),
-    got,
-    want,
-  )
+def make_mixed(seed=0):
+  """Rows of the data and rows of a model."""
+  return Mixed(make_batch(seed), make_batch(seed + 1, size=4))
 
 
 def train(agent, state, draw, updates, seed=2):

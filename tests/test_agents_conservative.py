@@ -1,26 +1,22 @@
 """CQL and IQL: against plain equations, their limits, known answers."""
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import AGENTS
 from offline_cases import (
   HIGH,
   LOW,
   SPEC,
-  STATISTICS,
   UNIT,
   B,
   D,
   F,
   PlainAdam,
-  assert_close,
   make_agent,
   make_batch,
   make_timestep,
@@ -31,18 +27,15 @@ from offline_cases import (
   plain_gaussian,
   plain_params,
   plain_q,
-  stack,
   to_unit,
   train,
 )
+from trees import assert_close
 
 from agents import cql, iql, sac
 from agents.core import conservative
 from agents.core.types import (
-  Agent,
   ArraySpec,
-  Continuous,
-  Discrete,
   Spec,
   Transition,
 )
@@ -51,118 +44,6 @@ from networks.actor_critic import Gaussian
 from networks.mlp import Network
 
 SMALL = {'hidden_sizes': (8,)}
-AGENTS = {
-  'cql': (
-    cql,
-    cql.Config(num_samples=3, layer_norm=True, normalise=True, **SMALL),
-  ),
-  'cql lagrange': (
-    cql,
-    cql.Config(
-      num_samples=2, gap_target=1.0, deterministic_backup=False, **SMALL
-    ),
-  ),
-  'iql': (iql, iql.Config(**SMALL)),
-  'iql constant rate': (
-    iql,
-    iql.Config(cosine=False, layer_norm=True, normalise=True, **SMALL),
-  ),
-}
-
-
-class Built(NamedTuple):
-  """An agent with its compiled update and an update's inputs."""
-
-  module: Any
-  config: Any
-  agent: Agent
-  state: Any
-  batch: Transition
-  update: Callable
-  traces: list[int]
-
-
-@functools.cache
-def build(name):
-  module, config = AGENTS[name]
-  agent, traces = make_agent(module, config), [0]
-
-  def update(state, batch, key):
-    traces[0] += 1
-    return agent.update(state, batch, key)
-
-  return Built(
-    module=module,
-    config=config,
-    agent=agent,
-    state=jax.jit(agent.init)(jax.random.key(1)),
-    batch=make_batch(),
-    update=jax.jit(update),
-    traces=traces,
-  )
-
-
-@pytest.fixture(params=AGENTS)
-def built(request):
-  return build(request.param)
-
-
-one_of_each = pytest.mark.parametrize(
-  'built', ['cql lagrange', 'iql'], indirect=True
-)
-
-
-# Conformance.
-
-
-def test_update_is_stable_and_traced_once(built, key):
-  state = built.state
-  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  for i in range(3):
-    old = state
-    state, info = built.update(state, built.batch, jax.random.fold_in(key, i))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == shapes
-    for name, x in info.metrics.items():
-      assert (x.shape, x.dtype) == ((), jnp.float32), name
-      assert np.isfinite(x), name
-    for name in ('policy', 'critic'):
-      before, after = (
-        jax.tree.leaves(getattr(x.params, name)['layers']) for x in (old, state)
-      )
-      assert all((a != b).any() for a, b in zip(before, after))
-  assert built.traces[0] == 1
-
-
-@one_of_each
-def test_state_can_be_donated(built, key):
-  update = jax.jit(built.agent.update, donate_argnums=0)
-  state = jax.jit(built.agent.init)(key)
-  for _ in range(2):
-    state, _ = update(state, built.batch, key)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
-
-
-def test_actions_are_within_bounds_and_explore(built, key):
-  timestep = make_timestep(built.batch.o_tm1)
-  act, exploit = jax.jit(built.agent.act), jax.jit(built.agent.exploit)
-  params, drawn = built.state.params, []
-  for i in range(5):
-    action, extras = act(params, jax.random.fold_in(key, i), timestep)
-    assert extras == {}
-    assert (action.shape, action.dtype) == ((B, D), jnp.float32)
-    assert (action >= LOW[None]).all() and (action <= HIGH[None]).all()
-    drawn.append(np.asarray(action))
-  assert (np.std(drawn, 0) > 0).all()
-  best, _ = exploit(params, key, timestep)
-  again, _ = exploit(params, jax.random.key(7), timestep)
-  np.testing.assert_array_equal(best, again)
-  # A policy whose noise is none would do that.
-  gaussian = built.module.make_networks(built.config, SPEC).policy.apply(
-    params.policy, built.batch.o_tm1
-  )
-  unit = np.tanh(gaussian.mean)
-  want = (LOW + HIGH)[None] / 2 + (HIGH - LOW)[None] / 2 * unit
-  np.testing.assert_allclose(best, want, rtol=1e-5)
 
 
 def test_iql_acts_as_widely_as_its_policy(key):
@@ -182,96 +63,6 @@ def test_iql_acts_as_widely_as_its_policy(key):
   unit = lambda key: to_unit(agent.act(params, key, timestep)[0])
   step = jax.vmap(unit)(jax.random.split(key, 500)) - to_unit(best)[None]
   np.testing.assert_allclose(jnp.std(step), 0.03, rtol=0.05)
-
-
-def test_evaluation_tells_of_the_losses(built, key):
-  metrics = jax.jit(built.agent.evaluate)(built.state.params, built.batch, key)
-  _, info = built.update(built.state, built.batch, key)
-  assert set(metrics) <= set(info.metrics)
-  # At first the targets are the parameters; what comes first is the update's.
-  name = 'loss_value' if built.module is iql else 'loss_critic'
-  np.testing.assert_allclose(metrics[name], info.metrics[name], rtol=1e-5)
-
-
-@one_of_each
-@pytest.mark.slow
-def test_jit_equals_eager(built, key):
-  assert_close(
-    built.update(built.state, built.batch, key),
-    built.agent.update(built.state, built.batch, key),
-  )
-
-
-@one_of_each
-def test_vmap_over_seeds_equals_a_loop(built, key):
-  keys = jax.random.split(key)
-  states = [built.agent.init(k) for k in keys]
-  together = jax.jit(jax.vmap(built.agent.update, in_axes=(0, None, 0)))
-  got = together(stack(*states), built.batch, keys)
-  alone = [built.update(s, built.batch, k) for s, k in zip(states, keys)]
-  assert_close(got, stack(*alone))
-
-
-@one_of_each
-def test_scan_equals_a_loop(built, key):
-  keys = jax.random.split(key, 3)
-  run = lambda s: jax.lax.scan(
-    lambda s, k: built.agent.update(s, built.batch, k), s, keys
-  )
-  got, _ = jax.jit(run)(built.state)
-  want = built.state
-  for k in keys:
-    want, _ = built.update(want, built.batch, k)
-  assert_close(got, want)
-
-
-@one_of_each
-def test_every_float_of_a_config_may_be_traced(built, key):
-  config = built.config
-  values = {
-    f.name: np.float32([0.9, 0.95]) * getattr(config, f.name)
-    for f in dataclasses.fields(config)
-    if isinstance(getattr(config, f.name), float)
-  }
-
-  def run(floats):
-    agent = make_agent(built.module, dataclasses.replace(config, **floats))
-    state, info = agent.update(agent.init(key), built.batch, key)
-    return state, info.metrics
-
-  got = jax.jit(jax.vmap(run))(values)
-  second = {name: float(x[1]) for name, x in values.items()}
-  want = jax.jit(functools.partial(run, second))()
-  assert_close(jax.tree.map(lambda x: x[1], got), want, tolerance=1e-4)
-
-
-@one_of_each
-def test_two_devices_equal_one(built, key):
-  # No noise, each half of the batch on its own, gradients and means of both.
-  networks = built.module.make_networks(built.config, SPEC)
-  sample, from_unit = networks.box.sample, networks.box.from_unit
-  box = networks.box._replace(
-    sample=lambda e, g: sample(jnp.zeros_like(e), g),
-    from_unit=lambda u: from_unit(jnp.zeros_like(u)),
-  )
-  networks = networks._replace(box=box)
-  mean = functools.partial(jax.lax.pmean, axis_name='devices')
-  alone, shared = (
-    make_agent(built.module, built.config, networks=networks, **reduce)
-    for reduce in ({}, {'reduce': mean})
-  )
-  halves = jax.tree.map(
-    lambda x: x.reshape(2, B // 2, *x.shape[1:]), built.batch
-  )
-
-  @jax.jit
-  def both(state):
-    together = jax.vmap(shared.update, (None, 0, None), axis_name='devices')
-    return together(state, halves, key), alone.update(state, built.batch, key)
-
-  got, want = both(built.state)
-  # Adam divides gradients by their size: rounding errors of small ones show.
-  assert_close(got, stack(want, want), tolerance=2e-5)
 
 
 # The equations, in float64, with networks of the test's own.
@@ -395,12 +186,12 @@ def test_cql_is_its_equations(gap_target, has_entropy):
 
       state, info = update(state, batch, key)
       want = cql.Params(policy, critic, log_alpha, log_w)
-      assert_close(state.params, want, tolerance=1e-10)
-      assert_close(state.target_critic, bar, tolerance=1e-10)
+      assert_close(state.params, want, rtol=1e-10)
+      assert_close(state.target_critic, bar, rtol=1e-10)
       metrics = info.metrics
-      assert_close(metrics['loss_critic'], loss_critic, tolerance=1e-10)
-      assert_close(metrics['loss_policy'], loss_policy, tolerance=1e-10)
-      assert_close(metrics['gap'], gap, tolerance=1e-10)
+      assert_close(metrics['loss_critic'], loss_critic, rtol=1e-10)
+      assert_close(metrics['loss_policy'], loss_policy, rtol=1e-10)
+      assert_close(metrics['gap'], gap, rtol=1e-10)
 
 
 @pytest.mark.parametrize('cosine', [True, False])
@@ -462,12 +253,12 @@ def test_iql_is_its_equations(cosine):
 
       state, info = update(state, batch, jax.random.key(i))
       want = iql.Params(policy, critic, value)
-      assert_close(state.params, want, tolerance=1e-10)
-      assert_close(state.target_critic, bar, tolerance=1e-10)
+      assert_close(state.params, want, rtol=1e-10)
+      assert_close(state.target_critic, bar, rtol=1e-10)
       metrics = info.metrics
-      assert_close(metrics['loss_value'], loss_value, tolerance=1e-10)
-      assert_close(metrics['loss_policy'], loss_policy, tolerance=1e-10)
-      assert_close(metrics['loss_critic'], loss_critic, tolerance=1e-10)
+      assert_close(metrics['loss_value'], loss_value, rtol=1e-10)
+      assert_close(metrics['loss_policy'], loss_policy, rtol=1e-10)
+      assert_close(metrics['loss_critic'], loss_critic, rtol=1e-10)
     assert clipped > 0
 
 
@@ -490,8 +281,8 @@ def test_cql_without_its_penalty_is_sac(key):
     for name, x in want_info.metrics.items():
       np.testing.assert_allclose(info.metrics[name], x, rtol=1e-5, err_msg=name)
   for name, x in want.params._asdict().items():
-    assert_close(getattr(state.params, name), x, tolerance=1e-6)
-  assert_close(state.target_critic, want.target_critic, tolerance=1e-6)
+    assert_close(getattr(state.params, name), x, rtol=1e-6)
+  assert_close(state.target_critic, want.target_critic, rtol=1e-6)
 
 
 def test_the_soft_maximum_is_an_integral(key):
@@ -519,14 +310,12 @@ def test_the_soft_maximum_is_an_integral(key):
 
 
 def test_the_multiplier_follows_the_gap(key):
-  module, config = AGENTS['cql lagrange']
+  config = AGENTS['cql lagrange'].config
   batch = make_batch()
 
   @jax.jit
   def run(gap_target):
-    agent = make_agent(
-      module, dataclasses.replace(config, gap_target=gap_target)
-    )
+    agent = conformance.make('cql lagrange', gap_target=gap_target)
     state, info = agent.update(agent.init(key), batch, key)
     return jnp.exp(state.params.log_multiplier), info.metrics['penalty']
 
@@ -534,74 +323,11 @@ def test_the_multiplier_follows_the_gap(key):
   high, _ = run(50.0)
   np.testing.assert_allclose(start, config.penalty, rtol=1e-6)
   # Adam's first step is its rate.
-  assert_close(low, config.penalty * np.exp(3e-4), tolerance=1e-5)
-  assert_close(high, config.penalty * np.exp(-3e-4), tolerance=1e-5)
-
-
-@pytest.mark.parametrize('built', ['cql', 'iql'], indirect=True)
-def test_termination_cuts_the_bootstrap(built, key):
-  far = jax.tree.map(lambda x: x + 1.0, built.batch.o_t)
-  config = built.config
-  if built.module is cql:
-    # The penalty looks at next states, too; that is not the bootstrap.
-    config = dataclasses.replace(config, penalty=0.0)
-  update = jax.jit(make_agent(built.module, config).update)
-  for discount, is_cut in ((jnp.zeros(B), True), (jnp.ones(B), False)):
-    here = built.batch._replace(discount_t=discount)
-    one, two = (
-      update(built.state, batch, key)[0].params.critic
-      for batch in (here, here._replace(o_t=far))
-    )
-    gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, two)
-    assert (max(jax.tree.leaves(gap)) == 0) == is_cut
-
-
-@pytest.mark.parametrize('built', ['cql', 'iql constant rate'], indirect=True)
-def test_statistics_normalise_and_are_not_trained(built, key):
-  flat = actor_critic.flatten(built.batch.o_tm1)
-  flat = (flat - STATISTICS[0][None]) / STATISTICS[1][None]
-  scaled = {'angle': flat[:, :2, None], 'speed': flat[:, 2:]}
-  plain_agent = make_agent(
-    built.module, dataclasses.replace(built.config, normalise=False)
-  )
-  identity = {'mean': jnp.zeros(F), 'std': jnp.ones(F)}
-  params = built.state.params
-  other = params._replace(policy=params.policy | {'statistics': identity})
-  got, _ = built.agent.exploit(params, key, make_timestep(built.batch.o_tm1))
-  want, _ = plain_agent.exploit(other, key, make_timestep(scaled))
-  assert_close(got, want)
-  state, _ = built.update(built.state, built.batch, key)
-  for part in (state.params.policy, state.params.critic):
-    for name, x in zip(('mean', 'std'), STATISTICS):
-      kept = part['statistics'][name]
-      np.testing.assert_array_equal(kept, np.broadcast_to(x, kept.shape))
+  assert_close(low, config.penalty * np.exp(3e-4), rtol=1e-5)
+  assert_close(high, config.penalty * np.exp(-3e-4), rtol=1e-5)
 
 
 # Known answers.
-
-
-@pytest.mark.parametrize('module', [cql, iql])
-def test_time_limits_bootstrap_and_terminations_do_not(module):
-  # Reward 1 for ever, cut by a time limit only: 1 / (1 - gamma). Else 1.
-  shared = {'gamma': 0.8, 'target_rate': 0.1, 'critic_rate': 0.01, **SMALL}
-  if module is cql:
-    shared |= {'penalty': 0.0, 'num_samples': 1}
-  config, spec = module.Config(**shared), Spec(ArraySpec((2,)), UNIT)
-  state_of = jnp.repeat(jnp.eye(2), 16, 0)
-  batch = Transition(
-    o_tm1=state_of,
-    a_tm1=jnp.tile(jnp.linspace(-1, 1, 16)[:, None], (2, 1)),
-    r_t=jnp.ones(32),
-    discount_t=jnp.repeat(jnp.array([1.0, 0.0]), 16),
-    o_t=state_of,
-  )
-  networks = module.make_networks(config, spec)
-  agent = make_agent(module, config, spec, networks)
-  start = agent.init(jax.random.key(0))
-  state, _ = train(agent, start, lambda key: batch, 1500)
-  q = networks.critic.apply(state.params.critic, batch.o_tm1, batch.a_tm1)
-  want = np.tile(np.repeat([5.0, 1.0], 16), (2, 1))
-  np.testing.assert_allclose(q, want, atol=0.2)
 
 
 ONE_STATE = Spec(ArraySpec((1,)), UNIT)
@@ -673,48 +399,3 @@ def test_cql_stays_where_the_data_are():
   assert q[1][beyond].max() < q[1][within].min()
   assert best[0] > 0.2 and -0.8 < best[1] < 0.1
   assert gap[1] < gap[0] - 0.2
-
-
-# Errors.
-
-
-@pytest.mark.parametrize(
-  'module, field, value',
-  [
-    (cql, 'gamma', 1.5),
-    (cql, 'target_rate', -0.1),
-    (cql, 'penalty', -1.0),
-    (cql, 'num_samples', 0),
-    (cql, 'critic_rate', math.inf),
-    (cql, 'init_temperature', 0.0),
-    (cql, 'gap_target', math.nan),
-    (iql, 'gamma', math.nan),
-    (iql, 'expectile', 1.0),
-    (iql, 'temperature', -1.0),
-    (iql, 'max_weight', 0.0),
-    (iql, 'total_updates', 0),
-  ],
-)
-def test_a_bad_setting_is_refused(module, field, value):
-  with pytest.raises(ValueError, match=f'^{field}={value}: must be'):
-    module.Config(**{field: value})
-
-
-def test_a_multiplier_cannot_grow_from_nothing():
-  with pytest.raises(ValueError, match='penalty=0: must be above 0'):
-    cql.Config(penalty=0.0, gap_target=1.0)
-
-
-@pytest.mark.parametrize('module', [cql, iql])
-def test_a_bad_spec_is_refused(module):
-  config = module.Config(**SMALL)
-  unbounded = Continuous((1,), np.float32([-np.inf]), np.float32([1]))
-  for spec, message in (
-    (SPEC._replace(action=Discrete(3)), 'needs vectors of continuous actions'),
-    (SPEC._replace(action=unbounded), 'low=-inf must be finite'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      module.make_networks(config, spec)
-  config = dataclasses.replace(config, normalise=True)
-  with pytest.raises(ValueError, match=r'normalise=True: .*no statistics'):
-    module.make_networks(config, SPEC._replace(statistics=None))

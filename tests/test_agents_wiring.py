@@ -11,16 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance import (
-  AGENTS,
-  NETWORK,
-  K,
-  N,
-  make_agent,
-  make_batch,
-  replace_timestep,
-  shaken,
-)
+from conformance import AGENTS
+from searching_cases import NETWORK, K, N, make_batch, replace_timestep, shaken
+from small_agents import make_agent
 
 from agents import alphazero, efficientzero, muzero, sampled_muzero
 from agents.core import optim
@@ -86,7 +79,7 @@ def walk(networks, params, observation, action, resets):
   'which', ['muzero', 'efficientzero', 'sampled_efficientzero']
 )
 def test_predictions_meet_the_targets_of_their_step(which, key):
-  module, config, spec = AGENTS[which]
+  module, config, spec, *_ = AGENTS[which]
   config = dataclasses.replace(config, network=NETWORK)
   scale, terms = 1.0, {'policy': weighted, 'value': product, 'reward': product}
   has_prefix = module is not muzero
@@ -140,7 +133,7 @@ def test_predictions_meet_the_targets_of_their_step(which, key):
 
 @pytest.mark.parametrize('which', ['muzero', 'efficientzero'])
 def test_acting_is_colder_late_in_training(which, key):
-  module, config, spec = AGENTS[which]
+  module, config, spec, *_ = AGENTS[which]
   agent = make_agent(module, dataclasses.replace(config, network=NETWORK), spec)
   params = shaken(jax.jit(agent.init)(key)).params
   timestep = make_batch(config, spec).experience.timestep

@@ -4,11 +4,11 @@ import functools
 from fractions import Fraction
 
 import chex
-import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_agents
 from test_loop import (
   STEPS,
   audit_agent,
@@ -62,7 +62,7 @@ PACE = Pace(NUM_ENVS, 48, Fraction(6))
 
 
 def make_agent(spec, config=CONFIG):
-  return conformance.make_agent(efficientzero, config, spec)
+  return small_agents.make_agent(efficientzero, config, spec)
 
 
 def make_source(agent, inner, kept):

@@ -3,11 +3,12 @@
 import re
 from typing import Any, NamedTuple
 
-import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_agents
+from trees import assert_close
 
 from agents import efficientzero, muzero, sampled_muzero
 from agents.core import planning
@@ -64,7 +65,7 @@ class State(NamedTuple):
 def make_agent(module, **keywords):
   config = module.Config(**SHARED)
   networks = module.make_networks(config, SPEC, keywords.get('reduce'))
-  return conformance.make_agent(module, config, SPEC, networks, **keywords)
+  return small_agents.make_agent(module, config, SPEC, networks, **keywords)
 
 
 def make_batch(size, length=5, ends=True):
@@ -121,11 +122,7 @@ def test_two_devices_equal_one(module, key):
   want, want_info = single(make(), make_batch(16), key)
   assert want_info.metrics['gradient_norm'] > 0.1
   assert jax.tree.leaves(want.params.statistics)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    (got, got_info),
-    (want, want_info),
-  )
+  assert_close((got, got_info), (want, want_info), 0.0001, 1e-05)
   assert len(got.params.step.sharding.device_set) == 2
 
 
@@ -169,11 +166,7 @@ def test_searches_over_two_devices_equal_one(name, key):
     (refresh, (state, batch, 0, key), jax.jit(agent.refresh)),
   ):
     got, want = function(*args), single(*args)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-      got,
-      want,
-    )
+    assert_close(got, want, 0.0001, 1e-05)
     text = function.lower(*args).compile().as_text()
     assert not re.search(r'all-(?:reduce|gather|to-all)|permute', text)
   policy = refresh(state, batch, 0, key).experience.extras['search_policy']
@@ -197,11 +190,7 @@ def test_pmap_equals_one_device(key):
     # Under pmap the mean over devices of what is the largest on each.
     for name in ('value_largest', 'reward_largest'):
       info.metrics.pop(name)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    (got, got_info),
-    (want, want_info),
-  )
+  assert_close((got, got_info), (want, want_info), 0.0001, 1e-05)
   assert state.params.step.is_deleted()
   got, _ = update(got, batch, jax.random.fold_in(key, 1))
   assert got.params.step == 2

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance import make_agent
+from small_agents import make_agent
 from test_moe_block import (
   BOX,
   IMAGE,
@@ -20,13 +20,12 @@ from test_moe_block import (
   A,
   B,
   K,
-  assert_close,
   make_block,
   normal,
   quick,
-  shake,
   steep,
 )
+from trees import assert_close, shake
 
 from agents import atac, efficientzero, muzero, sampled_muzero
 from agents.core import optim, planning, unroll
@@ -155,7 +154,7 @@ def test_a_search_alone_is_its_row_of_a_batch():
   networks = muzero.make_networks(config, VECTOR)
   model = unroll.learned_model(networks, gamma=0.9)
   network, stats = quick(networks.init)(KEY)
-  params = unroll.Params(shake(network), stats, jnp.int32(0))
+  params = unroll.Params(shake(network, scale=0.5), stats, jnp.int32(0))
   search = planning.make_planner(SEARCH, evaluate=True)
 
   @quick
@@ -231,7 +230,7 @@ def test_critics_are_their_layers_with_noise_in_their_loss():
   @quick
   def run(observation, action):
     params = critics.init(KEY)
-    params |= {'layers': shake(params['layers'])}
+    params |= {'layers': shake(params['layers'], scale=0.5)}
     told = [
       critics.learn(params, observation, action, key) for key in (None, KEY)
     ]

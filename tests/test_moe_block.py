@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 
-import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import searching_cases
+from trees import assert_close, shake
 
 from agents import atac, efficientzero
 from agents.core import planning, unroll
@@ -25,7 +26,9 @@ from networks import muzero as muzero_networks
 B, A, K, N = 4, 3, 3, 2
 KEY = jax.random.key(3)
 MOE = moe.Config(3, routers.NoisyTopK(k=2), hidden=4, z_weight=0.01)
-NETWORK = dataclasses.replace(conformance.NETWORK, mixture='dynamics', moe=MOE)
+NETWORK = dataclasses.replace(
+  searching_cases.NETWORK, mixture='dynamics', moe=MOE
+)
 IMAGE_NETWORK = dataclasses.replace(
   NETWORK, torso='image', channels=4, head_channels=2, norm='batch'
 )
@@ -43,28 +46,10 @@ SHARED = {
 }
 
 
-def shake(tree, seed=0, scale=0.5):
-  """Adds noise, so that what starts at zero (gates, heads) says more."""
-  leaves, treedef = jax.tree.flatten(tree)
-  rng = np.random.default_rng(seed)
-  add = lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
-  return treedef.unflatten([add(x) for x in leaves])
-
-
 # Compiled once and run once or twice: what LLVM could do better is not missed.
 quick = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
-
-
-def assert_close(got, want, tolerance=1e-5):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=tolerance, atol=tolerance
-    ),
-    got,
-    want,
-  )
 
 
 def make_networks(config, spec=VECTOR):
@@ -99,7 +84,7 @@ def test_the_block_is_residual_on_its_tokens(shape, chunks, fields):
 
   @quick
   def run(x):
-    params = shake(block.init(KEY, x, False)['params'])
+    params = shake(block.init(KEY, x, False)['params'], scale=0.5)
     tokens = x + params['Norm_0']['bias'].reshape((1,) * (x.ndim - 1) + (-1,))
     layer = moe.MoE(block.config, moe.FeedForward(MOE.hidden, size))
     variables = {'params': params['MoE_0']}
@@ -149,7 +134,7 @@ def test_the_control_says_what_its_one_expert_says():
 
   @quick
   def run(x):
-    params = shake(block.init(KEY, x, False)['params'])
+    params = shake(block.init(KEY, x, False)['params'], scale=0.5)
     return params, block.apply({'params': params}, x, False)
 
   x = normal(1, 2, 8)
@@ -278,7 +263,7 @@ STATE, ACTION = jnp.abs(normal(0, B, 8)), jnp.arange(B * K).reshape(B, K) % A
 def alone():
   """`learn` compiled, and parameters of a network whose gates matter."""
   params, _ = quick(make_networks(NETWORK).init)(KEY)
-  return quick(learn), shake(params)
+  return quick(learn), shake(params, scale=0.5)
 
 
 def test_the_account_is_that_of_all_unrolled_steps_together(alone):
@@ -331,7 +316,7 @@ def test_noise_needs_a_listener_and_training():
   @quick
   def run(state, action):
     params, stats = networks.init(KEY)
-    step = functools.partial(networks.dynamics, shake(params))
+    step = functools.partial(networks.dynamics, shake(params, scale=0.5))
     listener = networks.listen(stats, KEY)
     return [
       step(heard, state, action, train)

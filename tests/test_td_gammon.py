@@ -1,75 +1,24 @@
 """TD-Gammon on a race of two stones: a plain loop, and how it is run."""
 
+import dataclasses
 import functools
 import operator
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_agents
+from game_cases import RACE, RACER, STREAMS, Race, race
+from trees import assert_close, assert_equal
 
 from agents import td_gammon
-from agents.core.types import ArraySpec, Candidates, Discrete, Experience, Spec
+from agents.core.types import ArraySpec, Discrete, Experience, Spec
 from experiments import build
-from experiments.envs.self_play import self_play
 from experiments.playing import match, planners, players
 from experiments.runtime import loop, sources
-from search.model import Game, Move, TimeStep, exact
-
-STREAMS = 3
-
-
-class Race(NamedTuple):
-  """Distances int8 `[2]`, the mover's first; a roll of 1 or 2; who moves."""
-
-  board: chex.Array
-  roll: chex.Array
-  player: chex.Array
-
-
-def race() -> Game:
-  """A stone may go by 1 or by the roll; who is far behind loses 2 or 3."""
-
-  def moved(state, board, roll):
-    over = (state.board <= 0).any()
-    won = ~over & (board[0] <= 0)
-    points = 1.0 + (board[1] > 2) + (board[1] > 3)
-    keep = lambda new, old: jnp.where(over, old, new)
-    after = Race(
-      keep(board[::-1], state.board),
-      keep(roll, state.roll),
-      keep(1 - state.player, state.player),
-    )
-    reward = jnp.where(won, points, 0.0)
-    return Move(after, reward, jnp.where(won | over, 0.0, -1.0))
-
-  def roll(key):
-    return jax.random.randint(key, (), 1, 3).astype(jnp.int8)
-
-  def candidates(state):
-    steps = jnp.stack([jnp.int8(1), state.roll, jnp.int8(1), jnp.int8(1)])
-    after = state.board[0] - steps
-    return jnp.stack([after, jnp.full((4,), state.board[1])], -1)
-
-  def outcomes(state, board):
-    rolls = jnp.array([1, 2], jnp.int8)
-    each = jax.vmap(moved, (None, None, 0))(state, board, rolls)
-    return jnp.array([0.5, 0.5]), each
-
-  return Game(
-    init=lambda key: Race(jnp.array([4, 4], jnp.int8), roll(key), jnp.int32(0)),
-    step=lambda state, board, key: moved(state, board, roll(key)),
-    observe=lambda state: state.board.astype(jnp.float32) / 4.0,
-    invalid_actions=None,
-    player=lambda state: state.player,
-    spec=Spec(
-      ArraySpec((2,), np.float32), Candidates((2,), np.int8, 4), name='race'
-    ),
-    candidates=candidates,
-    outcomes=outcomes,
-  )
+from search.model import Game, TimeStep, exact
 
 
 class Made(NamedTuple):
@@ -81,18 +30,11 @@ class Made(NamedTuple):
 
 
 def build_agent(learning_rate=1.5):
-  game = race()
-  env = self_play(game)
-  config = td_gammon.Config(
-    hidden=3,
-    learning_rate=learning_rate,
-    chunk=3,
-    streams=STREAMS,
-  )
-  networks = td_gammon.make_networks(config, env.spec)
-  agent = td_gammon.make(config, networks, td_gammon.make_losses(), env.spec)
-  source = sources.from_env(env, agent, STREAMS)
-  return Made(game, config, networks, agent, source)
+  config = dataclasses.replace(RACER, learning_rate=learning_rate)
+  networks = td_gammon.make_networks(config, RACE.spec)
+  agent = small_agents.make_agent(td_gammon, config, RACE.spec, networks)
+  source = sources.from_env(RACE, agent, STREAMS)
+  return Made(race(), config, networks, agent, source)
 
 
 @pytest.fixture(scope='module')
@@ -295,9 +237,7 @@ def test_model_values_boards_before_the_roll(made):
     )
   )
   own, other = look(params)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), own, other
-  )
+  assert_close(own, other, 1e-06, 0)
   assert (own[1].value[:, 0] == own[1].value[:, 1]).all()
   assert len(set(np.asarray(own[1].reward[:, 0]).tolist())) == 4
 
@@ -310,7 +250,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(interval, carry):
   assert int(whole.step) == 12
   trace = jax.tree.leaves(whole.agent.streams.trace)
   assert all(np.abs(leaf).max() > 0 for leaf in trace)
-  jax.tree.map(np.testing.assert_array_equal, whole, rest)
+  assert_equal(whole, rest)
 
 
 def test_rows_of_a_sweep_are_those_of_runs_alone(carry, interval):
