@@ -13,9 +13,7 @@ class Case(NamedTuple):
     seeds: N of each program that trains, or applies, several seeds.
     batch: roots of a search; rows of an update of large networks.
     matrix: rows of the square matrices whose product is the peak.
-    updates: updates in one measurement.
     actions: of the table model that is searched.
-    simulations: of a search.
     deep: simulations of the deep searches.
     embeddings: float32 numbers in an embedding, in addition to the state.
     steps: of a simulator in one measurement.
@@ -24,7 +22,6 @@ class Case(NamedTuple):
     devices: numbers of devices that share an update.
     triad: float32 numbers of each of the triad's three arrays.
     memory_share: of the free memory; a program that needs more is not run.
-    rows: of the data set.
     width: of the hidden layers of large networks.
     small_width: of those of small ones.
     small_batch: rows of an update of small networks.

@@ -74,13 +74,10 @@ class Measurement(NamedTuple):
   Attributes:
     what: `search`, `learner`, `acting`, `seeds`, `devices`, `memory` or
       `roofline`.
-    name: of the thing.
-    setting: its sizes.
     unit: of the next numbers.
     median: over repeats; of a speed, by wall second.
     low: the slowest repeat.
     high: the fastest repeat.
-    per_cpu_second: median by CPU second.
     ratio: median over the baseline's median, by wall second.
     ratio_cpu: the same by CPU second.
     note: the baseline of the ratios, and what was checked.

@@ -21,7 +21,6 @@ class Row(NamedTuple):
     checkpoint: `final`, `best` or `early`.
     planner: the search's rule, or `network` without one; or a player's name.
     simulations: a decision; 0 is the network alone.
-    episodes: whole episodes played.
     return_mean: undiscounted, unclipped.
     return_se: standard error over episodes.
     length_mean: decisions.

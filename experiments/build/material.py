@@ -126,11 +126,9 @@ class Experiment(NamedTuple):
   """All that a run needs.
 
   Attributes:
-    name: the preset's.
     agent_name: a module of `agents/`.
     env_name: for `experiments.envs.make`; '' if a data set has none.
     steps: decisions; updates if it learns from a data set.
-    config: the agent's `Config`.
     dataset: for `experiments.data.open_dataset`, or the path of a text; '' for
       none. Only the material reads it.
     time_steps: expected for so many decisions, see `runtime.sources.Pace`.

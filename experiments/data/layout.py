@@ -59,7 +59,6 @@ class Dataset(NamedTuple):
     truncated: bool `[N]`, whether the episode was truncated here; never True
       together with `terminated`.
     episode: int32 `[N]`, 0, 1, ...
-    about: the description.
   """
 
   observation: np.ndarray

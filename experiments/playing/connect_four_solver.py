@@ -45,7 +45,6 @@ class Verdict(NamedTuple):
 
   Attributes:
     kept: share of positions in which its move kept the game's value.
-    kept_se: standard error of `kept`.
     optimal: share in which no other move wins earlier or loses later.
     chance: `kept` of a player that takes a random legal move.
   """

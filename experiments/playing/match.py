@@ -40,7 +40,6 @@ class Result(NamedTuple):
       are not independent.
     points: the player's points per game; differs from `score` if a win may
       count more than one point.
-    points_se: standard error over openings.
     elo: Elo difference for this score; infinite if all games are won or lost.
     elo_low: of its 95% interval; binomial, with half a game added to either
       side, if all openings have the same score.

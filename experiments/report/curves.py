@@ -25,7 +25,6 @@ class Curve(NamedTuple):
     mean: float64 `[P]`.
     low: float64 `[P]`, of the 95% bootstrap interval over seeds.
     high: float64 `[P]`.
-    runs: how many.
   """
 
   x: np.ndarray
@@ -150,8 +149,6 @@ class Pooled(NamedTuple):
   """A line of evaluation.csv, pooled over the seeds of a group.
 
   Attributes:
-    group: the label.
-    checkpoint: `final`, `best` or `early`.
     planner: the search's rule, or `network`.
     simulations: a decision; 0 is the network alone.
     return_mean: mean over seeds, with a 95% interval (Student's).

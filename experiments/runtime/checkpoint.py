@@ -390,7 +390,6 @@ class Best(NamedTuple):
     metric: `() -> float`, of the best, or None.
     restore: `(template) -> (params, extra)`, or None; `extra` has `step` and
       `metric` in it.
-    close: `() -> None`.
   """
 
   save: Callable[..., bool]

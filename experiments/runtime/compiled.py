@@ -70,14 +70,12 @@ class Counts(NamedTuple):
     code: bytes of the program.
     flops: operations as the compiler counts them; NaN if it does not say.
     bytes: read and written, likewise.
-    loops: `while` loops.
     loops_known: of them, those whose length is known beforehand.
     kernels: operations that are launched one by one.
     kernels_in_loops: of them, those within a loop, each turn again.
     host: calls of the host, infeeds and outfeeds.
     float64: arrays of 64-bit floats.
     collectives: how many of each kind there are.
-    collectives_in_loops: collectives within a loop.
     reduced: bytes of all results of all-reduces.
     exchanged: bytes of all results of the other collectives.
   """
@@ -139,7 +137,6 @@ class Instruction(NamedTuple):
   Attributes:
     opcode: without `-start`; the matching `-done` are left out.
     size: bytes of the result.
-    line: its text.
     is_fused: whether it is part of another kernel.
     in_loop: whether a loop's body holds it, directly or by calls.
     is_bounded: of a loop, whether its length is known beforehand.

@@ -80,9 +80,7 @@ class Manifest:
 
   Attributes:
     schema: the version of this layout.
-    step: the step's number.
     run: the run's identity, or None.
-    extra: the caller's.
     leaves: of the carry.
     local: by name.
     files: of the step's folder, with size and digest.

@@ -24,7 +24,6 @@ class Writer(NamedTuple):
   Attributes:
     write: `(step, row) -> None`; `row` maps names to scalars (Python's, numpy's
       or 0-d arrays) or to short strings.
-    close: `() -> None`.
     digest: `() -> str`, of the rows so far, or None.
   """
 

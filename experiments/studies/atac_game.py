@@ -41,7 +41,6 @@ class Play(NamedTuple):
   """One play of the game: a line of the CSV. J are discounted returns.
 
   Attributes:
-    mdp: its number.
     coverage: of the behaviour policy mu: `full`, or `partial`, if it never
       takes one action of each state.
     pessimism: `relative`, or `initial` (ATAC_0).

@@ -60,7 +60,6 @@ class Choice(NamedTuple):
     gain: J of the choice less mu's; mean.
     gain_worst_tenth: mean of the lowest tenth of the gains.
     below_behaviour: share of MDPs where the choice is worse than mu.
-    beta_median: of the choices.
   """
 
   coverage: str

@@ -33,15 +33,12 @@ class Points(NamedTuple):
 
   Attributes:
     hidden: units of the network; None without one.
-    seed: of training.
-    player: its name.
     opponent: its name, or `judge`.
     games: number of games, or of judged turns.
     points: points per game; for the judge, those lost per turn.
     points_se: standard error over pairs of games, or turns.
     gain: for the judge, points saved relative to one stage in the same turns;
       else, or without a network, None.
-    gain_se: its standard error.
     score: share of games won; None for the judge.
     evaluations: of the network per decision at most, had every turn as many
       boards as there are places; None for rollouts to the end and without a
@@ -87,12 +84,8 @@ def finished(folder: pathlib.Path) -> dict[tuple[int, ...], str]:
 class Plan(NamedTuple):
   """What is played.
 
-  Attributes:
-    players: names.
-    opponents: names; `judge` is one.
-    games: with each opponent.
-    positions: judged turns.
-    plies: of the judge.
+  `judge` may be among the opponents; `games` are with each of them, `positions`
+  the judged turns, and `plies` the judge's.
   """
 
   players: Sequence[str]

@@ -62,8 +62,6 @@ class Strength(NamedTuple):
   """How well a player does against an opponent: a line of the CSV.
 
   Attributes:
-    seed: of training.
-    player: see `PLAYERS`.
     opponent: `judge`, `solver`, `third`, or `network`, its own.
     games: number of games, or of judged positions.
     score: share of points; for the judge, of positions whose value was kept.
@@ -105,7 +103,6 @@ def run(
 
   Args:
     workdirs: a finished run for each seed.
-    out: the CSV.
     openings: each played from both sides.
     opening_plies: random moves before a game.
 

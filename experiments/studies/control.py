@@ -57,17 +57,14 @@ class Played(NamedTuple):
 
   Attributes:
     quality: of the data.
-    seed: of its training.
     planner: one of `BARE` or `PLANNERS`.
     dynamics: `none`, `exact` or `learned`.
     candidates: K of the first stage.
-    episodes: whole ones played.
     return_se: standard error over episodes.
     gain: of the return over the actor's own, from the same starts.
     gain_se: standard error of the paired differences.
     model_steps: steps of the dynamics a decision.
     depth: stages; -1 for the actor.
-    rollout: steps of rollout.
     score: normalised return; None if the data set has no references.
   """
 

@@ -26,10 +26,7 @@ class Lost(NamedTuple):
   """What a player loses a turn: a line of equity.csv.
 
   Attributes:
-    player: its name.
-    positions: how many turns.
     loss: expected points lost a turn.
-    loss_se: standard error.
     less: loss of the first player less this one's, in the same turns.
     less_se: standard error of that difference.
   """

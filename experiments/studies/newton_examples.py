@@ -21,9 +21,7 @@ class Example(NamedTuple):
 
   Attributes:
     item: of the book, or what kind of check.
-    what: which numbers.
     printed: as in the book, or its claim; `figure only` if it only draws them.
-    ours: the numbers computed here.
     agree: `yes`, `no`, or `-` if there is nothing to agree with.
   """
 

@@ -38,7 +38,6 @@ class Ended(NamedTuple):
 
   Attributes:
     code: its `Popen.returncode`.
-    wall_seconds: that it took.
     cpu_seconds: of it and what it started; None if it never began.
   """
 
@@ -92,7 +91,6 @@ def run_all(
   Args:
     what: the cells are, in the plural.
     cells: each takes `stopping` and returns whether it has finished.
-    after: called after each.
 
   Returns:
     How many did not finish; None if a signal has stopped the study.

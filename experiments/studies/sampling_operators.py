@@ -79,13 +79,9 @@ class Estimate(NamedTuple):
     correction: the prior on the samples: `beta_hat/beta` (the theorem's),
       `none` (their plain pi, normalised), `uniform` (1 / K each).
     k: how many actions are drawn.
-    trials: how often.
     truth: of the operator on all actions.
-    bias: mean error.
-    bias_se: its standard error.
     bias_limit: exact, for K to infinity.
     rmse: root of the mean squared error.
-    variance_times_k: of the trials.
     sigma_squared: its predicted limit; like the next two, only for the
       corrected estimate.
     variance_if_z_known: the prediction if Z were not estimated.

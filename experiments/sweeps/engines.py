@@ -31,7 +31,6 @@ class Part(NamedTuple):
 
   Attributes:
     folder: `programs/NNN`.
-    rows: what it trains.
     traced: paths of the fields that are traced.
   """
 

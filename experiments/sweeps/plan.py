@@ -100,7 +100,6 @@ def make_plan(
     random: `field=log:LOW:HIGH` (log-uniform), `uniform:LOW:HIGH`,
       `int:LOW:HIGH` (both ends in) or `choice:A:B:C`. They are drawn together,
       `samples` times; duplicates are dropped.
-    seed: of the draws.
 
   Raises:
     ValueError: one line on what is wrong with which field or value.

@@ -39,7 +39,6 @@ class Ended(NamedTuple):
 
   Attributes:
     code: `Popen.returncode`; None if its machine was lost.
-    seconds: that it took.
     why: what ended it, if that was a limit, a stop or the machine's loss.
     is_final: whether it is not to be tried again.
   """

@@ -35,7 +35,6 @@ class Summary(NamedTuple):
     iqm: interquartile mean of the final metric; NaN if no seed has one.
     low: of its 95% bootstrap interval over seeds.
     high: likewise.
-    mean: of the metric.
     seeds: how many have the metric.
     lost: how many do not (NaN, failed, halved); they are in no aggregate.
   """

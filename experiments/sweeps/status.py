@@ -52,7 +52,6 @@ class Line(NamedTuple):
   Attributes:
     name: the setting and the seed in words.
     state: of its last try, or `waiting`.
-    where: the machine.
     number: of the try, '' before the first.
     updates: done and all, `40/120`.
     heard: how long ago its process last wrote something.

@@ -23,7 +23,6 @@ class Saved:
   Attributes:
     parts: of its experience; 0 if nothing is saved.
     phase: which of the run's phases it belongs to.
-    decisions: taken by then.
     source: facts of the experience, see `Persistence.save`.
     metrics: digest of the rows of metrics.csv by then, '' if none is kept.
     acted: after which update acting was over, see `budget.Budget`.

@@ -30,7 +30,6 @@ class Need(NamedTuple):
   """Something that takes memory.
 
   Attributes:
-    what: its name.
     fields: `name=value` of the settings that change it.
     device: bytes on each device; infinite if the compiler gives up.
     host: bytes on each host.
@@ -49,7 +48,6 @@ class Plan(NamedTuple):
   """The memory of a phase of a run.
 
   Attributes:
-    rows: what takes memory.
     machine: its devices, for people.
     has: bytes of each device; 0 if unknown, or if they are the host's.
     host_has: bytes of each host; 0 if unknown.

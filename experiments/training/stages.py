@@ -12,7 +12,6 @@ class Stage(NamedTuple):
 
   Attributes:
     end: the run's update at which it ends; None if it ends by its decisions.
-    transfer: see `Phase`.
     update: compiled over the devices; None if the loop compiles.
     interval: likewise, for a pure source.
     sharding: of the agent's state over the devices; None replicates it.
