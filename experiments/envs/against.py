@@ -24,7 +24,6 @@ class AgainstState(NamedTuple):
   """A position and the agent's side.
 
   Attributes:
-    position: the game's position.
     side: int32 scalar, the number of the agent's player.
   """
 

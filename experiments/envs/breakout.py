@@ -54,12 +54,10 @@ def make_breakout(sticky: float = 0.1, max_steps: int = 1000) -> Environment:
   appears as soon as the ball reaches the bottom row, even if lost.
 
   Args:
-    sticky: probability that the previous action (0 at first) is repeated, in
-      [0, 1). The default is the paper's; 0 makes the game deterministic after
-      its start.
+    sticky: probability in [0, 1) that the previous action (0 at first) is
+      repeated; the default is the paper's.
     max_steps: decisions until an episode is truncated, unless the ball is lost
-      just then. Ours: MinAtar has no limit, but a good player would play for
-      ever.
+      just then; MinAtar has no limit, but a good player would play for ever.
 
   Raises:
     ValueError: `sticky` outside [0, 1), `max_steps` below 1.

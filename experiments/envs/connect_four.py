@@ -142,7 +142,6 @@ class ConnectFourState(NamedTuple):
   """A position and the agent's side.
 
   Attributes:
-    board: the position.
     side: int32 scalar, the number of the agent's player.
   """
 

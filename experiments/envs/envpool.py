@@ -214,24 +214,21 @@ def make_envpool(
   channels: str | None = None,
   **options: Any,
 ) -> host.HostEnvironment:
-  """Makes `num_envs` copies of one of envpool's environments.
-
-  Nothing is simulated before `start`.
+  """Makes copies of one of envpool's environments; `start` runs them.
 
   Args:
     env_id: envpool's name, or a usual name of an Atari game (`resolve_id`).
-    num_envs: `E`.
     num_threads: of the simulator; 0 takes `min(2, num_envs)`. Streams do not
       depend on it.
     frame_stack: number of frames in an observation, along its last axis; None
       takes 4 for Atari and 1 elsewhere.
     training: on Atari, a lost life terminates, rewards are clipped and games
-      are truncated after 3,000 decisions instead of 27,000 (the options
-      `episodic_life`, `reward_clip` and `max_episode_steps` override this).
-      False is the evaluation protocol. `EpisodeStats` always count true games.
-    action_repeat: simulator steps per decision, their rewards summed; the last
-      decision of an episode may be shorter. `max_episode_steps` counts
-      simulator steps, and lengths in `EpisodeStats` count decisions.
+      are truncated after 3,000 decisions instead of 27,000 (unless `options`
+      set `episodic_life`, `reward_clip` or `max_episode_steps`). False is the
+      evaluation protocol. `EpisodeStats` always count true games.
+    action_repeat: simulator steps per decision, their rewards summed; an
+      episode's last decision may be shorter. `max_episode_steps` counts
+      simulator steps, lengths in `EpisodeStats` decisions.
     channels: the axis of an image's channels, as in `host.observation_codec`.
     **options: envpool's own options, e.g. `max_episode_steps=27000`,
       `repeat_action_probability=0.25`, `**ATARI_GRAY`; they override

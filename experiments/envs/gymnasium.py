@@ -36,7 +36,6 @@ def make_gymnasium(
   Args:
     env_id_or_fn: a registered id, `module:id` for an id that the module
       registers, or `() -> gymnasium.Env`.
-    num_envs: `E`.
     frame_stack: number of observations stacked along the last axis.
     channels: the axis of an image's channels, `first` or `last` as in
       `host.observation_codec`; another value is the environment's own option.
@@ -46,8 +45,8 @@ def make_gymnasium(
 
   Raises:
     ValueError: an unknown id or option, or an unsupported space.
-    SimulatorError: the environment cannot be made, or breaks Gymnasium's
-      interface. Running simulators raise it, too.
+    SimulatorError: the environment cannot be made, or it (also later, when it
+      runs) breaks Gymnasium's interface.
   """
   host.check_num_envs(num_envs)
   if channels not in (None, 'first', 'last'):

@@ -33,7 +33,6 @@ def make(
       clipped; in a game, whether the agent plays itself or an opponent.
     frame_stack: frames in an observation; None for the default.
     num_threads: envpool's threads; 0 for the default.
-    options: the environment's own.
     action_bins: bins per dimension of continuous actions (`discretise`); 0
       leaves actions continuous.
     recorded: JSON of `recorded.Recorded`, for Gymnasium only; '' for none.

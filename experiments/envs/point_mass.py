@@ -37,13 +37,13 @@ def make_point_mass(dimensions: int = 2, max_steps: int = 50) -> Environment:
 
   Actions are float32 `[D]` in [-1, 1], clipped: accelerations of at most 4 per
   second squared, held for 0.1 s. A wall stops the velocity against it. Start
-  and target are uniform in [-1, 1]^D, and the start is at rest. The dimensions
-  move independently, but the reward exp(-4 |position - target|^2) (1 - 0.05
-  mean(action^2)), in (0, 1], is high only if all of them are right, which is
-  ever rarer under a random policy as D grows. Observations are float32 `[3 D]`:
-  position, velocity, target. Episodes never terminate; they are truncated after
-  `max_steps` decisions. For large discrete action sets, wrap it in
-  `discretise`: 7 bins in 4 dimensions make 2,401 actions.
+  and target are uniform in [-1, 1]^D, and the start is at rest. The reward
+  exp(-4 |position - target|^2) (1 - 0.05 mean(action^2)), in (0, 1], is high
+  only if all dimensions are right, which is ever rarer under a random policy as
+  D grows. Observations are float32 `[3 D]`: position, velocity, target.
+  Episodes never terminate; they are truncated after `max_steps` decisions.
+  `discretise` makes large discrete action sets of it: 7 bins in 4 dimensions
+  are 2,401 actions.
 
   Raises:
     ValueError: `dimensions` or `max_steps` below 1.

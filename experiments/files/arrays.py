@@ -113,15 +113,10 @@ def read(
   expected: Mapping[str, tuple[Any, tuple[int | None, ...]]],
   must_be: Stored | None = None,
 ) -> dict[str, np.ndarray]:
-  """Reads all arrays of a file.
+  """Reads all arrays `[...]` of a file, by name.
 
-  Args:
-    expected: dtype and shape by name; None is any length, which the size of the
-      file bounds.
-    must_be: from `write`, if it is known.
-
-  Returns:
-    New arrays by name, of the expected shapes `[...]`.
+  `expected` has dtype and shape by name, where None is any length, which the
+  size of the file bounds; `must_be` is from `write`, if it is known.
 
   Raises:
     UserError: the file or its arrays differ from what is expected.
@@ -154,13 +149,9 @@ def read(
 def read_npz(
   path: str | os.PathLike, expected: Mapping[str, tuple[Any, Any]]
 ) -> dict[str, np.ndarray]:
-  """Reads the arrays of a `.npz` file, which older releases wrote.
+  """Reads the arrays `[...]` of a `.npz` file of an older release, by name.
 
-  Args:
-    expected: dtype and shape by name; None is any length, or any shape.
-
-  Returns:
-    Arrays by name, of the expected shapes `[...]`.
+  `expected` has dtype and shape by name; None is any length, or any shape.
 
   Raises:
     UserError: the file or its arrays differ from what is expected.
@@ -192,9 +183,8 @@ def read_npz(
 def mapped(path: str | os.PathLike) -> Callable[..., np.ndarray]:
   """Maps the arrays of a file that does not change any more into memory.
 
-  Returns:
-    `(name, dtype, shape) -> array`, read-only; it raises `UserError` if the
-    array differs from what is expected.
+  Returns `(name, dtype, shape) -> array`, read-only, which raises `UserError`
+  if the array differs from what is expected.
 
   Raises:
     UserError: the file is not a file of arrays.
