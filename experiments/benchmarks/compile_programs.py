@@ -99,7 +99,8 @@ def of_divided(
 
   Forward and backward of the layer alone, its routing given, and an update of
   a small language model; each with as many experts on any mesh, and with as
-  many of each device.
+  many of each device. The update has the backend that `auto` takes on a TPU:
+  here it would ask this machine.
 
   Args:
     mesh: with the axis `data`.
@@ -109,7 +110,11 @@ def of_divided(
   for number in sorted({IN_ALL, OF_EACH * mesh.size}):
     for backend in ('loop', 'ragged'):
       yield _layer(backend, number, mesh)
-    settings = (f'network.moe.num_experts={number}', 'experts=divided')
+    settings = (
+      f'network.moe.num_experts={number}',
+      'network.moe.backend=ragged',
+      'experts=divided',
+    )
     for program in programs.of_preset(
       'moe_language_small', mesh, rows, folder, settings
     ):
