@@ -46,7 +46,7 @@ from agents.core.unroll import flatten_steps
 from networks import actions, policy_value
 from networks.mlp import Network
 from networks.policy_value import NetworkConfig
-from search import sampled
+from search import proposals
 from search.model import Game, exact
 
 # What an illegal action's logit is: no probability, and finite.
@@ -161,7 +161,7 @@ def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Network:
       'candidates'
     )
   if config.sampled:
-    sampled.check(
+    proposals.check(
       actions.flat(action.num_actions),
       config.search.num_samples,
       config.search.replacement,

@@ -57,7 +57,7 @@ from networks import actions
 from networks import muzero as muzero_networks
 from networks.actions import ActionDistribution
 from networks.muzero import MuZeroNetworks, NetworkConfig
-from search import sampled
+from search import proposals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ def make_distribution(config: Config, spec: Spec) -> ActionDistribution:
       f'policy={config.policy}: {name} masks actions, which only a flat policy '
       'can take'
     )
-  sampled.check(
+  proposals.check(
     distribution, config.search.num_samples, config.search.replacement
   )
   return distribution

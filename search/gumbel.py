@@ -3,18 +3,22 @@
 Axes: `B` batch, `A` actions.
 """
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import mctx
+import numpy as np
 
 from search import rows
-from search._mctx import batched_search, from_mctx
+from search import trees as tree_lib
+from search.engine import batched_search
 from search.model import PolicyOutput
 from search.roots import as_bool, check_range, checked_qvalues, mask_logits
+from search.rules import Rule, only
+from search.trees import Node
 
 
 def gumbel(
@@ -64,20 +68,7 @@ def gumbel(
   """
   check_range('max_num_considered_actions', max_num_considered_actions, low=1)
   check_range('gumbel_scale', gumbel_scale, low=0)
-  qtransform = functools.partial(
-    mctx.qtransform_completed_by_mix_value,
-    value_scale=value_scale,
-    maxvisit_init=maxvisit_init,
-  )
-  root_qvalues = checked_qvalues(root_qvalues, root)
-  root_qtransform, make_extra = qtransform, mctx.GumbelMuZeroExtraData
-  if root_qvalues is not None:
-    make_extra = functools.partial(_GumbelExtraData, root_qvalues=root_qvalues)
-    root_qtransform = functools.partial(
-      _qtransform_evaluated,
-      value_scale=value_scale,
-      maxvisit_init=maxvisit_init,
-    )
+  qvalues = checked_qvalues(root_qvalues, root)
   logits = mask_logits(root.prior_logits, invalid_actions)
   key, gumbel_key = jax.random.split(key)
   if evaluate:
@@ -85,31 +76,23 @@ def gumbel(
   else:
     noise = rows.draw(jax.random.gumbel, gumbel_key, logits.shape)
     noise *= gumbel_scale
-
-  tree = batched_search(
+  invalid = invalid_actions
+  if invalid is None:
+    invalid = jnp.zeros_like(logits, bool)
+  known, scales = _Root(invalid, qvalues, noise), (value_scale, maxvisit_init)
+  trees, tree = batched_search(
     params,
     key,
     root=root.replace(prior_logits=logits),
     recurrent_fn=recurrent_fn,
-    selector=from_mctx(
-      functools.partial(
-        mctx.gumbel_muzero_root_action_selection,
-        num_simulations=num_simulations,
-        max_num_considered_actions=max_num_considered_actions,
-        qtransform=root_qtransform,
-      ),
-      functools.partial(
-        mctx.gumbel_muzero_interior_action_selection, qtransform=qtransform
-      ),
-      needs_key=False,
-    ),
+    rule=_rule(known, scales, num_simulations, max_num_considered_actions),
     num_simulations=num_simulations,
     max_depth=max_depth,
     invalid_actions=invalid_actions,
-    extra_data=make_extra(root_gumbel=noise),
+    extra_data=mctx.GumbelMuZeroExtraData(root_gumbel=noise),
   )
-  visits = tree.children_visits[:, mctx.Tree.ROOT_INDEX]
-  completed = jax.vmap(lambda tree: root_qtransform(tree, 0))(tree)
+  node = tree_lib.view(trees, tree_lib.ROOT)
+  visits, completed = node.visits, _completed(scales, node, known)
   # The floor lets a valid action of logit -inf win against invalid ones.
   top = jnp.max(logits, axis=-1, keepdims=True)
   scores = jnp.maximum(-1e9, noise + (logits - top) + completed)
@@ -121,26 +104,117 @@ def gumbel(
   return PolicyOutput(
     action=action.astype(jnp.int32),
     action_weights=weights,
-    value=tree.node_values[:, mctx.Tree.ROOT_INDEX],
+    value=node.value,
     search_tree=tree,
   )
 
 
-class _GumbelExtraData(NamedTuple):
-  """Constants of one search, `[B, A]`; mctx reads `root_gumbel`."""
+class _Root(NamedTuple):
+  """What the rule knows at a root.
 
-  root_gumbel: chex.Array
-  root_qvalues: chex.Array
+  Attributes:
+    is_invalid: bool `[B, A]`, True (or 1) where an action may not be taken.
+    qvalues: float `[B, A]`, of actions without a visit, or None.
+    gumbel: float `[B, A]`, the noise.
+  """
+
+  is_invalid: chex.Array
+  qvalues: chex.Array | None
+  gumbel: chex.Array
 
 
-def _qtransform_evaluated(tree, node_index, *, value_scale, maxvisit_init):
-  """mctx's completed Qs of one root, whose unvisited Qs were evaluated."""
-  visits = tree.children_visits[node_index]
-  qvalues = tree.qvalues(node_index)
-  qvalues = jnp.where(visits > 0, qvalues, tree.extra_data.root_qvalues)
-  is_valid = ~as_bool(tree.root_invalid_actions)
-  low = jnp.min(qvalues, where=is_valid, initial=jnp.inf)
-  high = jnp.max(qvalues, where=is_valid, initial=-jnp.inf)
+def _rule(known, scales, num_simulations, max_considered) -> Rule:
+  """Sequential Halving at the root, and no chance below."""
+  considered = range(max_considered + 1)
+  table = np.asarray(
+    [visits_in_turn(number, num_simulations) for number in considered]
+  )
+  valid = jnp.sum(~as_bool(known.is_invalid), axis=-1)
+  considered = jnp.asarray(table)[jnp.minimum(max_considered, valid)]
+
+  def begin(key, sim, trees):
+    del key, trees
+    return considered[:, sim]
+
+  return Rule(begin, _select, scales, known)
+
+
+def _select(scales, node: Node, considered, root: _Root | None):
+  completed = _completed(scales, node, root)
+  if root is None:
+    policy = jax.nn.softmax(only(node, node.logits + completed, -jnp.inf))
+    total = jnp.sum(node.visits, axis=-1, keepdims=True)
+    scores = policy - node.visits / (1 + total)
+  else:
+    logits = only(node, node.logits, -jnp.inf)
+    logits -= jnp.max(logits, axis=-1, keepdims=True)
+    # The only action that is considered is taken, whatever its score.
+    scores = jnp.maximum(-1e9, root.gumbel + logits + completed)
+    is_considered = node.visits == considered[..., None]
+    is_considered &= ~as_bool(root.is_invalid)
+    scores = jnp.where(is_considered, scores, -jnp.inf)
+  scores = only(node, scores, -jnp.inf)
+  return jnp.argmax(scores, axis=-1).astype(jnp.int32), considered
+
+
+def _completed(scales, node: Node, root: _Root | None):
+  """Qs of all actions, rescaled and weighted: the paper's sigma, `[..., A]`.
+
+  An action without a visit has the mixed value of the paper's Appendix D, or
+  what was evaluated beforehand.
+  """
+  value_scale, maxvisit_init = scales
+  is_visited, exists = node.visits > 0, None
+  if root is not None and root.qvalues is not None:
+    qvalues = jnp.where(is_visited, node.qvalues, root.qvalues)
+    exists = ~as_bool(root.is_invalid)
+  else:
+    unvisited = _mixed_value(node, is_visited)[..., None]
+    qvalues = jnp.where(is_visited, node.qvalues, unvisited)
+  low = high = qvalues
+  for mask in (exists, node.exists):
+    if mask is not None:
+      low, high = jnp.where(mask, low, jnp.inf), jnp.where(mask, high, -jnp.inf)
+  low = jnp.min(low, axis=-1, keepdims=True)
+  high = jnp.max(high, axis=-1, keepdims=True)
   scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
-  scores = jnp.where(is_valid, scores, 0)
-  return (maxvisit_init + jnp.max(visits)) * value_scale * scores
+  if exists is not None:
+    scores = jnp.where(exists, scores, 0)
+  most = jnp.max(node.visits, axis=-1, keepdims=True)
+  return (maxvisit_init + most) * value_scale * scores
+
+
+def _mixed_value(node: Node, is_visited):
+  # Visited actions may have no probability at all.
+  prior = jnp.maximum(jnp.finfo(node.prior.dtype).tiny, node.prior)
+  share = jnp.sum(jnp.where(is_visited, prior, 0), axis=-1, keepdims=True)
+  weighted = prior * node.qvalues / jnp.where(is_visited, share, 1)
+  weighted = jnp.sum(jnp.where(is_visited, weighted, 0), axis=-1)
+  total = jnp.sum(node.visits, axis=-1)
+  return (node.raw_value + total * weighted) / (total + 1)
+
+
+def visits_in_turn(max_considered: int, num_simulations: int) -> list[int]:
+  """How often an action that Sequential Halving visits was visited before.
+
+  Args:
+    max_considered: actions that it starts from.
+    num_simulations: in all.
+
+  Returns:
+    One number for each simulation (Karnin et al. 2013; Danihelka et al. 2022,
+    Section 4).
+
+  >>> visits_in_turn(4, 8)
+  [0, 0, 0, 0, 1, 1, 2, 2]
+  """
+  if max_considered <= 1:
+    return list(range(num_simulations))
+  rounds = math.ceil(math.log2(max_considered))
+  found, visits, left = [], 0, max_considered
+  while len(found) < num_simulations:
+    for _ in range(max(1, num_simulations // (rounds * left))):
+      found += [visits] * left
+      visits += 1
+    left = max(2, left // 2)
+  return found[:num_simulations]

@@ -2,7 +2,7 @@
 
 All have one signature, `(params, key, root, recurrent_fn, num_simulations, *,
 invalid_actions, evaluate, ...) -> PolicyOutput`, and run on mctx's tree
-through `search._mctx`. `make_planner` makes a planner of any of them.
+through `search.engine`. `make_planner` makes a planner of any of them.
 
 `evaluate=True` takes the noise away (Dirichlet, Gumbel, temperature): the
 action is the most visited one, ties going to the higher Q, then to the higher
@@ -29,12 +29,12 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 
-from search import rows
-from search._mctx import Selector, batched_search
+from search import rows, rules
+from search import trees as tree_lib
+from search.engine import batched_search
 from search.gumbel import gumbel as gumbel
 from search.model import Model, PolicyOutput, TimeStep
 from search.roots import (
-  as_bool,
   check_range,
   checked_qvalues,
   dirichlet,
@@ -44,8 +44,7 @@ from search.roots import (
   sample,
 )
 
-# Scores so near to the best are ties for EfficientZero.
-_TIE = 1e-6
+Puct = rules.Puct
 
 
 class Noise(NamedTuple):
@@ -63,21 +62,6 @@ class Noise(NamedTuple):
   def is_none(self) -> bool:
     """Whether it is known, before tracing, to have no share."""
     return isinstance(self.fraction, int | float) and self.fraction == 0
-
-
-class Puct(NamedTuple):
-  """Constants of the PUCT formula; N visits of a node, n of an action.
-
-  `q + prior * sqrt(N) / (1 + n) * (init + log((N + base + 1) / base))`
-  (Schrittwieser et al. 2020, equation 2).
-
-  Attributes:
-    init: c1; may be traced.
-    base: c2; may be traced.
-  """
-
-  init: chex.Numeric = 1.25
-  base: chex.Numeric = 19652.0
 
 
 NOISE, PUCT, NO_NOISE = Noise(), Puct(), Noise(fraction=0)
@@ -131,8 +115,9 @@ def puct(
   Raises:
     ValueError: if an argument is out of range.
   """
+  known = _known(root_qvalues, root, invalid_actions)
   return _search_by_visits(
-    _puct_selector(checked_qvalues(root_qvalues, root), constants),
+    lambda order: rules.puct(known, constants),
     params,
     key,
     root,
@@ -206,9 +191,9 @@ def efficientzero(
     ValueError: if an argument is out of range.
   """
   check_range('minmax_delta', minmax_delta, above=0)
-  root_qvalues = checked_qvalues(root_qvalues, root)
+  known = _known(root_qvalues, root, invalid_actions)
   return _search_by_visits(
-    _efficientzero_selector(root_qvalues, constants, minmax_delta),
+    lambda order: rules.efficientzero(known, constants, minmax_delta, order),
     params,
     key,
     root,
@@ -317,142 +302,15 @@ def check_noise(noise: Noise) -> None:
   check_range('noise.alpha', noise.alpha, above=0)
 
 
-def _puct_selector(root_qvalues, constants):
-  """The rule of `puct`."""
-
-  def select(tree, carry, node_index, is_root):
-    children = _children(tree, node_index)
-    value = _rows(tree.node_values, node_index)[:, None]
-    is_visited = children.visits > 0
-    known = root_qvalues if is_root else None
-    unvisited = value if known is None else known
-    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
-    if is_root:
-      # The value is in the range anyway, so it may stand for what is invalid.
-      is_invalid = as_bool(tree.root_invalid_actions)
-      qvalues = jnp.where(is_invalid, value, qvalues)
-    low = jnp.min(qvalues, axis=-1, keepdims=True)
-    high = jnp.max(qvalues, axis=-1, keepdims=True)
-    low, high = jnp.minimum(low, value), jnp.maximum(high, value)
-    if known is None:
-      qvalues = jnp.where(is_visited, qvalues, low)
-    scores = (qvalues - low) / jnp.maximum(high - low, 1e-8)
-    count = _rows(tree.node_visits, node_index)[:, None]
-    scores += _exploration(children, count, constants)
-    scores = _mask(scores, tree, children, is_root)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32), carry
-
-  return _selector(lambda key, tree: None, select)
-
-
-def _efficientzero_selector(root_qvalues, constants, minmax_delta):
-  """The rule of `efficientzero`."""
-
-  def begin(key, tree):
-    del key
-    qvalues = tree.children_rewards + (
-      tree.children_discounts * tree.children_values
-    )
-    is_visited = tree.children_visits > 0
-    low = jnp.min(jnp.where(is_visited, qvalues, jnp.inf), axis=(1, 2))
-    high = jnp.max(jnp.where(is_visited, qvalues, -jnp.inf), axis=(1, 2))
-    if root_qvalues is not None:
-      # What was evaluated counts until the tree knows better.
-      known = jnp.where(is_visited[:, 0], qvalues[:, 0], root_qvalues)
-      is_valid = ~as_bool(tree.root_invalid_actions)
-      least = jnp.min(known, axis=-1, where=is_valid, initial=jnp.inf)
-      most = jnp.max(known, axis=-1, where=is_valid, initial=-jnp.inf)
-      low, high = jnp.minimum(low, least), jnp.maximum(high, most)
-    # Before the first visit all scores are equal, whatever the range.
-    is_empty = low > high
-    low, high = jnp.where(is_empty, 0, low), jnp.where(is_empty, 0, high)
-    return low[:, None], high[:, None], jnp.zeros_like(tree.node_values[:, 0])
-
-  def select(tree, carry, node_index, is_root):
-    low, high, parent_mean = carry
-    children = _children(tree, node_index)
-    is_visited = children.visits > 0
-    total = jnp.sum(jnp.where(is_visited, children.qvalues, 0), axis=-1)
-    num_visited = jnp.sum(is_visited, axis=-1)
-    if is_root:
-      mean = total / jnp.maximum(num_visited, 1)
-    else:
-      mean = (parent_mean + total) / (num_visited + 1)
-    unvisited = mean[:, None]
-    if is_root and root_qvalues is not None:
-      unvisited = root_qvalues
-    qvalues = jnp.where(is_visited, children.qvalues, unvisited)
-    scores = (qvalues - low) / jnp.maximum(high - low, minmax_delta)
-    count = _rows(tree.node_visits, node_index)[:, None] - 1
-    scores = jnp.clip(scores, 0, 1)
-    scores += _exploration(children, count, constants)
-    scores = _mask(scores, tree, children, is_root)
-    is_best = scores >= jnp.max(scores, axis=-1, keepdims=True) - _TIE
-    order = _rows(tree.extra_data, node_index)
-    action = jnp.argmax(jnp.where(is_best, order, -1), axis=-1)
-    return action.astype(jnp.int32), (low, high, mean)
-
-  return _selector(begin, select)
-
-
-class _Children(NamedTuple):
-  """Statistics of one node's actions, `[B, A]` each; Q is 0 if unvisited."""
-
-  visits: chex.Array
-  prior: chex.Array
-  qvalues: chex.Array
-
-
-def _rows(x, node_index):
-  """`x[b, node_index[b]]` for all `b`; a plain slice for an int."""
-  if isinstance(node_index, int):
-    return x[:, node_index]
-  return x[jnp.arange(x.shape[0]), node_index]
-
-
-def _children(tree, node_index):
-  rewards = _rows(tree.children_rewards, node_index)
-  discounts = _rows(tree.children_discounts, node_index)
-  values = _rows(tree.children_values, node_index)
-  return _Children(
-    visits=_rows(tree.children_visits, node_index),
-    prior=jax.nn.softmax(_rows(tree.children_prior_logits, node_index)),
-    qvalues=rewards + discounts * values,
-  )
-
-
-def _exploration(children, count, constants):
-  """The prior's term of the PUCT formula, for `count` visits `[B, 1]`."""
-  weight = constants.init + jnp.log(
-    (count + constants.base + 1.0) / constants.base
-  )
-  return jnp.sqrt(count) * weight * children.prior / (children.visits + 1)
-
-
-def _mask(scores, tree, children, is_root):
-  """Takes invalid actions out of the choice."""
-  if is_root:
-    is_valid = ~as_bool(tree.root_invalid_actions)
-  else:
-    is_valid = children.prior > 0
-  return jnp.where(is_valid, scores, -jnp.inf)
-
-
-def _selector(begin, select):
-  """A `Selector` whose one rule serves the root and the nodes below."""
-  return Selector(
-    begin=begin,
-    root=lambda tree, carry: select(
-      tree, carry, mctx.Tree.ROOT_INDEX, is_root=True
-    ),
-    interior=lambda tree, carry, node_index, depth: select(
-      tree, carry, node_index, is_root=False
-    ),
-  )
+def _known(root_qvalues, root, invalid_actions):
+  qvalues = checked_qvalues(root_qvalues, root)
+  if invalid_actions is None:
+    invalid_actions = jnp.zeros_like(root.prior_logits, bool)
+  return rules.Known(invalid_actions, qvalues)
 
 
 def _search_by_visits(
-  selector,
+  make_rule,
   params,
   key,
   root,
@@ -479,20 +337,20 @@ def _search_by_visits(
   if tie_table:
     shape = (*prior.shape[:1], num_simulations + 1, *prior.shape[1:])
     order = _tie_order(None if evaluate else noise_key, shape)
-  tree = batched_search(
+  trees, tree = batched_search(
     params,
     search_key,
     root=root.replace(
       prior_logits=mask_logits(log_probs(prior), invalid_actions)
     ),
     recurrent_fn=recurrent_fn,
-    selector=selector,
+    rule=make_rule(order),
     num_simulations=num_simulations,
     max_depth=max_depth,
     invalid_actions=invalid_actions,
     extra_data=order,
   )
-  summary = tree.summary()
+  summary = tree_lib.summary(trees)
   best = most_visited(summary, prior)
   action = best
   if not evaluate:

@@ -312,7 +312,7 @@ CASES = {
     'rest': (D,),
   },
   'search.sampled.evaluate_actions': {'params': (), 'recurrent_fn': step},
-  'search.sampled.propose': of_sampled,
+  'search.proposals.propose': of_sampled,
   'search.sampled.raw': searched | of_enumerated,
   'search.sampled.search': searched | of_enumerated,
 }

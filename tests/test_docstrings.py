@@ -48,7 +48,8 @@ PLUMBING = {
   'networks.mlp.spread',
   'networks.ragged.ragged_dot',
   'networks.resnet.convolve',
-  'search._mctx.batched_search',
+  'search.engine.batched_search',
+  'search._mctx.from_mctx',
   'search._mctx.search',
   'search.roots.as_bool',
   'search.roots.dirichlet',
@@ -60,6 +61,10 @@ PLUMBING = {
   'search.policies.raw',
   'search.rows.draw',
   'search.rows.split',
+  'search.trees.at',
+  'search.trees.climb',
+  'search.trees.expand',
+  'search.trees.to_mctx',
 }
 
 # Why a function is not called as documented.
@@ -83,7 +88,7 @@ NOT_CALLED = {
   'networks.ensemble.make': 'see the objects',
   'networks.mixture.gate_key': 'makes a key',
   'networks.mixture.next_key': 'makes a key',
-  'search._mctx.batched_search': "returns mctx's tree",
+  'search.engine.batched_search': "returns mctx's tree",
   'search._mctx.search': "returns mctx's tree",
   'search.exact.bellman.check': 'looks at numbers',
   'search.exact.bellman.check_policy': 'looks at numbers',
@@ -91,7 +96,10 @@ NOT_CALLED = {
   'search.exact.examples.random_games': 'its games have an axis in front',
   'search.lookahead.num_evaluations': 'looks at numbers',
   'search.rows.split': 'makes keys',
+  'search._mctx.from_mctx': 'returns functions',
   'search.sampled.slot_recurrent_fn': 'returns a function',
+  'search.trees.expand': 'takes a model',
+  'search.trees.to_mctx': "returns mctx's tree",
 }
 
 # What the rule sees and cannot happen.
@@ -129,7 +137,8 @@ EXAMPLES = (
   'search.exact.improvement',
   'search.lookahead',
   'search.exact.riccati',
-  'search.sampled',
+  'search.gumbel',
+  'search.proposals',
   'search.value_prefix',
 )
 

@@ -17,7 +17,7 @@ from search_tables import (
   recurrent_fn,
 )
 
-from search import _mctx
+from search import _mctx, engine, rules
 
 _GOLDEN = pathlib.Path(mctx.__file__).parent / '_src' / 'tests' / 'test_data'
 _NAMES = (
@@ -193,12 +193,12 @@ def test_refuses_wrong_sizes(key):
   root = make_root(tables, jnp.arange(3))
 
   def run(root=root, **kwargs):
-    return _mctx.batched_search(
+    return engine.batched_search(
       tables,
       key,
       root=root,
       recurrent_fn=recurrent_fn,
-      selector=_mctx.Selector(None, None, None),
+      rule=rules.Rule(lambda *_: None, lambda *_: None),
       **({'num_simulations': 4} | kwargs),
     )
 

@@ -12,7 +12,7 @@ from compiling import exact_jit
 from search_tables import Tables, make_root, random_tables, recurrent_fn
 
 from networks import actions
-from search import policies, sampled, value_prefix
+from search import policies, proposals, sampled, value_prefix
 
 RULES = (policies.puct, policies.efficientzero, policies.gumbel)
 PRIOR = np.float32([0.95, 0.01, 0.01, 0.01, 0.01, 0.01])
@@ -83,7 +83,7 @@ def test_all_actions_give_the_tree_of_the_enumerated_model(rule, key):
     noise=lambda *_, **__: jnp.asarray(noise)[:, None]
   )
 
-  @jax.jit
+  @exact_jit
   def both(tables, key, fraction, root_logits):
     root = make_root(tables, jnp.arange(num_roots))
     root = root.replace(prior_logits=jnp.asarray(logits))
@@ -398,7 +398,7 @@ def test_visits_follow_the_prior_in_expectation_over_draws(zero_search, key):
   output = zero_search(key, jnp.ones((num_roots, 6)) / 6, 0.0, True, False)
   drawn = np.asarray(output.sampled_actions)
   visits = np.asarray(output.search_tree.children_visits[:, 0])
-  counts = np.asarray(sampled.merge(output.sampled_actions))
+  counts = np.asarray(proposals.merge(output.sampled_actions))
   assert_greedy(visits, counts / 6)
   by_action = np.stack(
     [np.where(drawn == a, visits, 0).sum(-1) for a in range(6)], -1
@@ -451,7 +451,7 @@ def test_noise_enters_policy_and_proposal_alike(key):
     noise_sample=lambda *_, **__: drawn,
   )
   propose = functools.partial(
-    sampled.propose,
+    proposals.propose,
     distribution=distribution,
     parameters=jnp.tile(jnp.log(jnp.float32(pi)), (2, 1)),
     num_samples=5,
@@ -471,7 +471,7 @@ def test_noise_proposes_its_share(key):
   noise = jnp.tile(jnp.float32([0, 0, 1]), (2000, 1))[:, None]
   distribution = actions.flat(3)._replace(noise=lambda *_, **__: noise)
   proposal = jax.jit(
-    lambda key: sampled.propose(
+    lambda key: proposals.propose(
       key, distribution, pi, 5, temperature=2.0, noise=policies.Noise(0.25)
     )
   )(key)

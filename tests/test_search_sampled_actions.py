@@ -21,13 +21,13 @@ from test_search_sampled import (
 )
 
 from networks import actions
-from search import policies, sampled
+from search import policies, proposals, sampled
 
 # Duplicates.
 
 
 def test_merge_by_hand():
-  got = sampled.merge(
+  got = proposals.merge(
     jnp.int32([[7, 7, 3, 7], [1, 2, 3, 4], [5, 5, 5, 5], [2, -9, -9, 2]])
   )
   want = [[3, 0, 1, 0], [1, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]]
@@ -39,7 +39,7 @@ def test_prior_logits_by_hand():
   counts = jnp.float32([[2, 0, 1]])
   log_pi = jnp.log(jnp.float32([[0.2, 0.5, 0.6]]))
   log_beta = jnp.log(jnp.float32([[0.4, 0.1, 0.3]]))
-  logits = sampled.prior_logits(counts, log_pi, log_beta)
+  logits = proposals.prior_logits(counts, log_pi, log_beta)
   weights = np.asarray(jax.nn.softmax(logits))
   np.testing.assert_allclose(weights, [[1 / 3, 0, 2 / 3]], rtol=1e-6)
   assert weights[0, 1] == 0
@@ -381,7 +381,7 @@ def test_jit_equals_eager(key):
   distribution, _ = FAMILIES['bins']
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10)), 'f4')
   propose = functools.partial(
-    sampled.propose,
+    proposals.propose,
     distribution=distribution,
     parameters=logits,
     num_samples=5,
@@ -398,7 +398,7 @@ def test_the_mode_takes_the_place_of_a_draw(key):
   logits = jnp.tile(jnp.float32([[0, 1, 0.5]]), (50, 1))
   first, second = (
     jax.jit(
-      lambda key, on=on: sampled.propose(
+      lambda key, on=on: proposals.propose(
         key, actions.flat(3), logits, 3, with_mode=on
       )
     )(key)

@@ -157,6 +157,23 @@ class Instruction(NamedTuple):
     return self.opcode == 'custom-call' and 'callback' in self.line.lower()
 
 
+def copies(text: str) -> list[int]:
+  """Bytes of the arrays that loops copy at every turn, in ascending order.
+
+  Where one of them grows with a tree or a replay, what was meant to be written
+  in place is copied whole. Unsigned integers are left out: they are the bits
+  that a random generator mixes in a few rounds.
+
+  Args:
+    text: of a program, as `compiled.as_text()` has it.
+  """
+  return sorted(
+    i.size
+    for i in read(text)
+    if i.in_loop and i.opcode == 'copy' and ' = u32[' not in i.line
+  )
+
+
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) .*\{$')
 _LINE = re.compile(
   r'^\s*(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\('
