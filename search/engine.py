@@ -31,6 +31,7 @@ def batched_search(
   num_simulations: int,
   max_depth: int | None = None,
   invalid_actions: chex.Array | None = None,
+  embedding_dtype: str = 'float32',
   extra_data: Any = None,
   loop_fn: mctx.LoopFn = jax.lax.fori_loop,
 ) -> tuple[Trees, mctx.Tree]:
@@ -48,6 +49,8 @@ def batched_search(
       that depth is evaluated again. None for no limit.
     invalid_actions: `[B, A]`, true (or 1) where the root's action may not be
       taken; put into mctx's tree. None for none.
+    embedding_dtype: what float32 embeddings are kept as, 'float32' or
+      'bfloat16'; the model gets them back as float32.
     extra_data: pytree `[B, ...]` put into mctx's tree.
     loop_fn: stands in for `jax.lax.fori_loop`.
 
@@ -56,8 +59,12 @@ def batched_search(
     not used costs nothing in a compiled function.
 
   Raises:
-    ValueError: if a size or shape is wrong.
+    ValueError: if a size, shape or dtype is wrong.
   """
+  if embedding_dtype not in tree_lib.DTYPES:
+    raise ValueError(
+      f'embedding_dtype={embedding_dtype}: must be float32 or bfloat16'
+    )
   _check_sizes(root, num_simulations, max_depth, invalid_actions)
   # So deep a tree needs all simulations.
   depth = min(max_depth or num_simulations, num_simulations)
@@ -71,11 +78,19 @@ def batched_search(
     carry = rule.begin(select_key, sim, trees)
     parent, action = _descend(trees, carry, rule, depth)
     trees, leaf = tree_lib.expand(
-      trees, params, expand_key, recurrent_fn, parent, action, sim + 1, is_cut
+      trees,
+      params,
+      expand_key,
+      recurrent_fn,
+      parent,
+      action,
+      sim + 1,
+      is_cut,
+      root.embedding,
     )
     return key, tree_lib.climb(trees, leaf)
 
-  trees = tree_lib.plant(root, num_simulations)
+  trees = tree_lib.plant(root, num_simulations, embedding_dtype)
   _, trees = loop_fn(0, num_simulations, simulation, (rng_key, trees))
   return trees, tree_lib.to_mctx(trees, root, invalid_actions, extra_data)
 

@@ -31,6 +31,7 @@ def gumbel(
   invalid_actions: chex.Array | None = None,
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
+  embedding_dtype: str = 'float32',
   max_num_considered_actions: int = 16,
   gumbel_scale: chex.Numeric = 1.0,
   value_scale: chex.Numeric = 0.1,
@@ -52,6 +53,8 @@ def gumbel(
     root_qvalues: float `[B, A]`, Qs of the root's actions before their first
       visit; None for the rule's own idea of an unvisited action.
     max_depth: the most edges from the root to a leaf; static.
+    embedding_dtype: what the tree keeps float32 embeddings as: 'float32', or
+      'bfloat16'; static.
     max_num_considered_actions: actions that Sequential Halving starts from,
       at least 1; static.
     gumbel_scale: scale of the root's Gumbel noise.
@@ -88,6 +91,7 @@ def gumbel(
     rule=_rule(known, scales, num_simulations, max_num_considered_actions),
     num_simulations=num_simulations,
     max_depth=max_depth,
+    embedding_dtype=embedding_dtype,
     invalid_actions=invalid_actions,
     extra_data=mctx.GumbelMuZeroExtraData(root_gumbel=noise),
   )

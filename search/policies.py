@@ -77,6 +77,7 @@ def puct(
   invalid_actions: chex.Array | None = None,
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
+  embedding_dtype: str = 'float32',
   noise: Noise = NOISE,
   constants: Puct = PUCT,
   temperature: chex.Numeric = 1.0,
@@ -102,6 +103,9 @@ def puct(
       visit, if they were evaluated beforehand (see `search.sampled`); None
       for the rule's own idea of an unvisited action.
     max_depth: the most edges from the root to a leaf; static.
+    embedding_dtype: what the tree keeps float32 embeddings as: 'float32', or
+      'bfloat16', which halves its memory and rounds what the model is given
+      to 8 significant bits; static.
     noise: in the root's prior.
     constants: of the PUCT formula.
     temperature: the action is drawn with probabilities proportional to
@@ -125,6 +129,7 @@ def puct(
     num_simulations,
     invalid_actions,
     max_depth,
+    embedding_dtype,
     noise,
     temperature,
     evaluate,
@@ -141,6 +146,7 @@ def efficientzero(
   invalid_actions: chex.Array | None = None,
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
+  embedding_dtype: str = 'float32',
   noise: Noise = NOISE,
   constants: Puct = PUCT,
   minmax_delta: chex.Numeric = 0.01,
@@ -178,6 +184,7 @@ def efficientzero(
     invalid_actions: bool `[B, A]`, as in `puct`.
     root_qvalues: float `[B, A]`, as in `puct`.
     max_depth: as in `puct`.
+    embedding_dtype: as in `puct`.
     noise: as in `puct`.
     constants: as in `puct`.
     minmax_delta: the least range of Qs that is stretched to [0, 1], above 0.
@@ -201,6 +208,7 @@ def efficientzero(
     num_simulations,
     invalid_actions,
     max_depth,
+    embedding_dtype,
     noise,
     temperature,
     evaluate,
@@ -318,6 +326,7 @@ def _search_by_visits(
   num_simulations,
   invalid_actions,
   max_depth,
+  embedding_dtype,
   noise,
   temperature,
   evaluate,
@@ -347,6 +356,7 @@ def _search_by_visits(
     rule=make_rule(order),
     num_simulations=num_simulations,
     max_depth=max_depth,
+    embedding_dtype=embedding_dtype,
     invalid_actions=invalid_actions,
     extra_data=order,
   )

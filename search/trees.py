@@ -21,6 +21,8 @@ import mctx
 ROOT = mctx.Tree.ROOT_INDEX
 UNVISITED = mctx.Tree.UNVISITED
 NO_PARENT = mctx.Tree.NO_PARENT
+# What float32 embeddings may be kept as.
+DTYPES = ('float32', 'bfloat16')
 
 # Columns of `Trees.edges`, `nodes` and `links`.
 VISITS, QVALUE, PRIOR = 0, 1, 2
@@ -125,12 +127,15 @@ def view(trees: Trees, node: Any, own: Any = None) -> Node:
   )
 
 
-def plant(root: mctx.RootFnOutput, num_simulations: int) -> Trees:
+def plant(
+  root: mctx.RootFnOutput, num_simulations: int, embedding_dtype: str
+) -> Trees:
   """Trees of their roots alone.
 
   Args:
     root: prior logits `[B, A]`, value `[B]`, embedding pytree `[B, ...]`.
     num_simulations: that there is room for.
+    embedding_dtype: of `DTYPES`.
   """
   batch, actions = root.prior_logits.shape
   num_nodes = num_simulations + 1
@@ -139,7 +144,10 @@ def plant(root: mctx.RootFnOutput, num_simulations: int) -> Trees:
   dtype = jnp.promote_types(root.value.dtype, jnp.float32)
 
   def embeddings(x):
-    room = jnp.zeros((batch, num_nodes, *x.shape[1:]), x.dtype)
+    if embedding_dtype == 'bfloat16':
+      x = _stored(x)
+    # Each node is written before it is read.
+    room = jax.lax.empty((batch, num_nodes, *x.shape[1:]), x.dtype)
     return room.at[:, ROOT].set(x)
 
   trees = Trees(
@@ -163,6 +171,7 @@ def expand(
   action: chex.Array,
   number: chex.Array,
   is_cut: bool,
+  like: Any,
 ) -> tuple[Trees, chex.Array]:
   """Evaluates an action of each element's node.
 
@@ -176,13 +185,16 @@ def expand(
     number: int32 scalar, of the new nodes.
     is_cut: whether the action may have been evaluated before, for a limit of
       the depth ended the descent; its node is then evaluated again.
+    like: pytree `[B, ...]`, an embedding as the model has it.
 
   Returns:
     The trees, and the numbers of the nodes that were evaluated, int32 `[B]`.
   """
   batch = parent.shape[0]
   rows = jnp.arange(batch)
-  embedding = jax.tree.map(lambda x: at(x, parent), trees.embeddings)
+  embedding = jax.tree.map(
+    lambda x, like: _restored(at(x, parent), like), trees.embeddings, like
+  )
   step, embedding = recurrent_fn(params, key, action, embedding)
   chex.assert_shape(step.prior_logits, trees.logits.shape[::2])
   chex.assert_shape([step.reward, step.discount, step.value], (batch,))
@@ -204,7 +216,11 @@ def expand(
   return trees._replace(
     children=trees.children.at[rows, parent, action].set(leaf, **_OWN_ROWS),
     links=put(trees.links, link),
-    embeddings=jax.tree.map(put, trees.embeddings, embedding),
+    embeddings=jax.tree.map(
+      lambda x, row: put(x, row if x.dtype == row.dtype else _stored(row)),
+      trees.embeddings,
+      embedding,
+    ),
   ), leaf
 
 
@@ -214,6 +230,25 @@ _OWN_ROWS = {
   'unique_indices': True,
   'indices_are_sorted': True,
 }
+
+
+def _stored(x):
+  """Float32 rounded to bfloat16, as its bits; anything else as it is.
+
+  XLA's own conversion works on one number at a time on a CPU.
+  """
+  if x.dtype != jnp.float32:
+    return x
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+  return jnp.where(jnp.isnan(x), 0x7FC0, rounded).astype(jnp.uint16)
+
+
+def _restored(x, like):
+  if x.dtype == like.dtype:
+    return x
+  bits = x.astype(jnp.uint32) << 16
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _node(trees, put, logits, value, count):
@@ -309,7 +344,7 @@ def to_mctx(
     is_there = (nodes[..., COUNT] > 0).reshape(
       nodes.shape[:2] + like.ndim * (1,)
     )
-    return jnp.where(is_there[:, :, 0], x.astype(like.dtype), 0)
+    return jnp.where(is_there[:, :, 0], _restored(x, like), 0)
 
   integer = lambda x: x.astype(jnp.int32)
   return mctx.Tree(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
+from compiling import exact_jit
 from search_tables import (
   make_root,
   noisy_recurrent_fn,
@@ -175,6 +176,51 @@ def test_noise_stays_on_valid_actions(key, tables, invalid, name):
   assert (abs(noise - policy).max(-1) > 1e-3)[several].all()
 
 
+@pytest.mark.parametrize('max_depth', [None, 3])
+@pytest.mark.parametrize('name', sorted(_SEARCHES))
+def test_embeddings_in_bfloat16_are_rounded(name, max_depth):
+  """The tree is that of a model which rounds all of its states."""
+  weights = jax.random.normal(jax.random.key(1), (5, 8))
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+
+  def step(weights, key, action, embedding, put=lambda x: x):
+    del key
+    state, number = embedding
+    seen = jnp.concatenate([state, action[:, None].astype(float)], -1)
+    state = jnp.tanh(seen @ weights)
+    output = mctx.RecurrentFnOutput(
+      reward=state[:, 0],
+      discount=jnp.full_like(state[:, 0], 0.9),
+      prior_logits=state[:, 1:4],
+      value=state[:, 4],
+    )
+    return output, (put(state[:, 4:]), number + 1)
+
+  state = jax.random.normal(jax.random.key(2), (6, 4))
+  number = jnp.arange(6) + 2**20
+  root = mctx.RootFnOutput(
+    prior_logits=state[:, :3], value=state[:, 3], embedding=(state, number)
+  )
+  run = functools.partial(
+    _SEARCHES[name], num_simulations=20, evaluate=True, max_depth=max_depth
+  )
+  key = jax.random.key(0)
+  ours = exact_jit(
+    lambda: run(weights, key, root, step, embedding_dtype='bfloat16')
+  )()
+  plain = exact_jit(
+    lambda: run(
+      weights,
+      key,
+      root.replace(embedding=(rounded(state), number)),
+      functools.partial(step, put=rounded),
+    )
+  )()
+  jax.tree.map(np.testing.assert_array_equal, ours, plain)
+  # Whole numbers are kept as they are.
+  assert ours.search_tree.embeddings[1].max() > 2**20
+
+
 @pytest.mark.parametrize('name', sorted(_SEARCHES))
 def test_evaluation_needs_no_key(evaluated, name):
   first = evaluated(name, jax.random.key(1))
@@ -271,6 +317,7 @@ def test_refuses_wrong_arguments(key, tables):
     (policies.puct, {'temperature': -1.0}, r'temperature .* -1.0'),
     (policies.puct, {'num_simulations': 0}, r'num_simulations .* 0'),
     (policies.efficientzero, {'minmax_delta': 0.0}, r'minmax_delta .* 0.0'),
+    (policies.gumbel, {'embedding_dtype': 'f2'}, r'embedding_dtype=f2: must'),
     (policies.efficientzero, {'max_depth': 0}, r'max_depth .* 0'),
     (policies.gumbel, {'gumbel_scale': -1}, r'gumbel_scale .* -1'),
     (

@@ -68,25 +68,43 @@ def table_model(
 
 
 ALONE = 'embeddings alone'
+BFLOAT16 = 'puct, embeddings in bfloat16'
 
 
 def policies_in_turn(num_simulations: int) -> dict[str, Callable]:
   """Our searches and mctx's, `(params, key, root, recurrent_fn) -> visits`."""
 
-  def visits(policy):
+  def visits(policy, **own):
     def search(*args):
-      output = policy(*args, num_simulations=num_simulations)
+      output = policy(*args, num_simulations=num_simulations, **own)
       return output.search_tree.summary().visit_counts
 
     return search
 
+  # Without noise at the root, for which ours takes other keys.
+  quiet = {'noise': policies.NO_NOISE}
   return {
-    'mctx.muzero_policy': visits(mctx.muzero_policy),
+    'mctx.muzero_policy': visits(mctx.muzero_policy, dirichlet_fraction=0.0),
     'mctx.gumbel_muzero_policy': visits(mctx.gumbel_muzero_policy),
-    'puct': visits(policies.puct),
-    'efficientzero': visits(policies.efficientzero),
+    'puct': visits(policies.puct, **quiet),
+    'efficientzero': visits(policies.efficientzero, **quiet),
     'gumbel': visits(policies.gumbel),
   }
+
+
+def rounded_puct(num_simulations: int) -> Callable:
+  """Our PUCT of `policies_in_turn`, half of the memory for embeddings."""
+
+  def search(*args):
+    output = policies.puct(
+      *args,
+      num_simulations=num_simulations,
+      noise=policies.NO_NOISE,
+      embedding_dtype='bfloat16',
+    )
+    return output.search_tree.summary().visit_counts
+
+  return search
 
 
 def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
@@ -155,11 +173,13 @@ def search_rows(case: Case) -> list[Measurement]:
   for width in case.embeddings:
     contenders = policies_in_turn(case.simulations)
     if width:
+      contenders[BFLOAT16] = rounded_puct(case.simulations)
       contenders[ALONE] = embeddings_alone(case.simulations)
     rows += _searches(case, case.simulations, width, contenders)
   for number in case.deep:
     # mctx's takes minutes there.
     few = case._replace(repeats=min(case.repeats, 3), least_seconds=0.0)
+    rows += _searches(few, number, 0, policies_in_turn(number))
     rows += _searches(few, number, 0, searches_in_turn(number))
   return rows
 
