@@ -23,7 +23,7 @@ from agents.core import planning, replay
 from agents.core.types import Experience
 from experiments.envs.catch import make_catch
 from experiments.envs.envpool import make_envpool
-from experiments.runtime import checkpoint, host, loop, sources
+from experiments.runtime import checkpoint, host, loop, sources, updates
 from experiments.runtime import replay as host_replay
 from experiments.runtime.budget import Budget
 from experiments.runtime.loop import Carry, Hooks, Intervals
@@ -170,7 +170,7 @@ def simulated():
   agent = make_agent(env.spec)
   inner = host.from_host(env, agent, mode='synchronous')
   kept = host_replay.host_replay(160, BATCH, CONFIG.window)
-  update = jax.jit(agent.update, donate_argnums=0)
+  update = updates.compiled(agent)
   return agent, make_source(agent, inner, kept), update
 
 

@@ -20,7 +20,7 @@ from experiments.benchmarks.timing import (
 )
 from experiments.envs import envpool as ours
 from experiments.files.errors import UserError
-from experiments.runtime import host, loop, replay, sources
+from experiments.runtime import host, loop, replay, sources, updates
 from search.model import Environment
 
 _PONG = (
@@ -238,7 +238,7 @@ def timed(source: Any, waits: list[float]) -> Any:
 
 
 def _waiting_rows(experiment, env, agent, case: Case) -> list[Measurement]:
-  compiled = jax.jit(agent.update, donate_argnums=0)
+  compiled = updates.compiled(agent)
 
   def update(state, batch, key):
     # Otherwise the learner's own work would count as waiting for the actor.

@@ -18,6 +18,7 @@ import numpy as np
 
 from agents.core.types import Agent, Experience
 from experiments.envs.host import HostEnvironment
+from experiments.runtime import keys
 from experiments.runtime.persistence import Persistence
 from experiments.runtime.sources import (
   Measures,
@@ -31,6 +32,20 @@ from experiments.runtime.sources import (
 def _seed(key: chex.PRNGKey, step: int) -> int:
   bits = jax.random.bits(jax.random.fold_in(key, step), (), jnp.uint32)
   return int(bits) & 0x7FFFFFFF
+
+
+@jax.jit
+def _copy(params):
+  return jax.tree.map(jnp.copy, params)
+
+
+def _compiled(act):
+  """`agent.act` compiled; its key may be a `keys.Derived`."""
+
+  def acting(params, key, timestep):
+    return act(params, keys.typed(key), timestep)
+
+  return jax.jit(acting)
 
 
 class _Stream:
@@ -52,7 +67,7 @@ class _Stream:
     assert self._simulator is not None
     timestep = self._timestep
     action, extras = self._act(params, key, timestep)
-    action = np.asarray(action)
+    action, extras = jax.device_get((action, extras))
     self._timestep, stats = self._simulator.step(action)
     done = np.asarray(stats.finished)
     counts = {
@@ -61,7 +76,6 @@ class _Stream:
       'return_sum': float(np.sum(stats.returns[done])),
       'length_sum': float(np.sum(stats.lengths[done])),
     }
-    extras = {name: np.asarray(x) for name, x in extras.items()}
     return Experience(timestep, action, extras), counts
 
   def close(self) -> None:
@@ -76,7 +90,7 @@ class _Actor:
   def __init__(self, stream: _Stream, key: chex.PRNGKey, size: int, device):
     self._stream, self._base, self._size = stream, key, size
     self._device = device
-    self._key = jax.random.fold_in(key, stream.started_at)
+    self._key = keys.fold_in(keys.Derived(key), stream.started_at)
     self._published: tuple[Any, int] | None = None
     self._rows = 0
     self._thread: threading.Thread | None = None
@@ -88,7 +102,9 @@ class _Actor:
 
   def publish(self, params, step: int) -> None:
     # The learner donates its buffers: actors read a copy of their own.
-    params = jax.tree.map(jnp.copy, jax.device_put(params, self._device))
+    params = _copy(params)
+    if self._device is not None:
+      params = jax.device_put(params, self._device)
     self._published = (params, step)
 
   def start(self) -> None:
@@ -110,7 +126,7 @@ class _Actor:
       while not self._stopping.is_set():
         assert self._published is not None
         params, version = self._published
-        key = jax.random.fold_in(self._key, self._rows)
+        key = keys.fold_in(self._key, self._rows)
         row, counts = self._stream.row(params, key)
         self._rows += 1
         self._put((row, counts, version))
@@ -141,7 +157,7 @@ class _Actor:
       raise self._error
     self._stream.restart(step)
     self._rows = 0
-    self._key = jax.random.fold_in(self._base, step)
+    self._key = keys.fold_in(keys.Derived(self._base), step)
 
   def close(self) -> None:
     self.stop()
@@ -181,7 +197,7 @@ def from_host(
     if size < 1:
       raise ValueError(f'{name}={size}: must be 1 or more')
   assert agent.act is not None
-  act = jax.jit(agent.act)
+  act = _compiled(agent.act)
 
   def start(key, step):
     stream_key, actor_key = jax.random.split(key)
@@ -232,4 +248,5 @@ def from_host(
       restart=restart,
       close=lambda state: state.close(),
     ),
+    derives=True,
   )

@@ -19,6 +19,7 @@ import numpy as np
 
 from agents.core.types import Agent
 from experiments.files.errors import UserError
+from experiments.runtime import keys, updates
 from experiments.runtime.budget import Budget
 from experiments.runtime.sources import Source, Stopped
 
@@ -132,14 +133,20 @@ def step(
   Returns the carry, means (agent metrics and the source's gauges) and sums (the
   source's counts).
   """
-  next_key, update_key = jax.random.split(jax.random.fold_in(key, carry.step))
+  update = update or agent.update
+  carry, metrics, measures = _step(source, carry, key, update)
+  return carry, metrics | measures.gauges, measures.counts
+
+
+def _step(source: Source, carry: Carry, key: Any, update: Callable):
+  """One update; its metrics and the source's measures, not read yet."""
+  next_key, update_key = keys.split(keys.fold_in(key, carry.step))
   source_state, batch, measures = source.next(
     carry.source, carry.agent, carry.step, next_key
   )
-  state, info = (update or agent.update)(carry.agent, batch, update_key)
+  state, info = update(carry.agent, batch, update_key)
   source_state = source.feedback(source_state, batch, info)
-  means = info.metrics | measures.gauges
-  return Carry(state, source_state, carry.step + 1), means, measures.counts
+  return Carry(state, source_state, carry.step + 1), info.metrics, measures
 
 
 def compile_interval(agent: Agent, source: Source) -> Callable:
@@ -298,19 +305,23 @@ def _check(step: int, agent_state: Any, piece: Piece) -> None:
 ONE_RUN = Reading(_check, lambda piece: _summary(*piece))
 
 
-def _host_interval(agent, source, update, stopping, carry, key, num_steps):
-  gathered: list[dict[str, Any]] = []
+def _host_interval(source, update, stopping, carry, key, num_steps):
+  gathered: list[Any] = []
   counted: list[dict[str, Any]] = []
   sums: dict[str, float] = {}
   carry = carry._replace(step=int(carry.step))
+  if source.derives:
+    key = keys.Derived(key)
   for _ in range(num_steps):
-    carry, means, counts = step(agent, source, carry, key, update)
-    gathered.append(means)
-    counted.append(counts)
-    for name, value in counts.items():
+    carry, metrics, measures = _step(source, carry, key, update)
+    gathered.append((metrics, measures.gauges))
+    counted.append(measures.counts)
+    for name, value in measures.counts.items():
       sums[name] = sums.get(name, 0.0) + float(value)
-    if stopping is not None and stopping(int(carry.step)):
+    if stopping is not None and stopping(carry.step):
       break
+  # Nothing is read before: the device would wait for the host.
+  gathered = updates.read(gathered)
   names = sorted({name for means in gathered for name in means})
   means = {}
   for name in names:
@@ -320,7 +331,7 @@ def _host_interval(agent, source, update, stopping, carry, key, num_steps):
     first = carry.step - len(gathered) + 1
     for i, row in enumerate(zip(gathered, counted)):
       _check_numbers(first + i, row[0] | row[1])
-  carry = carry._replace(step=jnp.asarray(carry.step, jnp.int32))
+  carry = carry._replace(step=np.asarray(carry.step, np.int32))
   return carry, means, sums, len(gathered)
 
 
@@ -347,7 +358,8 @@ def run(
   Args:
     carry: where to begin; its agent state is donated.
     steps: updates of the whole run; None where the budget ends it.
-    update: for a host source, from `runtime.mesh`; None compiles one.
+    update: for a host source, from `runtime.mesh` or `runtime.updates`; its key
+      may be a `keys.Derived`. None compiles one.
     interval: for a pure source, likewise.
     budget: ends the run by its decisions, which are added to it.
 
@@ -360,7 +372,7 @@ def run(
       watched_interval(agent, source), donate_argnums=0
     )
   else:
-    update = update or jax.jit(agent.update, donate_argnums=0)
+    update = update or updates.compiled(agent)
     compiled = None
   # If nothing is done there is nothing to save.
   done = saved = int(carry.step)
@@ -386,7 +398,7 @@ def run(
     else:
       try:
         carry, means, counts, due = _host_interval(
-          agent, source, update, hooks.stopping, carry, key, due
+          source, update, hooks.stopping, carry, key, due
         )
       except Stopped:
         return carry

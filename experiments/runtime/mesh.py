@@ -34,7 +34,7 @@ from jax.sharding import (
 )
 
 from agents.core.types import Agent, Info
-from experiments.runtime import loop
+from experiments.runtime import keys, loop
 from experiments.runtime.sources import Source
 from search import rows as search_rows
 
@@ -149,7 +149,8 @@ def compile_update(
 
   Returns:
     `(state, batch, key) -> (state, info)`; leaves of the batch are split along
-    their first axis, which the number of devices must divide.
+    their first axis, which the number of devices must divide, and the key may
+    be a `keys.Derived`.
 
   Raises:
     ValueError: another `how`; a sharded state or several processes with `pmap`;
@@ -189,7 +190,7 @@ def jit_update(agent: Agent, mesh: Mesh, state_sharding: Any = None) -> Any:
   whole, rows = replicated(mesh), split(mesh)
   state = whole if state_sharding is None else state_sharding
   return jax.jit(
-    _under(mesh, state_sharding, agent.update),
+    keys.derived(_under(mesh, state_sharding, agent.update)),
     donate_argnums=0,
     in_shardings=(state, rows, whole),
     out_shardings=(state, whole),
@@ -209,7 +210,7 @@ def _jitted(agent, mesh, state_sharding):
 
 def _pmapped(agent, mesh):
   def one(state, batch, key):
-    key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    key = jax.random.fold_in(keys.typed(key), jax.lax.axis_index(AXIS))
     state, info = agent.update(state, batch, key)
     return state, info.metrics, info.priorities
 
@@ -266,7 +267,8 @@ def compile_refresh(
   """`agent.refresh` compiled over a mesh, the batch split.
 
   With a replicated state rows are searched where they lie (`by_rows`); a state
-  whose experts are divided is left to the partitioner.
+  whose experts are divided is left to the partitioner. The key may be a
+  `keys.Derived`.
   """
   assert agent.refresh is not None
   whole, rows = replicated(mesh), split(mesh)
@@ -276,7 +278,7 @@ def compile_refresh(
     state = state_sharding
     refresh = _under(mesh, state_sharding, agent.refresh)
   return jax.jit(
-    refresh,
+    keys.derived(refresh),
     in_shardings=(state, rows, whole, whole),
     out_shardings=rows,
   )

@@ -19,6 +19,7 @@ priority of their own part. A batch's rows come part by part.
 Axes: `N` parts, `B` windows of a batch.
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -33,8 +34,8 @@ from agents.core.replay import joined_weights
 from agents.core.types import Info, Sample, Trajectory
 from experiments.files import arrays, reading
 from experiments.files.errors import UserError
+from experiments.runtime import keys, replay
 from experiments.runtime import mesh as meshes
-from experiments.runtime import replay
 from experiments.runtime.integrity import Damaged
 from experiments.runtime.persistence import Held, Persistence
 from experiments.runtime.sources import Measures, Source
@@ -89,13 +90,18 @@ def held(number: int) -> range:
 
 def part_key(key: Any, part: Any, number: int) -> Any:
   """A part's key; a single part has the run's own."""
-  return key if number == 1 else jax.random.fold_in(key, part)
+  return key if number == 1 else keys.fold_in(key, part)
 
 
-class _Acting(NamedTuple):
-  """What acting sees of an agent's state."""
+class _Acting:
+  """What acting sees of an agent's state, on one device when it looks."""
 
-  params: Any
+  def __init__(self, agent_state: Any):
+    self._state = agent_state
+
+  @functools.cached_property
+  def params(self) -> Any:
+    return meshes.local(self._state.params)
 
 
 class _Only(NamedTuple):
@@ -105,10 +111,16 @@ class _Only(NamedTuple):
 
 
 class State(NamedTuple):
-  """State of `hosted`: of each part of this process, and its last `Sample`."""
+  """State of `hosted`: of each part of this process, and its last `Sample`.
+
+  Attributes:
+    pending: `drawn` and the priorities of the update that the parts have not
+      been given yet; None after a restart.
+  """
 
   parts: list[Any]
   drawn: list[Sample]
+  pending: tuple[list[Sample], Any] | None = None
 
 
 def hosted(
@@ -119,6 +131,10 @@ def hosted(
   `parts` are those that this process holds of `number` (N), in order, each with
   windows of `batch_size / number`. Batches are split over the mesh, part by
   part; counts are this process's.
+
+  The parts get the priorities of an update one update late, or at a restart,
+  which comes before each save: to read them at once is to wait for the device,
+  which would then wait for its next batch.
 
   Raises:
     ValueError: a batch that the devices cannot share.
@@ -134,23 +150,24 @@ def hosted(
   # Of the whole batch, the same on all processes.
   age = jax.jit(jnp.mean, out_shardings=meshes.replicated(mesh))
 
-  def keys(key):
+  def keys_of(key):
     return [part_key(key, k, number) for k in numbers]
 
   def init(key):
-    states = [part.init(k) for part, k in zip(parts, keys(key))]
+    states = [part.init(k) for part, k in zip(parts, keys_of(key))]
     return State(states, [])
 
   def next_(state: State, agent_state, step, key):
-    acting = _Acting(meshes.local(agent_state.params))
+    acting = _Acting(agent_state)
     states, batches, measures = [], [], []
-    for part, old, device, k in zip(parts, state.parts, home, keys(key)):
+    for part, old, device, k in zip(parts, state.parts, home, keys_of(key)):
       with jax.default_device(device):
         new, batch, measured = part.next(old, acting, step, k)
       states.append(new)
       batches.append(batch)
       measures.append(measured)
-    state = State(states, [batch.sample for batch in batches])
+    drawn = [batch.sample for batch in batches]
+    state = State(states, drawn, state.pending)
     batch, measured = joined(batches), _together(measures)
     if number > 1 and batch.sample is not None:
       measured.gauges['replay_age'] = age(batch.sample.age)
@@ -160,10 +177,16 @@ def hosted(
     del batch
     if info.priorities is None:
       return state
-    priorities = np.asarray(info.priorities)
+    return heard(state)._replace(pending=(state.drawn, info.priorities))
+
+  def heard(state: State) -> State:
+    if state.pending is None:
+      return state
+    samples, priorities = state.pending
+    priorities = np.asarray(priorities)
     size = batch_size // number
     states = []
-    for k, part, old, drawn in zip(numbers, parts, state.parts, state.drawn):
+    for k, part, old, drawn in zip(numbers, parts, state.parts, samples):
       own = Info({}, priorities[k * size : (k + 1) * size])
       states.append(part.feedback(old, _Only(drawn), own))
     return State(states, state.drawn)
@@ -179,7 +202,7 @@ def hosted(
   def load(arrays: Held, facts, directory, key):
     del facts
     states = []
-    for k, part, part_key in zip(numbers, parts, keys(key)):
+    for k, part, part_key in zip(numbers, parts, keys_of(key)):
       assert part.kept is not None
       folder = _folder(directory, k)
       saved, own = arrays.parts[folder.name]
@@ -209,6 +232,7 @@ def hosted(
         kept.prune(folder, own)
 
   def restart(state: State, step):
+    state = heard(state)
     states = [part.restart(old, step) for part, old in zip(parts, state.parts)]
     return State(states, state.drawn)
 
@@ -221,7 +245,7 @@ def hosted(
       old if part.rest is None else part.rest(old)
       for part, old in zip(parts, state.parts)
     ]
-    return State(states, state.drawn)
+    return state._replace(parts=states)
 
   return Source(
     init,
@@ -231,6 +255,7 @@ def hosted(
     is_pure=False,
     kept=Persistence(save, load, template, prune, restart, close),
     rest=rest if parts[0].rest is not None else None,
+    derives=all(part.derives for part in parts),
   )
 
 
@@ -249,7 +274,7 @@ def _join(mesh: Mesh, number: int) -> Callable[[list[Trajectory]], Trajectory]:
       pieces = leaves
     else:
       pieces = [
-        jnp.concatenate([jax.device_put(x, device) for x in some])
+        _concatenated(some, device)
         for some, device in zip(_groups(leaves, size), devices)
       ]
     shape = (leaves[0].shape[0] * number, *leaves[0].shape[1:])
@@ -265,6 +290,12 @@ def _join(mesh: Mesh, number: int) -> Callable[[list[Trajectory]], Trajectory]:
     return batch._replace(sample=weigh(batch.sample))
 
   return join
+
+
+def _concatenated(some: Sequence[Any], device: Any) -> Any:
+  if all(isinstance(x, np.ndarray) for x in some):
+    return np.concatenate(some)
+  return jnp.concatenate([jax.device_put(x, device) for x in some])
 
 
 def _groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from agents.core import replay as core
@@ -29,7 +28,7 @@ from agents.core.types import Sample, Trajectory
 from experiments.files import arrays, reading
 from experiments.files.arrays import Stored
 from experiments.files.errors import UserError
-from experiments.runtime import integrity
+from experiments.runtime import integrity, keys
 from experiments.runtime.integrity import Damaged
 from experiments.runtime.persistence import Persistence
 
@@ -141,6 +140,7 @@ def host_replay(
   """
   core.check_arguments(capacity, batch_size, window, frame_stack, alpha)
   history = frame_stack - 1
+  uniform = keys.Ahead(lambda key: jax.random.uniform(key, (batch_size,)))
 
   def init(example):
     streams = example.timestep.reward.shape[0]
@@ -210,7 +210,7 @@ def host_replay(
       raise ValueError(
         f'replay: no window of {window} steps yet in {state.count} rows'
       )
-    u = np.asarray(jax.random.uniform(key, (batch_size,)), np.float64)
+    u = uniform(key).astype(np.float64)
     index = np.searchsorted(cdf, u * cdf[-1], side='right')
     size, streams = state.mass.shape
     slot, stream = index // streams, index % streams
@@ -224,8 +224,13 @@ def host_replay(
       scale=core.scale(mass[index], cdf[-1], float(beta)).astype(np.float32),
       age=((state.count - 1 - order) * streams).astype(np.float32),
     )
-    experience, valid = _assemble(rows, frame_stack)
-    return Trajectory(experience, valid, jax.tree.map(jnp.asarray, drawn))
+    if history:
+      experience, valid = _assemble(rows, frame_stack)
+      return Trajectory(experience, valid, drawn)
+    ended = rows.timestep.is_last()[:, :-1]
+    behind = np.logical_or.accumulate(ended, axis=1)
+    valid = np.pad(~behind, ((0, 0), (1, 0)), constant_values=True)
+    return Trajectory(rows, valid, drawn)
 
   def update(state, drawn, priorities):
     size, streams = state.mass.shape

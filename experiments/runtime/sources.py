@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agents.core.replay import Replay
 from agents.core.types import Agent, Discrete, Experience, Spec, Trajectory
+from experiments.runtime import keys
 from experiments.runtime.persistence import Persistence
 from search.model import Environment, TimeStep
 
@@ -58,6 +60,8 @@ class Source(NamedTuple):
     rest: `(source_state) -> source_state` that takes no more rows from the
       environments, also after loading. None where no updates follow the last
       row.
+    derives: whether the key of `next` may be a `keys.Derived`; for host
+      sources.
   """
 
   init: Callable[[chex.PRNGKey], Any]
@@ -69,6 +73,7 @@ class Source(NamedTuple):
   axes: Any = 0
   fill: Callable[[Any], Any] | None = None
   rest: Callable[[Any], Any] | None = None
+  derives: bool = False
 
   def close(self, state: Any) -> None:
     """Stops the threads and simulators of a state, if it has any."""
@@ -190,7 +195,8 @@ def from_env(env: Environment, agent: Agent, num_envs: int) -> Source:
 
 def _mean_age(batch: Trajectory) -> chex.Array:
   assert batch.sample is not None
-  return jnp.mean(batch.sample.age)
+  age = batch.sample.age
+  return np.mean(age) if isinstance(age, np.ndarray) else jnp.mean(age)
 
 
 class Replayed(NamedTuple):
@@ -320,7 +326,8 @@ def replayed(
 
   def sampled(state: Replayed, step, key):
     exponent = beta[0] + (beta[1] - beta[0]) * step / max(total_updates, 1)
-    return replay.sample(state.replay, key, jnp.minimum(exponent, 1.0))
+    least = jnp.minimum if is_pure else lambda x, y: np.float32(min(x, y))
+    return replay.sample(state.replay, key, least(exponent, 1.0))
 
   def pure_next(state: Replayed, agent_state, step, key):
     act_key, sample_key = jax.random.split(key)
@@ -349,7 +356,7 @@ def replayed(
     return state, batch, Measures(counts, gauges)
 
   def host_next(state: Replayed, agent_state, step, key):
-    act_key, sample_key = jax.random.split(key)
+    act_key, sample_key = keys.split(key)
     counts: dict[str, float] = {}
     gauges: dict[str, Any] = {}
     for i in range(0 if state.rests else pace.rows_due(step)):
@@ -357,7 +364,7 @@ def replayed(
       if step == 0 and stopping():
         raise Stopped
       inner_state, row, measures = inner.next(
-        state.inner, agent_state, step, jax.random.fold_in(act_key, i)
+        state.inner, agent_state, step, keys.fold_in(act_key, i)
       )
       kept = replay.add(state.replay, row)
       state = state._replace(inner=inner_state, replay=kept)
@@ -388,7 +395,9 @@ def replayed(
   )
   if is_pure:
     return source
-  return source._replace(kept=_of_replayed(inner, replay, no_rest))
+  return source._replace(
+    kept=_of_replayed(inner, replay, no_rest), derives=inner.derives
+  )
 
 
 def _of_replayed(
@@ -442,10 +451,12 @@ def reanalyzed(
   if agent.refresh is None:
     return inner
   if refresh is None:
-    refresh = agent.refresh if inner.is_pure else jax.jit(agent.refresh)
+    refresh = agent.refresh
+    if not inner.is_pure:
+      refresh = jax.jit(keys.derived(refresh))
 
   def next_(state, agent_state, step, key):
-    inner_key, refresh_key = jax.random.split(key)
+    inner_key, refresh_key = keys.split(key)
     state, batch, measures = inner.next(state, agent_state, step, inner_key)
     batch = refresh(agent_state, batch, step, refresh_key)
     return state, batch, measures

@@ -74,7 +74,7 @@ def make(
 
 def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
   """The stage with what several devices, or `pmap`, need compiled."""
-  from experiments.runtime import mesh
+  from experiments.runtime import mesh, updates
 
   how = experiment.run.parallel
   if devices.size == 1 and how != 'pmap':
@@ -93,6 +93,7 @@ def _over_devices(experiment, stage: Stage, spec, devices, number) -> Stage:
     return stage._replace(interval=interval)
   reduce = mesh.pmean if how == 'pmap' else None
   learner = build.make_phases(experiment, spec, reduce)[number].agent
+  learner = learner._replace(update=updates.packed(learner.update))
   update = mesh.compile_update(learner, devices, how, sharding)
   return stage._replace(update=update)
 
