@@ -11,7 +11,7 @@ two. It is trained on windows of replayed experience by
 where `pi` are visit counts of a search made again with target parameters
 (99% of them, MuZero Reanalyze), and `z` is an n-step return whose horizon
 shrinks with the age of the data and whose bootstrap is the root value of a
-fresh search (off-policy correction, eq. 4 and 5).
+fresh search (off-policy correction, eq. 4 and 5; a field each).
 
 Each ingredient is one field of `Config` and can be switched off alone.
 
@@ -21,7 +21,9 @@ Choices, where the paper and the official code differ or could be improved:
   trees do not (see `search/value_prefix.py`).
 * The gradient is halved at the entrance of the dynamics (MuZero, Appendix G);
   the official code halves it after the heads, which halves theirs too.
-* The bootstrap is re-searched, as the paper says; official default: it is not.
+* The bootstrap is re-searched (`searched_values`), as the paper says; by the
+  official default it is the target network's, while the horizon still shrinks
+  with age (`dynamic_horizon`): 6 searches a window instead of 11.
 * Priorities are on with 0.6 and 0.4 -> 1, as the paper says; official default:
   off.
 * Ends: states after a termination are absorbing and trained to value and reward
@@ -80,8 +82,10 @@ class Config:
     value_prefix: predict sums of rewards by an LSTM instead of rewards.
     prefix_horizon: steps between resets of that LSTM.
     consistency: train latent states towards those of the true successors.
-    off_policy_correction: horizon by age of data, bootstrap from a fresh
-      search; without it a fixed horizon and the target network's value.
+    dynamic_horizon: shorten the bootstrap horizon with the age of the data.
+    searched_values: bootstrap from the root values of a fresh search of all
+      steps; otherwise from the target network's values, and only the steps with
+      a policy target are searched again.
     off_policy_fraction: tau, the share of all decisions that costs one step.
     reanalyze_fraction: share of policy targets searched again, in eighths.
     reanalyze_chunk: roots searched at once, to bound memory; 0 for all.
@@ -115,7 +119,8 @@ class Config:
   value_prefix: bool = True
   prefix_horizon: int = 5
   consistency: bool = True
-  off_policy_correction: bool = True
+  dynamic_horizon: bool = True
+  searched_values: bool = True
   off_policy_fraction: float = 0.3
   reanalyze_fraction: float = 0.99
   reanalyze_chunk: int = 0

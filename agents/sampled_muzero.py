@@ -15,7 +15,8 @@ also for discrete sets far too large to search. With Reanalyze the actions are
 drawn again with target parameters, and searched again.
 
 EfficientZero's value prefix, consistency loss and off-policy correction (Ye
-2021) are a field each: all three make Sampled EfficientZero.
+2021; `dynamic_horizon` and `searched_values`) can be switched on one by one:
+all together make Sampled EfficientZero.
 
 Departures and choices:
 
@@ -26,8 +27,8 @@ Departures and choices:
 * Adam, and networks of the config; the paper's sizes for continuous control
   are not known to us.
 * Gradients, ends of episodes, targets and priorities are those of
-  `agents/efficientzero.py`; without the off-policy correction the horizon is
-  fixed and the bootstrap the target network's value.
+  `agents/efficientzero.py`; by default the horizon is fixed and the bootstrap
+  is the target network's value.
 """
 
 import dataclasses
@@ -82,8 +83,10 @@ class Config:
     value_prefix: predict sums of rewards by an LSTM instead of rewards.
     prefix_horizon: steps between resets of that LSTM.
     consistency: train latent states towards those of the true successors.
-    off_policy_correction: horizon by age of data, bootstrap from a fresh
-      search; without it a fixed horizon and the target network's value.
+    dynamic_horizon: shorten the bootstrap horizon with the age of the data.
+    searched_values: bootstrap from the root values of a fresh search of all
+      steps; otherwise from the target network's values, and only the steps with
+      a policy target are searched again.
     off_policy_fraction: share of all decisions that costs one step.
     reanalyze_fraction: share of policy targets searched again, in eighths.
     reanalyze_chunk: roots searched at once, to bound memory; 0 for all. Each
@@ -128,7 +131,8 @@ class Config:
   value_prefix: bool = False
   prefix_horizon: int = 5
   consistency: bool = False
-  off_policy_correction: bool = False
+  dynamic_horizon: bool = False
+  searched_values: bool = False
   off_policy_fraction: float = 0.3
   reanalyze_fraction: float = 1.0
   reanalyze_chunk: int = 0

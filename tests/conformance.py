@@ -116,7 +116,7 @@ AGENTS = {
   'efficientzero -value prefix': searching(ez(value_prefix=False)),
   'efficientzero -consistency': searching(ez(consistency=False)),
   'efficientzero -off-policy correction': searching(
-    ez(off_policy_correction=False)
+    ez(dynamic_horizon=False, searched_values=False)
   ),
   'efficientzero -reanalyze': searching(ez(reanalyze_fraction=0.0)),
   'efficientzero image': searching(ez(IMAGE, network=SMALL_IMAGE)),
@@ -132,7 +132,8 @@ AGENTS = {
       network=BATCH_NORM,
       value_prefix=True,
       consistency=True,
-      off_policy_correction=True,
+      dynamic_horizon=True,
+      searched_values=True,
     )
   ),
   'sampled_muzero joint': searching(

@@ -40,7 +40,7 @@ from networks import heads
 
 def test_horizon_follows_the_age_only_with_the_correction(key):
   for correct, want in ((True, 1.5), (False, 2.0)):
-    module, config, spec = ez(off_policy_correction=correct)
+    module, config, spec = ez(dynamic_horizon=correct)
     agent = make_agent(module, config, spec)
     state = agent.init(key)
     batch = make_batch(config, spec)

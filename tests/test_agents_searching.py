@@ -109,7 +109,7 @@ def first_targets(built, batch):
   x = jax.tree.map(np.asarray, batch)
   reward = x.experience.timestep.reward
   value = x.experience.extras['search_value']
-  dynamic = getattr(built.config, 'off_policy_correction', False)
+  dynamic = getattr(built.config, 'dynamic_horizon', False)
   targets = []
   for b, horizon in enumerate([2, 2, 1, 1] if dynamic else [2] * B):
     z = sum(built.config.gamma**i * reward[b, i + 1] for i in range(horizon))
@@ -252,7 +252,7 @@ def test_values_come_from_the_target_network_or_a_search(built, key):
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), timestep)
   root = jax.jit(built.agent.model.root)(state.target_params, flat, key)
   difference = np.abs(got['search_value'] - root.value.reshape(B, -1))
-  if getattr(built.config, 'off_policy_correction', False):
+  if getattr(built.config, 'searched_values', False):
     assert (difference > 1e-3).mean() > 0.5
   else:
     np.testing.assert_allclose(difference, np.zeros((B, K + N + 1)), atol=1e-5)

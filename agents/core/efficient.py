@@ -37,13 +37,14 @@ def reanalyze(
   step: Any,
   key: chex.PRNGKey,
 ) -> Trajectory:
-  """New targets for old data, with or without off-policy correction.
+  """New targets for old data.
 
-  With it all steps are searched again and their values are the search's; else
-  their values are the network's. A share of the rows gets new policy targets.
+  With `searched_values` all steps are searched again and their values are the
+  search's; otherwise their values are the network's. A share of the rows gets
+  new policy targets.
 
   Args:
-    config: as `latent.re_search` needs it, and with `off_policy_correction`.
+    config: as `latent.re_search` needs it, and with `searched_values`.
     search: from `planning.make_search`.
     model: to search in.
     state: whose target parameters are searched with.
@@ -55,7 +56,7 @@ def reanalyze(
   """
   del step
   params = state.target_params
-  if not config.off_policy_correction:
+  if not config.searched_values:
     batch = latent.re_value(model, params, key, batch)
     return latent.re_search(config, search, model, params, key, batch)
   timestep = batch.experience.timestep
@@ -76,7 +77,7 @@ def make_targets(
 
   Args:
     config: as `latent.make_targets` needs it, and with `value_prefix`,
-      `prefix_horizon`, `off_policy_correction`, `off_policy_fraction` and
+      `prefix_horizon`, `dynamic_horizon`, `off_policy_fraction` and
       `total_decisions`.
     batch: windows, with `search_value [B, L]` in `extras`. Those that were not
       drawn from a replay are new.
@@ -89,7 +90,7 @@ def make_targets(
   Source: EfficientZero (Ye 2021), section 4.2 and equation 5.
   """
   horizon = jnp.full(batch.valid.shape[:1], config.td_steps, jnp.int32)
-  if batch.sample is not None and config.off_policy_correction:
+  if batch.sample is not None and config.dynamic_horizon:
     horizon = targets.off_policy_horizon(
       batch.sample.age,
       max_horizon=config.td_steps,

@@ -138,6 +138,10 @@ def _upgraded(saved: Any) -> Any:
       if name != 'capacity_factor':  # it is the mixture's, too
         moe.pop(name, None)
     moe['router'] = {'name': router, **own}
+  agent = saved.get('agent') if isinstance(saved, dict) else None
+  if isinstance(agent, dict) and 'off_policy_correction' in agent:
+    both = agent.pop('off_policy_correction')
+    agent |= dict.fromkeys(('dynamic_horizon', 'searched_values'), both)
   return saved
 
 

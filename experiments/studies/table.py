@@ -78,7 +78,11 @@ def _ablation(seeds: int) -> Study:
     'efficientzero': (),
     'minus_consistency': _set('consistency=false'),
     'minus_value_prefix': _set('value_prefix=false'),
-    'minus_off_policy_correction': _set('off_policy_correction=false'),
+    'minus_dynamic_horizon': _set('dynamic_horizon=false'),
+    'minus_searched_values': _set('searched_values=false'),
+    'minus_off_policy_correction': _set(
+      'dynamic_horizon=false', 'searched_values=false'
+    ),
     'minus_reanalyze': _set('reanalyze_fraction=0'),
     'muzero': ('--preset=muzero_catch',),
   }
