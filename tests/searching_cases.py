@@ -176,3 +176,15 @@ def replace_timestep(batch, **changes):
 
 def replace_extras(batch, **changes):
   return replace_experience(batch, extras=batch.experience.extras | changes)
+
+
+def without_ends(batch):
+  """Windows of one long episode."""
+  timestep = batch.experience.timestep
+  batch = replace_timestep(
+    batch,
+    discount=jnp.ones_like(timestep.discount),
+    truncated=jnp.zeros_like(timestep.truncated),
+  )
+  # No ages either: all horizons are N.
+  return batch._replace(valid=jnp.ones_like(batch.valid), sample=None)

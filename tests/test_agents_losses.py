@@ -27,6 +27,7 @@ from searching_cases import (
   mz,
   sampled,
   shaken,
+  without_ends,
 )
 from small_agents import make_agent
 from trees import assert_close, assert_equal
@@ -203,16 +204,9 @@ def test_the_learner_resets_the_prefix_where_the_planner_does(
   agent = make_agent(module, config, spec, terms={'reward': predicted})
   assert agent.model is not None and agent.evaluate is not None
   batch = make_batch(config, spec)
-  timestep = batch.experience.timestep
   # No ends: every action is the batch's and every step is trained.
-  timestep = timestep._replace(
-    discount=jnp.ones_like(timestep.discount),
-    truncated=jnp.zeros_like(timestep.truncated),
-  )
-  batch = batch._replace(
-    experience=batch.experience._replace(timestep=timestep),
-    valid=jnp.ones_like(batch.valid),
-  )
+  batch = without_ends(batch)
+  timestep = batch.experience.timestep
   params = shaken(jax.jit(agent.init)(key)).params
   got = jax.jit(agent.evaluate)(params, batch, key)['loss_reward']
   root = jax.tree.map(lambda x: x[:, 0], timestep)

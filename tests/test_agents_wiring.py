@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conformance import AGENTS
-from searching_cases import NETWORK, K, N, make_batch, replace_timestep, shaken
+from searching_cases import NETWORK, K, N, make_batch, shaken, without_ends
 from small_agents import make_agent
 
 from agents import alphazero, efficientzero, muzero, sampled_muzero
@@ -33,17 +33,6 @@ def weighted(scores, weights):
 def compared(prediction, target):
   # Not the same with the two exchanged.
   return jnp.sum(prediction * jnp.square(target), -1)
-
-
-def without_ends(batch):
-  timestep = batch.experience.timestep
-  batch = replace_timestep(
-    batch,
-    discount=jnp.ones_like(timestep.discount),
-    truncated=jnp.zeros_like(timestep.truncated),
-  )
-  # No ages either: all horizons are N.
-  return batch._replace(valid=jnp.ones_like(batch.valid), sample=None)
 
 
 def walk(networks, params, observation, action, resets):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backgammon_tables import TURNS
+from trees import assert_equal
 
 from experiments.envs import backgammon
 from experiments.envs.self_play import self_play
@@ -141,7 +142,7 @@ def test_a_win_is_worth_one_two_or_three():
     # Nothing changes any more.
     again = game.step(move.state, after, jax.random.key(1))
     assert (float(again.reward), float(again.discount)) == (0.0, 0.0)
-    jax.tree.map(np.testing.assert_array_equal, again.state, move.state)
+    assert_equal(again.state, move.state)
 
 
 def test_a_turn_passes_to_the_other_player():
@@ -175,7 +176,7 @@ def test_outcomes_are_the_rolls_that_steps_draw():
   # But for the dice all is the same.
   one = jax.tree.map(lambda x: x[:21], drawn)
   same = moves._replace(state=moves.state._replace(dice=one.state.dice))
-  jax.tree.map(np.testing.assert_array_equal, same, one)
+  assert_equal(same, one)
 
 
 def test_the_first_roll_is_no_double_and_says_who_begins():

@@ -1,16 +1,12 @@
 """Benchmarks: the measuring itself, operation counts, equal searches, CSV."""
 
-import csv
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import launch, read_csv, refused
 
 from experiments import build
 from experiments.benchmarks import agents, cases, counting, searches
@@ -264,23 +260,11 @@ def test_sampled_tables_tell_actions_apart():
 @pytest.mark.slow
 def test_launcher(tmp_path):
   out = tmp_path / 'results/benchmark.csv'
-  cache = pathlib.Path(__file__).resolve().parent.parent / '.jax_cache'
   settings = [f'--set={s}' for s in TINY]
-  done = subprocess.run(
-    [
-      *(sys.executable, '-m', 'experiments.benchmark', '--quick'),
-      *('--repeats=2', f'--out={out}', *settings),
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ
-    | {
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
-    },
+  done = launch(
+    'benchmark', '--quick', '--repeats=2', f'--out={out}', *settings
   )
-  assert done.returncode == 0, done.stderr
-  rows = list(csv.DictReader(out.read_text().splitlines()))
+  rows = read_csv(out)
   found = {(row['what'], row['name'], row['unit']): row for row in rows}
   for name in ('mctx.muzero_policy', 'efficientzero', 'batched search'):
     assert float(found['search', name, 'simulations/s']['median']) > 0
@@ -309,13 +293,7 @@ def test_launcher(tmp_path):
 
 
 def test_launcher_errors_are_one_line():
-  done = subprocess.run(
-    [sys.executable, '-m', 'experiments.benchmark', '--what=serch'],
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  assert done.stderr == (
+  assert refused('benchmark', '--what=serch') == (
     'error: suite=serch: must be one of search, sampled, learner, acting, '
     'scale, offline, experts, compile\n'
   )

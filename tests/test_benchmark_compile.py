@@ -1,6 +1,5 @@
 """What is counted of compiled programs, faults planted, and the whole suite."""
 
-import csv
 import math
 import pathlib
 import types
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import read_csv
 
 from experiments.benchmarks import compilation
 from experiments.build.programs import Program
@@ -198,8 +198,7 @@ def test_a_compiler_that_cannot_be_installed_is_one_line(monkeypatch, tmp_path):
 def run(target, names, rows, parts, out):
   targets = compilation.read_targets([target])
   compilation.run(targets, names, rows, parts, COMPILERS, out)
-  with out.open() as file:
-    return list(csv.DictReader(file))
+  return read_csv(out)
 
 
 def test_the_suite_goes_on_where_it_was(tmp_path, capsys):

@@ -1,17 +1,13 @@
 """Scaling: operations and bytes by hand, shares of a roof, one small run."""
 
-import csv
 import math
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import launch, read_csv, refused
 
 from experiments import build
 from experiments.benchmarks import agents, cases, counting, roofline, scale
@@ -185,35 +181,18 @@ def test_cases_and_sizes():
   assert [one.experiment.env_name for one in own] == ['jax:pendulum']
 
 
-def launch(*flags):
-  cache = pathlib.Path(__file__).resolve().parent.parent / '.jax_cache'
-  return subprocess.run(
-    [sys.executable, '-m', 'experiments.benchmark', '--suite=scale', *flags],
-    capture_output=True,
-    text=True,
-    env=os.environ
-    | {
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
-    },
-  )
-
-
 @pytest.mark.parametrize('flag', ['--seeds=4,0', '--seeds=4,x'])
 def test_wrong_seeds_are_one_line(flag):
-  done = launch(flag)
-  assert done.returncode == 2
-  wrong = flag[-1]
-  assert done.stderr.startswith(f'error: seeds={wrong}: must be ')
-  assert done.stderr.count('\n') == 1
+  said = refused('benchmark', '--suite=scale', flag)
+  assert said.startswith(f'error: seeds={flag[-1]}: must be ')
 
 
 @pytest.mark.slow
 def test_launcher(tmp_path):
   out = tmp_path / 'scale.csv'
-  done = launch('--quick', f'--out={out}', *(f'--set={s}' for s in TINY))
-  assert done.returncode == 0, done.stderr
-  rows = list(csv.DictReader(out.read_text().splitlines()))
+  settings = [f'--set={s}' for s in TINY]
+  launch('benchmark', '--suite=scale', '--quick', f'--out={out}', *settings)
+  rows = read_csv(out)
   found = {(row['what'], row['name'], row['unit']): row for row in rows}
   speed = found['seeds', '2 seeds', 'updates/s']
   assert float(speed['median']) > 0 and float(speed['ratio_cpu']) > 0

@@ -5,12 +5,12 @@ import importlib.util
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
+import launching
 import numpy as np
 import pytest
+from launching import refused
 
 from agents import sac
 from experiments import build
@@ -476,20 +476,10 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, monkeypatch):
 
 
 def test_flags(tmp_path):
-  def command(*flags):
-    return subprocess.run(
-      [sys.executable, '-m', 'experiments.collect', *flags],
-      capture_output=True,
-      text=True,
-    )
-
-  done = command(
-    '--set=hidden=3', f'--out={tmp_path / "a"}', '--env=Pendulum-v1'
-  )
-  assert done.returncode == 2
-  assert done.stderr.startswith('error: no field hidden: did you mean hidden_')
-  assert len(done.stderr.splitlines()) == 1
-  assert '--transitions' in command('--help').stdout
+  flags = ('--set=hidden=3', f'--out={tmp_path / "a"}', '--env=Pendulum-v1')
+  said = refused('collect', *flags)
+  assert said.startswith('error: no field hidden: did you mean hidden_')
+  assert '--transitions' in launching.launch('collect', '--help').stdout
 
 
 @pytest.mark.slow

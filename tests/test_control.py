@@ -2,8 +2,6 @@
 
 import functools
 import pathlib
-import subprocess
-import sys
 import types
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import launch
 
 from agents.core.rollout import ModelParams
 from agents.core.types import ArraySpec, Continuous, Spec
@@ -351,12 +350,7 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
 
 
 def test_the_command_that_it_was_names_the_one_it_is():
-  done = subprocess.run(
-    [sys.executable, '-m', 'experiments.control', '--workdir=runs/iql'],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  done = launch('control', '--workdir=runs/iql', check=False)
   assert done.returncode == 2
   assert 'python -m experiments.play --workdir=RUN --players=' in done.stderr
   assert len(done.stderr.splitlines()) == 1

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_equal
 
 from agents.core import planning, unroll
 from agents.core.types import ArraySpec
@@ -200,9 +201,7 @@ def test_flatten_steps_and_back():
   flat = unroll.flatten_steps(x)
   np.testing.assert_array_equal(flat['b'], range(6))
   assert flat['a'].shape == (6, 2)
-  jax.tree.map(
-    np.testing.assert_array_equal, unroll.unflatten_steps(flat, 3), x
-  )
+  assert_equal(unroll.unflatten_steps(flat, 3), x)
 
 
 def test_re_search_in_chunks(key):

@@ -1,6 +1,5 @@
 """Two processes with two devices each train as one with four, and resume."""
 
-import csv
 import os
 import pathlib
 import shutil
@@ -11,10 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from launching import ENVIRONMENT, ROOT, read_csv
 
 from experiments.runtime import processes as supervision
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = (
   'experiments.train',
   '--preset=muzero_catch',
@@ -42,12 +41,6 @@ TRAIN = (
       'acting=synchronous',
     )
   ),
-)
-ENVIRONMENT = dict(
-  os.environ,
-  JAX_PLATFORMS='cpu',
-  JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
 )
 
 
@@ -80,8 +73,7 @@ def children(process):
 
 def losses(workdir):
   """Numbers of each row of metrics.csv, by update."""
-  with open(workdir / 'metrics.csv', newline='') as file:
-    rows = list(csv.DictReader(file))
+  rows = read_csv(workdir / 'metrics.csv')
   names = ('loss', 'loss_policy', 'gradient_norm', 'replay_age', 'decisions')
   return {int(r['step']): [float(r[name]) for name in names] for r in rows}
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_close
 
 from experiments.envs import breakout
 from experiments.envs.acrobot import AcrobotState, make_acrobot
@@ -116,11 +117,7 @@ def test_a_batch_moves_as_each_alone_and_is_traced_once(envs, name):
   for i in (0, COPIES - 1):
     # Not compiled.
     alone = env.step(row(before, i), action[i], keys(t)[i])
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-      alone,
-      row((state, timestep), i),
-    )
+    assert_close(alone, row((state, timestep), i), 1e-05, 1e-06)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -272,9 +272,8 @@ def test_help_is_no_error(launcher, launch, capsys, monkeypatch):
 
 
 def test_help_of_a_study_lists_its_own_flags():
-  command = [sys.executable, '-m', 'experiments.study', 'newton', '--help']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (0, '')
+  done = launching.launch('study newton', '--help')
+  assert done.stderr == ''
   assert '--out: ' in done.stdout
 
 
@@ -319,17 +318,10 @@ def test_a_folder_that_must_not_be_written_to_is_refused(launch, monkeypatch):
 
 
 def test_devices_that_are_not_there_end_a_process_in_one_line(tmp_path):
-  done = subprocess.run(
-    [sys.executable, '-m', 'experiments.train', f'--workdir={tmp_path}/run'],
-    cwd=ROOT,
-    env=dict(os.environ, JAX_PLATFORMS='nonsense'),
-    capture_output=True,
-    text=True,
-  )
-  assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr.startswith('error: JAX_PLATFORMS=nonsense: ')
-  assert 'take JAX_PLATFORMS=cpu' in done.stderr
-  assert done.stderr.count('\n') == 1
+  flag = f'--workdir={tmp_path}/run'
+  said = launching.refused('train', flag, JAX_PLATFORMS='nonsense')
+  assert said.startswith('error: JAX_PLATFORMS=nonsense: ')
+  assert 'take JAX_PLATFORMS=cpu' in said
   assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from trees import assert_equal
 
 from agents.core import planning
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
@@ -165,7 +166,7 @@ def test_devices_share_the_episodes(key):
   one = played(num_episodes=12)
   two = played(num_episodes=12, devices=devices)
   assert set(one.returns) == {1.0, -1.0}
-  jax.tree.map(np.testing.assert_array_equal, two, one)
+  assert_equal(two, one)
   # What cannot be shared equally is not.
   odd = played(num_episodes=7, devices=devices)
   assert odd.returns.shape == (7,)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_equal
 
 from agents.core.types import Agent, Info
 from experiments.files.errors import UserError
@@ -274,7 +275,7 @@ def test_rows_without_room_are_written_the_next_time(
   assert not list(tmp_path.iterdir())
   saved = host_replay.save(state, tmp_path)
   loaded = host_replay.load(kept.init(source.example()), tmp_path, *saved)
-  jax.tree.map(np.testing.assert_array_equal, loaded.rows, state.rows)
+  assert_equal(loaded.rows, state.rows)
   source.close(stream)
 
 
@@ -412,7 +413,7 @@ def test_the_compiled_interval_vmaps_and_only_one_row_diverges():
   plain = functools.partial(one, interval=loop.compile_interval)
   unwatched = jax.jit(jax.vmap(plain))(jnp.array([3, 99, 8]))
   assert len(unwatched) == 3
-  jax.tree.map(np.testing.assert_array_equal, unwatched[1], means)
+  assert_equal(unwatched[1], means)
 
 
 # An environment that raises.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_equal
 
 from experiments.envs import against, connect_four, games, make, tic_tac_toe
 from experiments.envs.self_play import self_play
@@ -124,7 +125,7 @@ def test_ends_and_stays_as_it_is(rules):
     assert not invalid.any()
     for action in range(3):
       again, invalid, _, _ = play(position, np.full(COPIES, action))
-      jax.tree.map(np.testing.assert_array_equal, again.state, position)
+      assert_equal(again.state, position)
       assert not again.reward.any()
       assert not again.discount.any()
       assert not invalid.any()

@@ -1,6 +1,5 @@
 """Two processes of one run, one of them killed: the others end, it goes on."""
 
-import csv
 import functools
 import os
 import pathlib
@@ -10,7 +9,8 @@ import sys
 import time
 
 import pytest
-from test_sweep_ray import ENVIRONMENT, FLAGS, ROOT
+from launching import ROOT, read_csv
+from test_sweep_ray import ENVIRONMENT, FLAGS
 
 pytestmark = pytest.mark.slow
 RUN = (*FLAGS, '--set=parts=2', '--steps=800', '--set=final_episodes=0')
@@ -31,8 +31,7 @@ def start(workdir):
 
 def numbers(workdir):
   """What a run learned, without how long it took."""
-  with (workdir / 'metrics.csv').open(newline='') as file:
-    rows = list(csv.DictReader(file))
+  rows = read_csv(workdir / 'metrics.csv')
   timed = ('second', 'compiled', 'memory')
   return [
     {n: x for n, x in row.items() if not any(t in n for t in timed)}

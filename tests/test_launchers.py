@@ -1,22 +1,18 @@
 """The launchers as a user runs them, with sizes of nothing."""
 
-import csv
-import os
-import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from launching import ENVIRONMENT, ROOT, command, launch, read_csv
 
 from experiments import build, presets
 from experiments.build import saved as saved_run
 from experiments.runtime import config as configs
 from experiments.runtime import run_config
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = (
   '--steps=400',
   *(
@@ -48,38 +44,10 @@ TINY = (
 CLOCKS = ('updates_per_second', 'wait_seconds', 'compiled')
 
 
-def command(module, *flags):
-  return [sys.executable, '-m', f'experiments.{module}', *flags]
-
-
-def launch(module, *flags, check=True, environment=None):
-  done = subprocess.run(
-    command(module, *flags),
-    cwd=ROOT,
-    env=environment or ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  if check:
-    assert done.returncode == 0, done.stderr
-  return done
-
-
-ENVIRONMENT = dict(
-  os.environ,
-  JAX_PLATFORMS='cpu',
-  JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
-)
-
-
 def rows(path):
-  with open(path, newline='') as file:
-    return [
-      {k: v for k, v in row.items() if k not in CLOCKS}
-      for row in csv.DictReader(file)
-    ]
+  return [
+    {k: v for k, v in row.items() if k not in CLOCKS} for row in read_csv(path)
+  ]
 
 
 @pytest.fixture(scope='module')
@@ -114,10 +82,8 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_nothing_is_compiled_after_the_warm_up(finished):
   workdir, done = finished
-  with open(workdir / 'metrics.csv', newline='') as file:
-    counts = {
-      int(r['step']): float(r['compiled']) for r in csv.DictReader(file)
-    }
+  table = read_csv(workdir / 'metrics.csv')
+  counts = {int(r['step']): float(r['compiled']) for r in table}
   assert counts[5] > 0
   # The first checkpoint, at 20, is part of the warm-up.
   later = [count for step, count in counts.items() if step > 40]
@@ -240,12 +206,18 @@ def test_a_folder_of_another_run_is_refused(finished):
   assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('module', ['train', 'play', 'plots', 'benchmark'])
-def test_help_needs_no_jax(module):
-  broken = dict(ENVIRONMENT, PYTHONPATH=str(ROOT / 'tests' / 'without_jax'))
-  done = launch(module, '--help', check=False, environment=broken)
+@pytest.mark.parametrize(
+  'module, flag',
+  [
+    *(('train', '--'), ('play', '--'), ('plots', '--'), ('benchmark', '--')),
+    ('sweep', '--grid'),
+  ],
+)
+def test_help_needs_no_jax(module, flag):
+  broken = str(ROOT / 'tests' / 'without_jax')
+  done = launch(module, '--help', check=False, PYTHONPATH=broken)
   assert 'Traceback' not in done.stdout + done.stderr
-  assert '--' in done.stdout
+  assert flag in done.stdout
 
 
 MISTAKES = {

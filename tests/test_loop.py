@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_equal
 
 from agents.core import replay
 from agents.core.types import Agent, ArraySpec, Discrete, Info, Spec
@@ -203,7 +204,7 @@ def test_stopping_saves_and_leaves(key):
     # What was left off goes on as if nothing had been.
     carry = run_audited(source, key, Intervals(log=5), carry=carry)
     whole = run_audited(source, key, Intervals(log=5))
-    jax.tree.map(np.testing.assert_array_equal, carry, whole)
+    assert_equal(carry, whole)
 
 
 def test_intervals_stop_at_the_next_multiple_of_any():

@@ -1,5 +1,6 @@
 """The loop with a real agent: resume to the last bit, seeds, decisions."""
 
+import dataclasses
 import functools
 from fractions import Fraction
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_agents
+from conformance import AGENTS
+from small_agents import make_agent
 from test_loop import (
   STEPS,
   audit_agent,
@@ -28,30 +30,16 @@ from experiments.runtime import replay as host_replay
 from experiments.runtime.budget import Budget
 from experiments.runtime.loop import Carry, Hooks, Intervals
 from experiments.runtime.sources import Pace
-from networks.muzero import NetworkConfig
 
 # The whole with a real agent: one program, the host loop, and resume.
 
 
-NETWORK = NetworkConfig(
-  torso='vector',
-  latent_size=8,
-  blocks=0,
-  norm='batch',
-  lstm_size=4,
-  value_bins=11,
-  reward_bins=11,
-  projector=(6,),
-  predictor=(4,),
-  head_hidden=(6,),
-)
-CONFIG = efficientzero.Config(
-  network=NETWORK,
+CONFIG = dataclasses.replace(
+  AGENTS['efficientzero'].config,
   search=planning.SearchConfig(num_simulations=3),
   unroll_steps=2,
   td_steps=2,
   augmentation=False,
-  warmup_updates=0,
   learning_rate=0.05,
   target_period=4,
   total_updates=20,
@@ -59,10 +47,6 @@ CONFIG = efficientzero.Config(
 )
 NUM_ENVS, BATCH = 4, 4
 PACE = Pace(NUM_ENVS, 48, Fraction(6))
-
-
-def make_agent(spec, config=CONFIG):
-  return small_agents.make_agent(efficientzero, config, spec)
 
 
 def make_source(agent, inner, kept):
@@ -99,7 +83,7 @@ def assert_same(got, want, **tolerance):
 @pytest.fixture(scope='module')
 def pure():
   env = make_catch(rows=4, columns=3)
-  agent = make_agent(env.spec)
+  agent = make_agent(efficientzero, CONFIG, env.spec)
   inner = sources.from_env(env, agent, NUM_ENVS)
   kept = replay.device_replay(160, BATCH, CONFIG.window)
   return agent, make_source(agent, inner, kept)
@@ -167,7 +151,7 @@ def test_a_pure_run_equals_the_host_loop(pure, uninterrupted):
 @pytest.fixture(scope='module')
 def simulated():
   env = make_envpool('Catch-v0', NUM_ENVS)
-  agent = make_agent(env.spec)
+  agent = make_agent(efficientzero, CONFIG, env.spec)
   inner = host.from_host(env, agent, mode='synchronous')
   kept = host_replay.host_replay(160, BATCH, CONFIG.window)
   update = updates.compiled(agent)

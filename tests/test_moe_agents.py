@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from searching_cases import make_batch, without_ends
 from small_agents import make_agent
 from test_moe_block import (
   BOX,
@@ -17,7 +18,6 @@ from test_moe_block import (
   SEARCH,
   SHARED,
   VECTOR,
-  A,
   B,
   K,
   make_block,
@@ -31,52 +31,16 @@ from agents import atac, efficientzero, muzero, sampled_muzero
 from agents.core import optim, planning, unroll
 from agents.core.types import (
   ArraySpec,
-  Continuous,
-  Experience,
   Spec,
-  Trajectory,
   Transition,
 )
 from networks import actor_critic, mixture
-from search.model import TimeStep
 
 # --- The MuZero family.
 
 
-def make_observation(spec, *leading):
-  rng = np.random.default_rng(0)
-  shape = (*leading, *spec.observation.shape)
-  if spec.observation.dtype == np.uint8:
-    return jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
-  return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def make_timestep(spec, *leading):
-  return TimeStep(
-    observation=make_observation(spec, *leading),
-    reward=normal(1, *leading),
-    discount=jnp.ones(leading),
-    is_first=jnp.zeros(leading, bool),
-    truncated=jnp.zeros(leading, bool),
-    invalid_actions=None,
-  )
-
-
-def make_batch(config, spec):
-  length = config.window
-  extras = {
-    'search_policy': jax.nn.softmax(normal(2, B, length, A)),
-    'search_value': normal(3, B, length),
-  }
-  action = jnp.asarray(np.arange(B * length).reshape(B, length) % A, jnp.int32)
-  if isinstance(spec.action, Continuous):
-    action = jnp.broadcast_to(jnp.float32([-1.5, 1.0]), (B, length, 2))
-    extras['sampled_actions'] = jnp.broadcast_to(
-      jnp.float32([-1.5, 1.0]), (B, length, A, 2)
-    )
-  timestep = make_timestep(spec, B, length)
-  experience = Experience(timestep, action, extras)
-  return Trajectory(experience, jnp.ones((B, length), bool), None)
+def batch_of(config, spec):
+  return without_ends(make_batch(config, spec))
 
 
 CASES = {
@@ -116,7 +80,7 @@ def test_the_loss_has_the_mixture_in_it(case, monkeypatch):
   metrics = mixture.metrics
   count = lambda aux: metrics(aux) | {'moe_count': aux.count.sum()}
   monkeypatch.setattr(mixture, 'metrics', count)
-  state, batch = quick(agent.init)(KEY), make_batch(config, spec)
+  state, batch = quick(agent.init)(KEY), batch_of(config, spec)
   found = quick(agent.evaluate)(state.params, batch, KEY)
   assert found['moe_count'] == tokens * MOE.router.k
   weights = {'policy': 1, 'value': 0.25, 'reward': 1}
@@ -134,7 +98,7 @@ def test_the_loss_has_the_mixture_in_it(case, monkeypatch):
 
 
 def test_an_agent_of_traced_floats_is_traced_once():
-  batch, traces = make_batch(muzero.Config(**SHARED), VECTOR), []
+  batch, traces = batch_of(muzero.Config(**SHARED), VECTOR), []
 
   def row(seed, load_weight):
     traces.append(0)
@@ -161,7 +125,9 @@ def test_a_search_alone_is_its_row_of_a_batch():
   def plan(timestep):
     return search(model, params, KEY, timestep)
 
-  roots = make_timestep(VECTOR, 8)
+  batch = make_batch(config, VECTOR)
+  first_two = jax.tree.map(lambda x: x[:, :2], batch.experience.timestep)
+  roots = jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), first_two)
   together = plan(roots)
   for row in (0, 5):
     single = plan(jax.tree.map(lambda x, i=row: x[i : i + 1], roots))

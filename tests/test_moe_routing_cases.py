@@ -24,6 +24,7 @@ from test_moe_routing import (
   nested,
   train,
 )
+from trees import assert_equal
 
 from networks import balance, routing
 
@@ -186,7 +187,7 @@ def test_a_batch_of_one_equals_the_row():
     )
 
   row = jax.tree.map(lambda x: x[5:6], plans(slice(None)))
-  jax.tree.map(np.testing.assert_array_equal, plans(slice(5, 6)), row)
+  assert_equal(plans(slice(5, 6)), row)
 
 
 # What is learned without a loss on gates.

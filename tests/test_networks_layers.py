@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_close
 
 from networks import heads, mlp, resnet, value_prefix
 
@@ -98,11 +99,7 @@ def test_convolution_and_its_gradient(key):
   got = jax.vmap(lambda *a: value_and_gradients(resnet.convolve, *a))(
     x, kernel, weight
   )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    got,
-    want,
-  )
+  assert_close(got, want, 0.0001, 1e-05)
 
 
 def test_default_gradient_is_the_cpu_gradient(key):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_close, assert_equal
 
 from networks import heads, muzero
 
@@ -215,7 +216,7 @@ def test_fresh_heads_are_uniform_and_zero(built, compiled):
 def test_statistics_change_in_training_only(built, compiled):
   _, params, stats, inputs = built
   evaluated, same = compiled[False](params, stats, *inputs)
-  jax.tree.map(np.testing.assert_array_equal, same, stats)
+  assert_equal(same, stats)
   trained, new = compiled[True](params, stats, *inputs)
   assert jax.tree.structure(new) == jax.tree.structure(stats)
   # Every layer was called once, so every statistic moved by a tenth of the
@@ -258,11 +259,7 @@ def test_bfloat16_is_close_to_float32(built, compiled):
   for name in ('state', 'next_state'):
     scale = np.abs(want[name]).max()
     assert 0 < distance(name) < 0.05 * scale
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05),
-    new['torso'],
-    want_stats['torso'],
-  )
+  assert_close(new['torso'], want_stats['torso'], 0.05)
 
 
 def _loss(net, params, stats, observation, actions, scan):
@@ -330,11 +327,7 @@ def test_vmap_over_seeds_equals_a_loop():
   got = jax.jit(jax.vmap(run))(keys)
   alone = jax.jit(run)
   want = jax.tree.map(lambda *x: jnp.stack(x), *map(alone, keys))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    got,
-    want,
-  )
+  assert_close(got, want, 0.0001, 1e-05)
   assert not np.allclose(got[1][0], got[1][1], atol=1e-2)
 
 
@@ -391,7 +384,7 @@ def test_encoded_actions_enter_as_one_hot_ones_do(spec):
   encoded = muzero.make(plane, spec, A, policy_size=A)
   params, stats = jax.jit(encoded.init)(jax.random.key(0))
   want, _ = jax.jit(plain.init)(jax.random.key(0))
-  jax.tree.map(np.testing.assert_array_equal, params, want)
+  assert_equal(params, want)
 
   state = jnp.ones((A, 5, 4, 4) if spec is IMAGE else (A, 8))
   indexed, _ = jax.jit(

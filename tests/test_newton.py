@@ -1,6 +1,5 @@
 """On-line play as Newton's method: processes, linear systems, the book."""
 
-import csv
 import functools
 
 import jax
@@ -11,6 +10,7 @@ import scipy.integrate
 import scipy.linalg
 import scipy.optimize
 from absl import flags
+from launching import read_csv
 
 from experiments.studies import newton, newton_cases
 from search.exact import bellman, examples, riccati
@@ -434,8 +434,7 @@ def written(tmp_path_factory):
     for name in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, name)
     flags.FLAGS.unparse_flags()
-  with open(out / 'newton_examples.csv', newline='') as file:
-    return list(csv.DictReader(file)), out
+  return read_csv(out / 'newton_examples.csv'), out
 
 
 # What the examples give, computed by others before: starts of `item` and

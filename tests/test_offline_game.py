@@ -1,18 +1,14 @@
 """Finite MDPs, the critic's quadratic program and ATAC's game, exactly."""
 
-import csv
 import functools
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from launching import launch, read_csv, refused
 
 from experiments.studies import atac_game_selection
 from search.exact import bellman, box, linear, offline_game
@@ -473,29 +469,11 @@ def test_other_mistakes_are_refused(key):
 
 @pytest.mark.slow
 def test_launcher(tmp_path):
-  root = pathlib.Path(__file__).resolve().parent.parent
-  environment = dict(
-    os.environ,
-    JAX_PLATFORMS='cpu',
-    JAX_COMPILATION_CACHE_DIR=str(root / '.jax_cache'),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
-  )
-
-  def launch(*flags):
-    return subprocess.run(
-      [sys.executable, '-m', 'experiments.study', 'atac_game', *flags],
-      cwd=root,
-      env=environment,
-      capture_output=True,
-      text=True,
-      timeout=500,
-    )
-
-  refused = launch('--sizes=1,a')
-  assert refused.returncode == 2
-  assert refused.stderr.startswith('error: sizes=1,a: must be')
+  said = refused('study atac_game', '--sizes=1,a')
+  assert said.startswith('error: sizes=1,a: must be')
   out = tmp_path / 'game.csv'
-  done = launch(
+  launch(
+    'study atac_game',
     '--mdps=2',
     '--states=3',
     '--actions=3',
@@ -504,9 +482,7 @@ def test_launcher(tmp_path):
     '--sizes=20,40',
     f'--out={out}',
   )
-  assert done.returncode == 0, done.stderr
-  with open(out, newline='') as file:
-    rows = list(csv.DictReader(file))
+  rows = read_csv(out)
   # MDPs, coverages, pessimisms, oracles, betas.
   assert len(rows) == 2 * 2 * 2 * 2 * 7
   for row in rows:
@@ -514,8 +490,7 @@ def test_launcher(tmp_path):
     assert float(row['regret']) <= float(row['bound'])
     if row['pessimism'] == 'relative':
       assert float(row['slack']) > -1e-12
-  with open(tmp_path / 'game_selection.csv', newline='') as file:
-    rules = list(csv.DictReader(file))
+  rules = read_csv(tmp_path / 'game_selection.csv')
   assert len(rules) == 2 * 2 * 12
   for row in rules:
     assert float(row['regret']) >= 0

@@ -9,7 +9,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from test_launchers import ENVIRONMENT, ROOT, command, launch, rows
+from launching import ENVIRONMENT, ROOT, command, launch
+from test_launchers import rows
+from trees import assert_equal
 
 from experiments import build, presets
 from experiments.build import dataset, evaluation
@@ -95,10 +97,6 @@ def describe(data, preset='atac', **changes):
   return build.describe(preset, dataset=data, **changes)
 
 
-def leaves_equal(one, two):
-  jax.tree.map(np.testing.assert_array_equal, one, two)
-
-
 def make_trainer(experiment):
   return staging.make(experiment, Saved(), lambda: False)
 
@@ -180,10 +178,10 @@ def test_what_crosses_the_border(whole):
   entered = staging.enter(second, carry)
   assert int(entered.step) == WARM
   before, after = carry.agent, entered.agent
-  leaves_equal(after.target_critic, before.target_critic)
-  leaves_equal(after.params.critic, before.params.critic)
-  leaves_equal(after.params.policy, before.params.policy)
-  leaves_equal(after.opt_state.critic, before.opt_state.critic)
+  assert_equal(after.target_critic, before.target_critic)
+  assert_equal(after.params.critic, before.params.critic)
+  assert_equal(after.params.policy, before.params.policy)
+  assert_equal(after.opt_state.critic, before.opt_state.critic)
   # Targets lag behind, and the temperature and the policy's Adam are fresh.
   kernels = lambda x: np.concatenate([k.ravel() for k in jax.tree.leaves(x)])
   lag = kernels(before.params.critic) - kernels(before.target_critic)
@@ -222,7 +220,7 @@ def assert_equal_runs(experiment, one, two):
   last = make_trainer(experiment).stages[-1]
   (a, about), (b, _) = (read_carry(last, folder) for folder in (one, two))
   assert int(a.step) == experiment.updates and about['phase'] == 1
-  leaves_equal(a, b)
+  assert_equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from trees import assert_equal
 
 from agents.core.types import (
   Agent,
@@ -138,7 +139,7 @@ def test_a_checkpoint_holds_no_rows_and_knows_them(dataset, tmp_path):
     source.kept.template()
   )
   loaded = source.kept.load(arrays, facts, tmp_path, jax.random.key(0))
-  jax.tree.map(np.testing.assert_array_equal, loaded, state)
+  assert_equal(loaded, state)
 
   reward = dataset.reward.copy()
   reward[-1] += 1e-3
@@ -202,7 +203,7 @@ def test_several_devices_share_a_batch(dataset):
   whole, parted = (
     draw(make_source(dataset, place=f), 2) for f in (lambda x: x, place)
   )
-  jax.tree.map(np.testing.assert_array_equal, whole, parted)
+  assert_equal(whole, parted)
 
 
 def test_the_first_two_steps_of_a_window_are_a_transition():
@@ -231,7 +232,7 @@ def test_the_first_two_steps_of_a_window_are_a_transition():
     o_t={'x': grid[:, 1]},
     sample=sample,
   )
-  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert_equal(got, want)
 
 
 SAC = (
@@ -398,7 +399,7 @@ def test_a_ring_is_saved_without_the_data(dataset, mixed, tmp_path):
   loaded = mixed.kept.load(arrays, facts, tmp_path, jax.random.key(0))
   again, one, _ = mixed.next(loaded, jnp.float32(2), 2, jax.random.key(2))
   kept, two, _ = mixed.next(state, jnp.float32(2), 2, jax.random.key(2))
-  jax.tree.map(np.testing.assert_array_equal, (again, one), (kept, two))
+  assert_equal((again, one), (kept, two))
 
 
 def test_rows_of_a_sweep_share_the_data(dataset, mixed):
@@ -413,12 +414,11 @@ def test_rows_of_a_sweep_share_the_data(dataset, mixed):
   together = jax.jit(jax.vmap(first, (0, None), (mixed.axes, 0)))
   states, batches = together(jnp.arange(3), rows)
   alone = jax.jit(first)
-  jax.tree.map(np.testing.assert_array_equal, states.real, rows)
+  assert_equal(states.real, rows)
   assert states.ring.r_t.shape == (3, CAPACITY)
   for seed in range(3):
     state, batch = alone(jnp.int32(seed), rows)
-    jax.tree.map(
-      np.testing.assert_array_equal,
+    assert_equal(
       (state.ring, batch),
       jax.tree.map(lambda x, i=seed: x[i], (states.ring, batches)),
     )

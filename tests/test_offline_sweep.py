@@ -7,7 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_launchers import launch, rows
+from launching import launch
+from test_launchers import rows
 from test_offline_launch import (  # noqa: F401
   ATAC,
   EVERY,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_close
 
 from agents.core import replay as core
 from agents.core.types import Sample
@@ -102,11 +103,7 @@ def test_two_devices_give_what_one_gives(env, key):
   assert want[:, 0].std() > 0
   # Sums over the batch are taken in another order; float32.
   np.testing.assert_allclose(got, want, rtol=2e-4)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-    got_network,
-    want_network,
-  )
+  assert_close(got_network, want_network, 0.001, 1e-05)
 
 
 @pytest.mark.parametrize('env', ENVS)

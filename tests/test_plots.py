@@ -2,11 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from launching import launch, refused
 from scipy import stats
 
 from experiments.files import tables
@@ -349,18 +348,12 @@ def test_launcher(tmp_path):
       evaluation=[('final', 0, 14.6), ('final', 8, 14.6 + seed)],
     )
   out = tmp_path / 'figures/curve.png'
-  command = [sys.executable, '-m', 'experiments.plots']
-  done = subprocess.run(
-    [
-      *command,
-      f'--workdirs={tmp_path}/runs/s*',
-      f'--out={out}',
-      '--y=episode_return,eval_return',
-    ],
-    capture_output=True,
-    text=True,
+  done = launch(
+    'plots',
+    f'--workdirs={tmp_path}/runs/s*',
+    f'--out={out}',
+    '--y=episode_return,eval_return',
   )
-  assert done.returncode == 0, done.stderr
   assert 'mean of 1' in done.stdout and '1.014' in done.stdout
   for name in ('curve.png', 'curve_search.png'):
     assert (out.parent / name).stat().st_size > 10_000
@@ -387,13 +380,7 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_launcher_errors_are_one_line(tmp_path):
-  done = subprocess.run(
-    [sys.executable, '-m', 'experiments.plots', f'--workdirs={tmp_path}/no_*'],
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  assert done.stderr == (
+  assert refused('plots', f'--workdirs={tmp_path}/no_*') == (
     f'error: workdirs={tmp_path}/no_*: there is none; name folders of '
     'experiments.train\n'
   )

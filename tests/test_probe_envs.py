@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_agents import make_agent
 
 from agents import efficientzero, muzero, sampled_muzero
 from agents.core import planning, replay
@@ -61,7 +62,7 @@ def make_probe(task):
   return Environment(reset, step, SPEC)
 
 
-def make_agent(module, **changes):
+def small_config(module, **changes):
   network = NetworkConfig(
     latent_size=16,
     blocks=0,
@@ -73,7 +74,7 @@ def make_agent(module, **changes):
     predictor=(16,),
     head_hidden=(16,),
   )
-  config = module.Config(
+  return module.Config(
     network=network,
     search=planning.SearchConfig(
       rule='puct' if module is muzero else 'efficientzero', num_simulations=6
@@ -90,15 +91,14 @@ def make_agent(module, **changes):
     total_updates=UPDATES,
     **changes,
   )
-  networks = module.make_networks(config, SPEC)
-  return config, module.make(config, networks, module.make_losses(), SPEC)
 
 
 @functools.cache
 def trained(module):
   """The agent and its parameters, one row a task."""
   changes = {'total_decisions': 10_000} if module is efficientzero else {}
-  config, agent = make_agent(module, **changes)
+  config = small_config(module, **changes)
+  agent = make_agent(module, config, SPEC)
   key = jax.random.key(0)
 
   def source(task):
@@ -242,8 +242,7 @@ def test_a_real_action_is_found(policy):
     target_period=20,
     total_updates=updates,
   )
-  networks = module.make_networks(config, BOX)
-  agent = module.make(config, networks, module.make_losses(), BOX)
+  agent = make_agent(module, config, BOX)
   inner = sources.from_env(make_target(), agent, 4)
   kept = replay.device_replay(1024, 32, config.window)
   windows = sources.replayed(

@@ -1,8 +1,7 @@
 """The study of coarse stages: its ends are known, its order is the theory's."""
 
-import csv
-
 import pytest
+from launching import read_csv
 
 from experiments.files import tables
 from experiments.studies import pruning
@@ -34,8 +33,7 @@ def test_a_wrong_first_stage_hurts_the_most(rows):
 def test_rows_are_written_and_drawn(rows, tmp_path):
   pruned = [pruning.Coarsened('pruning', s, 1, 2, 0.5, 0.1, 9) for s in (0, 1)]
   tables.write_records(tmp_path / 'rows.csv', [*rows, *pruned], digits=5)
-  with (tmp_path / 'rows.csv').open(newline='') as file:
-    read = list(csv.DictReader(file))
+  read = read_csv(tmp_path / 'rows.csv')
   assert len(read) == len(rows) + 2
   assert float(read[0]['score']) == pytest.approx(rows[0].score, rel=1e-4)
   figure = pruning.draw([*rows, *pruned])

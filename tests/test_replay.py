@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_equal
 
 from agents.core.replay import (
   EPSILON,
@@ -158,11 +159,7 @@ def test_windows_are_those_of_brute_force(both, key, num_rows):
         for k in range(window):
           if valid[k]:
             row = jax.tree.map(lambda x, e=e: x[e], chosen[k])
-            jax.tree.map(
-              np.testing.assert_array_equal,
-              jax.tree.map(lambda x, k=k: x[k], got),
-              row,
-            )
+            assert_equal(jax.tree.map(lambda x, k=k: x[k], got), row)
         assert batch.sample.generation[b] == t // ROWS + 1
         assert batch.sample.age[b] == (num_rows - 1 - t) * STREAMS
     # 192 draws from at most 24 rows find them all.
@@ -185,7 +182,7 @@ def test_host_and_device_draw_the_same(both, key):
     weightless = lambda z: z._replace(
       sample=z.sample._replace(weight=None, scale=None)
     )
-    jax.tree.map(np.testing.assert_array_equal, weightless(x), weightless(y))
+    assert_equal(weightless(x), weightless(y))
     priorities = 3 * jax.random.normal(step_key, (BATCH,))
     a = device.update(a, x.sample, priorities)
     b = there.update(b, y.sample, priorities)

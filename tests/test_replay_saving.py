@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_replay import ROWS, STREAMS, fill, one_stream, stream
+from trees import assert_equal
 
 from agents.core.replay import (
   device_replay,
@@ -30,7 +31,7 @@ def equal(a, b):
     )
     for s in (a, b)
   )
-  jax.tree.map(np.testing.assert_array_equal, x, y)
+  assert_equal(x, y)
   np.testing.assert_array_equal(a.priority, b.priority)
   np.testing.assert_array_equal(a.mass, b.mass)
   assert (a.max_priority, a.count) == (b.max_priority, b.count)
@@ -61,7 +62,7 @@ def test_saving_appends_and_loading_restores(tmp_path, compress, key):
     back = host.load(replay.init(rows[0]), tmp_path, *saved)
     equal(state, back)
     x, y = replay.sample(state, key, 1.0), replay.sample(back, key, 1.0)
-    jax.tree.map(np.testing.assert_array_equal, x, y)
+    assert_equal(x, y)
   assert json.loads(json.dumps(saved[1]))['count'] == 56
 
 

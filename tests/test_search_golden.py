@@ -16,6 +16,7 @@ from search_tables import (
   random_tables,
   recurrent_fn,
 )
+from trees import assert_equal
 
 from search import _mctx, engine, rules
 
@@ -166,7 +167,7 @@ def test_same_bits_as_mctx(rule, max_depth):
   key = jax.random.key(11)
   theirs = exact_jit(functools.partial(run, mctx.search))(key)
   ours = exact_jit(functools.partial(run, _mctx.search))(key)
-  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  assert_equal(ours, theirs)
   depth = _depths(ours)
   if max_depth is None:
     assert depth.max() > 3

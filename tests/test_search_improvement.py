@@ -1,11 +1,6 @@
 """Improvement operators and their estimates, beside float64 references."""
 
-import csv
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
+from launching import launch, read_csv, refused
 
 from search import policies
 from search.exact import improvement
@@ -286,32 +282,12 @@ def test_bad_parameters_are_refused(make, bad):
 
 @pytest.mark.slow
 def test_launcher(tmp_path):
-  root = pathlib.Path(__file__).resolve().parent.parent
-  environment = dict(
-    os.environ,
-    JAX_PLATFORMS='cpu',
-    JAX_COMPILATION_CACHE_DIR=str(root / '.jax_cache'),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
-  )
-
-  def launch(*flags):
-    return subprocess.run(
-      [sys.executable, '-m', 'experiments.study', 'sampling_operators', *flags],
-      cwd=root,
-      env=environment,
-      capture_output=True,
-      text=True,
-      timeout=300,
-    )
-
-  refused = launch('--ks=4,32')
-  assert refused.returncode == 2
-  assert refused.stderr.startswith('error: ks=4,32: must be')
-  done = launch('--ks=32,256', '--trials=400', f'--out={tmp_path}')
-  assert done.returncode == 0, done.stderr
+  said = refused('study sampling_operators', '--ks=4,32')
+  assert said.startswith('error: ks=4,32: must be')
+  flags = ('--ks=32,256', '--trials=400', f'--out={tmp_path}')
+  done = launch('study sampling_operators', *flags)
   assert f'results: {tmp_path}' in done.stdout
-  with open(tmp_path / 'operators_convergence.csv', newline='') as file:
-    rows = list(csv.DictReader(file))
+  rows = read_csv(tmp_path / 'operators_convergence.csv')
   # Two operators, three proposals, three priors, two K.
   assert len(rows) == 36
   large = [row for row in rows if row['k'] == '256']
@@ -319,8 +295,7 @@ def test_launcher(tmp_path):
     # 5 standard errors, and a bias of order 1 / K.
     distance = abs(float(row['bias']) - float(row['bias_limit']))
     assert distance < 5 * float(row['bias_se']) + 1 / 256
-  with open(tmp_path / 'operators_slopes.csv', newline='') as file:
-    slopes = list(csv.DictReader(file))
+  slopes = read_csv(tmp_path / 'operators_slopes.csv')
   assert len(slopes) == 18
   for row in slopes:
     if row['correction'] == 'beta_hat/beta':

@@ -15,6 +15,7 @@ from search_tables import (
   random_tables,
   recurrent_fn,
 )
+from trees import assert_equal
 
 from search import policies, roots
 from search.model import Model, TimeStep
@@ -120,9 +121,7 @@ def test_gumbel_is_mctx(key, tables, invalid):
     )
 
   ours, theirs = run(key)
-  jax.tree.map(
-    np.testing.assert_array_equal, ours.search_tree, theirs.search_tree
-  )
+  assert_equal(ours.search_tree, theirs.search_tree)
   np.testing.assert_array_equal(ours.action_weights, theirs.action_weights)
   np.testing.assert_array_equal(ours.action, theirs.action)
 
@@ -225,7 +224,7 @@ def test_embeddings_in_bfloat16_are_rounded(name, max_depth):
 def test_evaluation_needs_no_key(evaluated, name):
   first = evaluated(name, jax.random.key(1))
   second = evaluated(name, jax.random.key(2))
-  jax.tree.map(np.testing.assert_array_equal, first, second)
+  assert_equal(first, second)
   visits = first.search_tree.children_visits[:, 0]
   best = jnp.take_along_axis(visits, first.action[:, None], axis=1)[:, 0]
   np.testing.assert_array_equal(best, visits.max(-1))
@@ -299,7 +298,7 @@ def test_planner_over_seeds(tables, invalid):
   # A program for three seeds may round a mean in another order.
   np.testing.assert_allclose(together.value, singly.value, rtol=2e-6)
   together, singly = (x._replace(value=None) for x in (together, singly))
-  jax.tree.map(np.testing.assert_array_equal, together, singly)
+  assert_equal(together, singly)
   assert (together.action_weights[0] != together.action_weights[1]).any()
   assert together.action.dtype == jnp.int32
   assert (together.action_weights[:, :-1][:, invalid[:-1]] == 0).all()

@@ -19,6 +19,7 @@ from test_search_sampled import (
   row,
   softmax,
 )
+from trees import assert_equal
 
 from networks import actions
 from search import policies, proposals, sampled
@@ -373,7 +374,7 @@ def test_vmap_equals_a_loop_and_keys_decide(line, key):
       got.search_tree.children_visits, want.search_tree.children_visits
     )
   again = jax.tree.map(np.asarray, compiled(keys[0]))
-  jax.tree.map(np.testing.assert_array_equal, again, alone[0])
+  assert_equal(again, alone[0])
   assert (alone[0].sampled_actions != alone[1].sampled_actions).any()
 
 

@@ -1,14 +1,11 @@
 """Sweeps: one program of many rows; what is finished stays; the launcher."""
 
-import csv
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from launching import launch, read_csv
 
 from experiments import build
 from experiments.runtime import evaluate, loop, mesh
@@ -18,15 +15,6 @@ from experiments.sweeps import program as sweep_program
 from experiments.sweeps import train as sweep_train
 from experiments.sweeps.plan import Row
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = dict(
-  os.environ,
-  JAX_PLATFORMS='cpu',
-  # What is compiled here need not be compiled again there.
-  JAX_NUM_CPU_DEVICES='2',
-  JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
-)
 TINY = (
   'env.num_envs=4',
   'warmup_decisions=64',
@@ -219,22 +207,7 @@ def test_floats_of_agents_search_and_replay_are_traced(preset, env, floats):
 
 
 def run_sweep(*flags, check=True):
-  done = subprocess.run(
-    [sys.executable, '-m', 'experiments.sweep', *flags],
-    cwd=ROOT,
-    env=ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  if check:
-    assert done.returncode == 0, done.stdout + done.stderr
-  return done
-
-
-def read(path):
-  with open(path, newline='') as file:
-    return list(csv.DictReader(file))
+  return launch('sweep', *flags, check=check, JAX_NUM_CPU_DEVICES='2')
 
 
 @pytest.mark.slow
@@ -250,18 +223,18 @@ def test_the_launcher_sweeps_goes_on_and_refuses(tmp_path):
   done = run_sweep(*flags, '--seeds=1')
   assert 'best: learning_rate=' in done.stdout
   assert '--set=learning_rate=' in done.stdout
-  first = read(tmp_path / 'sweep.csv')
+  first = read_csv(tmp_path / 'sweep.csv')
   rates = ['1e-3', '3e-3', '1e-2', '3e-2']
   assert [r['learning_rate'] for r in first] == rates
   assert (tmp_path / 'sweep.png').exists()
   assert not (tmp_path / 'programs' / '000' / 'checkpoints').exists()
 
   run_sweep(*flags, '--seeds=2')
-  second = read(tmp_path / 'sweep.csv')
+  second = read_csv(tmp_path / 'sweep.csv')
   assert [r for r in second if r['seed'] == '0'] == first
   assert [r['status'] for r in second] == ['done'] * 8
-  assert [r['seeds'] for r in read(tmp_path / 'summary.csv')] == ['2'] * 4
-  curves = read(tmp_path / 'curves.csv')
+  assert [r['seeds'] for r in read_csv(tmp_path / 'summary.csv')] == ['2'] * 4
+  curves = read_csv(tmp_path / 'curves.csv')
   assert len(curves) == 8 * 3
   assert {r['step'] for r in curves if r['network_return']} == {'10', '12'}
 
@@ -284,7 +257,7 @@ def test_engines_report_the_same_returns(tmp_path):
     )
     tables[engine] = [
       {n: row[n] for n in ('seed', 'status', 'eval_return', 'network_return')}
-      for row in read(tmp_path / engine / 'sweep.csv')
+      for row in read_csv(tmp_path / engine / 'sweep.csv')
     ]
   assert len({row['eval_return'] for row in tables['vmap']}) > 1
   assert tables['processes'] == tables['vmap']
@@ -301,19 +274,6 @@ def test_vmap_needs_a_pure_environment(tmp_path):
   assert done.stderr.startswith('error: engine=vmap: Catch-v0')
 
 
-def test_help_needs_no_jax():
-  broken = dict(ENVIRONMENT, PYTHONPATH=str(ROOT / 'tests' / 'without_jax'))
-  done = subprocess.run(
-    [sys.executable, '-m', 'experiments.sweep', '--help'],
-    cwd=ROOT,
-    env=broken,
-    capture_output=True,
-    text=True,
-  )
-  assert 'Traceback' not in done.stdout + done.stderr
-  assert '--grid' in done.stdout
-
-
 @pytest.mark.slow
 def test_rows_of_the_host_run_as_processes(tmp_path):
   done = run_sweep(
@@ -327,19 +287,19 @@ def test_rows_of_the_host_run_as_processes(tmp_path):
     f'--workdir={tmp_path}',
   )
   assert 'engine processes' in done.stdout
-  table = read(tmp_path / 'sweep.csv')
+  table = read_csv(tmp_path / 'sweep.csv')
   assert [r['seed'] for r in table] == ['0', '1']
   for row, name in zip(table, ('s000_seed0', 's000_seed1')):
-    played = read(tmp_path / 'rows' / name / 'evaluation.csv')
+    played = read_csv(tmp_path / 'rows' / name / 'evaluation.csv')
     assert [r['simulations'] for r in played] == ['0', '2']
     assert float(row['final_return']) == float(played[1]['return_mean'])
-    [measured] = read(tmp_path / 'rows' / name / 'measured.csv')
+    [measured] = read_csv(tmp_path / 'rows' / name / 'measured.csv')
     assert float(row['eval_return']) == float(measured['eval_return'])
     assert float(row['network_return']) == float(measured['network_return'])
     # Measured as it is while training, of the last of these updates, too.
     [last] = [
       r
-      for r in read(tmp_path / 'rows' / name / 'metrics.csv')
+      for r in read_csv(tmp_path / 'rows' / name / 'metrics.csv')
       if r['step'] == measured['step']
     ]
     assert last['eval_return'] in ('', measured['eval_return'])

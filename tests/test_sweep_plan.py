@@ -1,10 +1,10 @@
 """What a sweep is made of: settings, seeds, programs, and what is refused."""
 
-import csv
 import math
 
 import numpy as np
 import pytest
+from launching import read_csv
 
 from experiments.report import statistics
 from experiments.runtime import config as configs
@@ -129,8 +129,7 @@ def test_settings_are_ranked_by_iqm_and_lost_seeds(tmp_path):
   assert (second.low, second.high) == (low, high)
   # Diverged with one seed in four: behind those that never do.
   assert (third.setting, third.iqm, third.lost) == (2, 9.0, 1)
-  with open(tmp_path / 'sweep.csv', newline='') as file:
-    table = list(csv.DictReader(file))
+  table = read_csv(tmp_path / 'sweep.csv')
   assert len(table) == 12 and table[-1]['status'] == 'nan'
   assert math.isnan(float(table[-1]['eval_return']))
   assert table[3]['learning_rate'] == '1e-3' and table[3]['seed'] == '3'

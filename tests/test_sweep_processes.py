@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from test_sweep import SHARED, TINY, read, run_sweep
+from launching import read_csv
+from test_sweep import SHARED, TINY, run_sweep
 
 from experiments.files.errors import UserError
 from experiments.runtime import run_config
@@ -267,15 +268,17 @@ def test_halving_ends_processes_that_train(tmp_path):
     f'--workdir={tmp_path}',
   )
   done = run_sweep(*flags)
-  table = read(tmp_path / 'sweep.csv')
+  table = read_csv(tmp_path / 'sweep.csv')
   statuses = [row['status'] for row in table]
   assert set(statuses) == {'halved', 'done'}, done.stdout
-  whole = max(int(read(p)[-1]['step']) for p in tmp_path.glob('rows/*/m*s.csv'))
+  whole = max(
+    int(read_csv(p)[-1]['step']) for p in tmp_path.glob('rows/*/m*s.csv')
+  )
   names = [f's{i:03}_seed{seed}' for i in (0, 1) for seed in (0, 1)]
   for name, row in zip(names, table, strict=True):
     folder = tmp_path / 'rows' / name
-    step = int(read(folder / 'metrics.csv')[-1]['step'])
-    tries = read(folder.with_suffix('.tries.csv'))
+    step = int(read_csv(folder / 'metrics.csv')[-1]['step'])
+    tries = read_csv(folder.with_suffix('.tries.csv'))
     assert [t['state'] for t in tries] == [row['status']]
     if row['status'] == 'halved':
       assert step < whole and 'below the best' in tries[0]['reason']
@@ -286,7 +289,7 @@ def test_halving_ends_processes_that_train(tmp_path):
   before = [p.read_text() for p in sorted(tmp_path.glob('rows/*.tries.csv'))]
   run_sweep(*flags)
   after = [p.read_text() for p in sorted(tmp_path.glob('rows/*.tries.csv'))]
-  assert before == after and read(tmp_path / 'sweep.csv') == table
+  assert before == after and read_csv(tmp_path / 'sweep.csv') == table
 
 
 def test_rows_that_ended_early_are_in_no_mean():

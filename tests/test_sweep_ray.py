@@ -1,6 +1,5 @@
 """Sweeps on a Ray cluster: machines are asked first, and may be lost."""
 
-import csv
 import json
 import os
 import pathlib
@@ -10,21 +9,18 @@ import subprocess
 import sys
 import time
 
+import launching
 import pytest
+from launching import ROOT, read_csv
 
 from experiments.files.errors import UserError
 from experiments.runtime import distributed
 from experiments.sweeps import ray_pool
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = dict(
-  os.environ,
-  JAX_PLATFORMS='cpu',
-  PYTHONPATH=str(ROOT),
-  JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
-  RAY_USAGE_STATS_ENABLED='0',
-)
+ENVIRONMENT = launching.ENVIRONMENT | {
+  'PYTHONPATH': str(ROOT),
+  'RAY_USAGE_STATS_ENABLED': '0',
+}
 FLAGS = (
   '--preset=muzero_catch',
   '--env=jax:catch',
@@ -151,10 +147,9 @@ def cluster(tmp_path):
 
 
 def sweep(workdir, *flags, engine='ray', **options):
-  command = [sys.executable, '-m', 'experiments.sweep', *FLAGS]
-  command += [f'--engine={engine}', f'--workdir={workdir}', *flags]
+  own = (f'--engine={engine}', f'--workdir={workdir}', *flags)
   return subprocess.Popen(
-    command,
+    launching.command('sweep', *FLAGS, *own),
     cwd=ROOT,
     env=ENVIRONMENT,
     stdout=subprocess.PIPE,
@@ -162,11 +157,6 @@ def sweep(workdir, *flags, engine='ray', **options):
     text=True,
     **options,
   )
-
-
-def read(path):
-  with open(path, newline='') as file:
-    return list(csv.DictReader(file))
 
 
 def wait_for(pattern, workdir, number, process):
@@ -181,7 +171,7 @@ def numbers(workdir):
   """What a row learned and played, without how long it took."""
   return [
     {n: r[n] for n in ('seed', 'eval_return', 'network_return', 'status')}
-    for r in read(workdir / 'sweep.csv')
+    for r in read_csv(workdir / 'sweep.csv')
   ]
 
 
@@ -209,7 +199,7 @@ def test_what_is_killed_is_gone_on_with(cluster, tmp_path, what):
     process = sweep(kept, *rows, f'--ray_address={address}')
   out, _ = process.communicate(timeout=900)
   assert process.returncode == 0, out
-  tries = [len(read(p)) for p in sorted(kept.glob('rows/*.tries.csv'))]
+  tries = [len(read_csv(p)) for p in sorted(kept.glob('rows/*.tries.csv'))]
   assert max(tries) >= 2
   if what == 'a row':
     assert 'SIGKILL: killed by the user or for lack of memory' in out
@@ -235,10 +225,11 @@ def test_a_driver_that_is_terminated_writes_its_table(cluster, tmp_path):
   out, _ = process.communicate(timeout=300)
   assert process.returncode == 143, out
   assert 'Traceback' not in out and 'SIGTERM received at' not in out, out
-  table = read(tmp_path / 'sweep' / 'sweep.csv')
+  table = read_csv(tmp_path / 'sweep' / 'sweep.csv')
   assert [r['status'] for r in table] == ['left'] * 3
   states = [
-    read(p)[-1]['state'] for p in (tmp_path / 'sweep').glob('rows/*.tries.csv')
+    read_csv(p)[-1]['state']
+    for p in (tmp_path / 'sweep').glob('rows/*.tries.csv')
   ]
   assert states == ['stopped'] * 2
 

@@ -1,6 +1,5 @@
 """Runs that learn from a text: launchers, resume, devices, sweeps."""
 
-import csv
 import gzip
 import json
 import struct
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from launching import read_csv
 from test_text import make_text
 
 from experiments import build, corpus, play, presets, train
@@ -65,9 +65,9 @@ def describe(path, **changes):
 
 def rows(path):
   clocks = ('updates_per_second', 'compiled')
-  with open(path, newline='') as file:
-    found = csv.DictReader(file)
-    return [{k: v for k, v in r.items() if k not in clocks} for r in found]
+  return [
+    {k: v for k, v in r.items() if k not in clocks} for r in read_csv(path)
+  ]
 
 
 def by_flags(module, *arguments):
@@ -256,7 +256,10 @@ MISTAKES = {
     {'settings': (*SETTINGS, 'hold_out=3')},
     'hold_out=3: needs a',
   ),
-  'host': ({'settings': (*SETTINGS, 'data_on=host')}, 'data_on=host: a text'),
+  'host': (
+    {'settings': (*SETTINGS, 'data_on=host')},
+    'data_on=host: must be device for a text',
+  ),
   'long': (
     {'settings': (*SETTINGS, 'text.length=2000')},
     'held_out=0.1',
