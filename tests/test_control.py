@@ -332,7 +332,7 @@ def test_what_cannot_be_planned_with_is_refused(runs, tmp_path):
   catch = write('catch', 'efficientzero_catch', 'jax:catch')
   cloned = write('bc', 'bc_small', 'jax:pendulum', dataset='none')
   for workdir, message in (
-    (str(tmp_path / 'nowhere'), "no run's folder"),
+    (str(tmp_path / 'nowhere'), "is not a run's folder"),
     (catch, 'jax:catch has discrete actions; use python -m'),
     (cloned, 'bc has no actor with a critic; give a run of atac, combo, cql'),
   ):
