@@ -222,7 +222,7 @@ TABLE = {
     'flag --dynamics=x: has no effect without'
   ),
   'study equity --workdir=catch': (
-    'workdir=catch: plays jax:catch, and gnubg judges'
+    'workdir=catch: plays jax:catch, must be backgammon'
   ),
   'plots --workdirs=none': 'workdirs=none: there is none; name folders',
   'plots --workdirs=empty': "workdirs=empty: holds no run's config.json; name",

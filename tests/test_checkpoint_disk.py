@@ -154,7 +154,7 @@ def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
     ('pack0', 8, 'at byte 8'),
     ('pack0', 10**12, 'at byte 1000000000000'),
     ('pack1', 0, 'no such file'),
-    ('../../1/leaves/pack0', 0, 'is not the name of a pack'),
+    ('../../1/leaves/pack0', 0, 'is no name of a pack'),
   ):
     if is_packed:
       refused(message, packs={'1': integrity.Place(pack, offset)})

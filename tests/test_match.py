@@ -341,9 +341,9 @@ def _row(**changes):
   [
     ([], ['netwrk'], ['third'], [0, 1], 'must be network, random'),
     ([], ['network'], ['sovler'], [0, 1], 'opponents=sovler: must be one of'),
-    ([], ['network'], ['third'], [0], 'there is one run'),
+    ([], ['network'], ['third'], [0], 'there is only one run'),
     ([_row(games=4)], ['network'], ['third'], [0, 1], 'rows of 2 and 4'),
-    ([_row(other=2)], ['network'], ['third'], [0, 1], 'it would meet 1'),
+    ([_row(other=2)], ['network'], ['third'], [0, 1], 'would now meet 1'),
   ],
 )
 def test_a_study_refuses_before_it_plays(
