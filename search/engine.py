@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import mctx
 
+from search import kernels
 from search import trees as tree_lib
 from search.rules import Rule
 from search.trees import ROOT, UNVISITED, Trees
+
+ENGINES = ('auto', 'loops', 'kernels')
 
 
 def batched_search(
@@ -32,6 +35,7 @@ def batched_search(
   max_depth: int | None = None,
   invalid_actions: chex.Array | None = None,
   embedding_dtype: str = 'float32',
+  engine: str = 'auto',
   extra_data: Any = None,
   loop_fn: mctx.LoopFn = jax.lax.fori_loop,
 ) -> tuple[Trees, mctx.Tree]:
@@ -51,6 +55,8 @@ def batched_search(
       taken; put into mctx's tree. None for none.
     embedding_dtype: what float32 embeddings are kept as, 'float32' or
       'bfloat16'; the model gets them back as float32.
+    engine: 'loops' for loops over the batch, 'kernels' for `search.kernels`;
+      'auto' takes loops, until a run on a card shows kernels faster.
     extra_data: pytree `[B, ...]` put into mctx's tree.
     loop_fn: stands in for `jax.lax.fori_loop`.
 
@@ -59,8 +65,15 @@ def batched_search(
     not used costs nothing in a compiled function.
 
   Raises:
-    ValueError: if a size, shape or dtype is wrong.
+    ValueError: if a size, shape, dtype or the engine is wrong.
   """
+  if engine not in ENGINES:
+    raise ValueError(f'engine={engine}: must be auto, loops or kernels')
+  if engine == 'kernels' and not rule.has_kernel:
+    raise ValueError(
+      "engine=kernels: mctx's own selection functions run in loops; "
+      'must be auto or loops'
+    )
   if embedding_dtype not in tree_lib.DTYPES:
     raise ValueError(
       f'embedding_dtype={embedding_dtype}: must be float32 or bfloat16'
@@ -72,11 +85,16 @@ def batched_search(
   if invalid_actions is None:
     invalid_actions = jnp.zeros_like(root.prior_logits)
 
+  trees = tree_lib.plant(root, num_simulations, embedding_dtype)
+  descend, climb = _descend, tree_lib.climb
+  if engine == 'kernels' and _can_run(rule, trees, depth):
+    descend, climb = kernels.descend, kernels.climb
+
   def simulation(sim, loop_state):
     key, trees = loop_state
     key, select_key, expand_key = jax.random.split(key, 3)
     carry = rule.begin(select_key, sim, trees)
-    parent, action = _descend(trees, carry, rule, depth)
+    parent, action = descend(trees, carry, rule, depth)
     trees, leaf = tree_lib.expand(
       trees,
       params,
@@ -88,11 +106,26 @@ def batched_search(
       is_cut,
       root.embedding,
     )
-    return key, tree_lib.climb(trees, leaf)
+    return key, climb(trees, leaf)
 
-  trees = tree_lib.plant(root, num_simulations, embedding_dtype)
   _, trees = loop_fn(0, num_simulations, simulation, (rng_key, trees))
   return trees, tree_lib.to_mctx(trees, root, invalid_actions, extra_data)
+
+
+def _can_run(rule, trees, depth):
+  trees = trees._replace(embeddings=())
+  carry = jax.eval_shape(
+    lambda trees: rule.begin(jax.random.key(0), jnp.int32(0), trees), trees
+  )
+
+  def kernel_calls(trees, carry, leaf, constants, root, own):
+    its = rule._replace(constants=constants, root=root, own=own)
+    kernels.descend(trees, carry, its, depth)
+    return kernels.climb(trees, leaf)
+
+  leaf = jnp.zeros(trees.nodes.shape[0], jnp.int32)
+  mine = rule.constants, rule.root, rule.own
+  return kernels.can_run(kernel_calls, trees, carry, leaf, *mine)
 
 
 def _descend(

@@ -32,6 +32,7 @@ def gumbel(
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
   embedding_dtype: str = 'float32',
+  engine: str = 'auto',
   max_num_considered_actions: int = 16,
   gumbel_scale: chex.Numeric = 1.0,
   value_scale: chex.Numeric = 0.1,
@@ -55,6 +56,8 @@ def gumbel(
     max_depth: the most edges from the root to a leaf; static.
     embedding_dtype: what the tree keeps float32 embeddings as: 'float32', or
       'bfloat16'; static.
+    engine: of `search.engine.batched_search`: 'auto', 'loops' or 'kernels';
+      static.
     max_num_considered_actions: actions that Sequential Halving starts from,
       at least 1; static.
     gumbel_scale: scale of the root's Gumbel noise.
@@ -92,6 +95,7 @@ def gumbel(
     num_simulations=num_simulations,
     max_depth=max_depth,
     embedding_dtype=embedding_dtype,
+    engine=engine,
     invalid_actions=invalid_actions,
     extra_data=mctx.GumbelMuZeroExtraData(root_gumbel=noise),
   )

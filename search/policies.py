@@ -78,6 +78,7 @@ def puct(
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
   embedding_dtype: str = 'float32',
+  engine: str = 'auto',
   noise: Noise = NOISE,
   constants: Puct = PUCT,
   temperature: chex.Numeric = 1.0,
@@ -106,6 +107,8 @@ def puct(
     embedding_dtype: what the tree keeps float32 embeddings as: 'float32', or
       'bfloat16', which halves its memory and rounds what the model is given
       to 8 significant bits; static.
+    engine: of `search.engine.batched_search`: 'auto', 'loops' or 'kernels';
+      static.
     noise: in the root's prior.
     constants: of the PUCT formula.
     temperature: the action is drawn with probabilities proportional to
@@ -130,6 +133,7 @@ def puct(
     invalid_actions,
     max_depth,
     embedding_dtype,
+    engine,
     noise,
     temperature,
     evaluate,
@@ -147,6 +151,7 @@ def efficientzero(
   root_qvalues: chex.Array | None = None,
   max_depth: int | None = None,
   embedding_dtype: str = 'float32',
+  engine: str = 'auto',
   noise: Noise = NOISE,
   constants: Puct = PUCT,
   minmax_delta: chex.Numeric = 0.01,
@@ -185,6 +190,7 @@ def efficientzero(
     root_qvalues: float `[B, A]`, as in `puct`.
     max_depth: as in `puct`.
     embedding_dtype: as in `puct`.
+    engine: as in `puct`.
     noise: as in `puct`.
     constants: as in `puct`.
     minmax_delta: the least range of Qs that is stretched to [0, 1], above 0.
@@ -209,6 +215,7 @@ def efficientzero(
     invalid_actions,
     max_depth,
     embedding_dtype,
+    engine,
     noise,
     temperature,
     evaluate,
@@ -327,6 +334,7 @@ def _search_by_visits(
   invalid_actions,
   max_depth,
   embedding_dtype,
+  engine,
   noise,
   temperature,
   evaluate,
@@ -357,6 +365,7 @@ def _search_by_visits(
     num_simulations=num_simulations,
     max_depth=max_depth,
     embedding_dtype=embedding_dtype,
+    engine=engine,
     invalid_actions=invalid_actions,
     extra_data=order,
   )

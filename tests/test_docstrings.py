@@ -57,6 +57,8 @@ PLUMBING = {
   'search.roots.mask_logits',
   'search.roots.most_visited',
   'search.roots.sample',
+  'search.kernels.climb',
+  'search.kernels.descend',
   'search.model.TimeStep.is_last',
   'search.policies.raw',
   'search.rows.draw',
@@ -98,6 +100,7 @@ NOT_CALLED = {
   'search.rows.split': 'makes keys',
   'search._mctx.from_mctx': 'returns functions',
   'search.sampled.slot_recurrent_fn': 'returns a function',
+  'search.kernels.descend': 'takes a rule',
   'search.trees.expand': 'takes a model',
   'search.trees.to_mctx': "returns mctx's tree",
 }

@@ -33,6 +33,7 @@ class SearchConfig:
     max_depth: greatest depth of a leaf; 0 for no bound.
     embedding_dtype: what the tree keeps the model's float32 states as;
       bfloat16 halves its memory, and the model is given rounded states.
+    engine: loops over the batch, or a kernel a tree for CUDA; auto takes loops.
     num_samples: K, actions drawn at every node where they are sampled; it and
       the fields below are for such agents only.
     sample_temperature: tau; they are drawn from the policy to the power 1/tau.
@@ -51,6 +52,7 @@ class SearchConfig:
   max_considered: int = 16
   max_depth: int = 0
   embedding_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  engine: Literal['auto', 'loops', 'kernels'] = 'auto'
   num_samples: int = 20
   sample_temperature: float = 1.0
   replacement: bool = True
@@ -102,6 +104,7 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
     'num_simulations': config.num_simulations,
     'max_depth': config.max_depth or None,
     'embedding_dtype': config.embedding_dtype,
+    'engine': config.engine,
   }
   if config.rule == 'gumbel':
     rule = policies.gumbel

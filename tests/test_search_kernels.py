@@ -1,0 +1,102 @@
+"""Searches by kernels: the trees of the loops, and programs for a card."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from search_tables import make_root, random_tables, recurrent_fn
+
+from networks import actions
+from search import _mctx, kernels, policies, sampled
+
+_SAMPLED = functools.partial(
+  sampled.search, distribution=actions.flat(5), num_samples=3
+)
+_SEARCHES = {
+  'puct': policies.puct,
+  'efficientzero': policies.efficientzero,
+  'gumbel': policies.gumbel,
+  'sampled': _SAMPLED,
+}
+
+
+def _run(name, engine, key, roots=8, simulations=16, **own):
+  # Five actions are fewer than a kernel's row has places.
+  tables = random_tables(1, invalid=0.2, num_actions=5)
+  tables = jax.tree.map(jnp.asarray, tables)
+  root = make_root(tables, jnp.arange(roots))
+  invalid = jnp.isneginf(tables.logits[:roots])
+  args = (tables, key, root, recurrent_fn, simulations)
+  return _SEARCHES[name](*args, invalid_actions=invalid, engine=engine, **own)
+
+
+def _assert_same(name, roots, simulations, max_depth=None):
+  size = {'roots': roots, 'simulations': simulations, 'max_depth': max_depth}
+  loops, interpreted = (
+    jax.jit(functools.partial(_run, name, engine, **size))(jax.random.key(3))
+    for engine in ('loops', 'kernels')
+  )
+  np.testing.assert_array_equal(
+    interpreted.search_tree.children_visits, loops.search_tree.children_visits
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  close(interpreted.search_tree.node_values, loops.search_tree.node_values)
+  close(interpreted.action_weights, loops.action_weights)
+  close(interpreted.value, loops.value)
+  np.testing.assert_array_equal(interpreted.action, loops.action)
+
+
+@pytest.mark.parametrize(
+  ('name', 'max_depth'),
+  [('puct', 3), ('efficientzero', None), ('gumbel', 3), ('sampled', None)],
+)
+def test_kernels_grow_the_trees_of_the_loops(name, max_depth):
+  _assert_same(name, 8, 16, max_depth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('simulations', [50, 200])
+@pytest.mark.parametrize('name', _SEARCHES)
+def test_many_deep_trees_are_the_same(name, simulations):
+  _assert_same(name, 256, simulations)
+
+
+def test_seeds_share_the_kernels():
+  keys = jax.random.split(jax.random.key(0), 2)
+  run = lambda key: _run('puct', 'kernels', key, 4, 6).action_weights
+  together = jax.jit(jax.vmap(run))(keys)
+  np.testing.assert_array_equal(together, jnp.stack([run(key) for key in keys]))
+
+
+@pytest.mark.parametrize('name', _SEARCHES)
+def test_kernels_lower_for_a_card(name):
+  card = AbstractDevice(
+    platform='cuda', device_kind='NVIDIA H100 80GB HBM3', num_cores=132
+  )
+  mesh = AbstractMesh((1,), ('x',), abstract_device=card)
+  with jax.sharding.use_abstract_mesh(mesh):
+    search = jax.jit(lambda key: _run(name, 'kernels', key).action_weights)
+    traced = search.trace(jax.random.key(0))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  # One on the way down, one on the way up.
+  assert text.count('triton') == 2
+
+
+def test_what_does_not_lower_runs_in_loops(monkeypatch):
+  monkeypatch.setattr(kernels, 'platform', lambda: 'tpu')
+  with pytest.warns(UserWarning, match='engine=kernels: .*runs in loops'):
+    found = jax.jit(lambda key: _run('puct', 'kernels', key, 4, 6))(
+      jax.random.key(0)
+    )
+  assert (found.search_tree.children_visits[:, 0].sum(-1) == 6).all()
+
+
+def test_wrong_engines_are_refused(key):
+  with pytest.raises(ValueError, match='engine=fast: must be auto, loops or'):
+    _run('puct', 'fast', key)
+  select = lambda key, tree, node, depth=0: 0
+  rule = _mctx.from_mctx(select, select, jnp.zeros([4, 5]))
+  assert not rule.has_kernel
