@@ -95,6 +95,8 @@ class Config:
     value_weight: of the value loss.
     policy_weight: of the policy loss.
     consistency_weight: of the consistency loss.
+    variance_weight: of `spread.variance_hinge` of the projections, which keeps
+      the latents of a batch apart; 0 leaves that to `projection_norm`.
     optimiser: `sgd` with momentum, or `adam`.
     learning_rate: its peak.
     warmup_updates: linear warm-up.
@@ -129,6 +131,7 @@ class Config:
   value_weight: float = 0.25
   policy_weight: float = 1.0
   consistency_weight: float = 2.0
+  variance_weight: float = 0.0
   optimiser: Literal['sgd', 'adam'] = 'sgd'
   learning_rate: float = 0.2
   warmup_updates: int = 1000
@@ -145,7 +148,7 @@ class Config:
     latent.check(self)
     ranges.at_least(self, 1, 'prefix_horizon', 'total_decisions')
     ranges.at_least(self, 0, 'reward_weight', 'policy_weight')
-    ranges.at_least(self, 0, 'consistency_weight')
+    ranges.at_least(self, 0, 'consistency_weight', 'variance_weight')
     ranges.within(self, 0, 1, 'momentum')
     ranges.above(self, 0, 'off_policy_fraction')
 

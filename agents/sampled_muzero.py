@@ -100,6 +100,8 @@ class Config:
     value_weight: of the value loss.
     policy_weight: of the policy loss.
     consistency_weight: of the consistency loss.
+    variance_weight: of `spread.variance_hinge` of the projections, which keeps
+      the latents of a batch apart; 0 leaves that to `projection_norm`.
     entropy_weight: of the entropy bonus; 0 for none.
     entropy_samples: draws that a Gaussian's entropy is estimated from.
     learning_rate: Adam's peak.
@@ -142,6 +144,7 @@ class Config:
   value_weight: float = 0.25
   policy_weight: float = 1.0
   consistency_weight: float = 2.0
+  variance_weight: float = 0.0
   entropy_weight: float = 5e-3
   entropy_samples: int = 16
   learning_rate: float = 1e-3
@@ -159,7 +162,8 @@ class Config:
     latent.check(self)
     counts = ('prefix_horizon', 'total_decisions', 'entropy_samples', 'bins')
     ranges.at_least(self, 1, *counts)
-    weights = ('reward_weight', 'policy_weight', 'consistency_weight')
+    weights = ('reward_weight', 'policy_weight')
+    weights += ('consistency_weight', 'variance_weight')
     ranges.at_least(self, 0, *weights, 'entropy_weight', 'temperature')
     scales = ('min_std', 'init_std', 'reward_scale')
     ranges.above(self, 0, *scales, 'off_policy_fraction')

@@ -50,6 +50,8 @@ class NetworkConfig:
     value_bins, reward_bins: odd, see `heads.to_two_hot`.
     projector: widths of SimSiam's projector, the last is `P`.
     predictor: hidden widths of SimSiam's predictor.
+    projection_norm: of both. Only `'batch'` keeps the latents of different
+      states apart; without it SimSiam may map all of them to one point.
     action_encoding: how an action enters an image latent: one `'plane'` of
       a / A next to the channels (EfficientZero's code) or `'one_hot'` planes.
       A vector latent always takes a one-hot vector. One-hot actions enter by
@@ -57,7 +59,9 @@ class NetworkConfig:
       a wide latent they hardly count at first.
     observation_scale: `'symlog'` puts observations that are not uint8 through
       `sign(x) log(1 + |x|)` first: for vectors of unknown scale (positions
-      beside velocities).
+      beside velocities). `'batch'` normalises the last axis over the batch,
+      and by running averages when acting: what all frames share, such as a
+      bright background, would leave layer norm little to tell them by.
     state_norm: whether latents are scaled to [0, 1], each by its own minimum
       and maximum (MuZero, App. G).
     compute_dtype: of activations and matrix products; parameters,
@@ -90,8 +94,9 @@ class NetworkConfig:
   reward_bins: int = 601
   projector: tuple[int, ...] = (1024, 1024, 1024)
   predictor: tuple[int, ...] = (512,)
+  projection_norm: Literal['batch', 'layer', 'none'] = 'batch'
   action_encoding: Literal['plane', 'one_hot'] = 'plane'
-  observation_scale: Literal['none', 'symlog'] = 'none'
+  observation_scale: Literal['none', 'symlog', 'batch'] = 'none'
   state_norm: bool = False
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
   mixture: Literal['none', 'torso', 'dynamics', 'heads'] = 'none'
@@ -357,6 +362,9 @@ class _Module(nn.Module):
       mlp.Norm, config.norm, config.norm_momentum, self.reduce, dtype
     )
     style = {'norm': norm, 'dtype': dtype}
+    rest = (config.norm_momentum, self.reduce, dtype)
+    if config.observation_scale == 'batch':
+      self.observation_norm = mlp.Norm('batch', *rest)
     self.is_image = _has_image(config)
     if config.torso == 'atari':
       self.torso = resnet.AtariTorso(config.channels, **style)
@@ -397,6 +405,7 @@ class _Module(nn.Module):
       self.value_prefix = value_prefix.ValuePrefix(
         config.reward_bins, lstm_size=config.lstm_size, **sizes, **style
       )
+    style['norm'] = functools.partial(mlp.Norm, config.projection_norm, *rest)
     self.projector = consistency.Projector(config.projector, **style)
     self.predictor = consistency.Predictor(config.predictor, **style)
 
@@ -408,6 +417,8 @@ class _Module(nn.Module):
     x = observation.astype(self.config.compute_dtype)
     if observation.dtype == jnp.uint8:
       x = x / 255
+    if self.config.observation_scale == 'batch':
+      x = self.observation_norm(x, train)
     if self.config.torso != 'vector':
       x = self.torso(x, train)
     if not self.is_image:

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agents.core import optim, planning, ranges, targets
+from agents.core import optim, planning, ranges, spread, targets
 from agents.core.optim import Step
 from agents.core.planning import Searcher
 from agents.core.targets import UnrollTargets
 from agents.core.types import Info, Trajectory
 from agents.core.unroll import (
+  Comparison,
   Params,
   Unrolled,
   consistency,
@@ -248,12 +249,14 @@ class Outputs(NamedTuple):
 
   Attributes:
     model: the unrolled model; its `statistics` are those after the pass.
-    similarity: float32 `[K, B]`, the consistency loss; None without it.
+    compared: imagined states with true ones; None without a consistency loss.
+    metrics: of `agents.core.spread`, of the represented states.
     aux: of a mixture of experts, over all calls together; None without one.
   """
 
   model: Unrolled
-  similarity: Any
+  compared: Comparison | None
+  metrics: dict[str, chex.Array]
   aux: Aux | None
 
 
@@ -308,7 +311,10 @@ def forward(
       train,
     )
   statistics, aux = networks.told(statistics)
-  return Outputs(model._replace(statistics=statistics), compared, aux)
+  found = spread.metrics('latent', state)
+  if compared is not None:
+    found |= compared.metrics
+  return Outputs(model._replace(statistics=statistics), compared, found, aux)
 
 
 def by_step(tree: Any) -> Any:
@@ -337,8 +343,8 @@ def model_terms(
     'value': value * target.value_mask,
     'reward': reward * target.reward_mask[1:],
   }
-  if out.similarity is not None:
-    found['consistency'] = out.similarity * target.observation_mask[1:]
+  if out.compared is not None:
+    found['consistency'] = out.compared.loss * target.observation_mask[1:]
   return found
 
 
@@ -375,6 +381,9 @@ def account(
   importance = jnp.ones_like(by_row) if drawn is None else drawn.weight
   total = jnp.mean(importance * by_row) / out.model.states.shape[0]
   metrics |= {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms.items()}
+  if out.compared is not None:
+    total += config.variance_weight * out.compared.variance
+    metrics |= {'loss_variance': out.compared.variance}
   if out.aux is not None:
     total += out.aux.loss
     metrics |= mixture.metrics(out.aux)
@@ -388,6 +397,6 @@ def account(
     'target_entropy': jnp.mean(jnp.sum(entropy, -1)),
   }
   bins = out.model.value_logits.shape[-1], out.model.reward_logits.shape[-1]
-  metrics |= support_metrics(target, *bins)
+  metrics |= support_metrics(target, *bins) | out.metrics
   priorities = jnp.abs(predicted - target.value[:, 0])
   return total, (out.model.statistics, Info(metrics, priorities))

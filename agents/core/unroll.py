@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 
-from agents.core import losses, optim
+from agents.core import losses, optim, spread
 from agents.core.targets import UnrollTargets
 from networks import heads
 from networks.muzero import MuZeroNetworks
@@ -149,6 +149,20 @@ def support_metrics(
   return found
 
 
+class Comparison(NamedTuple):
+  """Of imagined states with those of the observations that followed.
+
+  Attributes:
+    loss: float32 `[K, B]`.
+    variance: a scalar, `spread.variance_hinge` of the imagined projections.
+    metrics: of `agents.core.spread`, of the true projections.
+  """
+
+  loss: chex.Array
+  variance: chex.Array
+  metrics: dict[str, chex.Array]
+
+
 def consistency(
   networks: MuZeroNetworks,
   similarity: Any,
@@ -157,7 +171,7 @@ def consistency(
   states: chex.Array,
   successors: chex.Array,
   train: bool,
-) -> tuple[chex.Array, Any]:
+) -> tuple[Comparison, Any]:
   """Compares imagined states with those of the observations that followed.
 
   Args:
@@ -170,7 +184,7 @@ def consistency(
     train: whether batch statistics are used and updated.
 
   Returns:
-    The loss float32 `[K, B]`, and the statistics.
+    The comparison, and the statistics.
 
   Source: EfficientZero (Ye 2021), equation 2.
   """
@@ -181,14 +195,16 @@ def consistency(
     params, statistics, flatten_steps(successors), train
   )
   targets, statistics = networks.project(params, statistics, true_states, train)
-  ours, statistics = networks.project(
+  projected, statistics = networks.project(
     params, statistics, flatten_steps(swap(states)), train
   )
   ours, statistics = networks.predict_projection(
-    params, statistics, ours, train
+    params, statistics, projected, train
   )
-  loss = unflatten_steps(similarity(ours, targets), states.shape[1])
-  return swap(loss), statistics
+  loss = swap(unflatten_steps(similarity(ours, targets), states.shape[1]))
+  variance = spread.variance_hinge(projected)
+  found = spread.metrics('projection', targets)
+  return Comparison(loss, variance, found), statistics
 
 
 def learned_model(

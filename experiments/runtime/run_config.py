@@ -126,6 +126,12 @@ _ROUTERS = {
 
 def _upgraded(saved: Any) -> Any:
   """Settings of an older version as this one would have written them."""
+  agent = saved.get('agent') if isinstance(saved, dict) else None
+  network = agent.get('network') if isinstance(agent, dict) else None
+  if isinstance(network, dict) and {'projector', 'norm'} <= set(network):
+    network.setdefault('projection_norm', network['norm'])
+  if isinstance(agent, dict) and 'consistency_weight' in agent:
+    agent.setdefault('variance_weight', 0.0)
   for path in (('agent', 'network', 'moe'), ('agent', 'critic_moe')):
     moe: Any = saved
     for name in path:

@@ -1,11 +1,12 @@
 """What is measured of an agent while it trains, besides its losses."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 from experiments import build
-from experiments.build import support
+from experiments.build import collapse, support
 from experiments.files import tables
 
 # Decisions a copy; a game of Atari is cut after 3,000 while training.
@@ -75,7 +76,11 @@ class Watcher:
     from experiments.runtime import loop, watch
 
     self._experiment, self._keeper, self._writer = experiment, keeper, writer
-    self._several, self._warned = len(trainer.stages) > 1, False
+    self._several = len(trainer.stages) > 1
+    self._unsaid = {
+      'support': lambda row, step: support.warning(experiment, row),
+      'collapse': functools.partial(collapse.warning, experiment),
+    }
     self._compiled_since, self.waited = watch.compilations(), 0.0
     self._unended = 0.0
     self.enter(trainer.stages[keeper.phase])
@@ -98,10 +103,10 @@ class Watcher:
     from experiments.runtime import distributed
 
     keeper = self._keeper
-    if not self._warned and distributed.is_main():
-      line = support.warning(self._experiment, row)
+    for kind, warning in list(self._unsaid.items()):
+      line = warning(row, step) if distributed.is_main() else None
       if line is not None:
-        self._warned = True
+        del self._unsaid[kind]
         print(f'{line} (update {step:,})', flush=True)
     keeper.decisions += row.get('decisions', 0.0)
     self.waited += row.get('wait_seconds', 0.0)
