@@ -122,8 +122,14 @@ def test_shapes_and_dtypes(torso, latent, norm, reward, dtype):
   )
   net = muzero.make(config, _spec(shape, kind), A)
   params, stats = jax.eval_shape(net.init, jax.random.key(0))
-  assert bool(jax.tree.leaves(stats)) == (norm == 'batch')
-  assert stats or stats == {}
+  # The consistency loss needs batch norm, whatever the others have.
+  others = set(stats) - {'projector', 'predictor'}
+  assert stats and bool(others) == (norm == 'batch')
+  without = dataclasses.replace(config, projection_norm=norm)
+  _, none = jax.eval_shape(
+    muzero.make(without, _spec(shape, kind), A).init, jax.random.key(0)
+  )
+  assert bool(none) == (norm == 'batch') and (none or none == {})
   for leaf in jax.tree.leaves((params, stats)):
     assert leaf.dtype == np.float32
 
