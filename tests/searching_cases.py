@@ -38,6 +38,7 @@ NETWORK = NetworkConfig(
   latent_size=8,
   blocks=0,
   norm='layer',
+  projection_norm='layer',
   lstm_size=4,
   value_bins=11,
   reward_bins=11,
@@ -45,7 +46,7 @@ NETWORK = NetworkConfig(
   predictor=(4,),
   head_hidden=(6,),
 )
-BATCH_NORM = dataclasses.replace(NETWORK, norm='batch')
+BATCH_NORM = dataclasses.replace(NETWORK, norm='batch', projection_norm='batch')
 SMALL_IMAGE = dataclasses.replace(
   BATCH_NORM, torso='image', channels=4, head_channels=2
 )
