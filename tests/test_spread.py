@@ -20,12 +20,13 @@ def test_the_mean_cosine_is_that_of_all_pairs():
   x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
   unit = x / np.linalg.norm(x, axis=1, keepdims=True)
   pairs = [unit[i] @ unit[j] for i in range(7) for j in range(7) if i != j]
-  assert spread.mean_cosine(x) == pytest.approx(np.mean(pairs), abs=1e-6)
-  same = jnp.ones((6, 1)) * x[:1]
-  assert spread.mean_cosine(same) == pytest.approx(1)
-  # A dead latent points nowhere.
-  assert spread.mean_cosine(jnp.zeros((6, 5))) == pytest.approx(-1 / 5)
-  assert spread.mean_cosine(x[:1]) == 0
+  mask = jnp.ones(7)
+  assert spread.mean_cosine(x, mask) == pytest.approx(np.mean(pairs), abs=1e-6)
+  same = jnp.ones((7, 1)) * x[:1]
+  assert spread.mean_cosine(same, mask) == pytest.approx(1)
+  # Dead latents point nowhere.
+  assert spread.mean_cosine(0 * x, mask) == 0
+  assert spread.mean_cosine(x[:1], mask[:1]) == 0
 
 
 @pytest.mark.parametrize('scale', [1.0, 1e-12, 1e12])
@@ -33,7 +34,8 @@ def test_the_rank_is_the_participation_ratio(scale):
   # Variances 1, 4 and 0 of the three features, around some mean.
   x = np.float32([[1, 0, 0], [-1, 0, 0], [0, 2, 0], [0, -2, 0]])
   x = scale * (x + np.float32([3, 0, 7]) * (scale == 1))
-  assert spread.effective_rank(x) == pytest.approx((1 + 4) ** 2 / (1 + 16))
+  rank = spread.effective_rank(x, jnp.ones(4))
+  assert rank == pytest.approx((1 + 4) ** 2 / (1 + 16))
 
 
 def test_a_rank_counts_directions_and_not_features():
@@ -41,19 +43,32 @@ def test_a_rank_counts_directions_and_not_features():
   few = rng.normal(size=(200, 3)) @ rng.normal(size=(3, 500))
   values = np.linalg.eigvalsh(np.cov(few.T))
   expected = values.sum() ** 2 / (values**2).sum()
-  found = float(spread.effective_rank(few.astype(np.float32)))
+  few = few.astype(np.float32)
+  found = float(spread.effective_rank(few, jnp.ones(200)))
   assert found == pytest.approx(expected, rel=0.3) and found < 3
-  assert spread.effective_rank(jnp.ones((5, 100))) == 0
-  assert spread.effective_rank(jnp.ones((1, 4))) == 0
+  assert spread.effective_rank(jnp.ones((5, 100)), jnp.ones(5)) == 0
+  assert spread.effective_rank(jnp.ones((1, 4)), jnp.ones(1)) == 0
 
 
 def test_the_variance_term_is_a_hinge_on_each_feature():
   x = jnp.float32([[0, 0.0], [0, 4], [0, 8]])
   # Deviations 0 (and the term's 1e-4 below the root) and 4.
-  assert spread.variance_hinge(x) == pytest.approx((1 - 0.01) / 2)
-  gradient = jax.grad(spread.variance_hinge)(x + jnp.eye(3)[:, :2])
+  mask = jnp.ones(3)
+  assert spread.variance_hinge(x, mask) == pytest.approx((1 - 0.01) / 2)
+  gradient = jax.grad(spread.variance_hinge)(x + jnp.eye(3)[:, :2], mask)
   assert np.abs(gradient[:, 0]).max() > 0 and np.all(gradient[:, 1] == 0)
-  assert spread.variance_hinge(x[:1]) == pytest.approx(1 - 0.01)
+  assert spread.variance_hinge(x[:1], mask[:1]) == pytest.approx(1 - 0.01)
+
+
+@pytest.mark.parametrize(
+  'measure',
+  [spread.mean_cosine, spread.effective_rank, spread.variance_hinge],
+)
+def test_masked_rows_do_not_count(measure):
+  x = jax.random.normal(jax.random.key(0), (6, 4))
+  mask = jnp.float32([1, 0, 1, 1, 0, 1])
+  without = float(measure(x[mask > 0], jnp.ones(4)))
+  assert float(measure(x, mask)) == pytest.approx(without, rel=1e-5)
 
 
 SIDE, STEPS, BATCH = 8, 2, 32
@@ -98,8 +113,13 @@ def trained(**changes):
       train=True,
       similarity=losses.negative_cosine,
     )
+    assert out.compared is not None
     compared = jnp.mean(out.compared.loss)
-    metrics = out.metrics | {'loss': compared}
+    mask = jnp.ones(BATCH)
+    metrics = spread.metrics('latent', out.state, mask)
+    every = jnp.ones(BATCH * STEPS)
+    metrics |= spread.metrics('projection', out.compared.true, every)
+    metrics |= {'loss': compared}
     return compared, (out.model.statistics, metrics)
 
   def update(carry, key):

@@ -250,13 +250,13 @@ class Outputs(NamedTuple):
   Attributes:
     model: the unrolled model; its `statistics` are those after the pass.
     compared: imagined states with true ones; None without a consistency loss.
-    metrics: of `agents.core.spread`, of the represented states.
+    state: `[B, ...]`, represented.
     aux: of a mixture of experts, over all calls together; None without one.
   """
 
   model: Unrolled
   compared: Comparison | None
-  metrics: dict[str, chex.Array]
+  state: chex.Array
   aux: Aux | None
 
 
@@ -311,10 +311,7 @@ def forward(
       train,
     )
   statistics, aux = networks.told(statistics)
-  found = spread.metrics('latent', state)
-  if compared is not None:
-    found |= compared.metrics
-  return Outputs(model._replace(statistics=statistics), compared, found, aux)
+  return Outputs(model._replace(statistics=statistics), compared, state, aux)
 
 
 def by_step(tree: Any) -> Any:
@@ -345,6 +342,19 @@ def model_terms(
   }
   if out.compared is not None:
     found['consistency'] = out.compared.loss * target.observation_mask[1:]
+  return found
+
+
+def _spreads(out: Outputs, target: UnrollTargets) -> dict[str, chex.Array]:
+  """How far latents and projections are apart, and the loss of it."""
+  state = out.state.reshape(out.state.shape[0], -1)
+  # Rows behind an episode's end count nowhere.
+  found = spread.metrics('latent', state, target.observation_mask[:, 0])
+  if out.compared is not None:
+    mask = target.observation_mask[:, 1:].reshape(-1)
+    found |= spread.metrics('projection', out.compared.true, mask)
+    variance = spread.variance_hinge(out.compared.imagined, mask)
+    found |= {'loss_variance': variance}
   return found
 
 
@@ -381,9 +391,9 @@ def account(
   importance = jnp.ones_like(by_row) if drawn is None else drawn.weight
   total = jnp.mean(importance * by_row) / out.model.states.shape[0]
   metrics |= {f'loss_{k}': jnp.mean(jnp.sum(x, 0)) for k, x in terms.items()}
-  if out.compared is not None:
-    total += config.variance_weight * out.compared.variance
-    metrics |= {'loss_variance': out.compared.variance}
+  metrics |= _spreads(out, target)
+  if 'loss_variance' in metrics:
+    total += config.variance_weight * metrics['loss_variance']
   if out.aux is not None:
     total += out.aux.loss
     metrics |= mixture.metrics(out.aux)
@@ -397,6 +407,6 @@ def account(
     'target_entropy': jnp.mean(jnp.sum(entropy, -1)),
   }
   bins = out.model.value_logits.shape[-1], out.model.reward_logits.shape[-1]
-  metrics |= support_metrics(target, *bins) | out.metrics
+  metrics |= support_metrics(target, *bins)
   priorities = jnp.abs(predicted - target.value[:, 0])
   return total, (out.model.statistics, Info(metrics, priorities))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 
-from agents.core import losses, optim, spread
+from agents.core import losses, optim
 from agents.core.targets import UnrollTargets
 from networks import heads
 from networks.muzero import MuZeroNetworks
@@ -154,13 +154,13 @@ class Comparison(NamedTuple):
 
   Attributes:
     loss: float32 `[K, B]`.
-    variance: a scalar, `spread.variance_hinge` of the imagined projections.
-    metrics: of `agents.core.spread`, of the true projections.
+    imagined: float32 `[B * K, P]`, their projections.
+    true: `[B * K, P]`, those of the observations.
   """
 
   loss: chex.Array
-  variance: chex.Array
-  metrics: dict[str, chex.Array]
+  imagined: chex.Array
+  true: chex.Array
 
 
 def consistency(
@@ -194,17 +194,15 @@ def consistency(
   true_states, statistics = networks.represent(
     params, statistics, flatten_steps(successors), train
   )
-  targets, statistics = networks.project(params, statistics, true_states, train)
-  projected, statistics = networks.project(
+  true, statistics = networks.project(params, statistics, true_states, train)
+  imagined, statistics = networks.project(
     params, statistics, flatten_steps(swap(states)), train
   )
   ours, statistics = networks.predict_projection(
-    params, statistics, projected, train
+    params, statistics, imagined, train
   )
-  loss = swap(unflatten_steps(similarity(ours, targets), states.shape[1]))
-  variance = spread.variance_hinge(projected)
-  found = spread.metrics('projection', targets)
-  return Comparison(loss, variance, found), statistics
+  loss = swap(unflatten_steps(similarity(ours, true), states.shape[1]))
+  return Comparison(loss, imagined, true), statistics
 
 
 def learned_model(
