@@ -186,8 +186,9 @@ CASES = {
     'rest': (F,),
   },
   'agents.core.targets.value_prefixes': {'reset_every': 2},
+  'agents.core.spread.metrics': {'name': 'latent'},
   'agents.core.unroll.consistency': learned
-  | {'similarity': lambda x, y: jnp.sum(x * y, -1)},
+  | {'similarity': lambda x, y: jnp.sum(x * y, -1), 'P': 5},
   'agents.core.unroll.support_metrics': {
     'target': of(UnrollTargets, *['float32 [B, K + 1]'] * 6),
     'value_bins': 11,
@@ -475,8 +476,6 @@ OBJECTS = {
 # Those whose signature has no shape of a result.
 WITHOUT_SHAPES = (
   'muzero.initial_carry',
-  'muzero.listen',
-  'muzero.told',
   'operator.log_g',
   'planned.root',
 )

@@ -221,6 +221,7 @@ def test_a_mixture_of_an_older_version_is_read(tmp_path):
     'num_experts': 8,
     'router': {'name': 'balanced', 'k': 2, 'limit': 3},
     'capacity_factor': 2.0,
+    'room_factor': 2.0,
   }
   agent = run_configs.read_run_config(tmp_path)['agent']
   assert agent == {'network': {'moe': new}, 'critic_moe': new}

@@ -26,6 +26,9 @@ _SOURCE = re.compile(r'\b(?:18|19|20)\d\d\b|\bSource:')
 
 # Nothing published: they move, mask, name or check arrays.
 PLUMBING = {
+  'agents.core.spread.effective_rank',
+  'agents.core.spread.mean_cosine',
+  'agents.core.spread.metrics',
   'agents.core.conservative.draw_noise',
   'agents.core.conservative.q_values',
   'agents.core.losses.cross_entropy',

@@ -174,12 +174,18 @@ def test_the_note_names_what_can_be_changed(preset, remedy):
   assert line is not None and line.endswith(remedy)
 
 
-def test_a_run_begun_before_keeps_its_projections(tmp_path):
+def test_a_run_begun_before_has_the_settings_of_then(tmp_path):
   old = {
     'agent': {'consistency_weight': 2.0, 'network': {'norm': 'layer'}},
   }
   old['agent']['network']['projector'] = [4]
+  old['agent']['search'] = {'num_simulations': 2}
   (tmp_path / 'config.json').write_text(json.dumps(old))
   agent = run_config.read_run_config(tmp_path)['agent']
   assert agent['network']['projection_norm'] == 'layer'
   assert agent['variance_weight'] == 0
+  assert agent['search'] == {
+    'num_simulations': 2,
+    'embedding_dtype': 'float32',
+    'engine': 'auto',
+  }

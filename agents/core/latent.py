@@ -250,7 +250,7 @@ class Outputs(NamedTuple):
   Attributes:
     model: the unrolled model; its `statistics` are those after the pass.
     compared: imagined states with true ones; None without a consistency loss.
-    state: `[B, ...]`, represented.
+    state: float32 `[B, ...]`, represented.
     aux: of a mixture of experts, over all calls together; None without one.
   """
 

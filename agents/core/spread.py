@@ -64,7 +64,16 @@ def effective_rank(x: chex.Array, mask: chex.Array) -> chex.Array:
 def metrics(
   name: str, x: chex.Array, mask: chex.Array
 ) -> dict[str, chex.Array]:
-  """`NAME_cosine` and `NAME_rank` of rows `[N, F]`, without gradients."""
+  """The mean cosine and the effective rank, without gradients.
+
+  Args:
+    name: of what is measured.
+    x: float32 `[N, F]`.
+    mask: float32 `[N]`, 0 for rows that do not count.
+
+  Returns:
+    float32 scalars `NAME_cosine` and `NAME_rank`.
+  """
   x = jax.lax.stop_gradient(x)
   return {
     f'{name}_cosine': mean_cosine(x, mask),

@@ -155,7 +155,7 @@ class Comparison(NamedTuple):
   Attributes:
     loss: float32 `[K, B]`.
     imagined: float32 `[B * K, P]`, their projections.
-    true: `[B * K, P]`, those of the observations.
+    true: float32 `[B * K, P]`, those of the observations.
   """
 
   loss: chex.Array

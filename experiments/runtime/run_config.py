@@ -124,19 +124,28 @@ _ROUTERS = {
 }
 
 
+# Fields that sections have now, by one that they had before: their values then.
+_ADDED = (
+  ('agent', 'consistency_weight', 'variance_weight', 0.0),
+  ('agent.search', 'num_simulations', 'embedding_dtype', 'float32'),
+  ('agent.search', 'num_simulations', 'engine', 'auto'),
+  ('agent.network.moe', 'num_experts', 'room_factor', 2.0),
+  ('agent.critic_moe', 'num_experts', 'room_factor', 2.0),
+)
+
+
 def _upgraded(saved: Any) -> Any:
   """Settings of an older version as this one would have written them."""
-  agent = saved.get('agent') if isinstance(saved, dict) else None
-  network = agent.get('network') if isinstance(agent, dict) else None
-  if isinstance(network, dict) and {'projector', 'norm'} <= set(network):
+  for path, known, name, value in _ADDED:
+    section = _section(saved, path)
+    if known in section:
+      section.setdefault(name, value)
+  network = _section(saved, 'agent.network')
+  if {'projector', 'norm'} <= set(network):
     network.setdefault('projection_norm', network['norm'])
-  if isinstance(agent, dict) and 'consistency_weight' in agent:
-    agent.setdefault('variance_weight', 0.0)
-  for path in (('agent', 'network', 'moe'), ('agent', 'critic_moe')):
-    moe: Any = saved
-    for name in path:
-      moe = moe.get(name) if isinstance(moe, dict) else None
-    router = moe.get('router') if isinstance(moe, dict) else None
+  for path in ('agent.network.moe', 'agent.critic_moe'):
+    moe = _section(saved, path)
+    router = moe.get('router')
     if not isinstance(router, str) or router not in _ROUTERS:
       continue
     own = {n: moe[n] for n in _ROUTERS[router] if n in moe}
@@ -144,11 +153,18 @@ def _upgraded(saved: Any) -> Any:
       if name != 'capacity_factor':  # it is the mixture's, too
         moe.pop(name, None)
     moe['router'] = {'name': router, **own}
-  agent = saved.get('agent') if isinstance(saved, dict) else None
-  if isinstance(agent, dict) and 'off_policy_correction' in agent:
+  agent = _section(saved, 'agent')
+  if 'off_policy_correction' in agent:
     both = agent.pop('off_policy_correction')
     agent |= dict.fromkeys(('dynamic_horizon', 'searched_values'), both)
   return saved
+
+
+def _section(saved: Any, path: str) -> dict[str, Any]:
+  """The settings at a path, or an empty section."""
+  for name in path.split('.'):
+    saved = saved.get(name) if isinstance(saved, dict) else None
+  return saved if isinstance(saved, dict) else {}
 
 
 def read_identity(workdir: str | os.PathLike) -> dict[str, Any] | None:
