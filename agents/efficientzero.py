@@ -33,6 +33,9 @@ Choices, where the paper and the official code differ or could be improved:
 * Actions after an episode's end are uniformly random, as in the official code.
 * Batch statistics of the unrolled consistency targets are updated together,
   `K` steps in one pass; the official code runs them one by one.
+* Projector and predictor are normalised by batch whatever `norm` is
+  (`projection_norm`), and the variance of projections can be a loss of its own
+  (`variance_weight`, VICReg's; 0 as in the paper).
 * The first decisions, before any update, come from searching the untrained
   network; the official code acts at random. The target parameters lag by up to
   `target_period` updates, the official ones by one to two periods.
