@@ -132,21 +132,56 @@ def test_progress_without_columns_shows_the_first_numbers():
   assert stream.getvalue() == 'step 1/2  50%  a 1  b 2  c 3  d 4\n'
 
 
+class Terminal(io.StringIO):
+  """Remembers what was written."""
+
+  def isatty(self):
+    return True
+
+  def lines(self):
+    text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', self.getvalue())
+    return [
+      line.rstrip() for line in re.split(r'[\r\n]+', text) if line.strip()
+    ]
+
+
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
   monkeypatch.setenv('TERM', 'xterm')
   monkeypatch.setenv('COLUMNS', '100')
-
-  class Terminal(io.StringIO):
-    def isatty(self):
-      return True
-
   stream = Terminal()
   writer = metrics.progress(10, start=2, columns=('loss',), stream=stream)
   writer.write(5, {'loss': 0.25})
   writer.close()
-  text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', stream.getvalue())
-  assert '2/10' in text
-  assert re.search(r'5/10 .* 50% loss 0\.25', text)
+  assert re.fullmatch(r'2/10  20% \S+ compiling', stream.lines()[0])
+  assert re.fullmatch(r'5/10  50% \S+ loss 0\.25', stream.lines()[-1])
+
+
+@pytest.mark.parametrize(
+  ('width', 'tail'),
+  [
+    (40, '1:17:36 left'),
+    (60, '1:17:36 left  188 steps/s'),
+    (80, '1:17:36 left  188 steps/s  episode_return -12.35'),
+    (100, '1:17:36 left  188 steps/s  episode_return -12.35'),
+    (120, '1:17:36 left  188 steps/s  episode_return -12.35  eval_return 0.5'),
+  ],
+)
+def test_what_has_no_room_in_a_line_is_left_out_whole(monkeypatch, width, tail):
+  monkeypatch.setenv('TERM', 'xterm')
+  monkeypatch.setenv('COLUMNS', str(width))
+  stream, clock = Terminal(), Clock()
+  columns = ('episode_return', 'eval_return')
+  writer = metrics.progress(1_000_000, 0, columns, 10, stream, clock)
+  row = {'episode_return': -12.345678, 'eval_return': 0.5}
+  writer.write(10_000, row)
+  clock.now = 600.0
+  writer.write(123_000, row)
+  writer.close()
+  last = stream.lines()[-1]
+  assert len(last) <= width
+  done, bar, rest = re.fullmatch(r'(\S+  \S+) (\S+) ?(.*)', last).groups()
+  assert (done, rest) == ('123000/1000000  12%', tail)
+  assert len(bar) == (24 if width >= 100 else width // 8)
 
 
 def test_tensorboard_writes_what_it_can_read_back(tmp_path):

@@ -265,6 +265,15 @@ def wandb_writer(
   return Writer(write, run.finish)
 
 
+class _Pace(NamedTuple):
+  """How far a run is, in words: most important first."""
+
+  done: str
+  left: str = ''
+  speed: str = ''
+  numbers: tuple[str, ...] = ()
+
+
 def progress(
   total: int,
   start: int = 0,
@@ -273,50 +282,52 @@ def progress(
   stream: TextIO | None = None,
   clock: Callable[[], float] = time.monotonic,
 ) -> Writer:
-  """Shows how far a run is: steps, chosen numbers, steps/s and time left.
+  """Shows how far a run is: steps, time left, steps/s and chosen numbers.
 
-  On a terminal a live bar; else a line at the first row, at most one every
-  `every_seconds`, and one at the last step. Speed is since the first row, which
-  leaves compiling out. The numbers are `columns`, with their last known values,
-  or the first four of the last row.
+  On a terminal a live bar, where numbers that find no room in a line are left
+  out; else a line at the first row, at most one every `every_seconds`, and one
+  at the last step. Speed is since the first row, which leaves compiling out.
+  The numbers are `columns`, with their last known values, or the first four of
+  the last row.
   """
   terminal = sys.stderr if stream is None else stream
   known: dict[str, Any] = {}
   first: tuple[int, float] | None = None
 
-  def status(step: int, row: Mapping[str, Any]) -> str:
+  def pace(step: int, row: Mapping[str, Any]) -> _Pace:
     nonlocal first, known
     now = clock()
     first = first or (step, now)
     fresh = {k: v for k, v in row.items() if not isinstance(v, str)}
     known = known | fresh if columns else fresh
     names = columns or list(fresh)[:4]
-    parts = [f'{n} {float(known[n]):.4g}' for n in names if n in known]
-    if step > first[0] and now > first[1]:
-      speed = (step - first[0]) / (now - first[1])
-      left = int(max(total - step, 0) / speed)
-      parts += [f'{speed:.3g} steps/s', f'{_clock_text(left)} left']
-    return '  '.join(parts)
+    numbers = [f'{n} {float(known[n]):.4g}' for n in names if n in known]
+    found = _Pace(_done(step, total), numbers=tuple(numbers))
+    if step <= first[0] or now <= first[1]:
+      return found
+    speed = (step - first[0]) / (now - first[1])
+    left = _clock_text(int(max(total - step, 0) / speed))
+    return found._replace(left=f'{left} left', speed=f'{speed:.3g} steps/s')
 
   if terminal.isatty():
-    return _live(total, start, status, terminal)
+    return _live(total, start, pace, terminal)
   last_line: float | None = None
 
   def write(step: int, row: Mapping[str, Any]) -> None:
     nonlocal last_line
-    text = status(step, row)
+    found = pace(step, row)
     now = clock()
     due = last_line is None or now - last_line >= every_seconds
     if due or step >= total:
       last_line = now
-      share = f'{step / max(total, 1):.0%}'
-      print(
-        f'step {step}/{total}  {share}  {text}'.rstrip(),
-        file=terminal,
-        flush=True,
-      )
+      parts = [f'step {found.done}', *found.numbers, found.speed, found.left]
+      print('  '.join(filter(None, parts)), file=terminal, flush=True)
 
   return Writer(write, lambda: None)
+
+
+def _done(step: int, total: int) -> str:
+  return f'{step}/{total}  {step / max(total, 1):.0%}'
 
 
 def _clock_text(seconds: int) -> str:
@@ -330,25 +341,45 @@ def _clock_text(seconds: int) -> str:
 def _live(
   total: int,
   start: int,
-  status: Callable[[int, Mapping[str, Any]], str],
+  pace: Callable[[int, Mapping[str, Any]], _Pace],
   stream: TextIO,
 ) -> Writer:
   from rich.console import Console
   from rich.progress import BarColumn, Progress, TextColumn
 
+  console = Console(file=stream)
+  drawn = BarColumn()
+  # Numbers are no markup.
+  told = TextColumn('{task.description}', markup=False)
   bar = Progress(
-    TextColumn('{task.completed:.0f}/{task.total:.0f}'),
-    BarColumn(bar_width=24),
-    TextColumn('{task.percentage:3.0f}%'),
-    # Numbers are no markup.
-    TextColumn('{task.description}', markup=False),
-    console=Console(file=stream),
+    TextColumn('{task.fields[done]}', markup=False),
+    drawn,
+    told,
+    console=console,
     refresh_per_second=4,
   )
-  task = bar.add_task('compiling', total=total, completed=start)
+
+  def fitted(found: _Pace) -> str:
+    """What has room behind the bar, whose own width goes by the line's."""
+    # A terminal may change its width at any time.
+    drawn.bar_width = 24 if console.width >= 100 else console.width // 8
+    room = console.width - len(found.done) - drawn.bar_width - 2
+    told = ''
+    for part in filter(None, (found.left, found.speed, *found.numbers)):
+      longer = f'{told}  {part}' if told else part
+      if len(longer) > room:
+        break
+      told = longer
+    return told
+
+  begun = _Pace(_done(start, total), 'compiling')
+  task = bar.add_task(
+    fitted(begun), total=total, completed=start, done=begun.done
+  )
   bar.start()
 
   def write(step: int, row: Mapping[str, Any]) -> None:
-    bar.update(task, completed=step, description=status(step, row))
+    found = pace(step, row)
+    bar.update(task, completed=step, description=fitted(found), done=found.done)
 
   return Writer(write, bar.stop)
