@@ -82,7 +82,7 @@ class Config:
 
 
 class Params(NamedTuple):
-  """What is trained; acting needs the policy alone.
+  """What is trained; acting needs only the policy.
 
   Attributes:
     policy: of `networks.policy`.

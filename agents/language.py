@@ -220,7 +220,7 @@ def make(
 
 
 def _metrics(aux, log_experts, tokens) -> dict[str, chex.Array]:
-  """Of all mixtures, `layer0_...` and so on where there are several."""
+  """Metrics of all mixtures, with prefixes `layer0_...` if several."""
   found = {}
   for i, one in enumerate(aux):
     own = moe.metrics(one)

@@ -91,7 +91,7 @@ class Config:
 
 
 class Params(NamedTuple):
-  """What is trained; acting needs the policy alone.
+  """What is trained; acting needs only the policy.
 
   Attributes:
     policy: of `networks.policy`.
@@ -158,7 +158,7 @@ def make_losses() -> Losses:
 
 
 def perturb(box: Squash, action: chex.Array, noise: chex.Array) -> chex.Array:
-  """Actions `[B, D]` with noise `[B, D]` of the unit box added: `[B, D]`."""
+  """Actions `[B, D]` plus noise `[B, D]` in the unit box's units: `[B, D]`."""
   return box.from_unit(jnp.clip(box.to_unit(action) + noise, -1.0, 1.0))
 
 

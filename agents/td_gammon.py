@@ -202,11 +202,11 @@ def make(
 
   Returns:
     An `Agent` whose batches are `Experience`s, one row a stream, each one the
-    row that follows its last one. `act` explores by the dice alone, and
+    row that follows its last one. `act` explores only by the dice, and
     `exploit` is the same.
 
   Raises:
-    ValueError: the environment is no game that lists its candidates.
+    ValueError: the environment is not a game that lists its candidates.
   """
   game = _game_of(spec)
   assert isinstance(spec.action, Candidates)
@@ -360,7 +360,7 @@ def exact_model(game: Game, networks: mlp.Network, number: int) -> Model:
   """The rules with the network's values: see this module's docstring.
 
   Args:
-    game: with `candidates` and `outcomes`, which differ in the roll alone.
+    game: with `candidates` and `outcomes`, which differ only in the roll.
     networks: from `make_networks`.
     number: K.
 

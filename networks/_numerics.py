@@ -33,7 +33,7 @@ def inverse_softplus(x):
 
 
 def log1mexp(x):
-  """`log(1 - exp(-x))` for positive x `[...]`, exact at both ends: `[...]`."""
+  """`log(1 - exp(-x))` for positive x `[...]`, small or large: `[...]`."""
   small = x < math.log(2)
   near = jnp.log(-jnp.expm1(-jnp.where(small, x, 1.0)))
   far = jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, x)))
@@ -155,7 +155,7 @@ def one_hots(sizes, actions):
 
 
 def hash_bits(x):
-  """Of numbers `[..., D]` a 32-bit hash int32 `[...]`, 0 equal to -0."""
+  """Hashes numbers `[..., D]` to int32 `[...]`; 0 and -0 are equal."""
   if x.dtype != jnp.int32:
     x = jnp.where(x == 0, 0, x).astype(jnp.float32)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

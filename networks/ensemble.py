@@ -184,7 +184,7 @@ def row_uniforms(rows: jax.Array, count: int) -> jax.Array:
 
 
 def poisson(uniforms: jax.Array) -> jax.Array:
-  """Poisson(1) numbers where uniform ones fall in its distribution.
+  """Turns uniform numbers into Poisson(1) ones by the inverse CDF.
 
   The weights of an online bootstrap (Oza and Russell 2001).
 

@@ -28,8 +28,8 @@ def signed_hyperbolic(x: jax.Array) -> jax.Array:
 def signed_parabolic(y: jax.Array) -> jax.Array:
   """The inverse of `signed_hyperbolic`, `[...]` to `[...]`.
 
-  With `s = sqrt(|x| + 1)`, `h` says `0.001 s^2 + s = |y| + 1.001`. This solves
-  for `s - 1`, so that nothing cancels: exactly 0 at 0, unlike the textbook
+  With `s = sqrt(|x| + 1)`, `y = h(x)` means `0.001 s^2 + s = |y| + 1.001`. This
+  solves for `s - 1`, so that nothing cancels: exactly 0 at 0, unlike the usual
   form, whose error of 1e-4 at small y in float32 needs a threshold.
   """
   magnitude = jnp.abs(y)

@@ -192,8 +192,8 @@ def hear(listener: Listener, statistics: Any, aux: moe.Aux | None) -> Listener:
   """The listener after a call of the network.
 
   Args:
-    listener: before it.
-    statistics: the network's after it.
+    listener: before the call.
+    statistics: the network's, after the call.
     aux: of the mixture; None where the call did not pass it.
   """
   if aux is None:

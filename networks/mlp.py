@@ -172,7 +172,7 @@ class MLP(nn.Module):
 class ResidualMLP(nn.Module):
   """`relu(x + norm(linear(relu(norm(linear(x))))))`, width unchanged.
 
-  The vector's analogue of `resnet.ResidualBlock`.
+  `resnet.ResidualBlock` for vectors.
   """
 
   norm: ModuleDef = Norm

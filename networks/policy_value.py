@@ -96,7 +96,7 @@ def make(config: NetworkConfig, observation: Any, num_actions: int) -> Network:
     value [B] in [-1, 1])`, float32.
 
   Raises:
-    ValueError: a residual network for what is no image.
+    ValueError: a residual network for observations that are not images.
   """
   shape = tuple(observation.shape)
   if config.kind == 'resnet' and len(shape) != 3:

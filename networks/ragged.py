@@ -94,7 +94,7 @@ def block_size(pairs: int, experts: int) -> int:
 
 @functools.cache
 def is_grouped(device: Any = None) -> bool:
-  """Whether a device's compiler gives each row to one group alone.
+  """Whether a device's compiler multiplies each row with its own group only.
 
   The product and its gradient are compiled for 4 and for 16 groups and as many
   rows. Neither operations nor memory may double: a dense product takes four

@@ -104,7 +104,7 @@ def noisy_top_k(
   k: int,
   keep: Any = None,
 ) -> Routing:
-  """The k highest logits after noise, softmax over these alone.
+  """The k highest logits after noise, softmax over only these.
 
   Args:
     clean: float32 `[T, E]`, logits, `x W_g`.

@@ -19,7 +19,7 @@ its first visit (the paper's Appendix A; reported as very important).
 
 Choices of ours:
 
-- An evaluation at the root is no visit: the policy target counts visits only.
+- An evaluation at the root is not a visit; the policy target counts visits.
 - `with_mode` lets the policy's mode take the place of the root's first draw,
   for play without exploration: few samples may all lie far from it.
 - `replacement=False` draws K *distinct* actions of an enumerated set (Gumbel

@@ -130,7 +130,7 @@ def view(trees: Trees, node: Any, own: Any = None) -> Node:
 def plant(
   root: mctx.RootFnOutput, num_simulations: int, embedding_dtype: str
 ) -> Trees:
-  """Trees of their roots alone.
+  """Trees that have only a root.
 
   Args:
     root: prior logits `[B, A]`, value `[B]`, embedding pytree `[B, ...]`.

@@ -202,7 +202,7 @@ ROWS = {
   'train --set=env.options==4': 'env.options==4: should be name=value',
   'train --set=env.options=max_episode_steps=1e400': 'must be a finite number',
   'train --set=env.options=max_episode_steps=foo()': 'must be a Python literal',
-  'train --set=env.options=max_episode_steps=99999999999': 'an integer of 32 b',
+  'train --set=env.options=max_episode_steps=99999999999': 'a 32-bit integer',
   'train --set=env.options=rows=x --env=jax:catch --preset=muzero_catch': (
     'env.options=rows=x: must be of type int, such as 10'
   ),

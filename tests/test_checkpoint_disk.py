@@ -154,13 +154,13 @@ def test_numbers_that_a_manifest_makes_up_are_refused_before_any_is_read(
     ('pack0', 8, 'at byte 8'),
     ('pack0', 10**12, 'at byte 1000000000000'),
     ('pack1', 0, 'no such file'),
-    ('../../1/leaves/pack0', 0, 'is no name of a pack'),
+    ('../../1/leaves/pack0', 0, 'is not the name of a pack'),
   ):
     if is_packed:
       refused(message, packs={'1': integrity.Place(pack, offset)})
   name, dtype, size = ('pack0', r'\|u1', 24) if is_packed else ('1', '<f8', 3)
   other = '<i8' if size == 3 else '<f8'
-  far = 'no pack' if is_packed else r'<f8\[1000000000000\], must be <f8\[3\]'
+  far = 'not a pack' if is_packed else r'<f8\[1000000000000\], must be <f8\[3\]'
   path = tmp_path / '1' / 'leaves' / name / '.zarray'
   zarr = json.loads(path.read_text())
   for content, message in (

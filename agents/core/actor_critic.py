@@ -23,7 +23,7 @@ from search.rows import draw
 
 
 class Params(NamedTuple):
-  """What is trained; acting needs the policy alone.
+  """What is trained; acting needs only the policy.
 
   Attributes:
     policy: of `networks.policy`.
@@ -181,7 +181,7 @@ def advance(state: State, parts: Any, rate: chex.Numeric) -> State:
   """The state after each part has stepped; the targets move last.
 
   Args:
-    state: before it.
+    state: before the step.
     parts: an `optim.Step` for each trained part, in the agent's `Params`.
     rate: share of the new critics in the targets.
   """

@@ -120,7 +120,7 @@ def q_values(
   observation: Any,
   actions: chex.Array,
 ) -> chex.Array:
-  """Critics of several actions at each observation, float32 `[E, B, S]`.
+  """Q of several actions per observation and critic, float32 `[E, B, S]`.
 
   Args:
     apply: `(params, observation, action [B, D]) -> [E, B]`.

@@ -278,7 +278,7 @@ def forward(
     networks: the functions.
     params: their parameters.
     statistics: their batch statistics.
-    observation: `[B, K + 1, ...]`; without `similarity` the first alone is
+    observation: `[B, K + 1, ...]`; without `similarity` only the first is
       read, and there may be any number.
     action: `[B, K, ...]`.
     key: of the loss; the noise of a mixture's gates has one of its own.

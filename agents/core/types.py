@@ -69,7 +69,7 @@ class Spec(NamedTuple):
   Attributes:
     observation: pytree of `ArraySpec`, as the agent sees it (frames stacked
       along the last axis, channels last).
-    action: `Discrete` or `Continuous`; `Candidates` of a game alone.
+    action: `Discrete` or `Continuous`; `Candidates` only for games.
     frame_stack: how many consecutive frames one observation holds. A replay
       stores single frames: the last `C / frame_stack` channels.
     masks_actions: whether time steps carry `invalid_actions`.
@@ -308,7 +308,7 @@ class Phase(NamedTuple):
     updates: how many; None for all that are left.
     transfer: `(state of the phase before) -> state`; None in the first.
     imagine: `(state, observations [B, ...], key) -> Transition`, rollouts of
-      the policy in a model; None where it learns from real ones alone.
+      the policy in a model; None if it learns only from real ones.
   """
 
   name: str

@@ -150,7 +150,7 @@ def support_metrics(
 
 
 class Comparison(NamedTuple):
-  """Of imagined states with those of the observations that followed.
+  """Imagined states, compared with those of the observations that followed.
 
   Attributes:
     loss: float32 `[K, B]`.

@@ -122,18 +122,18 @@ def run(
   compilers: pathlib.Path,
   out: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  """Compiles everything; the CSV grows with each program and is resumed.
+  """Compiles everything not yet in the CSV, and adds a row per program.
 
-  Returns its rows.
+  Returns the CSV's rows.
 
   Args:
     names: presets, and `search`, `experts` and `divided`.
-    rows: of batch and environments on each device; 0 for the usual ones.
+    rows: batch size and environments per device; 0 for the usual ones.
     parts: of `programs.PARTS`; () for all.
     compilers: folder for the compilers' wheels.
 
   Raises:
-    UserError: a compiler that cannot be installed, or ends without a message.
+    UserError: a compiler cannot be installed, or ends without a message.
   """
   found: list[dict[str, Any]] = list(tables.read_rows(out, (*KEY, *COUNTED)))
   for target in targets:

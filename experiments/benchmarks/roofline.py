@@ -1,4 +1,4 @@
-"""The largest rates of a machine, and how near programs come to them.
+"""The peak rates of a machine, and how near programs come to them.
 
 The roofline (Williams 2009): a program of I operations for each byte that it
 moves reaches at most min(peak, I * bandwidth) operations per second. Both are
@@ -21,7 +21,7 @@ from experiments.benchmarks.timing import Measurement, interleaved, speed_row
 
 
 class Roof(NamedTuple):
-  """The largest rates, by wall second and by CPU second.
+  """The peak rates, by wall second and by CPU second.
 
   Attributes:
     flops: float64 `[2]`, float32 operations of a large matrix product, at the

@@ -365,7 +365,7 @@ def device_rows(subject: Subject, roof: Roof, case: Case) -> list[Measurement]:
 
 
 def _update_task(subject: Subject, devices: Sequence[Any], batch_size: int):
-  """An update of the batch over these devices, again at each call."""
+  """A function that updates once per call, the batch split over the devices."""
   agent, batch = _agent_and_batch(subject, batch_size)
   mesh = meshes.make_mesh(devices)
   update = meshes.compile_update(agent, mesh)

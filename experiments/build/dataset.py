@@ -103,12 +103,12 @@ def complete(experiment: Experiment, env: str | None) -> Experiment:
 
 
 class Place(NamedTuple):
-  """Where what is learned from a data set is evaluated.
+  """The environment in which a run on a data set is evaluated.
 
   Attributes:
     env_name: for `envs.make` with `options`; '' for nowhere.
     recorded: JSON of `envs.recorded.Recorded`; '' for nothing.
-    notes: lines for people, on how it differs from where the data are from.
+    notes: lines to print on how it differs from the data's environment.
   """
 
   env_name: str

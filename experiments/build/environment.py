@@ -30,7 +30,7 @@ AT_ONCE = 32
 
 
 def complete(experiment: Experiment, env: str | None) -> Experiment:
-  """An experiment that acts, checked; it has the user's `env` by now.
+  """Checks and completes an experiment that acts; `env` is already in it.
 
   Raises:
     ValueError: its settings do not fit each other.

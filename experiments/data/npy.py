@@ -165,8 +165,9 @@ def _read_header(file: Any, size: int) -> _Header:
     raise ValueError('not a NumPy array')
   width = 2 if start[6] == 1 else 4
   length = int.from_bytes(file.read(width), 'little')
-  if length > min(_HEADER_LIMIT, size):
-    raise ValueError(f'a header of {length:,} bytes')
+  most = min(_HEADER_LIMIT, size)
+  if length > most:
+    raise ValueError(f'a header of {length:,} bytes, must be at most {most:,}')
   text = file.read(length).decode('utf-8' if start[6] == 3 else 'latin-1')
   dtype, shape, order = _parse_header(text)
   offset = 8 + width + length
@@ -190,7 +191,7 @@ def _parse_header(
     and len(shape) <= 32
     and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
   ):
-    raise ValueError(f'shape {shown(shape, 60)}')
+    raise ValueError(f'shape {shown(shape, 60)}, must be at most 32 sizes')
   if not isinstance(descr, str):
     raise ValueError('records, must be numbers')
   dtype = np.dtype(descr)

@@ -231,7 +231,7 @@ def _or_stay(masks, total):
 
 
 def _pairs(side, high, low):
-  """Sources `[680, 3]` of the higher die, first, and masks of the lower's."""
+  """Sources `[680, 3]`, the higher die's first, and the lower die's masks."""
   places = jnp.arange(26)
   firsts = [_sources(side, side.occupied, die) for die in (high, low)]
 

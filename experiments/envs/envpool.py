@@ -477,4 +477,4 @@ def _check_kind(task, name, value, usual):
       f'{usual!r}'
     )
   if kind is int and not -(2**31) <= value < 2**31:
-    raise ValueError(f'{task}: {name}={value!r} must be an integer of 32 bits')
+    raise ValueError(f'{task}: {name}={value!r} must be a 32-bit integer')

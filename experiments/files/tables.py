@@ -142,8 +142,8 @@ def numbers(
         found[name] = float(cell)
     except ValueError as error:
       raise UserError(
-        f'{shown(path)}: {shown(name)}={shown(cell)}: must be a number; copy '
-        'it back'
+        f'{shown(path)}: {shown(name)}={shown(cell)}: must be a number; '
+        'restore the file from a copy'
       ) from error
   return found
 

@@ -175,7 +175,7 @@ def _strategy(name: str, experiment: Any) -> planners.Strategy:
 
 
 def decider(name: str, experiment: Any, values: Any) -> tuple[Any, Any]:
-  """A player like `acting.make_decider`'s, with no value, and its parameters.
+  """`acting.make_decider`'s kind of player, without values; its parameters.
 
   Raises:
     UserError: the run, the player or the dynamics cannot be used.

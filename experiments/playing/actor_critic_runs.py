@@ -112,8 +112,8 @@ def simulator(experiment: Any) -> Any:
   known = actor_critic_model.EXACT
   if experiment.env_name not in known:
     raise UserError(
-      f'env={experiment.env_name}: has no exact model, as {", ".join(known)} '
-      'have; give --dynamics=RUN of a dynamics or combo run'
+      f'env={experiment.env_name}: has no exact model, only {", ".join(known)} '
+      'have one; give --dynamics=RUN, the folder of a dynamics or combo run'
     )
   ours = experiment._replace(env_name=known[experiment.env_name])
   return build.make_env(ours, training=False)

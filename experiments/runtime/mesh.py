@@ -8,12 +8,12 @@ where the program is traced, for `networks.expert_parallel` to find. `pmap`:
 each device runs `update` on its own rows, and the means that a `reduce` of
 `agent.make` takes (gradients, statistics, metrics) make the parameters agree; a
 BatchNorm's statistics are those of all devices only if its network was made
-with the same `reduce`. Keys are folded with the device's index there, so it
-equals one device for updates that draw nothing.
+with the same `reduce`. There keys are folded with the device's index, so
+it equals one device only for updates without random numbers.
 
 Work row by row (searching, acting, whole episodes of an evaluation) is mapped
-over the devices (`by_rows`) instead of being left to the partitioner: loops
-that end with the last row would ask all devices at every turn.
+over the devices (`by_rows`) instead of being left to the partitioner: a loop
+that ends with its last row would ask all devices at every iteration.
 
 Every process calls the same functions in the same order.
 """

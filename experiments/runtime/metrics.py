@@ -349,28 +349,27 @@ def _live(
 
   console = Console(file=stream)
   drawn = BarColumn()
-  # Numbers are no markup.
-  told = TextColumn('{task.description}', markup=False)
   bar = Progress(
+    # Numbers are not markup.
     TextColumn('{task.fields[done]}', markup=False),
     drawn,
-    told,
+    TextColumn('{task.description}', markup=False),
     console=console,
     refresh_per_second=4,
   )
 
   def fitted(found: _Pace) -> str:
-    """What has room behind the bar, whose own width goes by the line's."""
+    """The parts that fit behind the bar."""
     # A terminal may change its width at any time.
     drawn.bar_width = 24 if console.width >= 100 else console.width // 8
     room = console.width - len(found.done) - drawn.bar_width - 2
-    told = ''
+    text = ''
     for part in filter(None, (found.left, found.speed, *found.numbers)):
-      longer = f'{told}  {part}' if told else part
+      longer = f'{text}  {part}' if text else part
       if len(longer) > room:
         break
-      told = longer
-    return told
+      text = longer
+    return text
 
   begun = _Pace(_done(start, total), 'compiling')
   task = bar.add_task(

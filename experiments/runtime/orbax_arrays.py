@@ -148,7 +148,7 @@ def _size_of_pack(folder: pathlib.Path, pack: str) -> int:
   """Bytes of a pack, as its metadata says."""
   path = folder / pack / '.zarray'
   if not re.fullmatch(r'pack[0-9]{1,9}', pack, re.ASCII):
-    raise Damaged(f'{shown(path)}: is no name of a pack')
+    raise Damaged(f'{shown(path)}: is not the name of a pack')
   shape = _metadata(path).get('shape')
   if not (
     isinstance(shape, list)
@@ -156,7 +156,7 @@ def _size_of_pack(folder: pathlib.Path, pack: str) -> int:
     and type(shape[0]) is int
     and 0 < shape[0] <= _PACK
   ):
-    raise Damaged(f'{shown(path)}: is no pack of arrays')
+    raise Damaged(f'{shown(path)}: is not a pack of arrays')
   return shape[0]
 
 

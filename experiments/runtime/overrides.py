@@ -104,7 +104,7 @@ def _replace(config: Any, path: list[str], name: str, text: str) -> Any:
 
 
 def _chosen(annotation: Any, old: Any, name: str, text: str) -> Any:
-  """The dataclass of a union with this name; it keeps shared fields."""
+  """A union's dataclass with this name; shared fields keep their old values."""
   kinds = {kind.name: kind for kind in typing.get_args(annotation)}
   if text not in kinds:
     raise UserError(f'{name} is {text!r}, must be one of {", ".join(kinds)}')

@@ -342,8 +342,8 @@ def load(
   priority = np.asarray(priority)
   if priority.shape != state.priority.shape:
     raise UserError(
-      f'replay: saved with rows x streams = {priority.shape}, but this one has '
-      f'{state.priority.shape}'
+      f'replay: saved with rows x streams = {priority.shape}, must be '
+      f'{state.priority.shape}; use the capacity and streams that it had'
     )
   size = state.mass.shape[0]
   oldest = max(known.count - size, 0)

@@ -96,7 +96,7 @@ def read_run_config(workdir: str | os.PathLike) -> dict[str, Any]:
   Settings that an older version wrote elsewhere are moved.
 
   Raises:
-    UserError: `workdir` is no run's folder, or the file cannot be read.
+    UserError: `workdir` is not a run's folder, or the file cannot be read.
   """
   return _upgraded(_read(workdir))
 

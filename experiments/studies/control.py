@@ -94,7 +94,7 @@ def train(
 ) -> pathlib.Path:
   """Trains one run unless it has been trained, and returns its folder.
 
-  `name` is the agent's, or `dynamics` for an ensemble alone.
+  `name` is the agent's, or `dynamics` for only an ensemble.
 
   Raises:
     UserError: it did not finish.

@@ -26,7 +26,7 @@ def system(which: tuple[float, float, Any, Any]) -> Any:
 
 
 def policy_curve(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Costs of policies, and of look-ahead on them, relative to K*.
+  """Costs of policies, and of lookahead on them, relative to K*.
 
   Args:
     policies: L of `MILD`, float64 `[n]`.
@@ -109,11 +109,11 @@ def newton_errors(which: tuple, start: float, number: int) -> np.ndarray:
 
 
 class Stability(NamedTuple):
-  """Look-ahead in random systems of two dimensions, counted.
+  """Lookahead in random systems of two dimensions, counted.
 
   Attributes:
     fulfil: starts K~ with `F(K~) <= K~`.
-    fulfil_unstable: of these, with an unstable look-ahead policy.
+    fulfil_unstable: of these, with an unstable lookahead policy.
     others: the other starts; `K~ >= K*` holds for all.
     others_unstable: of these, with one.
   """
@@ -148,7 +148,7 @@ def stability(seed: int, number: int) -> Stability:
 
 
 class Certainty(NamedTuple):
-  """`max_x (J_mu - J*)` in the inventory, for look-ahead of 1 to `l` steps.
+  """`max_x (J_mu - J*)` in the inventory, for lookahead of 1 to `l` steps.
 
   Attributes:
     exact: float64 `[l]`, every step plans with chance.
@@ -163,7 +163,7 @@ class Certainty(NamedTuple):
 
 @functools.cache
 def certainty_equivalence(depth: int) -> Certainty:
-  """Look-ahead in `examples.inventory` up to `depth` steps, J~ = 0."""
+  """Lookahead in `examples.inventory` up to `depth` steps, J~ = 0."""
   true, certain = examples.inventory()
   best = bellman.optimal(true)[1]
 
@@ -238,7 +238,7 @@ def cycle(steps: int) -> tuple[np.ndarray, float]:
 
 
 def identities(seed: int, number: int) -> tuple[float, float]:
-  """Newton's step by autodiff against the look-ahead policy's cost.
+  """Newton's step by autodiff against the lookahead policy's cost.
 
   `number` processes of 20 states and 4 actions, and as many systems of 4 state
   variables and 2 controls.
@@ -252,7 +252,7 @@ def identities(seed: int, number: int) -> tuple[float, float]:
     return abs(bellman.newton_step(mdp, value) - played).max()
 
   def linear_quadratic(of, more):
-    # Above K_mu of a stable policy look-ahead is stable.
+    # Above K_mu of a stable policy lookahead is stable.
     cost = 1.1 * riccati.optimal(of) + more
     played = riccati.policy_cost(of, riccati.gain(of, cost))
     return abs(riccati.newton(of, cost) - played).max() / abs(played).max()

@@ -321,7 +321,7 @@ def main(name: str) -> None:
 
 
 def define_flags() -> None:
-  """The flags of `python -m experiments.study NAME`, for the table's names."""
+  """Flags of `python -m experiments.study NAME` for studies of the table."""
   from absl import flags
 
   flags.DEFINE_integer(

@@ -187,8 +187,8 @@ def read_parts(todo: Sequence[Part], rows: Sequence[Row]) -> dict[Row, Result]:
     for line in tables.read_numbers(path):
       if not {'setting', 'seed', 'step', 'finite'} <= line.keys():
         raise UserError(
-          f'{shown(path)}: lacks setting, seed, step or finite in a row; copy '
-          'it back'
+          f'{shown(path)}: a row lacks a number for setting, seed, step or '
+          'finite; restore the file from a copy'
         )
       row = Row(int(line.pop('setting')), int(line.pop('seed')))
       curves[row].append(line)

@@ -50,14 +50,14 @@ class Ended(NamedTuple):
 
 
 class Pool(NamedTuple):
-  """Machines that run rows.
+  """Machines that run a sweep's rows.
 
   Attributes:
     choose: `(avoid) -> name` of a machine with room for a row, None if none
       has; one of the names in `avoid` only if there are no others.
     start: `(name, job) -> None`, starts its process there.
     ended: `() -> [(job, Ended)]`, those since the last call.
-    close: `() -> None`, ends all that still runs.
+    close: `() -> None`, stops all jobs that still run.
   """
 
   choose: Callable[[frozenset[str]], str | None]

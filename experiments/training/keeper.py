@@ -113,8 +113,8 @@ class Keeper:
 
   Attributes:
     decisions: taken so far; saved, so that a resumed run counts on.
-    budget: of the decisions; None if the run ends by its updates.
-    phase: whose carry is kept.
+    budget: of decisions; None if a number of updates ends the run.
+    phase: number of the phase whose carry is saved.
     metrics: of the checkpoint that was restored, see `Saved`.
     digest: `() -> str`, of the rows of metrics.csv so far.
   """
@@ -147,7 +147,7 @@ class Keeper:
     self._parts = parts
 
   def enter(self, phase: int, source) -> None:
-    """From here on the carry of this phase is kept."""
+    """Saves the carry of this phase from now on."""
     self.phase, self._source = phase, source
     self._persistence = source.kept
 
@@ -301,10 +301,10 @@ class Keeper:
       self._save_final(step, carry.agent.params)
 
   def _check_lost(self) -> None:
-    """Refuses to start a run over that has had checkpoints.
+    """Refuses to start over a run that has lost its checkpoints.
 
-    A run that was killed before its first one has no `final` either, which is
-    written after it.
+    A run killed before its first checkpoint has no `final` either, because
+    that is written later.
     """
     from experiments.runtime import distributed, integrity, metrics
 

@@ -148,7 +148,7 @@ def check(plans: Sequence[Plan]) -> None:
 
 
 def _refusal(plan: Plan, place: str, need: float, have: float) -> str:
-  """What takes most of a device or a host, and the settings that change it."""
+  """A message: what takes most memory, and the settings that change it."""
   size = lambda row: row.device
   if place == 'host':
     size = lambda row: row.host + row.device * plan.on_host

@@ -93,7 +93,7 @@ class Watcher:
         writer.write(0, self.held_out.losses(untrained.params))
 
   def enter(self, stage: Any) -> None:
-    """From here on this phase's agent is measured."""
+    """Measures this phase's agent from now on."""
     self._stage = stage
     material = self._experiment.material
     self._evaluator = material.evaluate(self._experiment, stage.agent)

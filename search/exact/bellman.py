@@ -8,18 +8,18 @@ A row of `transition` may sum to less than 1: what is missing ends the episode.
 Rewards are maximised. Where a source minimises costs, these are negative
 rewards: its J* is minus ours, and its inequalities turn round.
 
-How can on-line play be Newton's method without a Hessian? It is Newton's
+How can online play be Newton's method without a Hessian? It is Newton's
 method for roots, not for minima: it solves `H(J) = J - TJ = 0`, where T is
 Bellman's operator `bellman`, and needs the Jacobian of H. A Hessian is what
 that Jacobian happens to be where H is a gradient; this H is the gradient of
 nothing (`I - g P` is not symmetric), so no Hessian is missing. By Danskin's
 theorem the Jacobian of T at J is `g P_mu`, where mu is the policy that attains
-the maximum in TJ: choosing the action by look-ahead is taking the derivative.
+the maximum in TJ: choosing the action by lookahead is taking the derivative.
 With `TJ = r_mu + g P_mu J`, Newton's step from J is
 
   J - (I - g P_mu)^-1 (J - TJ) = (I - g P_mu)^-1 r_mu = J_mu,
 
-the value of the one-step look-ahead policy. Nobody solves the system on-line:
+the value of the one-step lookahead policy. Nobody solves the system online:
 playing mu earns J_mu along the way. T is convex, each `T_mu` a tangent plane
 below it, so J_mu is at most J* from whatever J. (Kleinman 1968; Puterman and
 Brumelle 1979; Bertsekas 2022, "Lessons from AlphaZero", chapter 3.)
@@ -128,7 +128,7 @@ def policy_transition(mdp: MDP, policy: chex.Array) -> chex.Array:
 
 
 def backup(mdp: MDP, value: chex.Array) -> chex.Array:
-  """One step of look-ahead from state values `[S]`: Q, `[S, A]`."""
+  """One step of lookahead from state values `[S]`: Q, `[S, A]`."""
   return mdp.reward + mdp.discount * (mdp.transition @ value)
 
 
@@ -222,7 +222,7 @@ def newton(
 
   The Jacobian is by automatic differentiation through T, so that this knows
   nothing of policies. Where T is a maximum with ties the derivative jumps, and
-  what is taken, the mean over the ties, is no policy's: the step then differs
+  its value here, the mean over the ties, belongs to no policy: the step differs
   from the value of any greedy policy. Start from generic values.
 
   Args:

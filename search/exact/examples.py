@@ -64,7 +64,7 @@ def blackmailer(value: chex.Array) -> chex.Array:
 
 
 def matrix_game(cost: chex.Array) -> chex.Array:
-  """Of a game `[2, 2]` the value, `[]`: rows minimise, columns maximise."""
+  """The value of a game `[2, 2]`, `[]`: rows minimise, columns maximise."""
   low = jnp.max(jnp.min(cost, axis=0))
   high = jnp.min(jnp.max(cost, axis=1))
   (a, b), (c, d) = cost

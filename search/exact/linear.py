@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 def inverse(matrix: chex.Array) -> chex.Array:
-  """Of a matrix `[N, N]` of the kinds above: `[N, N]`, by Gauss and Jordan."""
+  """Inverts a matrix `[N, N]` of the kinds above, by Gauss-Jordan: `[N, N]`."""
 
   def eliminate(k, a):
     pivot, row, column = a[k, k], a[k] / a[k, k], a[:, k]

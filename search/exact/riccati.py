@@ -137,7 +137,7 @@ def newton(system: System, cost: chex.Array) -> chex.Array:
 
   Returns:
     The next K, `[N, N]`. Of a scalar K without a stable policy it is a finite
-    number that is no cost.
+    number that is not a cost.
   """
   operator = functools.partial(riccati, system)
   if _is_scalar(system):
@@ -156,7 +156,7 @@ def lookahead_cost(
   policy: chex.Array | None = None,
   num_steps: int = 0,
 ) -> chex.Array:
-  """What look-ahead, truncated rollout and a terminal cost cost when played.
+  """What lookahead, truncated rollout and a terminal cost cost when played.
 
   The first control of minimising over `depth` steps, then `num_steps` of a
   base policy, then K: Newton's step from `F^(depth - 1)(F_L^num_steps(K))`.
@@ -220,7 +220,7 @@ def fixed_points(system: System) -> tuple[chex.Array, chex.Array]:
 
   The upper one is K* and the lower one negative where `q > 0`. With `q = 0`
   and `|a| > 1` they are `r (a^2 - 1) / b^2`, the best of stable policies, and
-  0, the optimal cost, which is no stable policy's (section 4.8).
+  0, the optimal cost, not a stable policy's (section 4.8).
 
   Raises:
     ValueError: the system is not scalar.
@@ -239,7 +239,7 @@ def fixed_points(system: System) -> tuple[chex.Array, chex.Array]:
 
 
 def stability_boundary(system: System, depth: int = 1) -> chex.Array:
-  """S_l, `[]`: l-step look-ahead of a scalar system is stable for K above it.
+  """S_l, `[]`: l-step lookahead of a scalar system is stable for K above it.
 
   `S_1 = (|a| - 1) r / b^2` and `F(S_(l + 1)) = S_l`; falls to the lower fixed
   point: the region of stability grows with l to all that value iteration
@@ -265,7 +265,7 @@ def stability_boundary(system: System, depth: int = 1) -> chex.Array:
 def newton_error(system: System, cost: chex.Array) -> chex.Array:
   """`K_L - K*` of a scalar system at K `[...]`, in closed form: `[...]`.
 
-  L is the one-step look-ahead at K. It is
+  L is one-step lookahead at K. The difference is
   `a^2 b^2 r^2 (K - K*)^2 / ((r + b^2 K*) ((r + b^2 K)^2 - a^2 r^2))` where
   stable, else inf: never negative, quadratic near K*, bounded far above it.
 
