@@ -55,7 +55,8 @@ def main() -> None:
   runs = find_runs(values.workdirs)
   groups = len({run.label for run in runs})
   terminal.begin(
-    f'{len(runs)} runs in {groups} groups: {", ".join(values.y)} against '
+    f'{terminal.counted(len(runs), "run")} in '
+    f'{terminal.counted(groups, "group")}: {", ".join(values.y)} against '
     f'{values.x}',
     compiles=False,
   )
@@ -91,14 +92,14 @@ def _search_report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
   pooled = curve_figures.aggregate_evaluations(workdirs)
   table = [['group', 'checkpoint', 'simulations', 'seeds', 'return', 'gain']]
   for row in pooled:
-    gain = f'{row.gain_mean:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}]'
+    gain = terminal.interval(row.gain_mean, row.gain_low, row.gain_high, '+.3f')
     table.append(
       [
         row.group,
         row.checkpoint,
         str(row.simulations),
         str(row.seeds),
-        f'{row.return_mean:.3f} [{row.return_low:.3f}, {row.return_high:.3f}]',
+        terminal.interval(row.return_mean, row.return_low, row.return_high),
         gain if row.simulations else '',
       ]
     )

@@ -10,7 +10,14 @@ from scipy import stats
 
 from experiments.files import tables
 from experiments.files.errors import UserError
-from experiments.report import atari_scores, curves, runs, statistics, style
+from experiments.report import (
+  atari_scores,
+  curves,
+  runs,
+  statistics,
+  style,
+  terminal,
+)
 
 EVALUATION = (
   'checkpoint,planner,simulations,episodes,return_mean,return_se,length_mean,'
@@ -384,3 +391,11 @@ def test_launcher_errors_are_one_line(tmp_path):
     f'error: workdirs={tmp_path}/no_*: there is none; name folders of '
     'experiments.train\n'
   )
+
+
+def test_one_seed_has_no_interval_and_counts_have_their_number():
+  nan = float('nan')
+  assert terminal.interval(0.5, nan, nan) == '0.500'
+  assert terminal.interval(-0.5, -1, 0.25, '+.2f') == '-0.50 [-1.00, +0.25]'
+  assert terminal.counted(1, 'run') == '1 run'
+  assert terminal.counted(1_200, 'group') == '1,200 groups'

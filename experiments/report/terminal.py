@@ -3,6 +3,7 @@
 Standard output is for people; progress goes to standard error.
 """
 
+import math
 import os
 import sys
 import time
@@ -37,6 +38,18 @@ def begin(what: str, *lines: str, compiles: bool = True) -> None:
   if compiles:
     lines = (*lines, f'{device()}; compiling: the first numbers take a while')
   say(*lines)
+
+
+def counted(number: int, what: str) -> str:
+  """`1 run`, `2 runs`."""
+  return f'{number:,} {what}{"" if number == 1 else "s"}'
+
+
+def interval(mean: float, low: float, high: float, form: str = '.3f') -> str:
+  """`0.5 [0.2, 0.8]`; the mean only if there is no interval (one seed)."""
+  if math.isnan(low) or math.isnan(high):
+    return f'{mean:{form}}'
+  return f'{mean:{form}} [{low:{form}}, {high:{form}}]'
 
 
 def parameters(params: object) -> str:
