@@ -38,7 +38,7 @@ from experiments import build
 from experiments.build import saved
 from experiments.data import npz
 from experiments.runtime import config as configs
-from experiments.runtime import integrity, loop, mesh, signals
+from experiments.runtime import integrity, loop, mesh, signals, updates
 from experiments.sweeps import engines, program
 from experiments.sweeps import plan as sweep_plan
 from experiments.sweeps.plan import Row
@@ -178,7 +178,7 @@ def made_once(experiment: build.Experiment) -> Iterator[None]:
         interval = loop.watched_interval(stage.agent, stage.source)
         stage = stage._replace(interval=jax.jit(interval, donate_argnums=0))
       elif stage.update is None:
-        update = jax.jit(stage.agent.update, donate_argnums=0)
+        update = updates.compiled(stage.agent)
         stage = stage._replace(update=update)
       ready.append(stage)
     return made._replace(stages=tuple(ready))

@@ -98,8 +98,8 @@ MUTANTS = (
   ),
   Mutant(
     'experiments/runtime/loop.py',
-    'jax.random.split(jax.random.fold_in(key, carry.step))',
-    'jax.random.split(jax.random.fold_in(jax.random.key(0), carry.step))',
+    'keys.split(keys.fold_in(key, carry.step))',
+    'keys.split(keys.fold_in(jax.random.key(0), carry.step))',
     'tests/test_loop_resume.py',
     'every_step_draws',
   ),

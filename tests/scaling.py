@@ -186,7 +186,7 @@ def _mixed(mesh):
 def _flattened(networks, similarity, params, statistics, states, real, train):
   """`unroll.consistency` with a row's steps apart, as once it was."""
   real = unroll.flatten_steps(jnp.swapaxes(real, 0, 1))[:, None]
-  loss, statistics = unroll.consistency(
+  found, statistics = unroll.consistency(
     networks,
     similarity,
     params,
@@ -195,7 +195,8 @@ def _flattened(networks, similarity, params, statistics, states, real, train):
     real,
     train,
   )
-  return loss.reshape(states.shape[:2]), statistics
+  loss = found.loss.reshape(states.shape[:2])
+  return found._replace(loss=loss), statistics
 
 
 def _planted(mesh):
