@@ -137,7 +137,7 @@ def main() -> None:
     )
     refuse_unused(
       values.set,
-      experiment.config,
+      [experiment.config],
       on_data=not experiment.material.acts,
       is_fresh=build.is_fresh(experiment.config),
     )

@@ -88,5 +88,5 @@ def test_work_of_the_rest_does_not_grow_either(name, slow):
 
 def test_a_flattening_that_mixes_the_batch_is_seen(quick):
   found = _grows('planted', *quick['planted'])
-  # The rows are moved to where their others are; once they were gathered.
+  # Rows move between devices.
   assert {'kinds of exchanges', 'bytes exchanged'} <= set(found)

@@ -1,11 +1,14 @@
 """What a sweep is made of: settings, seeds, programs, and what is refused."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 from launching import read_csv
 
+from agents import atac
+from experiments.build.unused import refuse_unused
 from experiments.report import statistics
 from experiments.runtime import config as configs
 from experiments.sweeps import plan as sweep_plan
@@ -150,3 +153,27 @@ def test_the_command_of_a_row_trains_it_alone():
     'python -m experiments.train --preset=muzero_catch --env=jax:catch '
     '--steps=900 --set=gamma=0.9 --set=learning_rate=1e-3 --seed=2'
   )
+
+
+@pytest.mark.parametrize('choices', ['none', 'none,torso'])
+def test_a_setting_that_some_rows_read_is_not_refused(choices):
+  plan = sweep_plan.make_plan(
+    'efficientzero_catch',
+    fixed=['network.moe.num_experts=4'],
+    grid=[f'network.mixture={choices}'],
+  )
+  numbers = range(len(plan.settings))
+  configs = [plan.describe(Row(i, 0)).config for i in numbers]
+  refuse = functools.partial(refuse_unused, plan.fixed, configs, on_data=False)
+  if 'torso' in choices:
+    refuse()
+  else:
+    with pytest.raises(ValueError, match='there is no mixture of experts; set'):
+      refuse()
+
+
+def test_a_critics_mixture_can_be_switched_off():
+  configs = [atac.Config()]
+  refuse_unused(['critic_moe.num_experts=0'], configs, on_data=True)
+  with pytest.raises(ValueError, match='set critic_moe'):
+    refuse_unused(['critic_moe.hidden=8'], configs, on_data=True)

@@ -136,7 +136,7 @@ class _Trainer(NamedTuple):
 
 
 def _trainer(subject: Subject, number: int | None) -> _Trainer:
-  """The program of N seeds under `vmap`, or for None of one without."""
+  """The program for N seeds under `vmap`, or, for None, for one without it."""
   agent, source = _made(subject)
   init = functools.partial(loop.init, agent, source)
   interval = loop.compile_interval(agent, source)

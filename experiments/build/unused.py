@@ -30,16 +30,17 @@ _OF_REPLAY = (
 
 def refuse_unused(
   assignments: Sequence[str],
-  config: Any,
+  configs: Sequence[Any],
   *,
   on_data: bool,
   is_fresh: bool = False,
 ) -> None:
   """Refuses a user's settings that this kind of run does not read.
 
-  `config` is the agent's, with the assignments (`field=value`) made; `on_data`
-  and `is_fresh` say whether it learns from a data set or text, or from each
-  step once, without a replay.
+  `configs` are the agent's, of the run or of each setting of a sweep, with the
+  assignments (`field=value`) made; a setting of a mixture may be read by some
+  of them only. `on_data` and `is_fresh` say whether the agent learns from a
+  data set or text, or from each step once, without a replay.
 
   Raises:
     ValueError: a setting would have no effect.
@@ -55,24 +56,24 @@ def refuse_unused(
     section, _, field = name.rpartition('.')
     if section in ('', 'run') and field in unused:
       raise ValueError(f'{assignment}: {reason}; leave it out')
-    _refuse_without_experts(assignment, config)
+    remedies = [_without_experts(name, config) for config in configs]
+    if all(remedies):
+      raise ValueError(
+        f'{assignment}: there is no mixture of experts; set {remedies[0]}, or '
+        'leave it out'
+      )
 
 
-def _refuse_without_experts(assignment: str, config: Any) -> None:
-  """Refuses a setting of a mixture of experts that no network has."""
-  name = assignment.partition('=')[0].strip()
+def _without_experts(name: str, config: Any) -> str | None:
+  """What makes the mixture that a setting is of, if there is none."""
   paths = list(overrides.paths(config, ('agent',)))
   for path in overrides.matching(paths, tuple(name.split('.'))):
     if 'moe' in path[:-1] and _get(config, 'network.mixture') == 'none':
-      remedy = 'network.mixture=torso, dynamics or heads'
-    elif 'critic_moe' in path[:-1] and not config.critic_moe.num_experts:
-      remedy = 'critic_moe.num_experts=8, say'
-    else:
-      continue
-    raise ValueError(
-      f'{assignment}: there is no mixture of experts; set {remedy}, or leave '
-      'it out'
-    )
+      return 'network.mixture=torso, dynamics or heads'
+    is_inside = 'critic_moe' in path[:-1] and path[-1] != 'num_experts'
+    if is_inside and not config.critic_moe.num_experts:
+      return 'critic_moe.num_experts=8, say'
+  return None
 
 
 def _get(config: Any, path: str) -> Any:

@@ -61,7 +61,7 @@ def override(
       name, text = name.strip(), text.strip()
       if not (name and equals):
         raise UserError(f'--set={assignment}: should be field=value')
-      where = find(result, name)
+      where = _find(result, name)
       if applied.get(where, -1) > number:
         continue
       section, *path = where
@@ -159,12 +159,8 @@ def paths(config: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
       yield (*prefix, field.name)
 
 
-def find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
-  """The path that a name means, `k` or `agent.network.moe.router.k`.
-
-  Raises:
-    UserError: there is no such field, or several.
-  """
+def _find(sections: Mapping[str, Any], name: str) -> tuple[str, ...]:
+  """The path that a name on the command line means."""
   known = [p for s, config in sections.items() for p in paths(config, (s,))]
   asked = tuple(name.split('.'))
   found = matching(known, asked)

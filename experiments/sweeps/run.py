@@ -49,9 +49,10 @@ def run(held: contextlib.ExitStack) -> None:
     )
     configs.check_place('workdir', workdir, folder=True)
     first = plan.describe(sweep_plan.Row(0, 0))
+    numbers = range(len(plan.settings))
     refuse_unused(
       [*plan.fixed, *plan.assignments(0)],
-      first.config,
+      [plan.describe(sweep_plan.Row(i, 0)).config for i in numbers],
       on_data=not first.material.acts,
       is_fresh=build.is_fresh(first.config),
     )
