@@ -358,13 +358,13 @@ class _Module(nn.Module):
   def setup(self):
     config = self.config
     dtype = jnp.dtype(config.compute_dtype)
-    norm = functools.partial(
-      mlp.Norm, config.norm, config.norm_momentum, self.reduce, dtype
+    by_kind = lambda kind: functools.partial(
+      mlp.Norm, kind, config.norm_momentum, self.reduce, dtype
     )
+    norm = by_kind(config.norm)
     style = {'norm': norm, 'dtype': dtype}
-    rest = (config.norm_momentum, self.reduce, dtype)
     if config.observation_scale == 'batch':
-      self.observation_norm = mlp.Norm('batch', *rest)
+      self.observation_norm = by_kind('batch')()
     self.is_image = _has_image(config)
     if config.torso == 'atari':
       self.torso = resnet.AtariTorso(config.channels, **style)
@@ -405,7 +405,7 @@ class _Module(nn.Module):
       self.value_prefix = value_prefix.ValuePrefix(
         config.reward_bins, lstm_size=config.lstm_size, **sizes, **style
       )
-    style['norm'] = functools.partial(mlp.Norm, config.projection_norm, *rest)
+    style['norm'] = by_kind(config.projection_norm)
     self.projector = consistency.Projector(config.projector, **style)
     self.predictor = consistency.Predictor(config.predictor, **style)
 
