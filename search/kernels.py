@@ -81,7 +81,7 @@ def descend(
   )
   leaves, form = jax.tree.flatten(inputs)
 
-  def kernel(*refs):
+  def descend_tree(*refs):
     *refs, node_out, action_out = refs
     stats, constants, roots, carry = jax.tree.unflatten(form, refs)
     edges, children, nodes, logits, own = stats
@@ -131,7 +131,7 @@ def descend(
     plgpu.store(action_out.at[element], action)
 
   number = jax.ShapeDtypeStruct((batch,), jnp.int32)
-  return _call(kernel, (number, number), batch)(*leaves)
+  return _call(descend_tree, (number, number), batch)(*leaves)
 
 
 def climb(trees: Trees, leaf: chex.Array) -> Trees:
@@ -142,7 +142,7 @@ def climb(trees: Trees, leaf: chex.Array) -> Trees:
     leaf: int32 `[B]`.
   """
 
-  def kernel(links, leaf, _edges, _nodes, edges, nodes):
+  def climb_tree(links, leaf, _edges, _nodes, edges, nodes):
     element = pl.program_id(0)
     load = lambda ref, *index: _load(ref, element, *index)
 
@@ -176,7 +176,7 @@ def climb(trees: Trees, leaf: chex.Array) -> Trees:
 
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   edges, nodes = _call(
-    kernel,
+    climb_tree,
     (like(trees.edges), like(trees.nodes)),
     leaf.shape[0],
     input_output_aliases={2: 0, 3: 1},

@@ -12,6 +12,7 @@ from experiments import build
 from experiments.benchmarks import agents, cases, counting, searches
 from experiments.benchmarks import timing as benchmark_timing
 from experiments.files.errors import UserError
+from search import policies
 
 # A network and a search as small as they come.
 TINY = (
@@ -228,6 +229,25 @@ def test_paths_are_counted_by_hand():
   # 0 - 1 - 2 - 3, and a star.
   parents = np.array([[-1, 0, 1, 2], [-1, 0, 0, 0]])
   assert searches.mean_path(parents) == (1 + 2 + 3 + 1 + 1 + 1) / 6
+
+
+@pytest.mark.parametrize('name', ['puct', 'gumbel'])
+def test_turns_are_those_that_a_search_makes(name, monkeypatch):
+  params, root, recurrent_fn = searches.table_model(0, 3, 4, 0)
+  counted = []
+
+  def while_loop(condition, body, state):
+    while condition(state):
+      counted.append(1)
+      state = body(state)
+    return state
+
+  monkeypatch.setattr(jax.lax, 'while_loop', while_loop)
+  with jax.disable_jit():
+    output = getattr(policies, name)(
+      params, jax.random.key(0), root, recurrent_fn, 12, evaluate=True
+    )
+  assert len(counted) == searches.turns(output.search_tree.parents) > 12
 
 
 @pytest.mark.parametrize(

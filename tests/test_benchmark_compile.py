@@ -1,5 +1,6 @@
 """What is counted of compiled programs, faults planted, and the whole suite."""
 
+import importlib.metadata
 import math
 import pathlib
 import types
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from launching import read_csv
 
-from experiments.benchmarks import compilation
+from experiments.benchmarks import compilation, compile_programs
 from experiments.build.programs import Program
 from experiments.files.errors import UserError
 from experiments.runtime import compile_targets, compiled
@@ -253,6 +254,23 @@ def test_programs_for_a_slice_ask_nobody(tmp_path, monkeypatch):
     check(row)
     assert row['devices'] == '16'
     assert not math.isnan(float(row['flops'])), row
+
+
+@pytest.mark.slow
+def test_a_search_by_kernels_is_one_loop_of_known_length(tmp_path):
+  version = importlib.metadata.version('jax')
+  if not (COMPILERS / f'cuda-jax-{version}/installed.txt').exists():
+    pytest.skip('the compiler for CUDA is not installed (4 GB)')
+  found = {'loops': [], 'kernels': []}
+  for row in run('h100', ['search'], 0, [], tmp_path / 'c.csv'):
+    assert not row['error'], row
+    if row['setting'].endswith('evaluate'):
+      engine = row['setting'].partition('engine=')[2].split()[0]
+      loops, known = int(row['loops']), int(row['loops_known'])
+      found[engine].append((row['name'], loops, loops - known))
+  rules = compile_programs.RULES
+  assert found['loops'] == [(rule, 3, 2) for rule in rules]
+  assert found['kernels'] == [(rule, 1, 0) for rule in rules]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ writes a line for each program: memory, operations and bytes a device, loops,
 kernels, calls of the host, collectives, seconds of compiling. Nothing is run.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -212,7 +213,14 @@ def _programs(name, asked, mesh) -> Iterator[programs.Program]:
   folder = pathlib.Path(asked['folder'])
   if name == 'search':
     for rule in compile_programs.RULES:
-      yield compile_programs.of_search(rule, mesh, asked['rows'])
+      of_rule = functools.partial(
+        compile_programs.of_search, rule, mesh, asked['rows']
+      )
+      yield of_rule()
+      if asked['target'] == 'h100':
+        yield of_rule(engine='kernels')
+        for engine in ('loops', 'kernels'):
+          yield of_rule(engine=engine, evaluate=True)
   elif name == 'experts':
     for number in compile_programs.EXPERTS:
       for backend in compile_programs.BACKENDS:

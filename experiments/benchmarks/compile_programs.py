@@ -1,5 +1,6 @@
 """Searches and experts that `--suite=compile` compiles."""
 
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from experiments.runtime import mesh as meshes
 from networks import actions, dispatch
 from search import policies, sampled
 
-RULES = ('puct', 'efficientzero', 'gumbel', 'sampled')
+RULES = ('puct', 'efficientzero', 'gumbel', 'sampled', 'value prefix')
 BACKENDS = ('auto', 'loop', 'capacity', 'ragged')
 EXPERTS = (8, 32, 128)
 # Of experts that are divided: so many in all, and so many of each device.
@@ -21,49 +22,65 @@ IN_ALL, OF_EACH = 256, 4
 
 
 def of_search(
-  rule: str, mesh: Any, rows: int, simulations: int = 50
+  rule: str,
+  mesh: Any,
+  rows: int,
+  simulations: int = 50,
+  engine: str = 'auto',
+  evaluate: bool = False,
 ) -> programs.Program:
   """A search over a table model, its trees split over the devices.
 
   Args:
-    rule: of `RULES`.
+    rule: of `RULES`; `value prefix` is EfficientZero's over a model that
+      predicts sums of rewards.
     mesh: with the axis `data`.
     rows: trees on each device; 0 for 64 on one, `ROWS` on more.
+    simulations: for each root.
+    engine: of `search.engine.ENGINES`.
+    evaluate: without noise at the root, whose gamma variates are drawn in
+      loops of unknown length.
   """
   rows = (rows or (64 if mesh.size == 1 else programs.ROWS)) * mesh.size
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, root, step = searches.table_model(0, rows, 6, 64)
+  policy = policies.efficientzero
+  if rule == 'value prefix':
+    root, step = searches.with_prefix(root, step)
+  elif rule == 'sampled':
+    distribution = actions.flat(6)
+    policy = functools.partial(
+      sampled.search, distribution=distribution, num_samples=4
+    )
+  else:
+    policy = getattr(policies, rule)
   # Arrays would be on this machine, not on the one that is compiled for.
   params, root = jax.eval_shape(lambda: (params, root))
-  if rule == 'sampled':
-    distribution = actions.flat(6)
 
-    def search(params, key, root):
-      return sampled.search(
-        params,
-        key,
-        root,
-        step,
-        simulations,
-        distribution=distribution,
-        num_samples=4,
-      )
+  def search(params, key, root):
+    own = {'engine': engine, 'evaluate': evaluate}
+    return policy(params, key, root, step, simulations, **own)
 
-  else:
-    search = lambda params, key, root: getattr(policies, rule)(
-      params, key, root, step, simulations
-    )
   whole, split = meshes.replicated(mesh), meshes.split(mesh)
   if mesh.size > 1:
     search = meshes.by_rows(search, mesh, (2,))
+
+  def trace():
+    # Kernels ask what they are made for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return jax.jit(
+        search, in_shardings=(whole, whole, split), out_shardings=split
+      ).trace(params, key, root)
+
+  about = f'roots={rows} actions=6'
+  if engine != 'auto':
+    about += f' engine={engine}'
   return programs.Program(
     'search',
     rule,
     f'{simulations} simulations',
-    f'roots={rows} actions=6',
-    lambda: jax.jit(
-      search, in_shardings=(whole, whole, split), out_shardings=split
-    ).trace(params, key, root),
+    f'{about} evaluate' if evaluate else about,
+    trace,
   )
 
 

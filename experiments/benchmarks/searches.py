@@ -19,7 +19,7 @@ from agents.core.types import ArraySpec, Continuous, Discrete, Spec
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Measurement, interleaved, speed_row
 from networks.muzero import NetworkConfig
-from search import _mctx, policies, sampled
+from search import _mctx, policies, sampled, value_prefix
 from search.model import TimeStep
 
 
@@ -65,6 +65,29 @@ def table_model(
     embedding=(state, jnp.zeros((batch, width))),
   )
   return params, root, recurrent_fn
+
+
+def with_prefix(
+  root: mctx.RootFnOutput, recurrent_fn: Callable
+) -> tuple[mctx.RootFnOutput, Callable]:
+  """A root and a model's step, which predicts sums of rewards instead.
+
+  Args:
+    root: of the model.
+    recurrent_fn: of the model; its rewards are added up since the last reset,
+      every five steps.
+  """
+
+  def step(params, key, action, state, carry):
+    output, state = recurrent_fn(params, key, action, state)
+    total = carry + output.reward
+    return value_prefix.PrefixStep(
+      total, output.discount, output.prior_logits, output.value, state, total
+    )
+
+  embedding = value_prefix.root_embedding(root.embedding, root.value)
+  root = root.replace(embedding=embedding)
+  return root, value_prefix.recurrent_fn(step, horizon=5)
 
 
 ALONE = 'embeddings alone'
@@ -336,11 +359,28 @@ def mean_path(parents: np.ndarray) -> float:
     parents: int `[B, N]`, of an mctx tree; a node's number is above its
       parent's.
   """
+  return float(_depths(parents)[:, 1:].mean())
+
+
+def turns(parents: np.ndarray) -> int:
+  """Turns of loops of unknown length in a search by `engine='loops'`.
+
+  A descent turns as often as the deepest of the batch has edges, but for the
+  first, which comes before the loop; a climb turns once for every edge.
+
+  Args:
+    parents: int `[B, N]`, of a search without a limit of the depth.
+  """
+  deepest = _depths(parents)[:, 1:].max(axis=0)
+  return int((2 * deepest - 1).sum())
+
+
+def _depths(parents):
   depth = np.zeros(parents.shape)
   for node in range(1, parents.shape[1]):
     up = parents[:, node : node + 1]
     depth[:, node] = np.take_along_axis(depth, up, axis=1)[:, 0] + 1
-  return float(depth[:, 1:].mean())
+  return depth
 
 
 def sampled_rows(case: Case) -> list[Measurement]:
