@@ -17,6 +17,7 @@ from agents.core.replay import (
   newest_frame,
 )
 from agents.core.types import Experience
+from experiments.runtime import columns
 from experiments.runtime import replay as host
 from experiments.runtime.integrity import Damaged
 from experiments.runtime.replay import host_replay
@@ -27,7 +28,7 @@ def equal(a, b):
   """Whether two host replays hold the same."""
   x, y = (
     jax.tree.map(
-      lambda c: c.blobs if isinstance(c, host.ZlibColumn) else c, s.rows
+      lambda c: c.blobs if isinstance(c, columns.ZlibColumn) else c, s.rows
     )
     for s in (a, b)
   )
@@ -132,6 +133,7 @@ def test_pruning_spares_what_is_being_saved_and_drops_what_was_overwritten(
 _KILLED = """
 import json, os, sys
 sys.path[:0] = [{root!r}, os.path.join({root!r}, 'tests')]
+from experiments.runtime import columns
 from experiments.runtime import replay as host
 from experiments.runtime.replay import host_replay
 from test_replay import stream
@@ -228,7 +230,7 @@ def test_compression_loses_nothing(key):
     batches.append(replay.sample(states[-1], key, 0.5))
   jax.tree.map(np.testing.assert_array_equal, *batches)
   column = states[1].rows.timestep.observation
-  assert isinstance(column, host.ZlibColumn)
+  assert isinstance(column, columns.ZlibColumn)
   assert column.nbytes < states[0].rows.timestep.observation.nbytes / 4
   noise = rng.integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
   column[0] = noise

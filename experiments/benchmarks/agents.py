@@ -305,6 +305,7 @@ def _learner(experiment, env, agent, update, mode: Any, updates: int):
     alpha=run.replay_alpha,
     frame_stack=env.spec.frame_stack,
     compress=run.compress_replay,
+    device=jax.local_devices()[0] if run.frames_on == 'device' else None,
   )
   pace = experiment.pace._replace(max_decisions=None)
   source = sources.reanalyzed(

@@ -12,12 +12,16 @@ from experiments.files.errors import UserError
 
 
 class Need(NamedTuple):
-  """Bytes, `size`, that a setting takes at least, on the host or the device."""
+  """Bytes, `size`, that a setting takes at least, on the host or the device.
+
+  `instead` is another setting that takes nothing there, or ''.
+  """
 
   field: str
   value: Any
   size: float
   on_host: bool = False
+  instead: str = ''
 
 
 def check(needs: Sequence[Need], devices: int = 1) -> None:
@@ -47,6 +51,8 @@ def check(needs: Sequence[Need], devices: int = 1) -> None:
         fits = max(int(most.value * have / total), 1)
         digits = 10 ** max(len(str(fits)) - 2, 0)
         less = f'take at most {fits // digits * digits}'
+      if most.instead and own is not None:
+        less += f', or {most.instead}'
       raise UserError(
         f'{most.field}={most.value}: takes {in_units(most.size / share)} of '
         f'memory at least, {place} has {in_units(have)}; {less}'
@@ -108,11 +114,15 @@ def of_run(
   run, key = experiment.run, jax.random.key(0)
   state = jax.eval_shape(agent.init, key)
   kept = experiment.material.kept(experiment, agent, spec)
-  return [
+  needs = [
     network(experiment, state, rows),
     Need(kept.field, kept.value, rows * kept.size, not source.is_pure),
     Need('batch_size', run.batch_size, rows * run.batch_size * kept.drawn),
   ]
+  if kept.frames:
+    own = kept.field, kept.value, rows * kept.frames
+    needs.append(Need(*own, instead='' if source.is_pure else 'frames_on=host'))
+  return needs
 
 
 # Frames are hardly ever compressed to less.
@@ -128,14 +138,27 @@ def row_bytes(agent: Any, spec: Any) -> tuple[float, float]:
   return row - seen + seen / spec.frame_stack, row
 
 
-def host_replay(experiment: Experiment, agent: Any, spec: Any) -> float:
-  """Bytes of a replay on the host, of all parts; at least, if compressed."""
+def frame_bytes(spec: Any) -> float:
+  """The images of a row of experience, without their stacks."""
+  seen = timestep(spec).observation
+  return bytes_of(seen) / spec.frame_stack
+
+
+def host_replay(
+  experiment: Experiment, agent: Any, spec: Any
+) -> tuple[float, float]:
+  """Bytes of a host's replay, of all parts, there and on devices.
+
+  If compressed, it takes that at least.
+  """
   run, envs = experiment.run, experiment.env.num_envs
-  frame, _ = row_bytes(agent, spec)
+  row, _ = row_bytes(agent, spec)
   if run.compress_replay:
-    frame /= COMPRESSED
+    row /= COMPRESSED
+  frame = frame_bytes(spec) if run.frames_on == 'device' else 0.0
+  number = run.replay_capacity // envs * envs
   # Each with its priority and its mass, see `runtime.replay`.
-  return run.replay_capacity // envs * envs * (frame + 4 + 8)
+  return number * (row - frame + 4 + 8), number * frame
 
 
 def network(experiment: Experiment, state: Any, rows: int = 1) -> Need:

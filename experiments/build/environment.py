@@ -137,7 +137,9 @@ def kept(experiment: Experiment, agent: Any, spec: Any) -> Kept:
     field, value = 'num_envs', experiment.env.num_envs
   if run.compress_replay:
     row /= capacity.COMPRESSED
-  return Kept(field, value, value * row, window_of(experiment.config) * drawn)
+  frame = capacity.frame_bytes(spec) if run.frames_on == 'device' else 0.0
+  drawn *= window_of(experiment.config)
+  return Kept(field, value, value * (row - frame), drawn, value * frame)
 
 
 def about(experiment: Experiment, spec: Any) -> About:
@@ -175,7 +177,7 @@ def evaluator(
   def evaluate(params, step):
     params = mesh.local(params)
     key = jax.random.fold_in(jax.random.key(experiment.seed), step)
-    shared = {'key': key, 'num_episodes': episodes}
+    shared = {'key': key, 'num_episodes': episodes} | limit(experiment)
     found = {}
     for prefix, act in players.items():
       if isinstance(env, Environment):
@@ -190,6 +192,12 @@ def evaluator(
     return found
 
   return evaluate
+
+
+def limit(experiment: Experiment) -> dict[str, int]:
+  """The decisions of an episode of an evaluation, unless they are the usual."""
+  most = experiment.run.evaluate_decisions
+  return {'max_steps': most} if most else {}
 
 
 def measure(experiment: Experiment, agent: Any) -> Measure | None:
@@ -212,7 +220,7 @@ def measure(experiment: Experiment, agent: Any) -> Measure | None:
         stage.step,
         play,
         experiment.run.evaluate_episodes,
-        10_000,
+        experiment.run.evaluate_decisions or 10_000,
         params,
         key,
       )

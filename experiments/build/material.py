@@ -34,13 +34,15 @@ class Opened(NamedTuple):
 class Kept(NamedTuple):
   """What one run keeps to learn from, by the setting that says how much.
 
-  `size` is its bytes, `drawn` the bytes of a row of a batch.
+  `size` is its bytes, `drawn` the bytes of a row of a batch, and `frames` those
+  on the device where the rest is on the host.
   """
 
   field: str
   value: int
   size: float
   drawn: float
+  frames: float = 0.0
 
 
 class About(NamedTuple):

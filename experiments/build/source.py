@@ -123,6 +123,8 @@ def make_source(
   Raises:
     ValueError: devices for acting, but the environment is pure JAX.
   """
+  import jax
+
   from experiments.runtime import mesh as meshes
   from experiments.runtime import parts, sources
   from search.model import Environment
@@ -130,7 +132,9 @@ def make_source(
   if is_fresh(experiment.config):
     return _make_fresh(experiment, env, agent)
   if layout is None:
-    return sources.reanalyzed(_make_part(experiment, env, agent), agent)
+    home = None if isinstance(env, Environment) else jax.local_devices()[0]
+    part = _make_part(experiment, env, agent, home=home)
+    return sources.reanalyzed(part, agent)
   mesh, number = layout.mesh, layout.parts
   if isinstance(env, Environment):
     if layout.acting:
@@ -150,9 +154,9 @@ def make_source(
     acting = layout.acting or tuple(meshes.local_devices(mesh))
   some = [
     _make_part(
-      experiment, env, agent, number, acting[i % len(acting)], stopping
+      experiment, env, agent, number, acting[i % len(acting)], home, stopping
     )
-    for i in range(len(parts.held(number)))
+    for i, home in enumerate(parts.homes(number, mesh))
   ]
   source = parts.hosted(some, number, mesh, experiment.run.batch_size)
   compiled = None
@@ -200,15 +204,42 @@ def state_sharding(experiment: Experiment, agent: Any, mesh: Any):
   return sharding
 
 
+def keeps_frames(experiment: Experiment, spec: Any) -> bool:
+  """Whether simulators on the host have their frames kept on the device.
+
+  Raises:
+    ValueError: they are to, but there are none.
+  """
+  import jax
+
+  from experiments.runtime import columns
+
+  if experiment.run.frames_on == 'host':
+    return False
+  seen = jax.tree.leaves(
+    spec.observation, is_leaf=lambda x: hasattr(x, 'dtype')
+  )
+  if not any(columns.is_image(x.shape, x.dtype) for x in seen):
+    raise ValueError(
+      f'frames_on=device: {experiment.env_name} has no images of uint8; take '
+      'frames_on=host'
+    )
+  return True
+
+
 def _make_part(
   experiment: Experiment,
   env,
   agent,
   number=1,
   device=None,
+  home=None,
   stopping: Callable[[], bool] = lambda: False,
 ):
-  """The environments and the replay of one of so many equal parts."""
+  """The environments and the replay of one of so many equal parts.
+
+  Simulators on the host act on `device`, and windows go to `home`.
+  """
   from agents.core import replay as core
   from experiments.runtime import host, replay, sources
   from search.model import Environment
@@ -236,6 +267,7 @@ def _make_part(
       **shared,
       frame_stack=env.spec.frame_stack,
       compress=run.compress_replay,
+      device=home if keeps_frames(experiment, env.spec) else None,
     )
   source = sources.replayed(
     inner,

@@ -10,6 +10,7 @@ _OF_ACTING = (
   'replay_capacity',
   'replay_alpha',
   'replay_beta',
+  'frames_on',
   'compress_replay',
   'warmup_decisions',
   'decisions_per_update',
@@ -24,6 +25,7 @@ _OF_REPLAY = (
   'replay_capacity',
   'replay_alpha',
   'replay_beta',
+  'frames_on',
   'compress_replay',
 )
 

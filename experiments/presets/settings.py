@@ -54,6 +54,9 @@ class RunConfig:
     replay_capacity: number of decisions that the replay keeps.
     replay_alpha: exponent of the priorities; 0 samples uniformly.
     replay_beta: initial exponent of the importance weights; it rises to 1.
+    frames_on: where the frames of simulators on the host are kept, on the
+      `host` or on the `device`, so that an update moves no images there; the
+      replay of an environment in JAX is always on the device.
     compress_replay: whether frames in host memory are compressed (lossless).
     warmup_decisions: number of time steps before the first update; a time step
       is a decision or the end of an episode.
@@ -80,6 +83,8 @@ class RunConfig:
     evaluate_every: updates between evaluations during training, with search
       (`eval_return`) and without (`network_return`); 0 for no evaluations.
     evaluate_episodes: number of episodes in each of these evaluations.
+    evaluate_decisions: number of decisions after which an episode of these
+      evaluations is cut; 0 for the environment's own limit.
     hold_out: number of windows that are never trained on, from other simulators
       and the untrained network; 0 for none.
     hold_out_every: updates between evaluations of the losses on these windows.
@@ -96,6 +101,7 @@ class RunConfig:
   replay_capacity: int = 100_000
   replay_alpha: float = 0.6
   replay_beta: float = 0.4
+  frames_on: Literal['host', 'device'] = 'host'
   compress_replay: bool = False
   warmup_decisions: int = 2000
   decisions_per_update: float = 1.0
@@ -113,6 +119,7 @@ class RunConfig:
   keep_checkpoints: int = 2
   evaluate_every: int = 0
   evaluate_episodes: int = 32
+  evaluate_decisions: int = 0
   hold_out: int = 0
   hold_out_every: int = 50
   early_update: int = 0
@@ -144,6 +151,7 @@ class RunConfig:
       'acting_devices',
       'parts',
       'evaluate_every',
+      'evaluate_decisions',
       'hold_out',
       'early_update',
       'final_episodes',
@@ -152,6 +160,11 @@ class RunConfig:
     _at_most(self, 1e6, 'decisions_per_update')
     _at_most(self, 1_000_000, 'evaluate_episodes', 'final_episodes', 'hold_out')
     _at_most(self, 10_000, 'queue_size', 'keep_checkpoints')
+    if self.frames_on == 'device' and self.compress_replay:
+      raise ValueError(
+        'frames_on=device: frames are not compressed there; set '
+        'compress_replay=false'
+      )
     if not math.isfinite(self.reward_factor) or not self.reward_factor:
       raise ValueError(
         f'reward_factor={self.reward_factor}: must be finite and not 0'

@@ -88,6 +88,12 @@ def held(number: int) -> range:
   return range(first, first + share)
 
 
+def homes(number: int, mesh: Mesh) -> list[Any]:
+  """The devices that the windows of this process's parts go to, in order."""
+  devices, count = meshes.local_devices(mesh), len(held(number))
+  return [devices[i * len(devices) // count] for i in range(count)]
+
+
 def part_key(key: Any, part: Any, number: int) -> Any:
   """A part's key; a single part has the run's own."""
   return key if number == 1 else keys.fold_in(key, part)
@@ -144,8 +150,7 @@ def hosted(
       f'batch_size={batch_size}: must be a multiple of the {mesh.size} devices'
     )
   numbers = held(number)
-  devices = meshes.local_devices(mesh)
-  home = [devices[i * len(devices) // len(parts)] for i in range(len(parts))]
+  home = homes(number, mesh)
   joined = _join(mesh, number)
   # Of the whole batch, the same on all processes.
   age = jax.jit(jnp.mean, out_shardings=meshes.replicated(mesh))

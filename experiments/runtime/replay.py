@@ -3,7 +3,9 @@
 The semantics are those of `agents.core.replay` (read that first): the same
 contents and key give the same windows, up to the rounding of a sum. Here the
 state is mutated in place, frames may be compressed without loss, and a batch
-carries each frame to the device once: stacks are built there.
+carries each frame to the device once: stacks are built there. Or the frames lie
+there already (`columns.DeviceColumn`), and a batch carries none: what is drawn,
+and all else that a row has, is the host's as before.
 
 On disk, rows are appended as immutable segments `rows_<start>_<stop>_<token>`
 (row numbers, a random token). What changes, priorities and cursors, is in the
@@ -16,7 +18,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from agents.core.types import Sample, Trajectory
 from experiments.files import arrays, reading
 from experiments.files.arrays import Stored
 from experiments.files.errors import UserError
-from experiments.runtime import integrity, keys
+from experiments.runtime import columns, integrity, keys
 from experiments.runtime.integrity import Damaged
 from experiments.runtime.persistence import Persistence
 
@@ -67,43 +68,12 @@ class Meta:
   segments: tuple[Segment, ...]
 
 
-class ZlibColumn:
-  """A `[T, E, ...]` array whose `[T, E]` items are kept compressed.
-
-  Level 1: frames of Atari shrink to 1/5 - 1/40, at 0.1 - 0.3 ms a frame.
-  """
-
-  def __init__(self, shape: tuple[int, ...], dtype: Any):
-    self.shape, self.dtype = shape, np.dtype(dtype)
-    empty = zlib.compress(bytes(self._item_size()), 1)
-    self.blobs = np.full(shape[:2], empty, object)
-
-  def _item_size(self) -> int:
-    return int(np.prod(self.shape[2:])) * self.dtype.itemsize
-
-  def __setitem__(self, slot: int, items: np.ndarray) -> None:
-    for e, item in enumerate(np.asarray(items, self.dtype)):
-      self.blobs[slot, e] = zlib.compress(item.tobytes(), 1)
-
-  def __getitem__(self, index: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    blobs = self.blobs[index]
-    data = b''.join(zlib.decompress(blob) for blob in blobs.flat)
-    return np.frombuffer(data, self.dtype).reshape(
-      *blobs.shape, *self.shape[2:]
-    )
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes of the compressed items."""
-    return sum(len(blob) for blob in self.blobs.flat)
-
-
 @dataclasses.dataclass
 class HostReplayState:
   """A ring on the host, mutated in place.
 
   Attributes:
-    rows: `Experience` of `[T, E, ...]` numpy arrays or `ZlibColumn`s.
+    rows: `Experience` of `[T, E, ...]`, each a `columns.Column`.
     priority: float32 `[T, E]`, abs(raw) + EPSILON; 0 before the first write.
     mass: float64 `[T, E]`, priority ** alpha; 0 on an episode's last row.
     alpha: that exponent.
@@ -128,11 +98,14 @@ def host_replay(
   frame_stack: int = 1,
   alpha: float = 0.6,
   compress: bool = False,
+  device: Any = None,
 ) -> core.Replay:
   """A replay in numpy arrays, for simulators on the host.
 
-  Arguments are as in `agents.core.replay`; `compress` keeps uint8 images
-  compressed (zlib, lossless).
+  Arguments are as in `agents.core.replay`. Images, uint8 `[H, W, C]`, may be
+  kept otherwise: `compress` keeps them compressed (zlib, lossless), `device` in
+  that device's memory, where their stacks are then gathered. The windows are
+  the same.
 
   Raises:
     ValueError: an argument out of range; in `init`, a capacity too small; in
@@ -147,10 +120,7 @@ def host_replay(
     size = core.num_rows(capacity, streams, window, frame_stack)
 
     def column(x):
-      shape, dtype = (size, *x.shape), np.dtype(x.dtype)
-      if compress and dtype == np.uint8 and len(shape) == 5:
-        return ZlibColumn(shape, dtype)
-      return np.zeros(shape, dtype)
+      return columns.make((size, *x.shape), x.dtype, compress, device)
 
     timestep = example.timestep
     frame = jax.eval_shape(
@@ -224,7 +194,7 @@ def host_replay(
       scale=core.scale(mass[index], cdf[-1], float(beta)).astype(np.float32),
       age=((state.count - 1 - order) * streams).astype(np.float32),
     )
-    if history:
+    if history or device is not None:
       experience, valid = _assemble(rows, frame_stack)
       return Trajectory(experience, valid, drawn)
     ended = rows.timestep.is_last()[:, :-1]
@@ -283,9 +253,10 @@ def save(
   oldest = max(state.count - size, 0)
   saved = state.segments[-1].stop if state.segments else 0
   start = max(saved, oldest)
+  most = min(map(columns.most_rows, jax.tree.leaves(state.rows)))
   while start < state.count:
     # Up to the ring's seam, so that what is written are views.
-    stop = min(state.count, (start // size + 1) * size)
+    stop = min(state.count, (start // size + 1) * size, start + most)
     token = int.from_bytes(os.urandom(4)) >> 1
     segment = Segment(start, stop, token, 0, 'to be known')
     stored = _write_segment(directory / segment.name, state, start, stop)
@@ -347,7 +318,7 @@ def load(
     )
   size = state.mass.shape[0]
   oldest = max(known.count - size, 0)
-  _check(known, priority, oldest)
+  _check(known, priority, size)
   state.count, state.max_priority = known.count, known.max_priority
   state.priority[:] = priority
   state.segments = list(known.segments)
@@ -360,8 +331,9 @@ def load(
   return state
 
 
-def _check(meta: Meta, priority: np.ndarray, oldest: int) -> None:
-  """Refuses numbers that no replay has."""
+def _check(meta: Meta, priority: np.ndarray, size: int) -> None:
+  """Refuses numbers that no replay of `size` rows has."""
+  oldest = max(meta.count - size, 0)
   if not (np.isfinite(priority) & (priority >= 0)).all():
     raise Damaged('replay: a priority is negative or not finite')
   if not 0 < meta.max_priority < np.inf:
@@ -373,6 +345,7 @@ def _check(meta: Meta, priority: np.ndarray, oldest: int) -> None:
     or starts[1:] != stops[:-1]
     or any(b <= a for a, b in zip(starts, stops))
     or any(not 0 <= a <= oldest for a in starts[:1])
+    or any(a // size != (b - 1) // size for a, b in zip(starts, stops))
   ):
     raise Damaged(f'replay: its files are not those of {meta.count} rows')
 
@@ -397,7 +370,7 @@ def prune(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _assemble(rows, frame_stack):
-  return core.to_window(rows, frame_stack)
+  return core.to_window(columns.gathered(rows), frame_stack)
 
 
 def _order(count, size, slot):
@@ -427,34 +400,23 @@ def _name(path):
 
 
 def _write_segment(path, state, start, stop) -> Stored:
-  size = state.mass.shape[0]
-  slots = slice(start % size, start % size + stop - start)
-  columns = {}
+  first = start % state.mass.shape[0]
+  found = {}
   for key, column in jax.tree_util.tree_leaves_with_path(state.rows):
-    name = _name(key)
-    if isinstance(column, ZlibColumn):
-      blobs = column.blobs[slots]
-      columns[name] = np.frombuffer(b''.join(blobs.flat), np.uint8)
-      columns[f'{name}:sizes'] = np.vectorize(len, otypes=[np.int64])(blobs)
-    else:
-      columns[name] = column[slots]
-  return arrays.write(path, columns)
+    last = first + stop - start
+    found |= columns.packed(_name(key), column, first, last)
+  return arrays.write(path, found)
 
 
 def _read_segment(directory, state, segment, oldest):
-  size, streams = state.mass.shape
-  rows = segment.stop - segment.start
-  columns = {
+  size = state.mass.shape[0]
+  own = {
     _name(key): column
     for key, column in jax.tree_util.tree_leaves_with_path(state.rows)
   }
   expected: dict[str, Any] = {}
-  for name, column in columns.items():
-    if isinstance(column, ZlibColumn):
-      expected[name] = np.uint8, (None,)
-      expected[f'{name}:sizes'] = np.int64, (rows, streams)
-    else:
-      expected[name] = column.dtype, (rows, *column.shape[1:])
+  for name, column in own.items():
+    expected |= columns.expected(name, column, segment.stop - segment.start)
   must_be = Stored(segment.size, segment.digest)
   try:
     if segment.digest:
@@ -466,16 +428,9 @@ def _read_segment(directory, state, segment, oldest):
   except UserError as error:
     raise Damaged(f'replay: {error}') from error
   skip = max(oldest - segment.start, 0)
-  slots = np.arange(segment.start + skip, segment.stop) % size
-  for name, column in columns.items():
-    if not isinstance(column, ZlibColumn):
-      column[slots] = found[name][skip:]
-      continue
-    sizes = found[f'{name}:sizes']
-    ends = np.cumsum(sizes.reshape(-1))
-    if (sizes < 0).any() or ends[-1] != len(found[name]):
-      raise Damaged(f'replay: {segment.name}: {name} is cut short')
-    blobs = np.empty(sizes.size, object)
-    for i, (end, n) in enumerate(zip(ends, sizes.reshape(-1))):
-      blobs[i] = found[name][end - n : end].tobytes()
-    column.blobs[slots] = blobs.reshape(sizes.shape)[skip:]
+  first = (segment.start + skip) % size
+  for name, column in own.items():
+    try:
+      columns.restore(name, column, first, found, skip)
+    except ValueError as error:
+      raise Damaged(f'replay: {segment.name}: {error}') from error

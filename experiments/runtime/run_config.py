@@ -129,6 +129,8 @@ _ADDED = (
   ('agent', 'consistency_weight', 'variance_weight', 0.0),
   ('agent.search', 'num_simulations', 'embedding_dtype', 'float32'),
   ('agent.search', 'num_simulations', 'engine', 'auto'),
+  ('run', 'replay_capacity', 'frames_on', 'host'),
+  ('run', 'evaluate_episodes', 'evaluate_decisions', 0),
   ('agent.network.moe', 'num_experts', 'room_factor', 2.0),
   ('agent.critic_moe', 'num_experts', 'room_factor', 2.0),
 )

@@ -255,6 +255,7 @@ def on_host(experiment, act, values, params, step):
     key=jax.random.key(step),
     num_episodes=rows * episodes,
     seed=step,
+    **environment.limit(experiment),
   )
   returns = shaped(played.returns)
   bad = np.repeat(diverged, returns.shape[1] // at_once, axis=1)

@@ -188,9 +188,15 @@ def _kept(experiment, layout, agent, source, spec, sharding) -> list[Need]:
     copies = 2 * layout.parts / mesh.size * params
     rows.append(Need(_COPIES, network, copies))
   processes = len({d.process_index for d in mesh.devices.flat})
-  held = capacity.host_replay(experiment, agent, spec) / processes
+  held, frames = capacity.host_replay(experiment, agent, spec)
   fields = settings(experiment, 'replay_capacity')
-  return [*rows, Need('replay', fields, 0.0, held)]
+  rows.append(Need('replay', fields, 0.0, held / processes))
+  if frames:
+    # Of the device with most parts.
+    frames *= -(-layout.parts // mesh.size) / layout.parts
+    fields += settings(experiment, 'frames_on')
+    rows.append(Need('frames of the replay', fields, frames))
+  return rows
 
 
 def _pure(experiment, state, where) -> Iterator[Need]:

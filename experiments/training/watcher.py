@@ -25,8 +25,12 @@ class HeldOut:
   def __init__(self, experiment: build.Experiment, agent, agent_state):
     import jax
 
+    # On the host a replay takes memory only for the rows that it has.
     settings = dataclasses.replace(
-      experiment.run, batch_size=experiment.run.hold_out, acting='synchronous'
+      experiment.run,
+      batch_size=experiment.run.hold_out,
+      acting='synchronous',
+      frames_on='host',
     )
     apart = experiment._replace(run=settings)
     env = build.make_env(experiment, training=True)
