@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from search_tables import make_root, random_tables, recurrent_fn
 
+from experiments.benchmarks.searches import with_prefix
 from networks import actions
 from search import _mctx, kernels, policies, sampled
 
@@ -20,6 +21,7 @@ _SEARCHES = {
   'efficientzero': policies.efficientzero,
   'gumbel': policies.gumbel,
   'sampled': _SAMPLED,
+  'value prefix': policies.efficientzero,
 }
 
 
@@ -29,7 +31,10 @@ def _run(name, engine, key, roots=8, simulations=16, **own):
   tables = jax.tree.map(jnp.asarray, tables)
   root = make_root(tables, jnp.arange(roots))
   invalid = jnp.isneginf(tables.logits[:roots])
-  args = (tables, key, root, recurrent_fn, simulations)
+  step = recurrent_fn
+  if name == 'value prefix':
+    root, step = with_prefix(root, step)
+  args = (tables, key, root, step, simulations)
   return _SEARCHES[name](*args, invalid_actions=invalid, engine=engine, **own)
 
 
@@ -51,7 +56,13 @@ def _assert_same(name, roots, simulations, max_depth=None):
 
 @pytest.mark.parametrize(
   ('name', 'max_depth'),
-  [('puct', 3), ('efficientzero', None), ('gumbel', 3), ('sampled', None)],
+  [
+    ('puct', 3),
+    ('efficientzero', None),
+    ('gumbel', 3),
+    ('sampled', None),
+    ('value prefix', None),
+  ],
 )
 def test_kernels_grow_the_trees_of_the_loops(name, max_depth):
   _assert_same(name, 8, 16, max_depth)
@@ -64,11 +75,23 @@ def test_many_deep_trees_are_the_same(name, simulations):
   _assert_same(name, 256, simulations)
 
 
-def test_seeds_share_the_kernels():
+@pytest.mark.parametrize(
+  'name',
+  [
+    'puct',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in [*_SEARCHES][1:]),
+  ],
+)
+def test_seeds_share_the_kernels(name):
   keys = jax.random.split(jax.random.key(0), 2)
-  run = lambda key: _run('puct', 'kernels', key, 4, 6).action_weights
+  run = lambda key: _run(name, 'kernels', key, 4, 6)
   together = jax.jit(jax.vmap(run))(keys)
-  np.testing.assert_array_equal(together, jnp.stack([run(key) for key in keys]))
+  run = jax.jit(run)
+  for i, key in enumerate(keys):
+    one = run(key)
+    visits = together.search_tree.children_visits[i]
+    np.testing.assert_array_equal(visits, one.search_tree.children_visits)
+    np.testing.assert_array_equal(together.action[i], one.action)
 
 
 @pytest.mark.parametrize('name', _SEARCHES)
