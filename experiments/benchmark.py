@@ -4,12 +4,15 @@ python -m experiments.benchmark --suite=search,learner,acting --out=results.csv
 python -m experiments.benchmark --suite=sampled --out=sampled.csv
 python -m experiments.benchmark --suite=scale --out=scale.csv
 python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
+python -m experiments.benchmark --suite=accelerator --out=card.csv
 
 `sampled` compares search over sampled actions with search over enumerated ones;
 `scale` compares many seeds in one program, and updates over several devices,
 with the most that the machine can do, and draws a figure next to the CSV;
 `compile` reports the memory and time of programs on accelerators that need not
-be present (`experiments.benchmarks.compilation`).
+be present (`experiments.benchmarks.compilation`);
+`accelerator` is a first look at a card, in minutes and with the most important
+figures first (`experiments.benchmarks.accelerator`).
 
 Alternatives are measured in turns, A B C A B C ..., in one process, and
 summarised by medians. Compile time is excluded. Speeds are given per wall
@@ -37,6 +40,7 @@ _SUITES = (
   'offline',
   'experts',
   'compile',
+  'accelerator',
 )
 
 
@@ -110,6 +114,13 @@ def main() -> None:
   for suite in values.suite:
     if suite not in _SUITES:
       raise UserError(f'suite={suite}: must be one of {", ".join(_SUITES)}')
+
+  if 'accelerator' in values.suite:
+    # Without jax: a card's memory is its process's.
+    from experiments.benchmarks import accelerator
+
+    accelerator.launch(values)
+    return
 
   from experiments.benchmarks import (
     agents,

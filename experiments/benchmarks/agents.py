@@ -1,5 +1,6 @@
 """How fast an agent learns and acts, and how long the learner waits."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from agents.core.types import Discrete, Sample, Trajectory
 from experiments import build
-from experiments.benchmarks import counting
+from experiments.benchmarks import counting, timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import (
   Measurement,
@@ -18,6 +19,7 @@ from experiments.benchmarks.timing import (
   once,
   speed_row,
 )
+from experiments.build import capacity
 from experiments.envs import envpool as ours
 from experiments.files.errors import UserError
 from experiments.runtime import host, loop, replay, sources, updates
@@ -76,49 +78,66 @@ def made_up_batch(experiment: build.Experiment, env: Any, agent: Any) -> Any:
 def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
   """Updates per second, and FLOP/s relative to the machine's matrix products.
 
-  `update` is the gradient step alone, `reanalyze and update` includes the
-  searches that make its targets.
+  `update` is the gradient step alone, `reanalyze` the searches that make its
+  targets. The product has the numbers that the network computes with.
   """
   env = build.make_env(experiment, training=True)
   agent = build.make_agent(experiment, env.spec)
   batch = made_up_batch(experiment, env, agent)
   key = jax.random.key(0)
   state = jax.jit(agent.init)(key)
+  size, dtype = case.matrix, experiment.config.network.compute_dtype
+  peak = f'matrix product of {size} x {size}'
   update = jax.jit(agent.update, donate_argnums=0)
+  traces = {'update': update.trace(state, batch, key)}
+  if agent.refresh is not None:
+    traces['reanalyze'] = jax.jit(agent.refresh).trace(state, batch, 0, key)
   flops = {
-    'update': counting.matmul_flops(update.trace(state, batch, key).jaxpr)
+    name: counting.matmul_flops(trace.jaxpr) for name, trace in traces.items()
   }
+  programs = {}
+
+  def compiled(name):
+    programs[name] = traces[name].lower().compile()
+    return lambda: None
+
+  _, refused = timing.prepared(
+    {name: functools.partial(compiled, name) for name in traces}
+  )
 
   def updated(batch):
     nonlocal state
-    state, info = update(state, batch, key)
+    state, info = programs['update'](state, batch, key)
     jax.block_until_ready((state, info))
 
-  size = case.matrix
-  matrix = jnp.ones((size, size))
+  searched = lambda: programs['reanalyze'](state, batch, 0, key)
+  matrix = jnp.ones((size, size), dtype)
   product = jax.jit(jnp.matmul)
-  peak = f'matrix product of {size} x {size}'
-  tasks = {
-    peak: lambda: product(matrix, matrix).block_until_ready(),
-    'update': lambda: updated(batch),
-  }
-  if agent.refresh is not None:
-    refresh = jax.jit(agent.refresh)
-    trace = refresh.trace(state, batch, 0, key)
+  tasks = {peak: lambda: product(matrix, matrix).block_until_ready()}
+  if 'update' in programs:
+    tasks['update'] = lambda: updated(batch)
+  if 'reanalyze' in programs:
+    tasks['reanalyze'] = lambda: jax.block_until_ready(searched())
+  if len(programs) == 2:
     both = 'reanalyze and update'
-    flops[both] = flops['update'] + counting.matmul_flops(trace.jaxpr)
-    tasks[both] = lambda: updated(refresh(state, batch, 0, key))
+    tasks[both] = lambda: updated(searched())
+    flops[both] = sum(flops.values())
   timings = interleaved(tasks, case.repeats, case.least_seconds)
 
   setting = (
     f'{experiment.name} {experiment.env_name} batch={experiment.run.batch_size}'
   )
   giga = 2 * size**3 / 1e9
-  rows = [speed_row('learner', peak, 'float32', 'GFLOP/s', giga, timings[peak])]
-  for name, count in flops.items():
+  rows = [speed_row('learner', peak, dtype, 'GFLOP/s', giga, timings[peak])]
+  for name, reason in refused.items():
+    rows.append(timing.failed('learner', name, setting, 'updates/s', reason))
+  for name in [name for name in timings if name != peak]:
     about = 'learner', name, setting
-    row = speed_row(*about, 'GFLOP/s', count / 1e9, timings[name])
-    rows.append(speed_row(*about, 'updates/s', 1, timings[name]))
+    row = speed_row(*about, 'GFLOP/s', flops[name] / 1e9, timings[name])
+    speed = speed_row(*about, 'updates/s', 1, timings[name])
+    hours = experiment.updates / speed.median / 3600
+    note = f'{experiment.updates:,} updates in {hours:.3g} h'
+    rows.append(speed._replace(note=note))
     rows.append(
       row._replace(
         ratio=row.median / rows[0].median,
@@ -128,6 +147,48 @@ def learner_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
       )
     )
   return rows
+
+
+def deciding_rows(
+  experiment: build.Experiment, case: Case
+) -> list[Measurement]:
+  """Decisions a second of network and search, without a simulator.
+
+  Args:
+    experiment: its agent acts on zeros.
+    case: its numbers of environments and repeats count.
+  """
+  env = build.make_env(experiment, training=True)
+  agent = build.make_agent(experiment, env.spec)
+  params = jax.jit(agent.init)(jax.random.key(0)).params
+  search = experiment.config.search
+  network = experiment.config.network
+  about = (
+    f'{experiment.name} {search.rule} N={search.num_simulations} '
+    f'{network.compute_dtype}',
+    'decisions/s',
+  )
+  names = {f'network and search, {n} environments': n for n in case.envs}
+
+  def make(number):
+    timestep = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), capacity.timestep(env.spec, number)
+    )
+    args = params, jax.random.key(1), timestep
+    act = jax.jit(agent.act).lower(*args).compile()
+    return lambda: jax.block_until_ready(act(*args))
+
+  tasks, refused = timing.prepared(
+    {name: functools.partial(make, number) for name, number in names.items()}
+  )
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
+  return [
+    speed_row('acting', name, *about, names[name], seconds)
+    for name, seconds in timings.items()
+  ] + [
+    timing.failed('acting', name, *about, reason)
+    for name, reason in refused.items()
+  ]
 
 
 def acting_rows(experiment: build.Experiment, case: Case) -> list[Measurement]:
@@ -201,13 +262,13 @@ def _simulator_rows(experiment, env, agent, case: Case) -> list[Measurement]:
   finally:
     simulator.close()
   rows, frames = [], frames_per_decision(experiment)
-  for name, timing in timings.items():
+  for name, seconds in timings.items():
     steps = case.steps if name == 'simulator alone' else few
     amount = steps * env.num_envs
     about = 'acting', name, setting
-    rows.append(speed_row(*about, 'decisions/s', amount, timing))
+    rows.append(speed_row(*about, 'decisions/s', amount, seconds))
     if frames > 1 and name != 'network and search':
-      rows.append(speed_row(*about, 'frames/s', amount * frames, timing))
+      rows.append(speed_row(*about, 'frames/s', amount * frames, seconds))
   return rows
 
 
@@ -261,14 +322,14 @@ def _waiting_rows(experiment, env, agent, case: Case) -> list[Measurement]:
     f'batch={run.batch_size} decisions/update={run.decisions_per_update:g}'
   )
   rows = []
-  for mode, timing in timings.items():
-    share = waited[mode] / timing.wall
+  for mode, seconds in timings.items():
+    share = waited[mode] / seconds.wall
     name = f'learner, {mode} acting'
     note = 'ratio to synchronous, measured before'
     row = speed_row(
       *('acting', name, setting, 'updates/s'),
       case.updates,
-      timing,
+      seconds,
       timings['synchronous'],
       '' if mode == 'synchronous' else note,
     )

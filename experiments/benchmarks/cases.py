@@ -32,6 +32,11 @@ class Case(NamedTuple):
     experts: E, one comparison each.
     ragged: E up to which `ragged_dot` is measured, which is dense on a CPU.
     seed_tokens: T of each of several seeds.
+    roots: of the searches of the accelerator suite.
+    envs: numbers of environments that act at once.
+    transfer: bytes sent to the device.
+    smaller: settings of the presets that the accelerator suite measures.
+    patience: times the accelerator suite's time limits.
   """
 
   repeats: int = 5
@@ -64,6 +69,12 @@ class Case(NamedTuple):
   experts: tuple[int, ...] = (8, 32, 128)
   ragged: int = 8
   seed_tokens: int = 1024
+  # A first look at an accelerator.
+  roots: tuple[int, ...] = (64, 1024)
+  envs: tuple[int, ...] = (1, 4, 16, 64)
+  transfer: int = 100_000_000
+  smaller: tuple[str, ...] = ()
+  patience: float = 1.0
 
 
 _AGENT = Case(repeats=10_000)
@@ -71,6 +82,50 @@ _SCALE = Case(seeds=(1, 4, 16, 64, 256), least_seconds=0.5)
 _LARGE = _SCALE._replace(matrix=8192, triad=2**26)
 _OFFLINE = Case(seeds=(8,), batch=256, updates=50, least_seconds=1.0)
 _EXPERTS = Case(seeds=(4,))
+_ACCELERATOR = Case(
+  repeats=5,
+  least_seconds=0.0,
+  seeds=(64, 1024),
+  more_seeds=(),
+  matrix=8192,
+  triad=2**26,
+  embeddings=(0, 3328),
+  width=256,
+  tokens=16_384,
+  features=512,
+  hidden=2048,
+  experts=(8, 32),
+  ragged=32,
+)
+# The same rows where there is no accelerator, to see that they run.
+_ACCELERATOR_SMALL = _ACCELERATOR._replace(
+  repeats=2,
+  seeds=(2, 4),
+  batch=16,
+  matrix=64,
+  updates=2,
+  simulations=6,
+  embeddings=(0, 16),
+  triad=2**12,
+  rows=500,
+  width=8,
+  small_width=4,
+  small_batch=8,
+  tokens=64,
+  features=16,
+  hidden=32,
+  experts=(2, 4),
+  roots=(4, 8),
+  envs=(1, 2),
+  transfer=10_000,
+  smaller=(
+    'batch_size=4',
+    'num_simulations=4',
+    'network.channels=8',
+    'replay_capacity=2000',
+  ),
+  patience=6.0,
+)
 # By suite, machine and amount; a missing machine takes the CPU's.
 CASES = {
   ('agent', 'cpu', 'full'): _AGENT,
@@ -116,6 +171,9 @@ CASES = {
     small_width=4,
     small_batch=8,
   ),
+  ('accelerator', 'accelerator', 'full'): _ACCELERATOR,
+  ('accelerator', 'cpu', 'full'): _ACCELERATOR_SMALL,
+  ('accelerator', 'cpu', 'quick'): _ACCELERATOR_SMALL,
   # Two minutes on a core.
   ('experts', 'cpu', 'full'): _EXPERTS,
   ('experts', 'accelerator', 'full'): _EXPERTS._replace(
@@ -140,9 +198,9 @@ def find(
 ) -> Case:
   """The case of a suite on this machine's devices.
 
-  Suites are `agent` (searches, learner, acting), `scale`, `offline` and
-  `experts`. `quick` is fewer or smaller, on a CPU just enough to see that it
-  runs; `repeats` are at most the case's; `seeds` replace the case's.
+  Suites are `agent` (searches, learner, acting), `scale`, `offline`, `experts`
+  and `accelerator`. `quick` is fewer or smaller, on a CPU just enough to see
+  that it runs; `repeats` are at most the case's; `seeds` replace the case's.
 
   Raises:
     ValueError: a number of seeds below 1.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks import timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Measurement, interleaved, speed_row
 from networks import dispatch, expert_parallel, moe
@@ -21,26 +22,41 @@ from networks.routing import ByToken
 def rows_here(case: Case) -> Iterator[list[Measurement]]:
   """All rows, measured in this process."""
   for number in case.experts:
-    yield _backend_rows(number, case)
+    yield backend_rows(number, case)
   yield _seed_rows(case.experts[0], case)
 
 
-def _backend_rows(number: int, case: Case) -> list[Measurement]:
-  one = inputs(number, case)
-  tasks = {'dense layer, as many operations': _dense(case)}
-  backends = ['loop', 'capacity']
-  backends += ['ragged'] if number <= case.ragged else []
-  for backend in backends:
-    tasks[backend] = _ready(gradient(backend), one)
+def backend_rows(
+  number: int, case: Case, dtype: str = 'float32'
+) -> list[Measurement]:
+  """Every exact backend in turns with a dense layer.
+
+  Args:
+    number: of experts.
+    case: its sizes and repeats count.
+    dtype: of parameters and tokens.
+  """
+  dense = 'dense layer, as many operations'
+  makers = {dense: functools.partial(_dense, case, dtype)}
+  one = inputs(number, case, dtype=dtype)
+  for backend in ('loop', 'capacity', 'ragged'):
+    if backend != 'ragged' or number <= case.ragged:
+      makers[backend] = functools.partial(_ready, gradient(backend), one)
+  tasks, refused = timing.prepared(makers)
   times = interleaved(tasks, case.repeats, case.least_seconds)
-  first, *_ = times.values()
   setting = (
     f'{number} experts of {case.features}x{case.hidden}, k={case.k}, '
     f'{case.tokens} tokens'
   )
+  if dtype != 'float32':
+    setting += f', {dtype}'
+  about = setting, 'tokens/s'
   return [
-    speed_row('experts', name, setting, 'tokens/s', case.tokens, timing, first)
-    for name, timing in times.items()
+    speed_row('experts', name, *about, case.tokens, seconds, times.get(dense))
+    for name, seconds in times.items()
+  ] + [
+    timing.failed('experts', name, *about, reason)
+    for name, reason in refused.items()
   ]
 
 
@@ -61,19 +77,22 @@ def _seed_rows(number: int, case: Case) -> list[Measurement]:
   amount = seeds * case.seed_tokens
   first, *_ = times.values()
   return [
-    speed_row('experts', name, setting, 'tokens/s', amount, timing, first)
-    for name, timing in times.items()
+    speed_row('experts', name, setting, 'tokens/s', amount, seconds, first)
+    for name, seconds in times.items()
   ]
 
 
-def inputs(number: int, case: Case, seed: int = 0) -> Any:
+def inputs(
+  number: int, case: Case, seed: int = 0, dtype: str = 'float32'
+) -> Any:
   """A mixture's `(params, tokens [T, D], gates [T, k], experts [T, k])`."""
   key = jax.random.key(seed)
   params = _weights(key, (number,), case.features, case.hidden)
   x = jax.random.normal(key, (case.tokens, case.features))
   scores = jax.random.normal(jax.random.fold_in(key, 1), (case.tokens, number))
   values, chosen = jax.lax.top_k(scores, case.k)
-  return params, x, jax.nn.softmax(values), chosen
+  made = params, x, jax.nn.softmax(values)
+  return *jax.tree.map(lambda x: x.astype(dtype), made), chosen
 
 
 def _weights(key, leading, features, hidden):
@@ -100,24 +119,26 @@ def gradient(backend: Any, axis: str | None = None) -> Callable:
     y, *_ = expert_parallel.apply(
       ByToken(chosen, gate), x, params, expert, axis=axis, backend=backend
     )
-    return jnp.sum(jnp.sin(y))
+    return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
   return jax.grad(loss, (0, 1, 2))
 
 
-def _dense(case: Case) -> Callable[[], None]:
+def _dense(case: Case, dtype: str) -> Callable[[], None]:
   key = jax.random.key(0)
   params = _weights(key, (), case.features, case.k * case.hidden)
   x = jax.random.normal(key, (case.tokens, case.features))
 
   def loss(params, x):
     hidden = jax.nn.relu(x @ params['in']['kernel'])
-    return jnp.sum(jnp.sin(hidden @ params['out']['kernel']))
+    y = hidden @ params['out']['kernel']
+    return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
-  return _ready(jax.grad(loss, (0, 1)), (params, x))
+  made = jax.tree.map(lambda x: x.astype(dtype), (params, x))
+  return _ready(jax.grad(loss, (0, 1)), made)
 
 
 def _ready(function: Callable, arguments: Any) -> Callable[[], None]:
   """A task that runs the compiled function and waits for it."""
-  compiled = functools.partial(jax.jit(function), *arguments)
-  return lambda: jax.block_until_ready(compiled()) and None
+  compiled = jax.jit(function).lower(*arguments).compile()
+  return lambda: jax.block_until_ready(compiled(*arguments)) and None

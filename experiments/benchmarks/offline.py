@@ -6,6 +6,7 @@ runs on one core, as in `benchmarks.scale`; what is compared is measured in
 turns.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.core.types import ArraySpec, Continuous, Spec, Transition
-from experiments.benchmarks import counting
+from experiments.benchmarks import counting, timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.roofline import memory_in_use
 from experiments.benchmarks.timing import (
@@ -70,47 +71,53 @@ def rows_here(case: Case) -> Iterator[list[Measurement]]:
   rows = [speed_row(*about, operations / 1e9, timings['product'])]
   for name, program in programs.items():
     setting = f'{_layers(large[name])} batch={case.batch}'
-    timing = timings[name]
+    seconds = timings[name]
     about = 'offline', name, setting
-    rows.append(speed_row(*about, 'updates/s', case.updates, timing))
+    rows.append(speed_row(*about, 'updates/s', case.updates, seconds))
     if name == 'atac':
       done = program.flops * case.updates
       # The time that products alone would take for as many operations.
       least = scaled(timings['product'], done / operations)
       note = f'{program.flops / 1e9:.3g} GFLOP an update; ratio to {shape}'
       giga = done / 1e9
-      rows.append(speed_row(*about, 'GFLOP/s', giga, timing, least, note))
+      rows.append(speed_row(*about, 'GFLOP/s', giga, seconds, least, note))
   yield rows
-  yield _small_rows(case, data)
+  yield seed_rows(case, data)
 
 
-def _small_rows(case: Case, data: Any) -> list[Measurement]:
+def seed_rows(case: Case, data: Any = None) -> list[Measurement]:
+  """A small ATAC: one seed, and many in one program.
+
+  Args:
+    case: its small sizes, seeds and repeats count.
+    data: transitions; None makes some up.
+  """
+  data = _made_up(case.rows) if data is None else data
   hidden = (case.small_width,) * 2
-  make = lambda seeds: _program(
-    'atac', hidden, case.small_batch, case, data, seeds
-  )
-  tasks = {n: make(n).start(data) for n in (None, *case.seeds)}
-  timings = interleaved(
-    {str(n): task for n, task in tasks.items()},
-    case.repeats,
-    case.least_seconds,
-  )
-  rows = []
-  for n in tasks:
-    number = n or 1
-    timing, one = scaled(timings[str(n)], 1 / number), timings[str(None)]
-    rows.append(
-      speed_row(
-        'offline',
-        'atac, one seed' if n is None else f'atac, {n} seeds',
-        f'{_layers(hidden)} batch={case.small_batch}',
-        'updates/s',
-        case.updates,
-        timing,
-        one,
-        'of all seeds; ratio to one seed without vmap',
-      )
+  names = {
+    None: 'atac, one seed',
+    **{n: f'atac, {n} seeds' for n in case.seeds},
+  }
+
+  def make(seeds):
+    return _program('atac', hidden, case.small_batch, case, data, seeds).start(
+      data
     )
+
+  tasks, refused = timing.prepared(
+    {name: functools.partial(make, n) for n, name in names.items()}
+  )
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
+  about = f'{_layers(hidden)} batch={case.small_batch}', 'updates/s'
+  note = 'of all seeds; ratio to one seed without vmap'
+  one, rows = timings.get(names[None]), []
+  for n, name in names.items():
+    if name in refused:
+      rows.append(timing.failed('offline', name, *about, refused[name]))
+      continue
+    each = scaled(timings[name], 1 / (n or 1))
+    updates = case.updates
+    rows.append(speed_row('offline', name, *about, updates, each, one, note))
   return rows
 
 

@@ -259,6 +259,44 @@ def seed_rows(
     yield roof_rows(f'{subject.name}, {name}', 'one update', does, speed, roof)
 
 
+def together_rows(subject: Subject, case: Case) -> list[Measurement]:
+  """Updates a second of one seed and of many in one program, and no more.
+
+  Args:
+    subject: what is trained.
+    case: its updates a measurement and repeats count.
+  """
+  pace = subject.experiment.pace
+  period = (pace.decisions_per_update / pace.num_envs).denominator
+  updates = period * math.ceil(case.updates / period)
+  numbers = {'one seed': None, **{f'{n} seeds': n for n in subject.seeds}}
+
+  def make(number):
+    train = _trainer(subject, number).start()
+    # The first updates come after a warm-up.
+    train(updates)
+    return functools.partial(train, updates)
+
+  tasks, refused = timing.prepared(
+    {name: functools.partial(make, n) for name, n in numbers.items()}
+  )
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
+  experiment = subject.experiment
+  setting = (
+    f'{subject.name} {experiment.env_name} batch={experiment.run.batch_size}'
+  )
+  about, one = (setting, 'updates/s'), timings.get('one seed')
+  note = 'of all seeds; ratio to one seed without vmap'
+  rows = []
+  for name, number in numbers.items():
+    if name in refused:
+      rows.append(timing.failed('seeds', name, *about, refused[name]))
+      continue
+    each = scaled(timings[name], 1 / (number or 1))
+    rows.append(speed_row('seeds', name, *about, updates, each, one, note))
+  return rows
+
+
 def _enough(task: Callable[[int], None], period: int, least: float) -> int:
   """How many updates take that long, in whole periods; starts the task."""
   task(period)

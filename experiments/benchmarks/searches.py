@@ -16,6 +16,7 @@ import numpy as np
 from agents import muzero, sampled_muzero
 from agents.core import unroll
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
+from experiments.benchmarks import timing
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.timing import Measurement, interleaved, speed_row
 from networks.muzero import NetworkConfig
@@ -94,47 +95,55 @@ ALONE = 'embeddings alone'
 BFLOAT16 = 'puct, embeddings in bfloat16'
 
 
+def visits(policy: Callable, num_simulations: int, **own: Any) -> Callable:
+  """A policy's search, `(params, key, root, recurrent_fn) -> visits [B, A]`."""
+
+  def search(*args):
+    output = policy(*args, num_simulations=num_simulations, **own)
+    return output.search_tree.summary().visit_counts
+
+  return search
+
+
 def policies_in_turn(num_simulations: int) -> dict[str, Callable]:
-  """Our searches and mctx's, `(params, key, root, recurrent_fn) -> visits`."""
-
-  def visits(policy, **own):
-    def search(*args):
-      output = policy(*args, num_simulations=num_simulations, **own)
-      return output.search_tree.summary().visit_counts
-
-    return search
-
-  # Without noise at the root, for which ours takes other keys.
-  quiet = {'noise': policies.NO_NOISE}
-  return {
-    'mctx.muzero_policy': visits(mctx.muzero_policy, dirichlet_fraction=0.0),
-    'mctx.gumbel_muzero_policy': visits(mctx.gumbel_muzero_policy),
-    'puct': visits(policies.puct, **quiet),
-    'efficientzero': visits(policies.efficientzero, **quiet),
-    'gumbel': visits(policies.gumbel),
+  """Our searches and mctx's, as `visits` makes them."""
+  return theirs(num_simulations) | {
+    rule: ours(rule, num_simulations)
+    for rule in ('puct', 'efficientzero', 'gumbel')
   }
+
+
+def theirs(num_simulations: int) -> dict[str, Callable]:
+  """mctx's policies, as `visits` makes them."""
+  quiet = {'dirichlet_fraction': 0.0}
+  return {
+    'mctx.muzero_policy': visits(mctx.muzero_policy, num_simulations, **quiet),
+    'mctx.gumbel_muzero_policy': visits(
+      mctx.gumbel_muzero_policy, num_simulations
+    ),
+  }
+
+
+def ours(rule: str, num_simulations: int, **own: Any) -> Callable:
+  """A rule's search, as `visits` makes it; `own` are more arguments.
+
+  Without noise at the root, for which ours takes other keys than mctx.
+  """
+  if rule != 'gumbel':
+    own = {'noise': policies.NO_NOISE} | own
+  return visits(getattr(policies, rule), num_simulations, **own)
 
 
 def rounded_puct(num_simulations: int) -> Callable:
   """Our PUCT of `policies_in_turn`, half of the memory for embeddings."""
-
-  def search(*args):
-    output = policies.puct(
-      *args,
-      num_simulations=num_simulations,
-      noise=policies.NO_NOISE,
-      embedding_dtype='bfloat16',
-    )
-    return output.search_tree.summary().visit_counts
-
-  return search
+  return ours('puct', num_simulations, embedding_dtype='bfloat16')
 
 
 def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
   """`mctx.search` and ours with the same selection functions of mctx."""
   select = mctx.muzero_action_selection
 
-  def visits(search_fn):
+  def alone(search_fn):
     def search(params, key, root, recurrent_fn):
       tree = search_fn(
         params,
@@ -150,8 +159,8 @@ def searches_in_turn(num_simulations: int) -> dict[str, Callable]:
     return search
 
   return {
-    'mctx.search': visits(mctx.search),
-    'batched search': visits(_mctx.search),
+    'mctx.search': alone(mctx.search),
+    'batched search': alone(_mctx.search),
   }
 
 
@@ -187,6 +196,9 @@ _SAME_RULE = {
   'puct': 'mctx.muzero_policy',
   'gumbel': 'mctx.gumbel_muzero_policy',
   'batched search': 'mctx.search',
+  'puct, kernels': 'mctx.muzero_policy',
+  'gumbel, kernels': 'mctx.gumbel_muzero_policy',
+  'efficientzero, kernels': 'efficientzero',
 }
 
 
@@ -198,53 +210,69 @@ def search_rows(case: Case) -> list[Measurement]:
     if width:
       contenders[BFLOAT16] = rounded_puct(case.simulations)
       contenders[ALONE] = embeddings_alone(case.simulations)
-    rows += _searches(case, case.simulations, width, contenders)
+    rows += measured(case, case.simulations, width, contenders)
   for number in case.deep:
     # mctx's takes minutes there.
     few = case._replace(repeats=min(case.repeats, 3), least_seconds=0.0)
-    rows += _searches(few, number, 0, policies_in_turn(number))
-    rows += _searches(few, number, 0, searches_in_turn(number))
+    rows += measured(few, number, 0, policies_in_turn(number))
+    rows += measured(few, number, 0, searches_in_turn(number))
   return rows
 
 
-def _searches(
+def measured(
   case: Case, number: int, width: int, contenders: dict[str, Callable]
 ) -> list[Measurement]:
+  """Searches in turns; ratios are to the first of them.
+
+  Args:
+    case: its batch, actions and repeats count.
+    number: simulations.
+    width: float32 numbers in an embedding, in addition to the state.
+    contenders: `(params, key, root, recurrent_fn) -> visits [B, A]`.
+  """
   params, root, recurrent_fn = table_model(0, case.batch, case.actions, width)
   key = jax.random.key(0)
-  found, tasks = {}, {}
-  for name, contender in contenders.items():
-    compiled = jax.jit(
-      lambda params, key, root, f=contender: f(params, key, root, recurrent_fn)
-    )
+  found = {}
 
-    def task(name=name, compiled=compiled):
+  def make(name, contender):
+    compiled = jax.jit(
+      lambda params, key, root: contender(params, key, root, recurrent_fn)
+    )
+    compiled = compiled.lower(params, key, root).compile()
+
+    def task():
       found[name] = jax.block_until_ready(compiled(params, key, root))
 
-    tasks[name] = task
-  timings = interleaved(tasks, case.repeats, case.least_seconds)
-  setting = (
-    f'B={case.batch} N={number} A={case.actions} '
-    f'embedding={4 * width + 4} bytes'
+    return task
+
+  tasks, refused = timing.prepared(
+    {name: functools.partial(make, name, f) for name, f in contenders.items()}
   )
+  timings = interleaved(tasks, case.repeats, case.least_seconds)
+  about = (
+    f'B={case.batch} N={number} A={case.actions} '
+    f'embedding={4 * width + 4} bytes',
+    'simulations/s',
+  )
+  rows = [
+    timing.failed('search', name, *about, reason)
+    for name, reason in refused.items()
+  ]
   first = next(iter(contenders))
-  rows = []
-  for name, timing in timings.items():
-    note = '' if name == first else f'ratio to {first}'
+  for name, seconds in timings.items():
+    baseline = timings.get(first)
+    note = '' if name == first or baseline is None else f'ratio to {first}'
     if name == ALONE:
       note += '; what any search must move in memory'
-    if name in _SAME_RULE:
-      theirs = np.asarray(found[_SAME_RULE[name]])
+    theirs = found.get(_SAME_RULE.get(name, ''))
+    if theirs is not None:
       same = np.sum(np.all(np.asarray(found[name]) == theirs, axis=-1))
       note += (
         f'; visits equal {_SAME_RULE[name]} at {same} of {case.batch} roots'
       )
     amount = case.batch * number
-    baseline = timings[first]
     rows.append(
-      speed_row(
-        'search', name, setting, 'simulations/s', amount, timing, baseline, note
-      )
+      speed_row('search', name, *about, amount, seconds, baseline, note)
     )
   return rows
 
@@ -427,14 +455,14 @@ def _sampled(
   setting = f'B={case.batch} N={case.simulations} K={_SAMPLES}, {what}'
   amount = _TREES * case.batch * case.simulations
   rows = []
-  for name, timing in timings.items():
+  for name, seconds in timings.items():
     length = np.mean([mean_path(x) for x in paths[name]])
     note = f'paths of {length:.1f} edges'
     if name != _PLAIN:
       note = f'ratio to {_PLAIN}; {note}'
     unit, baseline = 'simulations/s', timings[_PLAIN]
     rows.append(
-      speed_row('sampled', name, setting, unit, amount, timing, baseline, note)
+      speed_row('sampled', name, setting, unit, amount, seconds, baseline, note)
     )
   return rows
 

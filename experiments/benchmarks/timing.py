@@ -72,8 +72,8 @@ class Measurement(NamedTuple):
   """What was measured of one thing: a line of the results.
 
   Attributes:
-    what: `search`, `learner`, `acting`, `seeds`, `devices`, `memory` or
-      `roofline`.
+    what: `search`, `learner`, `acting`, `seeds`, `devices`, `memory`,
+      `transfer` or `roofline`.
     unit: of the next numbers.
     median: over repeats; of a speed, by wall second.
     low: the slowest repeat.
@@ -102,6 +102,42 @@ def once(
   """A number that was measured once, and is not a speed."""
   each = number, number, number, math.nan
   return Measurement(what, name, setting, unit, *each, note=note)
+
+
+def failed(
+  what: str, name: str, setting: str, unit: str, reason: str
+) -> Measurement:
+  """A speed that could not be measured."""
+  return once(what, name, setting, unit, math.nan, f'failed: {reason}')
+
+
+def prepared(
+  makers: Mapping[str, Callable[[], Callable[[], Any]]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+  """Makes tasks at the same time, for most of making one is compiling.
+
+  Each task is then called once. Returns the tasks, and why the others could not
+  be made or called, in one line each.
+  """
+
+  def attempt(function):
+    try:
+      return function(), ''
+    except Exception as error:
+      text = ' '.join(str(error).split()) or type(error).__name__
+      return None, text[:200]
+
+  # Beyond a few cores a compiler's threads are in each other's way.
+  with concurrent.futures.ThreadPoolExecutor(min(len(makers), 8)) as pool:
+    made = dict(zip(makers, pool.map(attempt, makers.values())))
+  tasks, refused = {}, {}
+  for name, (task, reason) in made.items():
+    reason = reason or attempt(task)[1]
+    if reason:
+      refused[name] = reason
+    else:
+      tasks[name] = task
+  return tasks, refused
 
 
 def scaled(timing: Timing, factor: float) -> Timing:
