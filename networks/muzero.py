@@ -57,6 +57,9 @@ class NetworkConfig:
       A vector latent always takes a one-hot vector. One-hot actions enter by
       a layer of their own, initialised by their own fan-in: as columns beside
       a wide latent they hardly count at first.
+    action_embedding: width of a normalised and rectified embedding of actions
+      that the dynamics read instead of what they are encoded as (one-hot, if
+      discrete); 0 for none (EfficientZero V2).
     observation_scale: `'symlog'` puts observations that are not uint8 through
       `sign(x) log(1 + |x|)` first: for vectors of unknown scale (positions
       beside velocities). `'batch'` normalises the last axis over the batch,
@@ -96,6 +99,7 @@ class NetworkConfig:
   predictor: tuple[int, ...] = (512,)
   projection_norm: Literal['batch', 'layer', 'none'] = 'batch'
   action_encoding: Literal['plane', 'one_hot'] = 'plane'
+  action_embedding: int = 0
   observation_scale: Literal['none', 'symlog', 'batch'] = 'none'
   state_norm: bool = False
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -137,7 +141,7 @@ def _check_field(name, kind, value):
     if not isinstance(value, tuple):
       raise ValueError(f'{name}={value!r}: must be a tuple of sizes')
     sizes = value
-  least = 0 if name == 'blocks' else 1
+  least = 0 if name in ('blocks', 'action_embedding') else 1
   for size in sizes:
     if not isinstance(size, int) or isinstance(size, bool) or size < least:
       raise ValueError(f'{name}={value!r}: must be at least {least}, integer')
@@ -388,6 +392,10 @@ class _Module(nn.Module):
       self.action = resnet.Conv(config.channels, dtype=dtype)
     elif not self.is_image:
       self.action = linear()
+    if config.action_embedding:
+      width = config.action_embedding
+      self.embed = mlp.Linear(width, use_bias=False, dtype=dtype)
+      self.embed_norm = by_kind('layer')()
     self.transition_norm = norm()
     for name in ('represent', 'dynamics', 'predict'):
       blocks = tuple(block() for _ in range(config.blocks))
@@ -449,13 +457,22 @@ class _Module(nn.Module):
     return self.mixture(x, train)
 
   def _encode(self, state, action):
-    """The action as float32 `[B, H, W, 1 or A]`, or `[B, A]` for a vector."""
+    """The action as `[B, H, W, E]`, or `[B, E]` beside a vector.
+
+    E is 1, A or the size of an embedding.
+    """
     if self.is_encoded:
       encoded = action.astype(jnp.float32)
-    elif self.joins_plane:
+    elif self.joins_plane and not self.config.action_embedding:
       encoded = (action / self.num_actions).astype(jnp.float32)[:, None]
     else:
       encoded = jax.nn.one_hot(action, self.num_actions)
+    if self.config.action_embedding:
+      # The constant is a bias that is random, too, at first: without one the
+      # norm takes away how large the only component of an action is.
+      constant = jnp.ones((*encoded.shape[:-1], 1))
+      encoded = self.embed(jnp.concatenate([encoded, constant], -1))
+      encoded = jax.nn.relu(self.embed_norm(encoded, False))
     if not self.is_image:
       return encoded
     shape = (*state.shape[:3], encoded.shape[-1])

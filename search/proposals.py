@@ -37,21 +37,53 @@ class Proposal(NamedTuple):
   is_spare: chex.Array
 
 
-def check(distribution: Any, num_samples: int, replacement: bool) -> None:
+class Wide(NamedTuple):
+  """Which of the draws are from a flattened policy (EfficientZero V2).
+
+  Attributes:
+    count: how many, the last of K; static.
+    temperature: of the power that flattens it, above 0; may be traced. With 9
+      a Gaussian's standard deviation is three times as large.
+  """
+
+  count: int = 0
+  temperature: chex.Numeric = 9.0
+
+
+NOT_WIDE = Wide()
+
+
+def check(
+  distribution: Any,
+  num_samples: int,
+  replacement: bool,
+  wide: Wide = NOT_WIDE,
+) -> None:
   """Checks that K actions can be drawn.
 
   Args:
     distribution: a `networks.actions.ActionDistribution`.
     num_samples: K.
     replacement: as in `propose`.
+    wide: as in `propose`.
 
   Raises:
     ValueError: naming what the distribution cannot do.
   """
   if num_samples < 1:
     raise ValueError(f'num_samples={num_samples}: must be at least 1')
+  if not 0 <= wide.count <= num_samples:
+    raise ValueError(
+      f'wide_samples={wide.count}: must be from 0 to '
+      f'num_samples={num_samples}, of which they are part'
+    )
   if replacement:
     return
+  if wide.count:
+    raise ValueError(
+      f'replacement=False: excludes wide_samples={wide.count}, which are drawn '
+      'with replacement; take 0'
+    )
   if distribution.distinct is None:
     raise ValueError(
       'replacement=False: needs a flat categorical over enumerated actions; '
@@ -114,6 +146,7 @@ def propose(
   invalid_actions: chex.Array | None = None,
   draws: chex.Array | None = None,
   with_mode: bool = False,
+  wide: Wide = NOT_WIDE,
 ) -> Proposal:
   """Draws the action set of a node.
 
@@ -129,6 +162,8 @@ def propose(
     draws: float32 `[B, K, R]`, random numbers of `distribution.draw`; None to
       draw them here.
     with_mode: the first draw is the mode of pi (with replacement only).
+    wide: which draws are from a flattened policy. If any are, all draws weigh
+      alike: none is corrected for what it was drawn from.
 
   Returns:
     `Proposal`.
@@ -137,8 +172,9 @@ def propose(
     ValueError: if `num_samples` or `temperature` is out of range, or the
       distribution cannot do what is asked.
   """
-  check(distribution, num_samples, replacement)
+  check(distribution, num_samples, replacement, wide)
   check_range('sample_temperature', temperature, above=0)
+  check_range('wide_temperature', wide.temperature, above=0)
   if invalid_actions is not None:
     if distribution.mask is None:
       raise ValueError(
@@ -158,13 +194,22 @@ def propose(
     )
     mixed = _Mixed(drawn, noise.fraction)
   if replacement:
-    actions = _independent(
-      keys, distribution, parameters, beta, num_samples, mixed, draws, with_mode
-    )
+    numbers = draws
+    if numbers is None:
+      numbers = rows.draw(distribution.draw, keys[0], (batch, num_samples))
+    actions = distribution.sample(numbers, beta)
+    if wide.count:
+      flat = distribution.temper(parameters, wide.temperature)
+      others = distribution.sample(numbers[:, -wide.count :], flat)
+      actions = actions.at[:, -wide.count :].set(others)
+    if with_mode:
+      actions = actions.at[:, 0].set(distribution.mode(parameters))
+    if mixed is not None:
+      actions = _with_noise(keys[1:], distribution, actions, mixed)
     counts = merge(distribution.identity(actions))
     # Where pi is beta, nothing is left of their ratio.
     log_pi = log_beta = jnp.zeros_like(counts)
-    if not is_plain:
+    if not is_plain and not wide.count:
       log_pi, log_beta = (
         _log_mixture(distribution, x, mixed, actions)
         for x in (parameters, beta)
@@ -188,6 +233,23 @@ def propose(
   return Proposal(actions, prior_logits(counts, log_pi, log_beta), counts == 0)
 
 
+def pad(proposal: Proposal, count: int) -> Proposal:
+  """Adds spare slots.
+
+  Args:
+    proposal: `[B, K]`.
+    count: how many, above 0; they repeat the first action.
+  """
+  more = lambda x, filled: jnp.concatenate([x, filled], axis=1)
+  repeated = jnp.repeat(proposal.actions[:, :1], count, axis=1)
+  empty = jnp.full((proposal.logits.shape[0], count), _LOWEST)
+  return Proposal(
+    more(proposal.actions, repeated),
+    more(proposal.logits, empty),
+    more(proposal.is_spare, empty < 0),
+  )
+
+
 class _Mixed(NamedTuple):
   """What is mixed into a policy: noise drawn for each row, and its share."""
 
@@ -195,24 +257,15 @@ class _Mixed(NamedTuple):
   fraction: chex.Numeric
 
 
-def _independent(
-  keys, distribution, parameters, beta, num_samples, mixed, draws, with_mode
-):
-  """K independent draws `[B, K, ...]` of beta, some of them of the noise."""
-  shape = (parameters.shape[0], num_samples)
-  if draws is None:
-    draws = rows.draw(distribution.draw, keys[0], shape)
-  actions = distribution.sample(draws, beta)
-  if with_mode:
-    actions = actions.at[:, 0].set(distribution.mode(parameters))
-  if mixed is None:
-    return actions
+def _with_noise(keys, distribution, actions, mixed):
+  """Actions `[B, K, ...]`, some of them replaced by draws of the noise."""
+  shape = actions.shape[:2]
   others = distribution.noise_sample(
-    rows.split(keys[1], shape[0]), mixed.noise, num_samples
+    rows.split(keys[0], shape[0]), mixed.noise, shape[1]
   )
   pick = rows.draw(
     lambda key, shape: jax.random.bernoulli(key, mixed.fraction, shape),
-    keys[2],
+    keys[1],
     shape,
   )
   pick = pick.reshape(pick.shape + (1,) * (actions.ndim - 2))

@@ -29,6 +29,10 @@ Choices of ours:
 - A real-valued distribution is tempered, and its noise drawn, as
   `networks.actions` says.
 
+EfficientZero V2's variant (Wang et al. 2024): some of the root's actions are
+drawn from a flattened policy (`wide`), all draws weigh alike, and nodes below
+the root have fewer actions (`leaf_samples`; their other slots are spare).
+
 Axes: `B` batch, `K` slots for sampled actions, `A` actions, `P` parameters of
 a distribution; an action is `[...]`.
 """
@@ -71,6 +75,7 @@ def slot_recurrent_fn(
   temperature: chex.Numeric = 1.0,
   replacement: bool = True,
   pool: chex.Array | None = None,
+  num_spare: int = 0,
 ) -> Callable[..., tuple[mctx.RecurrentFnOutput, SampledEmbedding]]:
   """A recurrent function over slots from one over real actions.
 
@@ -87,10 +92,13 @@ def slot_recurrent_fn(
       own set is distributed as it should be; sets of different nodes, of other
       rows too, may share numbers, in exchange for a search that does not draw
       a variate a slot. None draws afresh at each node.
+    num_spare: slots in addition to these K that stay spare, where the root has
+      more.
 
   Returns:
     `(params, key, slot int32 [B], SampledEmbedding) ->
-    (mctx.RecurrentFnOutput of [B, K] logits, SampledEmbedding)`.
+    (mctx.RecurrentFnOutput of [B, K] logits, SampledEmbedding)`; K with the
+    spare slots.
   """
 
   def step(params, key, slot, embedding):
@@ -109,6 +117,8 @@ def slot_recurrent_fn(
       replacement=replacement,
       draws=draws,
     )
+    if num_spare:
+      proposal = proposals.pad(proposal, num_spare)
     output = output.replace(prior_logits=proposal.logits)
     return output, SampledEmbedding(state, proposal.actions)
 
@@ -130,6 +140,8 @@ def search(
   evaluate_root: bool = True,
   with_mode: bool = False,
   noise: policies.Noise = policies.NOISE,
+  wide: proposals.Wide = proposals.NOT_WIDE,
+  leaf_samples: int | None = None,
   invalid_actions: chex.Array | None = None,
   evaluate: bool = False,
   **kwargs: Any,
@@ -145,16 +157,18 @@ def search(
     num_simulations: simulations for each root, at least 1; the evaluation of
       the root's actions is not counted.
     distribution: a `networks.actions.ActionDistribution`.
-    num_samples: K, at every node; static.
+    num_samples: K, at the root; static.
     rule: `policies.puct`, `policies.efficientzero` or `policies.gumbel`.
     sample_temperature: tau of the proposal `pi ** (1 / tau)`.
     replacement: draw independently; False for K distinct actions.
     evaluate_root: evaluate the root's actions before the search.
     with_mode: the root's first draw is the policy's mode.
     noise: in the root's pi and beta.
+    wide: which of the root's draws are from a flattened policy.
+    leaf_samples: actions of nodes below the root, at most K; None for K.
     invalid_actions: bool `[B, A]`, for enumerated sets only.
-    evaluate: no noise, the rule's best action. What is drawn still depends on
-      the key.
+    evaluate: no noise, no wide draws, the rule's best action. What is drawn
+      still depends on the key.
     **kwargs: the rule's own.
 
   Returns:
@@ -166,6 +180,11 @@ def search(
       distribution.
   """
   policies.check_noise(noise)
+  num_inner = num_samples if leaf_samples is None else leaf_samples
+  if leaf_samples is not None and not 1 <= num_inner <= num_samples:
+    raise ValueError(
+      f'leaf_samples={num_inner}: must be from 1 to num_samples={num_samples}'
+    )
   propose_key, value_key, pool_key, search_key = jax.random.split(key, 4)
   shared = {'temperature': sample_temperature, 'replacement': replacement}
   proposal = proposals.propose(
@@ -176,6 +195,7 @@ def search(
     noise=policies.NO_NOISE if evaluate else noise,
     invalid_actions=invalid_actions,
     with_mode=with_mode,
+    wide=proposals.NOT_WIDE if evaluate else wide,
     **shared,
   )
   qvalues = None
@@ -185,9 +205,14 @@ def search(
     )
   pool = None
   if replacement:
-    pool = distribution.draw(pool_key, (num_samples * _POOL,))
+    pool = distribution.draw(pool_key, (num_inner * _POOL,))
   step = slot_recurrent_fn(
-    recurrent_fn, distribution, num_samples, pool=pool, **shared
+    recurrent_fn,
+    distribution,
+    num_inner,
+    pool=pool,
+    num_spare=num_samples - num_inner,
+    **shared,
   )
   # Its noise is in the proposal already.
   if 'noise' in inspect.signature(rule).parameters:

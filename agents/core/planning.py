@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from agents.core import ranges, unroll
-from search import policies, rows, sampled
+from search import policies, proposals, rows, sampled
 from search.model import Model, PolicyOutput, TimeStep
 
 
@@ -40,6 +40,12 @@ class SearchConfig:
     replacement: draw independently; else distinct actions of an enumerated
       set.
     evaluate_root: evaluate the root's actions before the search.
+    wide_samples: how many of the root's K are drawn from a flattened policy
+      when exploring. If any are, all K weigh alike, and rule `gumbel` has no
+      noise of its own.
+    wide_temperature: of that policy, to the power 1/temperature; 9 triples a
+      Gaussian's standard deviation.
+    leaf_samples: actions drawn at nodes below the root; 0 for K.
   """
 
   rule: Literal['efficientzero', 'puct', 'gumbel'] = 'efficientzero'
@@ -57,6 +63,9 @@ class SearchConfig:
   sample_temperature: float = 1.0
   replacement: bool = True
   evaluate_root: bool = True
+  wide_samples: int = 0
+  wide_temperature: float = 9.0
+  leaf_samples: int = 0
 
   def __post_init__(self):
     ranges.at_least(self, 0, 'num_simulations', 'pb_c_init')
@@ -66,8 +75,17 @@ class SearchConfig:
         f'max_depth={self.max_depth}: must be above 0, or 0 for no bound'
       )
     ranges.above(self, 0, 'dirichlet_alpha', 'minmax_delta', 'pb_c_base')
-    ranges.above(self, 0, 'sample_temperature')
+    ranges.above(self, 0, 'sample_temperature', 'wide_temperature')
     ranges.within(self, 0, 1, 'dirichlet_fraction')
+    ranges.within(self, 0, self.num_samples, 'wide_samples', 'leaf_samples')
+    considered = min(self.num_samples, self.num_simulations)
+    is_wide = self.wide_samples and self.rule == 'gumbel'
+    if is_wide and self.max_considered < considered:
+      raise ValueError(
+        f'max_considered={self.max_considered}: with wide_samples nothing '
+        "chooses among the root's actions before they are searched; take "
+        f'num_samples={self.num_samples}, or wide_samples=0'
+      )
 
 
 Searcher = Callable[..., PolicyOutput]
@@ -120,6 +138,12 @@ def make_search(config: SearchConfig, distribution: Any = None) -> Searcher:
   search = rule
   if distribution is not None:
     sampling['evaluate_root'] = config.evaluate_root
+    sampling['leaf_samples'] = config.leaf_samples or None
+    sampling['wide'] = proposals.Wide(
+      config.wide_samples, config.wide_temperature
+    )
+    if config.rule == 'gumbel' and config.wide_samples:
+      own['gumbel_scale'] = 0.0
     search = functools.partial(_sampled, rule=rule, noise=noise, **sampling)
   if config.rule == 'gumbel':
     search = functools.partial(_without_temperature, search)
@@ -135,6 +159,34 @@ def _without_temperature(search, *args, temperature=1.0, **kwargs):
   # Gumbel's own noise decides how far it explores.
   del temperature
   return search(*args, **kwargs)
+
+
+def best_only(search: Searcher) -> Searcher:
+  """A search whose weights are all on the action that it takes.
+
+  Gumbel MuZero's simple policy loss is the loss on these weights.
+
+  Args:
+    search: from `make_search`.
+
+  Source: Gumbel MuZero (Danihelka 2022), section 4; EfficientZero V2 (Wang
+  2024).
+  """
+
+  def searched(*args, **kwargs):
+    output = search(*args, **kwargs)
+    weights, action = output.action_weights, output.action
+    if output.sampled_actions is None:
+      return output._replace(
+        action_weights=jax.nn.one_hot(action, weights.shape[-1])
+      )
+    same = output.sampled_actions == action[:, None]
+    same = jnp.all(same.reshape(*weights.shape, -1), axis=-1)
+    # Spare slots may hold the action again.
+    chosen = jax.nn.one_hot(jnp.argmax(same, axis=-1), weights.shape[-1])
+    return output._replace(action_weights=chosen)
+
+  return searched
 
 
 def make_planner(config: SearchConfig, *, evaluate: bool) -> Callable:
@@ -289,6 +341,10 @@ class Share(NamedTuple):
   take: Callable[[Any], Any]
   put: Callable[[chex.Array, chex.Array], chex.Array]
   count: int
+
+  def mask(self, batch: int) -> chex.Array:
+    """Which rows of the batch are chosen, bool `[B]`."""
+    return self.put(jnp.zeros(batch, bool), jnp.ones(self.count, bool))
 
 
 def share(fraction: float, batch: int) -> Share:

@@ -131,6 +131,10 @@ _ADDED = (
   ('agent.search', 'num_simulations', 'engine', 'auto'),
   ('run', 'replay_capacity', 'frames_on', 'host'),
   ('run', 'evaluate_episodes', 'evaluate_decisions', 0),
+  ('agent.search', 'num_samples', 'wide_samples', 0),
+  ('agent.search', 'num_samples', 'wide_temperature', 9.0),
+  ('agent.search', 'num_samples', 'leaf_samples', 0),
+  ('agent.network', 'projector', 'action_embedding', 0),
   ('agent.network.moe', 'num_experts', 'room_factor', 2.0),
   ('agent.critic_moe', 'num_experts', 'room_factor', 2.0),
 )
