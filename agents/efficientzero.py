@@ -66,10 +66,9 @@ from agents.core.types import (
   as_array,
   as_discrete,
 )
-from agents.core.unroll import learned_model, visit_temperature
+from agents.core.unroll import visit_temperature
 from networks import muzero as muzero_networks
 from networks.muzero import MuZeroNetworks, NetworkConfig
-from search.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +189,6 @@ def make_losses() -> Losses:
   )
 
 
-def make_model(config: Config, networks: MuZeroNetworks) -> Model:
-  """The learned model, for planners."""
-  horizon = config.prefix_horizon if config.value_prefix else None
-  return learned_model(networks, gamma=config.gamma, prefix_horizon=horizon)
-
-
 def make_loss(
   config: Config, networks: MuZeroNetworks, losses: Losses, spec: Spec
 ) -> Callable[..., tuple[chex.Array, tuple[Any, Info]]]:
@@ -245,7 +238,7 @@ def make(
     An `Agent` whose batches are `Trajectory`s of `config.window` steps with
     `extras` `search_policy [B, L, A]` and `search_value [B, L]`.
   """
-  model = make_model(config, networks)
+  model = efficient.make_model(config, networks)
   search = planning.make_search(config.search)
   optimiser = optim.from_config(config, config.optimiser)
   loss = make_loss(config, networks, losses, spec)

@@ -33,7 +33,6 @@ Departures and choices:
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -41,24 +40,18 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from agents.core import efficient, latent, optim, planning, ranges
+from agents.core import efficient, latent, optim, planning, ranges, sampling
 from agents.core import losses as terms
 from agents.core.latent import Losses, State
 from agents.core.types import (
   Agent,
-  Continuous,
   Info,
   Spec,
   Trajectory,
-  as_array,
-  check_bounds,
 )
-from agents.core.unroll import learned_model, visit_temperature
-from networks import actions
-from networks import muzero as muzero_networks
+from agents.core.unroll import visit_temperature
 from networks.actions import ActionDistribution
 from networks.muzero import MuZeroNetworks, NetworkConfig
-from search import proposals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,60 +167,6 @@ class Config:
     return self.unroll_steps + self.td_steps + 1
 
 
-def make_distribution(config: Config, spec: Spec) -> ActionDistribution:
-  """The family of policies for a spec.
-
-  Raises:
-    ValueError: if the policy does not fit the actions, their bounds are not
-      finite, or K actions cannot be drawn from it.
-  """
-  action, name = spec.action, spec.name
-  if isinstance(action, Continuous):
-    check_bounds(spec)
-    if config.policy == 'flat':
-      raise ValueError(
-        f'policy=flat: {name} has continuous actions of shape {action.shape}; '
-        'use gaussian or factored, or divide them by env.action_bins'
-      )
-    if config.policy == 'gaussian':
-      distribution = actions.tanh_gaussian(
-        action.low,
-        action.high,
-        min_std=config.min_std,
-        init_std=config.init_std,
-      )
-    else:
-      distribution = actions.factored_bins(action.low, action.high, config.bins)
-  elif config.policy == 'gaussian':
-    raise ValueError(
-      f'policy=gaussian: {name} has {action.num_actions} discrete actions; '
-      'use flat, or factored where an action is made of several choices'
-    )
-  elif config.policy == 'factored':
-    if not action.factors:
-      raise ValueError(
-        f'policy=factored: the {action.num_actions} actions of {name} are not '
-        'made of several choices; use flat'
-      )
-    if math.prod(action.factors) != action.num_actions:
-      raise ValueError(
-        f'{name}: factors={action.factors} make {math.prod(action.factors)} '
-        f'actions, must make {action.num_actions}'
-      )
-    distribution = actions.factored_index(action.factors)
-  else:
-    distribution = actions.flat(action.num_actions, action.factors)
-  if spec.masks_actions and distribution.mask is None:
-    raise ValueError(
-      f'policy={config.policy}: {name} masks actions, which only a flat policy '
-      'can take'
-    )
-  proposals.check(
-    distribution, config.search.num_samples, config.search.replacement
-  )
-  return distribution
-
-
 def make_networks(
   config: Config,
   spec: Spec,
@@ -239,23 +178,14 @@ def make_networks(
   on several by `pmap`.
 
   Raises:
-    ValueError: as `make_distribution`, or if observations are not one array.
+    ValueError: as `sampling.make_distribution`, or if observations are not one
+      array.
   """
-  observation = as_array(spec, 'sampled_muzero')
-  distribution = make_distribution(config, spec)
-  networks = muzero_networks.make(
-    efficient.network_config(config),
-    observation,
-    distribution.encoded_size,
-    reduce,
-    policy_size=distribution.num_parameters,
+  distribution = sampling.make_distribution(config, spec)
+  network = efficient.network_config(config)
+  return sampling.make_networks(
+    network, spec, 'sampled_muzero', distribution, reduce
   )
-
-  def dynamics(params, statistics, state, action, train):
-    encoded = distribution.encode(action)
-    return networks.dynamics(params, statistics, state, encoded, train)
-
-  return networks._replace(dynamics=dynamics)
 
 
 def make_losses() -> Losses:
@@ -268,6 +198,7 @@ def make_loss(
   config: Config,
   networks: MuZeroNetworks,
   losses: Losses,
+  spec: Spec,
   distribution: ActionDistribution,
 ) -> Callable[..., tuple[chex.Array, tuple[Any, Info]]]:
   """The weighted sum of all loss terms, as one function.
@@ -276,42 +207,23 @@ def make_loss(
     `(params, statistics, batch, key, train=True) -> (loss, (statistics,
     Info))`.
   """
-  head = slice(0, config.unroll_steps + 1)
-
-  def policy_terms(logits, batch: Trajectory, key):
-    # [K + 1, B]: the divergence from the search, and the policy's entropy.
-    by_step = lambda name: latent.by_step(
-      batch.experience.extras[name][:, head]
-    )
-    log_probs = jax.vmap(distribution.log_prob)(
-      logits, by_step('sampled_actions')
-    )
-    divergence = jax.vmap(losses.policy)(log_probs, by_step('search_policy'))
-    draws = distribution.draw(key, (*logits.shape[:2], config.entropy_samples))
-    return divergence, jax.vmap(distribution.entropy)(draws, logits)
-
-  def any_action(key, shape):
-    zeros = jnp.zeros((shape[0], distribution.num_parameters))
-    return distribution.sample(distribution.draw(key, shape[:2]), zeros)
 
   def loss(params, statistics, batch: Trajectory, key, train=True):
     action_key, image_key, entropy_key = jax.random.split(key, 3)
     reward = config.reward_scale * batch.experience.timestep.reward
     target, horizon = efficient.make_targets(config, batch, reward)
-    action = latent.unrolled_actions(
-      batch, target, lambda recorded: any_action(action_key, recorded.shape)
+    any_actions = functools.partial(
+      sampling.any_actions, distribution, spec, action_key
     )
+    action = latent.unrolled_actions(batch, target, any_actions)
     args = (config, networks, losses, params, statistics, batch)
     out = efficient.forward(*args, action, key, image_key, train=train)
-    policy, entropy = policy_terms(out.model.policy_logits, batch, entropy_key)
-    mask = latent.by_step(target.policy_mask)
-    found = {'policy': policy * mask, 'entropy': -entropy * mask}
-    found |= latent.model_terms(losses, out, target)
-    own = {
-      'entropy': terms.masked_mean(entropy, mask),
-      'horizon': jnp.mean(horizon.astype(jnp.float32)),
-    }
-    return latent.account(config, found, batch, out, target, **own)
+    policy, metrics = sampling.policy_terms(
+      config, losses, distribution, out, target, batch, entropy_key
+    )
+    found = policy | latent.model_terms(losses, out, target)
+    metrics['horizon'] = jnp.mean(horizon.astype(jnp.float32))
+    return latent.account(config, found, batch, out, target, **metrics)
 
   return loss
 
@@ -337,16 +249,11 @@ def make(
     `extras` `search_policy [B, L, K]`, `sampled_actions [B, L, K, ...]` and
     `search_value [B, L]`.
   """
-  distribution = make_distribution(config, spec)
-  model = learned_model(
-    networks,
-    gamma=config.gamma,
-    prefix_horizon=config.prefix_horizon if config.value_prefix else None,
-    distribution=distribution,
-  )
+  distribution = sampling.make_distribution(config, spec)
+  model = efficient.make_model(config, networks, distribution)
   search = planning.make_search(config.search, distribution)
   optimiser = optim.from_config(config, 'adam')
-  loss = make_loss(config, networks, losses, distribution)
+  loss = make_loss(config, networks, losses, spec, distribution)
   step = optim.minimise(loss, optimiser, reduce)
 
   def init(key) -> State:

@@ -16,7 +16,7 @@ from searching_cases import NETWORK, K, N, make_batch, shaken, without_ends
 from small_agents import make_agent
 
 from agents import alphazero, efficientzero, muzero, sampled_muzero
-from agents.core import optim
+from agents.core import optim, sampling
 from networks import heads
 
 SCALE, RESET = 3.0, 2
@@ -101,7 +101,7 @@ def test_predictions_meet_the_targets_of_their_step(which, key):
   for k in range(K + 1):
     scores = policies[k]
     if module is sampled_muzero:
-      family = sampled_muzero.make_distribution(config, spec)
+      family = sampling.make_distribution(config, spec)
       scores = family.log_prob(scores, extras['sampled_actions'][:, k])
     want['policy'] += weighted(scores, extras['search_policy'][:, k])
     z = sum(config.gamma**i * r[:, k + 1 + i] for i in range(N))

@@ -18,6 +18,7 @@ from agents.core.latent import Losses, Outputs, State
 from agents.core.planning import Searcher
 from agents.core.targets import UnrollTargets
 from agents.core.types import Trajectory
+from agents.core.unroll import learned_model
 from networks.muzero import MuZeroNetworks, NetworkConfig
 from search.model import Model
 
@@ -26,6 +27,24 @@ def network_config(config: Any) -> NetworkConfig:
   """`config.network` with the reward head that `config.value_prefix` needs."""
   reward = 'value_prefix' if config.value_prefix else 'reward'
   return dataclasses.replace(config.network, reward=reward)
+
+
+def make_model(
+  config: Any, networks: MuZeroNetworks, distribution: Any = None
+) -> Model:
+  """The learned model, for planners.
+
+  Args:
+    config: with `gamma`, `value_prefix` and `prefix_horizon`.
+    networks: the functions.
+    distribution: of actions that are drawn; None where they are enumerated.
+  """
+  return learned_model(
+    networks,
+    gamma=config.gamma,
+    prefix_horizon=config.prefix_horizon if config.value_prefix else None,
+    distribution=distribution,
+  )
 
 
 def reanalyze(
@@ -98,10 +117,22 @@ def make_targets(
       fraction=config.off_policy_fraction,
     )
   target = latent.make_targets(config, batch, horizon, reward)
-  if config.value_prefix:
-    sums = lambda x: targets.value_prefixes(x, config.prefix_horizon)
-    target = target._replace(reward=jax.vmap(sums)(target.reward))
-  return target, horizon
+  return with_prefixes(config, target), horizon
+
+
+def with_prefixes(config: Any, target: UnrollTargets) -> UnrollTargets:
+  """Targets whose rewards are sums since the last reset, if they are learned.
+
+  Args:
+    config: with `value_prefix` and `prefix_horizon`.
+    target: leaves `[B, K + 1]`.
+
+  Source: EfficientZero (Ye 2021), section 4.2.
+  """
+  if not config.value_prefix:
+    return target
+  sums = lambda x: targets.value_prefixes(x, config.prefix_horizon)
+  return target._replace(reward=jax.vmap(sums)(target.reward))
 
 
 def forward(

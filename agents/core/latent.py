@@ -130,6 +130,8 @@ def re_search(
   params: Params,
   key: chex.PRNGKey,
   batch: Trajectory,
+  *,
+  values: bool = False,
 ) -> Trajectory:
   """New policy targets for the steps that are trained on, of a share of rows.
 
@@ -140,10 +142,11 @@ def re_search(
     params: usually the target parameters.
     key: consumed.
     batch: windows, with `extras` as `planning.decide` returns them.
+    values: whether the values of these searches are kept, too.
 
   Returns:
-    The batch with `search_policy`, and `sampled_actions` where there are any,
-    replaced.
+    The batch with `search_policy`, `sampled_actions` where there are any, and
+    `search_value` with `values`, replaced.
 
   Source: MuZero Reanalyze (Schrittwieser 2020), Appendix H.
   """
@@ -155,15 +158,21 @@ def re_search(
   output = planning.re_search(
     search, model, params, key, roots, config.reanalyze_chunk
   )
-  return replace(batch, **searched(batch, rows, output, steps))
+  return replace(batch, **searched(batch, rows, output, steps, values))
 
 
 def searched(
-  batch: Trajectory, rows: planning.Share, output: PolicyOutput, steps: slice
+  batch: Trajectory,
+  rows: planning.Share,
+  output: PolicyOutput,
+  steps: slice,
+  values: bool = False,
 ) -> dict[str, Any]:
   """Extras of a batch with what a search found for some rows and steps."""
   extras = batch.experience.extras
   found = {'search_policy': output.action_weights}
+  if values:
+    found['search_value'] = output.value
   if output.sampled_actions is not None:
     found['sampled_actions'] = output.sampled_actions
   put = lambda x, new: x.at[:, steps].set(rows.put(x[:, steps], new))
@@ -171,19 +180,31 @@ def searched(
 
 
 def re_value(
-  model: Model, params: Params, key: chex.PRNGKey, batch: Trajectory
+  model: Model,
+  params: Params,
+  key: chex.PRNGKey,
+  batch: Trajectory,
+  name: str = 'search_value',
 ) -> Trajectory:
-  """The batch with `search_value` replaced by the model's own root values."""
+  """The batch with a value of its `extras` replaced by the model's own."""
   timestep = batch.experience.timestep
   value = model.root(params, flatten_steps(timestep), key).value
   value = value.reshape(timestep.reward.shape[0], -1)
-  return replace(batch, search_value=value)
+  return replace(batch, **{name: value})
 
 
 def replace(batch: Trajectory, **extras: Any) -> Trajectory:
   """The batch with some of its `extras` replaced."""
   extras = batch.experience.extras | extras
   return batch._replace(experience=batch.experience._replace(extras=extras))
+
+
+def with_least_weight(batch: Trajectory, least: chex.Numeric) -> Trajectory:
+  """The batch whose importance weights, if it was drawn, are at least that."""
+  if batch.sample is None:
+    return batch
+  weight = jnp.maximum(batch.sample.weight, least)
+  return batch._replace(sample=batch.sample._replace(weight=weight))
 
 
 def make_targets(

@@ -213,3 +213,34 @@ def off_policy_horizon(
   """
   drop = jnp.floor(age / (fraction * total_decisions)).astype(jnp.int32)
   return jnp.clip(max_horizon - drop, 1, max_horizon)
+
+
+def is_searched(
+  step: chex.Array,
+  age: chex.Array,
+  *,
+  after: chex.Numeric,
+  fresh: chex.Numeric,
+) -> chex.Array:
+  """For which rows a search's value is the target, and not an n-step return.
+
+  For old data, once its search is worth something: `step >= after` and `age >=
+  fresh`. Early in training, and for data of nearly the present policy, rewards
+  say more than the model does.
+
+  Args:
+    step: int32 scalar, updates so far.
+    age: float32 `[B]`, decisions taken since the row was written.
+    after: T_1, in updates.
+    fresh: T_2, in decisions.
+
+  Returns:
+    bool `[B]`.
+
+  Source: EfficientZero V2 (Wang 2024), section 4.3.
+
+  >>> age = jnp.array([0.0, 19, 20])
+  >>> [is_searched(i, age, after=40, fresh=20).tolist() for i in (39, 40)]
+  [[False, False, False], [False, False, True]]
+  """
+  return (step >= after) & (age >= fresh)

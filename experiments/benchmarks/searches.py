@@ -14,7 +14,7 @@ import mctx
 import numpy as np
 
 from agents import muzero, sampled_muzero
-from agents.core import unroll
+from agents.core import sampling, unroll
 from agents.core.types import ArraySpec, Continuous, Discrete, Spec
 from experiments.benchmarks import timing
 from experiments.benchmarks.cases import Case
@@ -369,7 +369,7 @@ def sampled_network(
     spec = Spec(observation, family.action)
     config = sampled_muzero.Config(network=network, policy=family.policy)
     networks = sampled_muzero.make_networks(config, spec)
-    distribution = sampled_muzero.make_distribution(config, spec)
+    distribution = sampling.make_distribution(config, spec)
   model = unroll.learned_model(networks, gamma=0.997, distribution=distribution)
   key = jax.random.key(seed)
   weights, statistics = jax.jit(networks.init)(key)
@@ -490,6 +490,6 @@ def _several(search, models, number, name, paths):
 def _distribution(family: Family) -> Any:
   """The distribution that the sampled agent draws from."""
   config = sampled_muzero.Config(policy=family.policy)
-  return sampled_muzero.make_distribution(
+  return sampling.make_distribution(
     config, Spec(ArraySpec((1,)), family.action)
   )
