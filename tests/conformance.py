@@ -26,6 +26,7 @@ from searching_cases import (
   ez,
   mz,
   sampled,
+  v2,
 )
 
 from agents import (
@@ -149,6 +150,16 @@ AGENTS = {
       network=SMALL_IMAGE,
       search=dataclasses.replace(SAMPLES, rule='gumbel'),
       reanalyze_fraction=0.0,
+    )
+  ),
+  'efficientzero_v2': searching(v2()),
+  'efficientzero_v2 image': searching(
+    v2(
+      IMAGE,
+      network=dataclasses.replace(SMALL_IMAGE, action_embedding=3),
+      search=gumbel,
+      value_prefix=True,
+      optimiser='sgd',
     )
   ),
   'alphazero': Row(

@@ -26,6 +26,7 @@ from agents import (
   combo,
   cql,
   efficientzero,
+  efficientzero_v2,
   iql,
   language,
   muzero,
@@ -213,6 +214,9 @@ def programs() -> dict[str, Callable]:
   learned = {
     'muzero': lambda: _learned(muzero, test_mesh.SPEC),
     'efficientzero': lambda: _learned(efficientzero, test_mesh.SPEC),
+    'efficientzero_v2': lambda: _learned(
+      efficientzero_v2, test_mesh.CONTINUOUS
+    ),
     'sampled_muzero': lambda: _learned(
       sampled_muzero, test_mesh.CONTINUOUS, consistency=True
     ),

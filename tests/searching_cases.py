@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from trees import shake
 
-from agents import efficientzero, muzero, sampled_muzero
+from agents import efficientzero, efficientzero_v2, muzero, sampled_muzero
 from agents.core import planning
 from agents.core.types import (
   ArraySpec,
@@ -86,11 +86,39 @@ def sampled(spec=BOX, **changes):
   return sampled_muzero, config, spec
 
 
+def v2(spec=BOX, **changes):
+  """Without a least importance weight, so that weights enter linearly."""
+  own = {
+    'search': WIDE,
+    'network': dataclasses.replace(NETWORK, action_embedding=3),
+    'learning_rate': 0.03,
+    'total_decisions': 100,
+    'prefix_horizon': 2,
+    'entropy_samples': 4,
+    'min_importance': 0.0,
+  }
+  config = efficientzero_v2.Config(**{**SHARED, **own, **changes})
+  return efficientzero_v2, config, spec
+
+
 SAMPLES = planning.SearchConfig(num_simulations=4, num_samples=5)
+WIDE = planning.SearchConfig(
+  rule='gumbel',
+  num_simulations=4,
+  dirichlet_fraction=0.0,
+  num_samples=5,
+  wide_samples=3,
+  leaf_samples=2,
+  evaluate_root=False,
+)
 
 
-def is_sampled(config):
-  return isinstance(config, sampled_muzero.Config)
+def is_sampled(config, spec):
+  """Whether a search draws the actions that it chooses among."""
+  policy = getattr(config, 'policy', None)
+  if policy == 'auto':
+    return isinstance(spec.action, Continuous)
+  return policy is not None
 
 
 def make_observation(spec, rng, *leading):
@@ -138,13 +166,13 @@ def make_batch(config, spec, seed=0):
     truncated=jnp.asarray(truncated),
     invalid_actions=invalid,
   )
-  slots = config.search.num_samples if is_sampled(config) else A
+  slots = config.search.num_samples if is_sampled(config, spec) else A
   extras = {
     'search_policy': jax.nn.softmax(normal(B, length, slots)),
     'search_value': normal(B, length),
   }
   action = make_actions(config, spec, rng, B, length)
-  if is_sampled(config):
+  if is_sampled(config, spec):
     drawn = make_actions(config, spec, rng, B, length, slots)
     extras['sampled_actions'] = drawn
   sample = Sample(

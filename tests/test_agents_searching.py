@@ -35,7 +35,7 @@ def built(request):
 def weights_by_action(config, spec, extras):
   """Search weights `[B, num_actions]` of an enumerated set."""
   weights = np.asarray(extras['search_policy'])
-  if not is_sampled(config):
+  if not is_sampled(config, spec):
     return weights
   each = jax.nn.one_hot(extras['sampled_actions'], spec.action.num_actions)
   return (weights[..., None] * np.asarray(each)).sum(-2)
@@ -51,7 +51,7 @@ def test_actions_are_legal(built, key):
   is_real = isinstance(spec, Continuous)
   shape, slots = (spec.shape if is_real else ()), A
   names = {'search_policy', 'search_value'}
-  if is_sampled(built.config):
+  if is_sampled(built.config, built.spec):
     slots = built.config.search.num_samples
     names |= {'sampled_actions'}
   act = jax.jit(built.agent.act)
@@ -252,7 +252,18 @@ def test_values_come_from_the_target_network_or_a_search(built, key):
   got = built.refresh(state, built.batch, 0, key).experience.extras
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), timestep)
   root = jax.jit(built.agent.model.root)(state.target_params, flat, key)
-  difference = np.abs(got['search_value'] - root.value.reshape(B, -1))
+  name = 'network_value' if 'network_value' in got else 'search_value'
+  difference = np.abs(got[name] - root.value.reshape(B, -1))
+  if name == 'network_value':
+    old = built.batch.experience.extras['search_value']
+    changed = np.asarray(got['search_value'] != old)
+    searched = round(built.config.reanalyze_fraction * B)
+    want = np.zeros_like(changed)
+    want[:searched, : K + 1] = True
+    np.testing.assert_array_equal(changed, want)
+    # Values of searches, and not the network's.
+    apart = np.abs(got['search_value'] - got[name])[:searched, : K + 1]
+    assert (apart > 1e-3).mean() > 0.5
   if getattr(built.config, 'searched_values', False):
     assert (difference > 1e-3).mean() > 0.5
   else:
@@ -260,7 +271,7 @@ def test_values_come_from_the_target_network_or_a_search(built, key):
 
 
 def test_reanalysis_draws_actions_again(built, key):
-  if not is_sampled(built.config):
+  if not is_sampled(built.config, built.spec):
     return
   state, batch = shaken(built.state), built.batch
   one, two = (

@@ -31,7 +31,8 @@ def pick(*params):
 
 # Slow or compiled anew, and the same code in all variants of an agent.
 ONE_OF_EACH = (
-  *('muzero', 'efficientzero', 'sampled_muzero', 'alphazero'),
+  *('muzero', 'efficientzero', 'efficientzero_v2', 'sampled_muzero'),
+  'alphazero',
   *('sac dqra', 'bc floor', 'td3_bc dqra', 'cql lagrange', 'iql'),
   *('dynamics', 'combo'),
 )

@@ -26,6 +26,7 @@ _SOURCE = re.compile(r'\b(?:18|19|20)\d\d\b|\bSource:')
 
 # Nothing published: they move, mask, name or check arrays.
 PLUMBING = {
+  'agents.core.planning.Share.mask',
   'agents.core.spread.effective_rank',
   'agents.core.spread.mean_cosine',
   'agents.core.spread.metrics',
@@ -81,6 +82,8 @@ NOT_CALLED = {
   'agents.core.latent.replace': 'its extras are a dict',
   'agents.core.optim.norms': 'takes any number of steps',
   'agents.core.planning.decide': 'its search is a function',
+  'agents.core.sampling.any_actions': 'its distribution is an object',
+  'agents.core.sampling.policy_terms': "reads all of a pass's outputs",
   'agents.core.optim.matrix_squares': 'which axes it keeps depends on a path',
   'agents.core.replay.to_window': 'its rows have two axes in front',
   'networks.actions.factored_bins': 'see the objects',

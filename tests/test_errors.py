@@ -433,6 +433,7 @@ ENVS = (
 FITS = {
   'alphazero': {'self_play:tic_tac_toe'},
   'efficientzero': {'jax:catch', 'jax:cartpole'},
+  'efficientzero_v2': {'jax:catch', 'jax:cartpole', 'jax:pendulum'},
   'muzero': {'jax:catch', 'jax:cartpole'},
   'sac': {'jax:pendulum'},
   'sampled_muzero': {'jax:pendulum'},

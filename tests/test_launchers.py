@@ -298,8 +298,10 @@ def _refresh_fits(experiment, spec, agent):
     is_first=per_step(dtype=jnp.bool_),
     truncated=per_step(dtype=jnp.bool_),
   )
-  is_sampled = experiment.agent_name == 'sampled_muzero'
   action, kind = per_step(dtype=jnp.int32), spec.action
+  is_sampled = experiment.agent_name == 'sampled_muzero' or (
+    experiment.agent_name == 'efficientzero_v2' and isinstance(kind, Continuous)
+  )
   if isinstance(kind, Continuous):
     action = per_step(kind.shape)
   if is_sampled:
@@ -324,6 +326,7 @@ def _refresh_fits(experiment, spec, agent):
   )
   state = jax.eval_shape(agent.init, jax.random.key(0))
   fresh = jax.eval_shape(agent.refresh, state, batch, 0, jax.random.key(0))
+  fresh.experience.extras.pop('network_value', None)
   shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
   assert shapes(fresh) == shapes(batch)
 

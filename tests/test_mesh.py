@@ -10,7 +10,7 @@ import pytest
 import small_agents
 from trees import assert_close
 
-from agents import efficientzero, muzero, sampled_muzero
+from agents import efficientzero, efficientzero_v2, muzero, sampled_muzero
 from agents.core import planning
 from agents.core.types import (
   Agent,
@@ -131,12 +131,22 @@ SEARCHED = {
   'muzero': (muzero, SPEC, {'rule': 'puct'}, {'reanalyze_chunk': 12}),
   'sampled_muzero': (sampled_muzero, CONTINUOUS, {'num_samples': 3}, {}),
   'efficientzero': (efficientzero, SPEC, {'rule': 'gumbel'}, {}),
+  'efficientzero_v2': (
+    efficientzero_v2,
+    CONTINUOUS,
+    {'rule': 'gumbel', 'num_samples': 3, 'wide_samples': 2, 'leaf_samples': 2},
+    {},
+  ),
 }
 
 
 @pytest.mark.parametrize(
   'name',
-  ['muzero', 'sampled_muzero', pytest.param('efficientzero', marks=SLOW)],
+  [
+    *('muzero', 'sampled_muzero'),
+    pytest.param('efficientzero', marks=SLOW),
+    pytest.param('efficientzero_v2', marks=SLOW),
+  ],
 )
 def test_searches_over_two_devices_equal_one(name, key):
   module, spec, search, own = SEARCHED[name]

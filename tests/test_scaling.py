@@ -25,6 +25,7 @@ _GATHERED = {
   'planted': _PRIORITY,
   'muzero_update': _PRIORITY,
   'efficientzero_update': _PRIORITY,
+  'efficientzero_v2_update': _PRIORITY,
   'sampled_muzero_update': _PRIORITY,
   'language_update': 4 * 4 * 4,
 }

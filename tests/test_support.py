@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents import efficientzero, muzero, sampled_muzero
+from agents import efficientzero, efficientzero_v2, muzero, sampled_muzero
 from agents.core.types import (
   ArraySpec,
   Continuous,
@@ -101,6 +101,7 @@ AGENTS = [
   (efficientzero, PLAIN | {'augmentation': False}, False),
   (efficientzero, PREFIX | {'augmentation': False}, True),
   (sampled_muzero, PLAIN | {'augmentation': False}, False),
+  (efficientzero_v2, PLAIN | {'augmentation': False}, False),
 ]
 
 

@@ -158,7 +158,20 @@ def any_actions(
   key: chex.PRNGKey,
   recorded: chex.Array,
 ) -> chex.Array:
-  """Actions of an untrained policy, as many as `recorded`, `[B, K, ...]`."""
+  """Actions of an untrained policy, which are spread over the whole set.
+
+  Args:
+    distribution: of the policy; None for enumerated actions.
+    spec: of the environment.
+    key: consumed.
+    recorded: `[B, K, ...]`, as many actions as are wanted.
+
+  Returns:
+    `[B, K, ...]`.
+
+  Source: MuZero (Schrittwieser 2020), Appendix G, trains with random actions
+  after an episode's end.
+  """
   shape = recorded.shape[:2]
   if distribution is None:
     count = as_discrete(spec, 'an enumerated policy').num_actions
@@ -191,6 +204,8 @@ def policy_terms(
   Returns:
     `policy` and `entropy` (negative), float32 `[K + 1, B]`; and as a metric the
     mean entropy.
+
+  Source: Sampled MuZero (Hubert 2021), section 5.
   """
   logits, extras = out.model.policy_logits, batch.experience.extras
   head = lambda name: latent.by_step(extras[name][:, : logits.shape[0]])
