@@ -200,12 +200,15 @@ def notes(experiment: Experiment) -> tuple[str, ...]:
   Raises:
     UserError: see `place_of`.
   """
+  from experiments.envs import names
+
   unset = experiment._replace(
     env=dataclasses.replace(experiment.env, recorded='')
   )
   own = opened(experiment.dataset).about.env
-  asked = experiment.env_name if experiment.env_name != own else None
-  return place_of(unset, asked or None).notes
+  # One that names code is here only because it was asked for.
+  is_asked = experiment.env_name != own or names.code_in(own)
+  return place_of(unset, (is_asked and experiment.env_name) or None).notes
 
 
 def checksum(name: str) -> str:
