@@ -54,7 +54,7 @@ from agents.core.types import (
 )
 from networks import actions
 from networks.actor_critic import Squash
-from networks.ensemble import Ensemble
+from networks.ensemble import Ensemble, Known
 from networks.mlp import Network
 
 
@@ -169,8 +169,16 @@ class Networks(NamedTuple):
   model: Ensemble
 
 
-def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Any = None,
+  *,
+  known: Known | None = None,
+) -> Networks:
   """The networks for a spec; `reduce` is not needed by them.
+
+  `known` takes the place of rewards or terminations that the ensemble predicts.
 
   Raises:
     ValueError: if the actions are not vectors within finite bounds, or
@@ -178,7 +186,9 @@ def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Networks:
   """
   del reduce
   parts = actor_critic.make_networks(config, spec, 'combo')
-  return Networks(*parts, dynamics.make_networks(config.model, spec))
+  return Networks(
+    *parts, dynamics.make_networks(config.model, spec, known=known)
+  )
 
 
 make_losses = conservative.make_losses

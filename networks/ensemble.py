@@ -1,9 +1,16 @@
 """Probabilistic ensembles of one-step dynamics.
 
-Each member predicts by how much an observation changes, the reward, and
-whether the episode ends: a normal for each number with its own standard
-deviation (what cannot be known), and a logit. Where members differ is what
-could be known and is not.
+Each member predicts by how much an observation changes, whether the episode
+ends, and the reward of either case: a normal for each number with its own
+standard deviation (what cannot be known), and a logit. Where members differ is
+what could be known and is not.
+
+The end and the reward have networks of their own, which also read the change
+that the first one expects. In one network with the change they are hardly
+learned: a likelihood weighs each number by its precision, and what moves
+smoothly is soon thousands of times as precise. And a reward that comes only
+with the end, such as that of a goal, is one of two cases, not the tail of one
+normal.
 
 The network sees and predicts observations scaled by a data set's statistics,
 where there are any; what goes in and comes out is in raw units.
@@ -12,6 +19,7 @@ Axes: `B` batch, `D` components of an action, `F` numbers in an observation,
 `E` members.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,15 +41,36 @@ class Prediction(NamedTuple):
   """What each member says, in raw units.
 
   Attributes:
-    mean: float32 `[E, B, F + 1]`, the change of the observation, its leaves
-      laid end to end, then the reward.
-    log_std: float32 `[E, B, F + 1]`.
+    mean: float32 `[E, B, F]`, the change of the observation, its leaves laid
+      end to end.
+    log_std: float32 `[E, B, F]`.
+    reward: float32 `[E, B, 2]`, means: of a step after which the episode goes
+      on, and of one that ends it.
+    reward_log_std: float32 `[E, B, 2]`.
     logit: float32 `[E, B]`, of termination.
   """
 
   mean: jax.Array
   log_std: jax.Array
+  reward: jax.Array
+  reward_log_std: jax.Array
   logit: jax.Array
+
+
+class Known(NamedTuple):
+  """What is known of an environment and need not be predicted.
+
+  Both are functions `(o_tm1, a_tm1, o_t) -> float32 [B]` of observations, which
+  are pytrees float32 `[B, ...]`, and actions `[B, D]`; None for what is
+  learned.
+
+  Attributes:
+    reward: the reward of a step, in the units that are learned from.
+    termination: 1 where the step ends the episode, else 0.
+  """
+
+  reward: Callable[..., jax.Array] | None = None
+  termination: Callable[..., jax.Array] | None = None
 
 
 class Ensemble(NamedTuple):
@@ -55,11 +84,13 @@ class Ensemble(NamedTuple):
     bounds: `(params) -> float32 [E]`, how far apart the bounds of the
       logarithm of the variance are, the sum over components; a loss keeps it
       small.
+    known: what takes the place of what is predicted.
   """
 
   init: Callable[[jax.Array], Any]
   apply: Callable[..., Prediction]
   bounds: Callable[[Any], jax.Array]
+  known: Known = Known()
 
 
 def make(
@@ -68,9 +99,11 @@ def make(
   high: np.ndarray,
   hidden_sizes: Sequence[int],
   *,
+  outcome_sizes: Sequence[int] = (64, 64),
   members: int = 7,
   activation: str = 'silu',
   statistics: tuple[np.ndarray, np.ndarray] | None = None,
+  known: Known | None = None,
 ) -> Ensemble:
   """An ensemble of `members` perceptrons with bounds of their own.
 
@@ -80,11 +113,14 @@ def make(
     observation_size: `F`.
     low: `[D]`, bounds of the actions, which enter scaled to the unit box.
     high: `[D]`.
-    hidden_sizes: widths of the layers.
+    hidden_sizes: widths of the layers that predict the change.
+    outcome_sizes: of those that predict the reward, and of those that predict
+      the termination.
     members: `E`.
     activation: `'silu'` or `'relu'`.
     statistics: mean and standard deviation of observations, `[F]` each, to
       scale by; None for 0 and 1.
+    known: what need not be predicted; None for nothing.
 
   Raises:
     ValueError: an unknown activation, no members, or statistics of another
@@ -99,13 +135,16 @@ def make(
     )
   if members < 1:
     raise ValueError(f'members={members}: must be 1 or more')
-  size, outputs = observation_size, observation_size + 1
-  body = mlp.make(
-    size + int(np.size(low)),
-    hidden_sizes,
-    2 * outputs + 1,
-    activation=ACTIVATIONS[activation],
+  size, outputs = observation_size, observation_size + 2
+  inputs, act = size + int(np.size(low)), ACTIVATIONS[activation]
+  outcome = functools.partial(
+    mlp.make, inputs + size, outcome_sizes, activation=act
   )
+  parts = {
+    'change': mlp.make(inputs, hidden_sizes, 2 * size, activation=act),
+    'reward': outcome(4),
+    'termination': outcome(1),
+  }
   box = squash(low, high)
   mean, std = np.zeros(size, np.float32), np.ones(size, np.float32)
   if statistics is not None:
@@ -117,11 +156,14 @@ def make(
     )
 
   def init_one(key):
+    keys = jax.random.split(key, len(parts))
     return {
       'statistics': {'mean': jnp.asarray(mean), 'std': jnp.asarray(std)},
       'max_log_variance': jnp.full((outputs,), _MAX_LOG_VARIANCE, jnp.float32),
       'min_log_variance': jnp.full((outputs,), _MIN_LOG_VARIANCE, jnp.float32),
-      'layers': body.init(key),
+      'layers': {
+        name: part.init(key) for key, (name, part) in zip(keys, parts.items())
+      },
     }
 
   def init(key):
@@ -136,17 +178,25 @@ def make(
         align(jax.lax.stop_gradient(params['statistics'][name]))
         for name in ('mean', 'std')
       )
-      x = jnp.concatenate([(flat - mean) / std, unit], -1)
-      out = body.apply(params['layers'], x)
+      run = lambda name, x: parts[name].apply(params['layers'][name], x)
+      x = (flat - mean) / std
+      change, spread = jnp.split(
+        run('change', jnp.concatenate([x, unit], -1)), 2, -1
+      )
+      following = x + jax.lax.stop_gradient(change)
+      seen = jnp.concatenate([x, unit, following], -1)
+      reward, uncertain = jnp.split(run('reward', seen), 2, -1)
       low = align(params['min_log_variance'])
       high = align(params['max_log_variance'])
-      raw = high - jax.nn.softplus(high - out[:, outputs:-1])
-      log_variance = low + jax.nn.softplus(raw - low)
-      scale = jnp.concatenate([std, jnp.ones_like(std[:, :1])], -1)
+      raw = jnp.concatenate([spread, uncertain], -1)
+      raw = high - jax.nn.softplus(high - raw)
+      log_std = 0.5 * (low + jax.nn.softplus(raw - low))
       return Prediction(
-        out[:, :outputs] * scale,
-        0.5 * log_variance + jnp.log(scale),
-        out[:, -1],
+        change * std,
+        log_std[:, :size] + jnp.log(std),
+        reward,
+        log_std[:, size:],
+        run('termination', seen)[:, 0],
       )
 
     number = jax.tree.leaves(params)[0].shape[0]
@@ -159,7 +209,7 @@ def make(
   def bounds(params):
     return jnp.sum(params['max_log_variance'] - params['min_log_variance'], -1)
 
-  return Ensemble(init, apply, bounds)
+  return Ensemble(init, apply, bounds, known or Known())
 
 
 def row_uniforms(rows: jax.Array, count: int) -> jax.Array:

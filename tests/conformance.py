@@ -102,7 +102,9 @@ def offline(module, make_batch=None, make=small_agents.make_agent, **fields):
 puct = planning.SearchConfig(rule='puct', num_simulations=4)
 gumbel = planning.SearchConfig(rule='gumbel', num_simulations=4)
 vector_latent = dataclasses.replace(SMALL_IMAGE, latent='vector', norm='layer')
-MODEL = dynamics.Config(widths=(8,), members=3, elites=2, held_out=0.3)
+MODEL = dynamics.Config(
+  widths=(8,), outcome_widths=(8,), members=3, elites=2, held_out=0.3
+)
 # Rates so large that a wrong one would show.
 ATAC = {'fast_rate': 1e-2, 'slow_rate': 3e-3, 'target_rate': 0.1, 'gamma': 0.9}
 few_samples = dataclasses.replace(game_cases.CONFIG.search, num_samples=4)

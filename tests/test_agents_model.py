@@ -15,7 +15,6 @@ from offline_cases import (
   LOW,
   STATISTICS,
   UNIT,
-  D,
   F,
   make_agent,
   make_batch,
@@ -39,9 +38,25 @@ SMALL_SPEC = Spec(ArraySpec((2,)), UNIT)
 # The ensemble as a network.
 
 
+def layers_of(tree, inputs):
+  """`(kernel, bias)` of both layers."""
+  leaves = jax.tree.leaves(tree)
+  kernels = [x for x in leaves if x.ndim == 2]
+  kernels = sorted(kernels, key=lambda x: x.shape[0] != inputs)
+  biases = {x.size: x for x in leaves if x.ndim == 1}
+  return [(kernel, biases[kernel.shape[1]]) for kernel in kernels]
+
+
 def test_the_ensemble_is_its_equations(key):
   net = ensemble.make(
-    F, LOW, HIGH, (5,), members=2, activation='relu', statistics=STATISTICS
+    F,
+    LOW,
+    HIGH,
+    (5,),
+    outcome_sizes=(7,),
+    members=2,
+    activation='relu',
+    statistics=STATISTICS,
   )
   params = net.init(key)
   rng = np.random.default_rng(0)
@@ -57,24 +72,28 @@ def test_the_ensemble_is_its_equations(key):
     [(flat - STATISTICS[0]) / STATISTICS[1], to_unit(batch.a_tm1)], 1
   )
   softplus = lambda x: np.log1p(np.exp(x))
-  scale = np.append(STATISTICS[1], 1.0)
+  std = np.asarray(STATISTICS[1], float)
+  # Changes are scaled by the data's deviations, rewards are not.
+  scale = np.concatenate([std, np.ones(2)])
   for i in range(2):
     one = jax.tree.map(lambda x, i=i: np.asarray(x[i], float), params)
-    leaves = jax.tree.leaves(one['layers'])
-    kernels = [x for x in leaves if x.ndim == 2]
-    first, last = sorted(kernels, key=lambda x: x.shape[0] != F + D)
-    biases = {x.size: x for x in leaves if x.ndim == 1}
-    hidden = np.maximum(x @ first + biases[5], 0)
-    y = hidden @ last + biases[2 * (F + 1) + 1]
-    mean, raw, logit = y[:, : F + 1], y[:, F + 1 : -1], y[:, -1]
+
+    def run(name, x, one=one):
+      first, last = layers_of(one['layers'][name], x.shape[1])
+      return np.maximum(x @ first[0] + first[1], 0) @ last[0] + last[1]
+
+    change, spread = np.split(run('change', x), 2, 1)
+    seen = np.concatenate([x, x[:, :F] + change], 1)
+    reward, uncertain = np.split(run('reward', seen), 2, 1)
     low, high = one['min_log_variance'], one['max_log_variance']
-    raw = high - softplus(high - raw)
-    log_variance = low + softplus(raw - low)
-    np.testing.assert_allclose(out.mean[i], mean * scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-      np.exp(out.log_std[i]), np.exp(log_variance / 2) * scale, rtol=1e-4
-    )
-    np.testing.assert_allclose(out.logit[i], logit, rtol=1e-4, atol=1e-5)
+    raw = high - softplus(high - np.concatenate([spread, uncertain], 1))
+    deviation = np.exp((low + softplus(raw - low)) / 2) * scale
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(out.mean[i], change * std)
+    close(out.reward[i], reward)
+    close(np.exp(out.log_std[i]), deviation[:, :F])
+    close(np.exp(out.reward_log_std[i]), deviation[:, F:])
+    close(out.logit[i], run('termination', seen)[:, 0])
     np.testing.assert_allclose(
       net.bounds(params)[i], (high - low).sum(), rtol=1e-5
     )
@@ -191,8 +210,9 @@ def truth(o, a):
 
 @functools.cache
 def learned():
-  config = dynamics.Config(widths=(32,), members=4, elites=2)
-  config = dataclasses.replace(config, learning_rate=3e-3)
+  config = dynamics.Config(
+    widths=(32,), outcome_widths=(32,), members=4, elites=2
+  )
   networks = dynamics.make_networks(config, SMALL_SPEC)
   agent = make_agent(dynamics, config, SMALL_SPEC, networks)
   start = jax.jit(agent.init)(jax.random.key(0))
@@ -205,8 +225,15 @@ def test_the_ensemble_learns_a_linear_system_and_its_noise(key):
   batch = system(key)
   out = networks.apply(state.params.network, batch.o_tm1, batch.a_tm1)
   want = np.asarray(truth(batch.o_tm1, batch.a_tm1))
-  assert np.abs(np.asarray(out.mean) - want).mean() < 0.04
-  std = np.exp(np.asarray(out.log_std)).mean((0, 1))
+  # The reward is that of the case that was seen.
+  case = np.asarray(batch.discount_t == 0).astype(int)
+  rows = np.arange(case.size)
+  whole = lambda x, y: np.concatenate(
+    [x, np.asarray(y)[:, rows, case, None]], 2
+  )
+  mean = whole(out.mean, out.reward)
+  assert np.abs(mean - want).mean() < 0.04
+  std = np.exp(whole(out.log_std, out.reward_log_std)).mean((0, 1))
   np.testing.assert_allclose(std, STD, rtol=0.15)
   # The best that can be had: the noise's own likelihood, nothing of an end.
   best = np.mean(1 + 2 * np.log(STD))
@@ -243,22 +270,30 @@ def test_uncertainty_grows_off_the_data():
 # Predicting and imagining.
 
 
-def fixed_ensemble(logit=0.0):
-  """Two members that say known things: changes by a and 3 a, rewards o_0."""
+def fixed_ensemble(logit=0.0, at_end=0.0, known=None):
+  """Two members that say known things: changes by a and 3 a, rewards o_0.
+
+  `at_end` is added to the reward of a step that ends the episode.
+  """
 
   def apply(params, observation, action):
     n = action.shape[0]
     reward = observation[:, :1]
-    one = lambda factor, offset: jnp.concatenate(
-      [factor * action, factor * action + offset, reward], 1
-    )
-    mean = jnp.stack([one(1.0, 0.0), one(3.0, 0.0)])
-    mean = mean[params]
+    mean = jnp.stack([jnp.tile(action, (1, 2)), jnp.tile(3 * action, (1, 2))])
     std = jnp.array([[0.1, 0.2, 0.3], [0.4, 0.1, 0.1]])[params]
     log_std = jnp.tile(jnp.log(std)[:, None], (1, n, 1))
-    return ensemble.Prediction(mean, log_std, jnp.full((params.size, n), logit))
+    reward = jnp.stack([reward, reward + at_end], -1)
+    return ensemble.Prediction(
+      mean[params],
+      log_std[..., :2],
+      jnp.tile(reward[None, :, 0], (params.size, 1, 1)),
+      jnp.tile(log_std[..., 2:], (1, 1, 2)),
+      jnp.full((params.size, n), logit),
+    )
 
-  return ensemble.Ensemble(lambda key: jnp.arange(2), apply, lambda p: p)
+  return ensemble.Ensemble(
+    lambda key: jnp.arange(2), apply, lambda p: p, known or ensemble.Known()
+  )
 
 
 def test_predictions_are_draws_of_the_elites(key):
@@ -288,6 +323,47 @@ def test_predictions_are_draws_of_the_elites(key):
   out = rollout.expect(net, both, o, a)
   np.testing.assert_allclose(out.o_t[0], [0.9, 0.9], rtol=1e-6)
   np.testing.assert_allclose(out.discount_t[0], goes_on, rtol=1e-6)
+
+
+def test_a_reward_comes_with_the_end_that_brings_it(key):
+  net, n = fixed_ensemble(logit=-1.0, at_end=10.0), 40_000
+  o, a = jnp.full((n, 2), 0.5), jnp.full((n, 1), 0.2)
+  both = ModelParams(jnp.arange(2), jnp.arange(2))
+  out = rollout.predict(net, both, key, o, a)
+  ended = np.asarray(out.discount_t) == 0
+  np.testing.assert_allclose(out.r_t[ended].mean(), 10.5, atol=0.02)
+  np.testing.assert_allclose(out.r_t[~ended].mean(), 0.5, atol=0.02)
+  p = 1 / (1 + math.e)
+  # A normal of either case, mixed: its deviation is mostly that of the cases.
+  wide = math.sqrt(0.16 + 0.01 + 0.01 + 100 * p * (1 - p))
+  other = math.sqrt(0.01 + 0.04 + 0.09 + 100 * p * (1 - p))
+  np.testing.assert_allclose(out.aleatoric, max(wide, other), rtol=1e-5)
+  out = rollout.expect(net, both, o, a)
+  np.testing.assert_allclose(out.r_t, 0.5 + 10 * p, rtol=1e-5)
+  np.testing.assert_allclose(out.discount_t, 1 - p, rtol=1e-5)
+
+
+def test_what_is_known_takes_the_place_of_what_is_predicted(key):
+  right = lambda o_tm1, a_tm1, o_t: (o_t[:, 0] > 0.8).astype(jnp.float32)
+  cost = lambda o_tm1, a_tm1, o_t: o_t[:, 0] - o_tm1[:, 0] - a_tm1[:, 0]
+  o = jnp.array([[0.5, 0.0], [0.0, 0.0]])
+  a = jnp.array([[0.2], [0.2]])
+  both = ModelParams(jnp.arange(2), jnp.arange(2))
+  known = ensemble.Known(termination=right)
+  net = fixed_ensemble(logit=-1.0, at_end=10.0, known=known)
+  out = rollout.expect(net, both, o, a)
+  np.testing.assert_allclose(out.o_t[:, 0], [0.9, 0.4], rtol=1e-6)
+  np.testing.assert_array_equal(out.discount_t, [0, 1])
+  np.testing.assert_allclose(out.r_t, [10.5, 0.0], rtol=1e-5, atol=1e-6)
+  net = net._replace(known=ensemble.Known(cost, right))
+  out = rollout.expect(net, both, o, a)
+  np.testing.assert_allclose(out.r_t, [0.2, 0.2], rtol=1e-5)
+  # Drawn steps end where they arrive.
+  out = rollout.predict(
+    net, both, key, jnp.tile(o, (500, 1)), jnp.tile(a, (500, 1))
+  )
+  np.testing.assert_array_equal(out.discount_t == 0, out.o_t[:, 0] > 0.8)
+  assert 0 < out.discount_t.mean() < 1
 
 
 def planned(key):

@@ -27,7 +27,7 @@ from experiments.playing import (
 from experiments.runtime import checkpoint, run_config
 from experiments.runtime import config as configs
 from experiments.studies import control as study_control
-from networks.ensemble import Prediction
+from networks.ensemble import Ensemble, Prediction
 from networks.mlp import Network
 from search.exact import riccati
 from search.model import TimeStep
@@ -215,11 +215,12 @@ def test_a_learned_dynamics_is_the_elites_mean_in_raw_units():
   def apply(network, observation, action):
     shape = (2, *observation.shape)
     change = network.reshape(2, 1, 1) * jnp.ones(shape)
-    reward = jnp.broadcast_to(action[None], (2, *action.shape))
-    mean = jnp.concatenate([change, reward], -1)
-    return Prediction(mean, mean, jnp.zeros(shape[:2]))
+    # Half of the steps end, and get 0.4 less.
+    reward = action[None] + jnp.array([0.2, -0.2])
+    reward = jnp.tile(reward, (2, 1, 1))
+    return Prediction(change, change, reward, reward, jnp.zeros(shape[:2]))
 
-  ensemble = types.SimpleNamespace(apply=apply)
+  ensemble = Ensemble(lambda key: None, apply, lambda params: params)
   params = ModelParams(jnp.array([9.0, 1.0, 3.0]), jnp.array([1, 2]))
   got = actor_critic_model.learned(ensemble, reward_factor=0.1)(
     params, jnp.array([[5.0, 6.0]]), jnp.array([[0.7]])
@@ -285,6 +286,8 @@ def flags(**changes):
     'checkpoint': ['final'],
     'env': None,
     'dynamics': 'exact',
+    'reward_rule': '',
+    'termination_rule': '',
     'players': ['actor', 'lookahead=1'],
     'candidates': 3,
     'later_candidates': 2,

@@ -26,7 +26,7 @@ from agents.core.types import (
 )
 from networks import actions, ensemble
 from networks.actor_critic import flatten
-from networks.ensemble import Ensemble, Prediction
+from networks.ensemble import Ensemble, Known, Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Config:
   """The ensemble's hyper-parameters; defaults are those of MOPO and COMBO.
 
   Attributes:
-    widths: of the hidden layers of each member.
+    widths: of the hidden layers of each member that predict the change.
+    outcome_widths: of those that predict the reward, and of those that predict
+      the termination; see `networks.ensemble`.
     activation: activation of the hidden layers.
     members: E, the number of networks in the ensemble.
     elites: number of members that predict: those with the lowest held-out loss.
@@ -48,6 +50,7 @@ class Config:
   """
 
   widths: tuple[int, ...] = (200, 200, 200, 200)
+  outcome_widths: tuple[int, ...] = (200, 200)
   activation: Literal['silu', 'relu'] = 'silu'
   members: int = 7
   elites: int = 5
@@ -60,7 +63,7 @@ class Config:
   planning_gamma: float = 0.99
 
   def __post_init__(self):
-    ranges.at_least(self, 1, 'widths')
+    ranges.at_least(self, 1, 'widths', 'outcome_widths')
     if not 1 <= self.elites <= self.members:
       raise ValueError(
         f'elites={self.elites}: must be within [1, members={self.members}]'
@@ -71,6 +74,20 @@ class Config:
     ranges.within(self, 0, 1, 'planning_gamma')
 
 
+class EndSums(NamedTuple):
+  """Sums over rows that go on, and over rows that end.
+
+  Attributes:
+    rows: float32 `[2]`, how many they are.
+    end: float32 `[2]`, of the chance of an end that the elites predict.
+    reward: float32 `[2]`, of the absolute error of the reward they expect.
+  """
+
+  rows: chex.Array
+  end: chex.Array
+  reward: chex.Array
+
+
 class State(NamedTuple):
   """What training changes.
 
@@ -79,19 +96,22 @@ class State(NamedTuple):
     opt_state: the optimiser's.
     loss_sum: float32 `[E]`, held-out losses so far, decayed.
     rows: float32 scalar, how many they are of.
+    end_sums: of held-out rows so far, decayed alike; see `EndSums`.
   """
 
   params: ModelParams
   opt_state: Any
   loss_sum: chex.Array
   rows: chex.Array
+  end_sums: EndSums
 
 
 class Losses(NamedTuple):
   """The terms, each of `[E, B]`; replace one with `losses._replace`.
 
   Attributes:
-    likelihood: `(mean [E, B, F + 1], log_std, target [B, F + 1]) -> [E, B]`.
+    likelihood: `(mean [E, B, F + 1], log_std, target [B, F + 1]) -> [E, B]`,
+      of the change and of the reward.
     termination: `(logit [E, B], ended [B]) -> [E, B]`.
   """
 
@@ -99,8 +119,16 @@ class Losses(NamedTuple):
   termination: Callable[..., chex.Array]
 
 
-def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Ensemble:
+def make_networks(
+  config: Config,
+  spec: Spec,
+  reduce: Any = None,
+  *,
+  known: Known | None = None,
+) -> Ensemble:
   """The ensemble for a spec, which scales by its statistics if it has some.
+
+  `known` takes the place of rewards or terminations that it would predict.
 
   Raises:
     ValueError: if the actions are not vectors within finite bounds.
@@ -120,9 +148,11 @@ def make_networks(config: Config, spec: Spec, reduce: Any = None) -> Ensemble:
     action.low,
     action.high,
     config.widths,
+    outcome_sizes=config.outcome_widths,
     members=config.members,
     activation=config.activation,
     statistics=spec.statistics,
+    known=known,
   )
 
 
@@ -144,13 +174,21 @@ def make_losses() -> Losses:
 def _errors(
   config: Config, networks: Ensemble, losses: Losses, network, batch
 ) -> tuple[chex.Array, Prediction, chex.Array]:
-  """Losses `[E, B]`, predictions and targets."""
+  """Losses `[E, B]`, predictions, and the error of each mean."""
   out = networks.apply(network, batch.o_tm1, batch.a_tm1)
   change = flatten(batch.o_t) - flatten(batch.o_tm1)
   target = jnp.concatenate([change, batch.r_t[:, None]], -1)
-  likelihood = losses.likelihood(out.mean, out.log_std, target)
+  # The reward is learned by the one of its two normals that was the case.
+  case = (batch.discount_t == 0).astype(jnp.int32)[None, :, None]
+  of_case = lambda x: jnp.take_along_axis(
+    x, jnp.broadcast_to(case, (*x.shape[:-1], 1)), -1
+  )
+  mean = jnp.concatenate([out.mean, of_case(out.reward)], -1)
+  log_std = jnp.concatenate([out.log_std, of_case(out.reward_log_std)], -1)
+  likelihood = losses.likelihood(mean, log_std, target)
   ended = losses.termination(out.logit, 1.0 - batch.discount_t)
-  return likelihood + config.termination_weight * ended, out, target
+  missed = mean - jnp.broadcast_to(target[None], mean.shape)
+  return likelihood + config.termination_weight * ended, out, missed
 
 
 def _split(config: Config, batch) -> tuple[chex.Array, chex.Array]:
@@ -171,16 +209,16 @@ def _split(config: Config, batch) -> tuple[chex.Array, chex.Array]:
 
 def make_loss(
   config: Config, networks: Ensemble, losses: Losses
-) -> Callable[..., tuple[chex.Array, tuple[dict[str, chex.Array], chex.Array]]]:
+) -> Callable[..., tuple[chex.Array, tuple[dict[str, chex.Array], Any]]]:
   """The whole loss.
 
   Returns:
-    `(params, batch, weights [E, B], is_held_out [B]) -> (loss, (metrics, sums
-    of held-out losses [E]))`.
+    `(params, batch, weights [E, B], is_held_out [B]) -> (loss, (metrics, (sums
+    of held-out losses [E], predictions)))`.
   """
 
   def loss(network, batch, weights, is_held_out):
-    each, out, target = _errors(config, networks, losses, network, batch)
+    each, out, missed = _errors(config, networks, losses, network, batch)
     trained = jnp.broadcast_to((1.0 - is_held_out)[None], each.shape)
     trained = weights * trained / (1.0 - config.held_out)
     fit = jnp.mean(each * trained, -1)
@@ -194,7 +232,6 @@ def make_loss(
     bounds = jnp.sum(networks.bounds(network))
     total = jnp.sum(fit) + config.weight_decay * decay
     total += config.bound_weight * bounds
-    missed = out.mean - jnp.broadcast_to(target[None], out.mean.shape)
     metrics = {
       'loss': total,
       'loss_fit': jnp.mean(fit),
@@ -202,9 +239,45 @@ def make_loss(
       'std': jnp.mean(jnp.exp(out.log_std)),
     }
     held_out = jnp.broadcast_to(is_held_out[None], each.shape)
-    return total, (metrics, jnp.sum(each * held_out, -1))
+    return total, (metrics, (jnp.sum(each * held_out, -1), out))
 
   return loss
+
+
+def _end_sums(out: Prediction, batch: Transition, mask: chex.Array) -> EndSums:
+  """What members predict of steps that go on and of steps that end.
+
+  Args:
+    out: of some members.
+    batch: `B` rows.
+    mask: float32 `[B]`, 0 for rows that do not count.
+  """
+  chance = jax.nn.sigmoid(out.logit)
+  expected = out.reward[..., 0] * (1 - chance) + out.reward[..., 1] * chance
+  error = jnp.abs(jnp.mean(expected, 0) - batch.r_t)
+  ends = (batch.discount_t == 0).astype(mask.dtype)
+  cases = jnp.stack([mask * (1 - ends), mask * ends])
+  per_case = lambda x: jnp.sum(cases * x[None], -1)
+  return EndSums(
+    jnp.sum(cases, -1), per_case(jnp.mean(chance, 0)), per_case(error)
+  )
+
+
+def _end_metrics(sums: EndSums) -> dict[str, chex.Array]:
+  """Metrics of steps that end; 0 where there were none.
+
+  Returns:
+    float32 scalars: `end_rows`, how many end; `end_chance`, of an end that is
+    predicted for them; `end_chance_else`, for others; and `end_reward_error`,
+    of the reward of those that end.
+  """
+  mean = lambda x, i: x[i] / jnp.maximum(sums.rows[i], 1e-6)
+  return {
+    'end_rows': sums.rows[1],
+    'end_chance': mean(sums.end, 1),
+    'end_chance_else': mean(sums.end, 0),
+    'end_reward_error': mean(sums.reward, 1),
+  }
 
 
 def make(
@@ -240,6 +313,7 @@ def make(
       optimiser.init(network),
       jnp.zeros((config.members,)),
       jnp.zeros(()),
+      EndSums(*(jnp.zeros((2,)) for _ in EndSums._fields)),
     )
 
   loss = make_loss(config, networks, losses)
@@ -248,27 +322,38 @@ def make(
   def update(state: State, batch: Transition, key) -> tuple[State, Info]:
     del key
     weights, is_held_out = _split(config, batch)
-    network, opt_state, (metrics, held_out), norm = fit_step(
+    network, opt_state, (metrics, (held_out, out)), norm = fit_step(
       state.params.network, state.opt_state, batch, weights, is_held_out
     )
-    found, rows = reduce((held_out, jnp.sum(is_held_out)))
-    loss_sum = config.held_out_decay * state.loss_sum + found
-    rows = config.held_out_decay * state.rows + rows
+    by_elites = Prediction(*(x[state.params.elites] for x in out))
+    found = (
+      held_out,
+      jnp.sum(is_held_out),
+      _end_sums(by_elites, batch, is_held_out),
+    )
+    loss_sum, rows, ends = jax.tree.map(
+      lambda old, new: config.held_out_decay * old + new,
+      (state.loss_sum, state.rows, state.end_sums),
+      reduce(found),
+    )
     elites = jnp.argsort(loss_sum)[: config.elites].astype(jnp.int32)
     by_elites = loss_sum[elites] / jnp.maximum(rows, 1e-6)
     metrics = reduce(metrics | {'gradient_norm': norm}) | {
       'held_out_loss': jnp.mean(by_elites),
       'held_out_worst': jnp.max(loss_sum) / jnp.maximum(rows, 1e-6),
     }
+    metrics |= _end_metrics(ends)
     params = ModelParams(network, elites)
-    return State(params, opt_state, loss_sum, rows), Info(metrics)
+    return State(params, opt_state, loss_sum, rows, ends), Info(metrics)
 
   def evaluate(params: ModelParams, batch, key):
     del key
-    each, _, _ = _errors(config, networks, losses, params.network, batch)
+    each, out, _ = _errors(config, networks, losses, params.network, batch)
     each = jnp.mean(each, -1)
     by_member = {f'loss_{i}': each[i] for i in range(config.members)}
-    return by_member | {'loss': jnp.mean(each[params.elites])}
+    elites = Prediction(*(x[params.elites] for x in out))
+    ends = _end_metrics(_end_sums(elites, batch, jnp.ones_like(batch.r_t)))
+    return by_member | {'loss': jnp.mean(each[params.elites])} | ends
 
   model = rollout.planning_model(
     networks, lambda params: params, distribution, gamma=config.planning_gamma

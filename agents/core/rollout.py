@@ -70,13 +70,21 @@ def predict(
   """
   keys = jax.random.split(key, 3)
   out = _elites(ensemble, params, observation, action)
-  rows = action.shape[0]
-  which = jax.random.randint(keys[0], (rows,), 0, out.mean.shape[0])
-  mean, log_std, logit = (x[which, jnp.arange(rows)] for x in out)
-  noise = jax.random.normal(keys[1], mean.shape)
-  ends = jax.random.uniform(keys[2], (rows,)) < jax.nn.sigmoid(logit)
-  step = mean + jnp.exp(log_std) * noise
-  return _predicted(out, observation, step, 1.0 - ends.astype(step.dtype))
+  rows = jnp.arange(action.shape[0])
+  which = jax.random.randint(keys[0], rows.shape, 0, out.mean.shape[0])
+  one = Prediction(*(x[which, rows] for x in out))
+  mean = jnp.concatenate([one.mean, one.reward], -1)
+  std = jnp.exp(jnp.concatenate([one.log_std, one.reward_log_std], -1))
+  drawn = mean + std * jax.random.normal(keys[1], mean.shape)
+  ends = jax.random.uniform(keys[2], rows.shape) < jax.nn.sigmoid(one.logit)
+  size = one.mean.shape[-1]
+  return _predicted(
+    ensemble.known,
+    out,
+    (observation, action, drawn[:, :size]),
+    drawn[:, size:],
+    ends.astype(mean.dtype),
+  )
 
 
 def expect(
@@ -91,8 +99,17 @@ def expect(
     action: `[B, D]`, in its own units.
   """
   out = _elites(ensemble, params, observation, action)
-  goes_on = jnp.mean(jax.nn.sigmoid(-out.logit), 0)
-  return _predicted(out, observation, jnp.mean(out.mean, 0), goes_on)
+  ends = jax.nn.sigmoid(out.logit)
+  # Each elite's own reward of a step that ends goes by its own chance of it.
+  share = jnp.stack([1.0 - ends, ends], -1)
+  ends = jnp.mean(ends, 0)
+  return _predicted(
+    ensemble.known,
+    out,
+    (observation, action, jnp.mean(out.mean, 0)),
+    jnp.mean(out.reward * share, 0) / jnp.maximum(jnp.mean(share, 0), 1e-30),
+    ends,
+  )
 
 
 def imagine(
@@ -197,13 +214,36 @@ def _elites(ensemble, params, observation, action) -> Prediction:
   return ensemble.apply(network, observation, action)
 
 
-def _predicted(out: Prediction, observation, step, goes_on) -> Predicted:
+def _predicted(known, out: Prediction, step, reward, ends) -> Predicted:
+  """A step `(observation, action, change)`, `reward [B, 2]` of either case."""
+  observation, action, change = step
+  o_t = unflatten(flatten(observation) + change, observation)
+  seen = jax.tree.map(lambda x: x.astype(jnp.float32), observation)
+  if known.termination is not None:
+    ends = known.termination(seen, action, o_t)
+  r_t = reward[:, 0] * (1.0 - ends) + reward[:, 1] * ends
+  if known.reward is not None:
+    r_t = known.reward(seen, action, o_t)
   norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), -1))
-  centre = jnp.mean(out.mean, 0, keepdims=True)
+  expected, std = _moments(out)
+  away = expected - jnp.mean(expected, 0, keepdims=True)
   return Predicted(
-    o_t=unflatten(flatten(observation) + step[:, :-1], observation),
-    r_t=step[:, -1],
-    discount_t=goes_on,
-    aleatoric=jnp.max(norm(jnp.exp(out.log_std)), 0),
-    disagreement=jnp.max(norm(out.mean - centre), 0),
+    o_t=o_t,
+    r_t=r_t,
+    discount_t=1.0 - ends,
+    aleatoric=jnp.max(norm(std), 0),
+    disagreement=jnp.max(norm(away), 0),
+  )
+
+
+def _moments(out: Prediction) -> tuple[chex.Array, chex.Array]:
+  """Each member's mean and deviation of change and reward, `[E, B, F + 1]`."""
+  ends = jax.nn.sigmoid(out.logit)
+  share = jnp.stack([1.0 - ends, ends], -1)
+  mean = jnp.sum(share * out.reward, -1, keepdims=True)
+  variance = jnp.exp(2.0 * out.reward_log_std) + jnp.square(out.reward - mean)
+  std = jnp.sqrt(jnp.sum(share * variance, -1, keepdims=True))
+  return (
+    jnp.concatenate([out.mean, mean], -1),
+    jnp.concatenate([jnp.exp(out.log_std), std], -1),
   )
