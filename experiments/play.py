@@ -110,6 +110,17 @@ def define_flags() -> None:
     'the dynamics that an actor and a critic plan in: exact, or the folder of '
     'a run of the agent dynamics or combo',
   )
+  for rule, meaning in (
+    ('reward', 'gives rewards'),
+    ('termination', 'says which steps end the episode'),
+  ):
+    text(
+      f'{rule}_rule',
+      '',
+      f'MODULE:FUNCTION of your own that {meaning}, of batches (observation, '
+      'action, next_observation) in jax.numpy, in place of what --dynamics=RUN '
+      'has learned',
+    )
   integer(
     'candidates', 8, 'number of candidate actions at the first stage', 1, 10_000
   )

@@ -156,8 +156,9 @@ class _Table(NamedTuple):
 def _load(values: Any) -> _Table:
   checkpoint = (values.checkpoint or ['final'])[0]
   trained = actor_critic_runs.load(values.workdir, checkpoint, values.env)
+  rules = actor_critic_runs.Rules(values.reward_rule, values.termination_rule)
   dynamics, own = actor_critic_runs.find_dynamics(
-    values.dynamics, trained, values.env
+    values.dynamics, trained, values.env, rules
   )
   return _Table(
     trained,

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 from experiments.files.errors import UserError
 from experiments.playing import actor_critic_model
 
+# Flags of a user's own rules.
+RULES = ('reward_rule', 'termination_rule')
 # The agents that have an actor and a critic, on vector observations.
 AGENTS = ('atac', 'combo', 'cql', 'iql', 'sac', 'td3_bc')
 
@@ -72,16 +74,27 @@ def load(
   return Trained(experiment, agent, networks, params, spec)
 
 
+class Rules(NamedTuple):
+  """The user's own rules, as in `known.load`; '' for what is learned."""
+
+  reward: str = ''
+  termination: str = ''
+
+
 def load_dynamics(
-  workdir: str, checkpoint: str = 'final', env: str | None = None
+  workdir: str,
+  checkpoint: str = 'final',
+  env: str | None = None,
+  rules: Rules | None = None,
 ) -> Learned:
   """Loads the ensemble of a run of COMBO or of `dynamics`; see `load`.
 
   Raises:
-    UserError: no such run, or it has learned no ensemble.
+    UserError: no such run, it has learned no ensemble, or a rule is invalid.
   """
   from experiments import build
   from experiments.build import saved
+  from experiments.playing import known
 
   experiment = saved.load_experiment(workdir, env)
   if experiment.agent_name not in ('combo', 'dynamics'):
@@ -95,7 +108,11 @@ def load_dynamics(
   networks = build.make_networks(experiment, spec)
   params = saved.load_params(workdir, agent, [checkpoint])[checkpoint]
   ensemble = getattr(networks, 'model', networks)
-  found = actor_critic_model.learned(ensemble, experiment.run.reward_factor)
+  factor = experiment.run.reward_factor
+  ensemble = ensemble._replace(
+    known=known.load(*(rules or Rules()), spec, factor)
+  )
+  found = actor_critic_model.learned(ensemble, factor)
   return Learned(
     found, getattr(params, 'model', params), spec, experiment.env_name
   )
@@ -120,18 +137,22 @@ def simulator(experiment: Any) -> Any:
 
 
 def find_dynamics(
-  name: str, trained: Trained, env: str | None = None
+  name: str,
+  trained: Trained,
+  env: str | None = None,
+  rules: Rules | None = None,
 ) -> tuple[Any, Any]:
   """Dynamics for an actor and critic, and their parameters.
 
-  `name` is `exact`, or the folder of a run; `env` is as for `load`.
+  `name` is `exact`, or the folder of a run; `env` is as for `load`, `rules` as
+  for `load_dynamics`.
 
   Raises:
     UserError: not found, or they belong to another environment.
   """
   if name == 'exact':
     return actor_critic_model.exact(simulator(trained.experiment)), None
-  found = load_dynamics(name, env=env)
+  found = load_dynamics(name, env=env, rules=rules)
   own, other = trained.experiment.env_name, found.env_name
   if own != other or trained.spec.observation != found.spec.observation:
     raise UserError(

@@ -18,6 +18,7 @@ _OF_MATCH = ('openings', 'opening_plies')
 _OF_SEARCH = ('planner', 'simulations')
 _OF_EPISODES = ('episodes', 'num_envs')
 _OF_CONTROL = ('dynamics', 'candidates', 'later_candidates', 'value')
+_OF_CONTROL += actor_critic_runs.RULES
 _OF_GAME = ('opponents', 'human', 'begin')
 ALL = (*_OF_MATCH, *_OF_SEARCH, *_OF_EPISODES, *_OF_CONTROL, *_OF_GAME)
 ALL += ('players', 'record', 'frames')
@@ -34,6 +35,8 @@ def choose(experiment: build.Experiment, values: Any) -> Any:
   actor_critic = experiment.agent_name in actor_critic_runs.AGENTS
   of_control = () if actor_critic and values.players else _OF_CONTROL
   refuse(of_control, 'without --players of an actor and a critic')
+  if values.dynamics == 'exact':
+    refuse(actor_critic_runs.RULES, 'without --dynamics=RUN')
   if values.record:
     refuse(
       ['human', 'begin', *_OF_EPISODES, 'out', *_OF_MATCH, *one],
