@@ -149,6 +149,23 @@ def _samples(seeds: int) -> Study:
   return Study(_runs(seeds, variants, shared), _POLICY)
 
 
+def _v2(seeds: int) -> Study:
+  """EfficientZero V2 and what the suite had before, on three tasks."""
+  catch = ('--steps=5776', *_set(*_WATCHED, 'final_simulations=8'))
+  pendulum = ('--preset=efficientzero_v2_pendulum', *_set(*_FINAL))
+  variants = {
+    'catch_v2': ('--preset=efficientzero_v2_catch', *catch),
+    'catch_efficientzero': ('--preset=efficientzero_catch', *catch),
+    'pendulum_v2': pendulum,
+    'pendulum_v2_returns': (*pendulum, *_set('mixed_after=1')),
+    'pendulum_v2_narrow': (*pendulum, *_set('wide_temperature=1')),
+    'pendulum_sampled': ('--preset=sampled_muzero_pendulum', *_set(*_FINAL)),
+    'swingup_v2': ('--preset=efficientzero_v2_swingup', *_set(*_FINAL)),
+    'swingup_sampled': ('--preset=sampled_muzero_swingup', *_set(*_FINAL)),
+  }
+  return Study(_runs(seeds, variants), (*_BOTH, 'latent_cosine', 'latent_rank'))
+
+
 def _sac(seeds: int) -> Study:
   """SAC on the three tasks of Sampled MuZero's study, as many decisions."""
   shared = (
@@ -251,6 +268,7 @@ STUDIES = {
   'swingup': (functools.partial(_heads, 'sampled_muzero_swingup'), 5),
   'ball_in_cup': (functools.partial(_heads, 'sampled_muzero_ball_in_cup'), 5),
   'samples': (_samples, 3),
+  'efficientzero_v2': (_v2, 5),
   'sac': (_sac, 5),
   'connect_four': (_connect_four, 3),
   'othello': (_othello, 2),
