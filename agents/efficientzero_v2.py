@@ -238,7 +238,8 @@ def make_targets(
 
   Returns:
     `UnrollTargets` with leaves `[B, K + 1]`, and metrics: the share of rows
-    whose values are the search's, and how far the two targets are apart.
+    whose values are the search's, and how far the two targets are apart where
+    there was a fresh search.
 
   Source: EfficientZero V2 (Wang 2024), section 4.3.
   """
@@ -255,15 +256,19 @@ def make_targets(
     after=config.mixed_after * config.total_updates,
     fresh=config.fresh_fraction * config.total_decisions,
   )
+  has_search = jnp.ones_like(is_old)
   if 'network_value' in extras:
     rows = planning.share(config.reanalyze_fraction, len(found))
-    is_old &= rows.mask(len(found))
+    has_search = rows.mask(len(found))
+  is_old &= has_search
   decides = target.policy_mask > 0
   searched = jnp.where(decides, found[:, : decides.shape[1]], target.value)
   apart = jnp.abs(searched - target.value)
   metrics = {
     'searched_share': jnp.mean(is_old.astype(jnp.float32)),
-    'search_gap': terms.masked_mean(apart, target.policy_mask),
+    'search_gap': terms.masked_mean(
+      apart, target.policy_mask * has_search[:, None]
+    ),
   }
   value = jnp.where(is_old[:, None], searched, target.value)
   return efficient.with_prefixes(config, target._replace(value=value)), metrics

@@ -102,6 +102,12 @@ def test_rows_that_are_not_searched_again_keep_their_returns():
   targets, metrics = efficientzero_v2.make_targets(config, eight, jnp.int32(99))
   np.testing.assert_array_equal(targets.value, [FOUND] * 2 + [RETURNS] * 6)
   assert metrics['searched_share'] == 0.25
+  # Other rows have the value of a search of long ago.
+  found = eight.experience.extras['search_value'].at[2:].set(1e6)
+  _, metrics = efficientzero_v2.make_targets(
+    config, replace_extras(eight, search_value=found), jnp.int32(99)
+  )
+  np.testing.assert_allclose(metrics['search_gap'], (7 + 15 + 33) / 3)
   # Without reanalysis all values are those of acting, for returns as well.
   extras = dict(eight.experience.extras)
   del extras['network_value']
@@ -520,3 +526,31 @@ def test_embedded_actions_of_an_image_latent_are_all_different(key):
   after, _ = networks.dynamics(params, stats, state, jnp.arange(3), False)
   for i, j in ((0, 1), (1, 2), (0, 2)):
     assert jnp.abs(after[i] - after[j]).max() > 1e-3
+
+
+def test_floats_may_be_traced(key):
+  # What a sweep does; a share of rows is a shape.
+  module, config, spec = v2()
+  names = [
+    field.name
+    for field in dataclasses.fields(config)
+    if isinstance(getattr(config, field.name), float)
+    and field.name != 'reanalyze_fraction'
+  ]
+  values = {x: jnp.full(2, getattr(config, x)) for x in names}
+  batch = make_batch(config, spec)
+
+  def one(values, wide_temperature):
+    swept = dataclasses.replace(
+      config,
+      **values,
+      search=dataclasses.replace(WIDE, wide_temperature=wide_temperature),
+    )
+    networks = module.make_networks(swept, spec)
+    agent = module.make(swept, networks, module.make_losses(), spec)
+    state = agent.init(key)
+    fresh = agent.refresh(state, batch, 0, key)
+    return agent.update(state, fresh, key)[1].priorities
+
+  shape = jax.eval_shape(jax.vmap(one), values, jnp.float32([4, 9])).shape
+  assert shape == (2, B)
