@@ -14,6 +14,7 @@ import pytest
 
 from experiments.files.errors import UserError
 from experiments.runtime import children, distributed, signals
+from experiments.runtime import config as configs
 from experiments.runtime.signals import SIGNALS
 from experiments.studies import control
 
@@ -92,6 +93,21 @@ def test_peers_that_were_signalled_give_their_code():
     signals.note(signal.SIGTERM)
     assert signals.exit_code() == 143
   assert ended.value.code == 143
+
+
+def test_what_ends_the_process_after_its_launcher_has_its_code(monkeypatch):
+  codes = []
+  monkeypatch.setattr(os, '_exit', codes.append)
+  with pytest.raises(SystemExit), signals.launcher():
+    configs.fail('seed=-1: must be at least 0')
+  distributed._leave()
+  with pytest.raises(SystemExit), signals.launcher():
+    signals.note(signal.SIGTERM)
+  distributed._leave()
+  with pytest.raises(ZeroDivisionError), signals.launcher():
+    _ = 1 / 0
+  distributed._leave()
+  assert codes == [2, 143, 1]
 
 
 def test_processes_agree_on_the_signal(monkeypatch):

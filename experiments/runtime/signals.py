@@ -124,6 +124,8 @@ def launcher() -> Iterator[None]:
     if received():
       raise SystemExit(128 + received())
   finally:
+    # `distributed` ends the process after its launcher, with the same code.
+    before.code = _state.code
     _state = before
 
 
