@@ -54,7 +54,12 @@ def make_source(agent, inner, kept):
   return sources.reanalyzed(source, agent)
 
 
-def run(agent, source, carry, key, steps, **hooks):
+def compiled(agent, source):
+  """What `loop.run` compiles of a pure source, to share between runs."""
+  return jax.jit(loop.watched_interval(agent, source), donate_argnums=0)
+
+
+def run(agent, source, interval, carry, key, steps, **hooks):
   intervals = Intervals(log=10, checkpoint=10)
   return loop.run(
     agent,
@@ -64,6 +69,7 @@ def run(agent, source, carry, key, steps, **hooks):
     steps=steps,
     intervals=intervals,
     hooks=Hooks(**hooks),
+    interval=interval,
   )
 
 
@@ -86,39 +92,40 @@ def pure():
   agent = make_agent(efficientzero, CONFIG, env.spec)
   inner = sources.from_env(env, agent, NUM_ENVS)
   kept = replay.device_replay(160, BATCH, CONFIG.window)
-  return agent, make_source(agent, inner, kept)
+  source = make_source(agent, inner, kept)
+  return agent, source, compiled(agent, source)
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(pure):
-  agent, source = pure
+  agent, source, _ = pure
   key = jax.random.key(5)
   logged = {}
   carry = loop.init(agent, source, key)
-  carry = run(agent, source, carry, key, 20, log=logged.__setitem__)
+  carry = run(*pure, carry, key, 20, log=logged.__setitem__)
   return carry, logged
 
 
 def test_a_pure_run_resumes_bitwise(pure, uninterrupted, tmp_path):
-  (agent, source), (want, _) = pure, uninterrupted
+  (agent, source, _), (want, _) = pure, uninterrupted
   key = jax.random.key(5)
   checkpoints = checkpoint.open(tmp_path)
   save = lambda carry: checkpoints.save(int(carry.step), carry)
-  run(agent, source, loop.init(agent, source, key), key, 10, save=save)
+  run(*pure, loop.init(agent, source, key), key, 10, save=save)
   checkpoints.close()
 
   checkpoints = checkpoint.open(tmp_path)
   carry, _ = checkpoints.restore(loop.init(agent, source, key))
   checkpoints.close()
   assert carry.step == 10
-  got = run(agent, source, carry, key, 20)
+  got = run(*pure, carry, key, 20)
   assert_same(got, want)
   assert got.agent.params.step == 20
   assert got.source.replay.count == PACE.rows_until(19)
 
 
 def test_a_pure_run_equals_the_host_loop(pure, uninterrupted):
-  (agent, source), (want, scanned) = pure, uninterrupted
+  (agent, source, _), (want, scanned) = pure, uninterrupted
   key = jax.random.key(5)
   # Compiled apart, numbers differ in their last bits; while these do not
   # tip a choice, the whole state stays close.
@@ -133,7 +140,7 @@ def test_a_pure_run_equals_the_host_loop(pure, uninterrupted):
   )
   logged = {}
   carry = loop.init(agent, source, key)
-  got = run(agent, jitted, carry, key, 20, log=logged.__setitem__)
+  got = run(agent, jitted, None, carry, key, 20, log=logged.__setitem__)
   assert_same(got.agent, want.agent, rtol=1e-3, atol=1e-4)
   np.testing.assert_array_equal(
     got.source.replay.rows.action, want.source.replay.rows.action
@@ -244,25 +251,31 @@ def test_agent_and_source_begin_from_the_key_of_the_run():
 # The end of a run by its decisions.
 
 
-def run_by_decisions(
-  most, *, length=3, extra=0, every=4, log_every=10, host=False, upto=None
-):
-  """Rows of metrics, and the budget, of counting environments."""
+@functools.cache
+def counting(most, length, rests, host):
+  """An agent, its pace, its source and, of a pure one, the interval."""
   agent = counting_agent()
   pace = Pace(2, 8, Fraction(1, 2), max_decisions=most)
   inner = sources.from_env(counting_env(length), agent, num_envs=2)
   kept = replay.device_replay(capacity=400, batch_size=2, window=2)
-  source = sources.replayed(
-    inner, kept, pace, total_updates=10, rests=extra > 0
-  )
+  source = sources.replayed(inner, kept, pace, total_updates=10, rests=rests)
   if host:  # the same rows, step by step
     source = source._replace(is_pure=False, next=jax.jit(source.next))
+  return agent, pace, source, None if host else compiled(agent, source)
+
+
+def run_by_decisions(
+  most, *, length=3, extra=0, log_every=10, host=False, upto=None
+):
+  """Rows of metrics, and the budget, of counting environments."""
+  agent, pace, source, interval = counting(most, length, extra > 0, host)
   budget, rows, key = Budget(pace, extra), [], jax.random.key(0)
   carry = loop.init(agent, source, key)
   log = lambda step, row: rows.append((step, row))
   run = lambda carry, steps: loop.run(
     agent, source, carry, key=key, steps=steps, budget=budget,
     intervals=Intervals(log=log_every), hooks=Hooks(log=log),
+    interval=interval,
   )  # fmt: skip
   if upto is not None:
     carry = run(carry, upto)
@@ -285,20 +298,20 @@ def test_a_run_takes_the_decisions_that_were_asked_for(length, host):
   assert sum(row['decisions'] for _, row in rows) == 40
 
 
-@pytest.mark.parametrize('log_every', [1, 7, 1000])
 @pytest.mark.parametrize('extra', [0, 5])
-def test_the_end_depends_on_no_interval_and_no_resume(extra, log_every):
+def test_the_end_depends_on_no_interval_and_no_resume(extra):
   whole, _, _ = run_by_decisions(40, extra=extra)
-  other, rows, budget = run_by_decisions(40, extra=extra, log_every=log_every)
-  chex.assert_trees_all_equal(whole, other)
-  steps = [step for step, _ in rows]
-  assert steps == sorted(set(steps))
-  regular = [s for s in steps if s % log_every]
-  assert set(regular) <= {int(whole.step) - extra, int(whole.step)}
+  for log_every in (1, 7, 1000):
+    other, rows, budget = run_by_decisions(40, extra=extra, log_every=log_every)
+    chex.assert_trees_all_equal(whole, other)
+    steps = [step for step, _ in rows]
+    assert steps == sorted(set(steps))
+    regular = [s for s in steps if s % log_every]
+    assert set(regular) <= {int(whole.step) - extra, int(whole.step)}
+    assert budget.taken == 40
   for upto in (3, 88, int(whole.step) - 2):
     resumed, _, _ = run_by_decisions(40, extra=extra, upto=upto)
     chex.assert_trees_all_equal(whole, resumed)
-  assert budget.taken == 40
 
 
 def test_updates_after_the_last_decision_take_no_row():
