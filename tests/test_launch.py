@@ -325,7 +325,10 @@ def test_processes_add_up_and_agree(program):
 @pytest.mark.parametrize(
   ('end', 'code', 'said'),
   [
-    ('kill', 137, 'process 1 was ended by SIGKILL'),
+    # Of real runs this is in test_distributed.py.
+    pytest.param(
+      'kill', 137, 'process 1 was ended by SIGKILL', marks=pytest.mark.slow
+    ),
     ('raise', 1, 'process 0 ended with code 1'),
     ('refuse', 2, 'process 1 ended with code 2'),
   ],

@@ -143,9 +143,11 @@ SEARCHED = {
 @pytest.mark.parametrize(
   'name',
   [
-    *('muzero', 'sampled_muzero'),
-    pytest.param('efficientzero', marks=SLOW),
-    pytest.param('efficientzero_v2', marks=SLOW),
+    'sampled_muzero',
+    *(
+      pytest.param(name, marks=SLOW)
+      for name in ('muzero', 'efficientzero', 'efficientzero_v2')
+    ),
   ],
 )
 def test_searches_over_two_devices_equal_one(name, key):

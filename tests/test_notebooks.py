@@ -58,7 +58,7 @@ def without_windows():
 
 
 # What these call other tests call, too.
-SLOW = ('newton', 'runs', 'tree')
+SLOW = ('atac', 'experts', 'newton', 'runs', 'tree')
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ _QUICK = (
   'efficientzero_update',
   'muzero_refresh',
   'atac_update',
-  'combo_update',
   'language_update',
 )
 _SLOW = tuple(sorted(set(scaling.programs()) - set(_QUICK)))
