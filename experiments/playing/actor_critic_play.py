@@ -203,8 +203,8 @@ def launch(experiment: Any, values: Any) -> list[evaluation.Row]:
   kind = 'exact' if values.dynamics == 'exact' else 'learned'
   terminal.begin(
     f'{experiment.agent_name} of {values.workdir} on {experiment.env_name}, '
-    f'{kind} dynamics: {", ".join(strategies)}; {values.episodes} episodes '
-    'per player',
+    f'{kind} dynamics: {", ".join(strategies)}; at least '
+    f'{values.episodes} episodes per player',
     terminal.parameters(table.trained.params),
   )
 

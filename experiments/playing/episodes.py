@@ -39,7 +39,8 @@ def launch(experiment: Any, values: Any) -> None:
   )
   terminal.begin(
     f'{experiment.agent_name} on {experiment.env_name}: checkpoint '
-    f'{", ".join(names)}; {shown}; {values.episodes} episodes per player',
+    f'{", ".join(names)}; {shown}; at least '
+    f'{values.episodes} episodes per player',
     terminal.parameters(checkpoints[names[0]]),
   )
   rows = evaluation.play_all(
