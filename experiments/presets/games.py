@@ -104,7 +104,7 @@ PRESETS = {
     source=_OURS + '; Hubert 2021 varies K in its study of Go',
   ),
   'td_gammon': Preset(
-    summary='TD-Gammon: backgammon by self-play, 20 minutes on one CPU core',
+    summary='TD-Gammon: backgammon by self-play, 15 minutes on one CPU core',
     agent='td_gammon',
     env='self_play:backgammon',
     steps=11_793_000,
