@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.files import tables, writing
+from experiments.files.errors import shown
 from experiments.report import curves as curve_figures
 from experiments.report import terminal
 from experiments.runtime import children, signals
@@ -192,7 +193,10 @@ def run_one(
     if not stopping():
       why = signals.explain(ended.code)
       log = log_of(workdir)
-      terminal.say(f'{workdir} failed: {why}, see {log}', file=sys.stderr)
+      # A refusal is one line, the last one.
+      lines = log.read_text(errors='replace').splitlines() or ['']
+      said = f': {shown(lines[-1])}' if ended.code == 2 else ''
+      terminal.say(f'{workdir} failed: {why}, see {log}{said}', file=sys.stderr)
     return False
   seconds = f'{ended.wall_seconds:.1f},{ended.cpu_seconds or 0.0:.1f}'
   writing.write_text(timing, f'wall_seconds,cpu_seconds\n{seconds}\n')
@@ -302,6 +306,8 @@ def main(name: str) -> None:
   )
   if failed is None:
     return
+  if failed == len(study.runs):  # Nothing was measured.
+    raise SystemExit(1)
   others = ('held_perplexity', 'cv_load')
   drawn = [n for n in study.curves if n.endswith('_return') or n in others]
   curves = results / f'{name}_curves.csv'
