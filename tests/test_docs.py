@@ -8,6 +8,8 @@ import shlex
 import launching
 import pytest
 
+from experiments import presets
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs'
 WRITTEN = sorted(
@@ -93,6 +95,35 @@ def test_commands_name_launchers_and_their_flags(path):
     unknown = set(flags) - flags_of(words) - {'help'}
     # A boolean flag has its negation.
     assert {f for f in unknown if f[2:] not in flags_of(words)} == set()
+
+
+def folder_of(launcher, flags):
+  """The folder of a command that trains, by its flags; None of another."""
+  if launcher not in ('train', 'sweep') or flags.keys() & {
+    *('check', 'help', 'plan', 'show', 'status', 'text')
+  }:
+    return None
+  if 'workdir' in flags:
+    return flags['workdir']
+  name = flags.get('preset', presets.DEFAULT)
+  if name not in presets.PRESETS:  # it stands for any
+    return None
+  env = flags.get('dataset') or flags.get('env') or presets.PRESETS[name].env
+  return name, env, flags.get('seed', '0')
+
+
+def test_commands_of_all_pages_can_be_given_one_after_the_other():
+  """No two that differ meet in a folder: the second would be refused."""
+  found = {}
+  for path in WRITTEN:
+    for launcher, arguments in commands(path.read_text()):
+      words = [a.lstrip('-').partition('=') for a in arguments]
+      folder = folder_of(launcher, {name: value for name, _, value in words})
+      if folder is not None and '...' not in arguments:
+        given = sorted(a for a in arguments if not a.startswith('--workdir'))
+        first = found.setdefault(folder, (given, path))
+        assert given == first[0], (folder, name_of(path), name_of(first[1]))
+  assert {'runs/c4', 'sweeps/catch'} <= found.keys()
 
 
 def test_pages_are_reached():
