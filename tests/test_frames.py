@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_host_calls import make_agent
+from test_host_calls import UPDATES, make_agent, measured
 from test_replay import CASES, ROWS, STREAMS, fill, stream
 from trees import assert_equal
 
+from agents.core.types import Experience
 from experiments import build
-from experiments.build import capacity
+from experiments.build import capacity, programs
 from experiments.envs.envpool import make_envpool
 from experiments.files.errors import UserError
 from experiments.runtime import (
@@ -30,6 +31,7 @@ from experiments.runtime.integrity import Damaged
 from experiments.runtime.loop import Carry, Hooks, Intervals
 from experiments.training import plan, stages
 from experiments.training.keeper import Saved
+from search.model import TimeStep
 
 SHAPE = (3, 4, 2)
 
@@ -302,14 +304,14 @@ def test_a_killed_run_goes_on_to_the_bit(key, tmp_path):
 
 def test_an_update_moves_no_image_to_the_device(key, monkeypatch):
   agent, moved = make_agent(), []
-  gather = replay._assemble
+  gather = replay.stacked
 
   def counted(rows, frame_stack):
     leaves = jax.tree.leaves(rows)
     moved.append(sum(x.nbytes for x in leaves if isinstance(x, np.ndarray)))
     return gather(rows, frame_stack)
 
-  monkeypatch.setattr(replay, '_assemble', counted)
+  monkeypatch.setattr(replay, 'stacked', counted)
   totals = []
   for device in (False, True):
     source, _ = make_source(agent, device)
@@ -324,6 +326,53 @@ def test_an_update_moves_no_image_to_the_device(key, monkeypatch):
   rows = 4 * BATCH * (WINDOW + 3)
   # A place in the ring for each frame, of four bytes.
   assert totals[0] - totals[1] == rows * (frame - 4)
+
+
+def test_frames_on_the_device_cost_a_call_a_row(monkeypatch, tmp_path):
+  agent = make_agent()
+  calls = []
+  for device in (False, True):
+    source, _ = make_source(agent, device)
+    folder = tmp_path / str(device)
+    calls.append(measured(agent, source, monkeypatch, folder).calls)
+  # The profiler may list a call twice.
+  times, rows = calls[0]['update'] // UPDATES, UPDATES * 2 // ENVS
+  for found in calls:
+    each = {name: found[name] for name in ('stacked', 'refresh', 'update')}
+    assert set(each.values()) == {times * UPDATES}
+    assert found['acting'] == times * rows
+  assert calls[1] - calls[0] == {'_write': times * rows}
+  assert not calls[0] - calls[1]
+
+
+def test_what_an_update_at_ataris_size_moves(key, monkeypatch):
+  moved = []
+
+  def counted(rows, frame_stack):
+    leaves = jax.tree.leaves(rows)
+    moved.append(sum(x.nbytes for x in leaves if isinstance(x, np.ndarray)))
+    return rows, None
+
+  monkeypatch.setattr(replay, 'stacked', counted)
+  none, no = np.zeros(1, np.float32), np.zeros(1, bool)
+  seen = np.zeros((1, 96, 96, 12), np.uint8)
+  timestep = TimeStep(seen, none, none + 1, no, no)
+  extras = {
+    'search_policy': np.zeros((1, 6), np.float32),
+    'search_value': none,
+  }
+  row = Experience(timestep, np.zeros(1, np.int32), extras)
+  for device in (None, jax.devices()[0]):
+    kept = replay.host_replay(40, 256, 11, 4, device=device)
+    state = kept.init(row)
+    for _ in range(20):
+      state = kept.add(state, row)
+    kept.sample(state, key, 0.5)
+  rows = 256 * (11 + 3)
+  # Rewards, discounts, two flags, actions, policies and values.
+  others = rows * (4 + 4 + 1 + 1 + 4 + 24 + 4)
+  assert moved == [rows * 96 * 96 * 3 + others, rows * 4 + others]
+  assert moved[0] > 99e6 and moved[1] < 170e3
 
 
 # What a run is refused, before anything is made.
@@ -368,6 +417,23 @@ def test_frames_are_of_the_device_in_a_plan():
   found = plan.Plan('train', rows, '1 x small', int(frames) - 1, 0)
   with pytest.raises(UserError, match=r'^frames_on=device: needs 614 MB of a'):
     plan.check([found])
+
+
+def test_the_program_that_gathers_frames_has_the_shapes_of_a_run():
+  experiment = described('replay_capacity=4000', 'batch_size=8')
+  _, agent, spec = _made(experiment)
+  layout = build.make_layout(experiment)
+  found = programs.of_agent(experiment, agent, None, spec, layout.mesh)
+  [program] = [p for p in found if p.part == 'frames']
+  traced = program.trace()
+  seen = traced.out_info[0].timestep.observation
+  # Each of the two devices has its half of the batch and of the ring.
+  assert seen.shape == (4, experiment.config.window, 32, 32, 12)
+  assert 'u8[2000,3072]' in traced.lower().compile().as_text()
+  # Frames on the host are moved with each batch: there is no such program.
+  plain = described('frames_on=host', 'batch_size=8')
+  found = programs.of_agent(plain, agent, None, spec, layout.mesh)
+  assert 'frames' not in {p.part for p in found}
 
 
 def _made(experiment):

@@ -20,7 +20,7 @@ from experiments.build.source import Layout, state_sharding
 
 # Rows of batch and environments on each of several devices.
 ROWS = 8
-PARTS = ('init', 'act', 'update', 'refresh', 'interval')
+PARTS = ('init', 'act', 'frames', 'update', 'refresh', 'interval')
 
 
 class Program(NamedTuple):
@@ -196,6 +196,10 @@ def of_agent(
       ).trace(*acting),
       f'envs={envs}',
     )
+  if source is None and experiment.run.frames_on == 'device':
+    yield program(
+      'frames', lambda: _frames(experiment, agent, spec, mesh), setting
+    )
   yield program(
     'update',
     lambda: meshes.jit_update(agent, mesh, sharding).trace(state, batch, key),
@@ -219,6 +223,38 @@ def of_agent(
       ),
       f'{setting} envs={envs}',
     )
+
+
+def _frames(experiment: Experiment, agent: Any, spec: Any, mesh: Any) -> Any:
+  """What gathers and stacks a device's frames for its share of a batch."""
+  import jax
+
+  from experiments.runtime import columns, replay, sources
+  from experiments.runtime import mesh as meshes
+
+  run, stack = experiment.run, spec.frame_stack
+  steps = window_of(experiment.config) + stack - 1
+  drawn = (run.batch_size // mesh.size, steps)
+
+  def rows(x):
+    return jax.ShapeDtypeStruct((*drawn, *x.shape[1:]), x.dtype)
+
+  def picked(x):
+    shape = (*x.shape[1:-1], x.shape[-1] // stack)
+    if not columns.is_image(shape, x.dtype):
+      return jax.ShapeDtypeStruct((*drawn, *shape), x.dtype)
+    ring = run.replay_capacity // mesh.size, int(np.prod(shape))
+    index = jax.ShapeDtypeStruct(drawn, np.int32)
+    return columns.Picked(jax.ShapeDtypeStruct(ring, x.dtype), index, shape)
+
+  timestep = capacity.timestep(spec, experiment.env.num_envs)
+  row = sources.experience_example(agent, timestep)
+  seen = jax.tree.map(picked, row.timestep.observation)
+  row = jax.tree.map(rows, row)
+  row = row._replace(timestep=row.timestep._replace(observation=seen))
+  here = meshes.replicated(meshes.make_mesh([mesh.devices.flat[0]]))
+  gather = lambda rows: replay.stacked(rows, stack)
+  return jax.jit(gather, in_shardings=here, out_shardings=here).trace(row)
 
 
 def batch_of(experiment: Experiment, agent: Any, source: Any, spec: Any) -> Any:

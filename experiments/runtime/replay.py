@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from agents.core import replay as core
-from agents.core.types import Sample, Trajectory
+from agents.core.types import Experience, Sample, Trajectory
 from experiments.files import arrays, reading
 from experiments.files.arrays import Stored
 from experiments.files.errors import UserError
@@ -195,7 +195,7 @@ def host_replay(
       age=((state.count - 1 - order) * streams).astype(np.float32),
     )
     if history or device is not None:
-      experience, valid = _assemble(rows, frame_stack)
+      experience, valid = stacked(rows, frame_stack)
       return Trajectory(experience, valid, drawn)
     ended = rows.timestep.is_last()[:, :-1]
     behind = np.logical_or.accumulate(ended, axis=1)
@@ -369,7 +369,16 @@ def prune(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _assemble(rows, frame_stack):
+def stacked(rows: Any, frame_stack: int) -> tuple[Experience, jax.Array]:
+  """`core.to_window` of rows that were drawn, compiled.
+
+  Args:
+    rows: `Experience` of `[B, S - 1 + L, ...]`, frames on the device
+      `columns.Picked`.
+
+  Returns:
+    `Experience` of `[B, L, ...]`, and which rows are valid, bool `[B, L]`.
+  """
   return core.to_window(columns.gathered(rows), frame_stack)
 
 

@@ -20,6 +20,7 @@ _COPIES = 'copies that act'
 # The settings that change what a program needs.
 _CHANGES = {
   'act': ('num_envs',),
+  'frames': ('batch_size', 'frames_on'),
   'update': ('batch_size', 'rollout_batch'),
   'refresh': ('reanalyze_chunk', 'batch_size'),
   'interval': ('batch_size', 'reanalyze_chunk', 'num_envs'),
@@ -101,7 +102,7 @@ def of_phase(
     sharding = build.state_sharding(experiment, agent, mesh)
   rows = _kept(experiment, layout, agent, source, spec, sharding)
   held = sum(row.device for row in rows if row.stays and row.what != _COPIES)
-  wanted = ['update', 'refresh']
+  wanted = ['frames', 'update', 'refresh']
   if source is not None and source.is_pure:
     wanted = ['interval']
   elif source is None and not layout.acting:
