@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from trees import assert_equal
 
 from agents.core import planning
-from agents.core.types import ArraySpec, Continuous, Discrete, Spec
+from agents.core.types import Agent, ArraySpec, Continuous, Discrete, Spec
 from agents.core.unroll import Params, learned_model
+from experiments import build
 from experiments.envs.catch import make_catch
 from experiments.envs.envpool import make_envpool
 from experiments.envs.host import EpisodeStats, HostEnvironment, Simulator
@@ -219,3 +221,16 @@ def test_player_plans_with_a_model(key):
   _, first = jax.vmap(make_catch().reset)(jax.random.split(reset_key, 8))
   column = first.observation[:, 0, :, 0].argmax(-1)
   np.testing.assert_array_equal(got.returns, np.where(column == 0, 1, -1))
+
+
+@pytest.mark.parametrize('env', ['Catch-v0', 'jax:catch'])
+def test_a_run_says_how_long_an_episode_may_be(env):
+  rest = lambda params, key, timestep: (jnp.ones_like(timestep.reward, int), {})
+  agent = Agent(lambda key: None, None, lambda *_: None)._replace(exploit=rest)
+  lengths = []
+  for most in (0, 4):
+    settings = [f'evaluate_decisions={most}', 'evaluate_episodes=3']
+    experiment = build.describe('muzero_catch', env=env, settings=settings)
+    found = experiment.material.evaluate(experiment, agent)({}, 5)
+    lengths.append(found['eval_length'])
+  assert lengths == [9, 4]
