@@ -7,6 +7,7 @@ python -m experiments.benchmark --suite=compile --target=h100,v5e:4x4
 python -m experiments.benchmark --suite=accelerator --out=card.csv
 
 `sampled` compares search over sampled actions with search over enumerated ones;
+`frames` measures what the host does for an update of Atari's images;
 `scale` compares many seeds in one program, and updates over several devices,
 with the most that the machine can do, and draws a figure next to the CSV;
 `compile` reports the memory and time of programs on accelerators that need not
@@ -36,6 +37,7 @@ _SUITES = (
   'sampled',
   'learner',
   'acting',
+  'frames',
   'scale',
   'offline',
   'experts',
@@ -127,6 +129,7 @@ def main() -> None:
     compilation,
     experts,
     figure,
+    frames,
     offline,
     scale,
     searches,
@@ -160,6 +163,7 @@ def main() -> None:
     'sampled': lambda: [searches.sampled_rows(case)],
     'learner': lambda: [agents.learner_rows(experiment, case)],
     'acting': lambda: agents.acting_suite(experiment, case, values.quick),
+    'frames': lambda: frames.frames_rows(find('frames')),
     'scale': lambda: scale.scale_rows(subjects, larger),
     'offline': lambda: timing.on_one_core(offline.rows_here, find('offline')),
     'experts': lambda: timing.on_one_core(experts.rows_here, find('experts')),

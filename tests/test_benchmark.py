@@ -9,7 +9,7 @@ import pytest
 from launching import launch, read_csv, refused
 
 from experiments import build
-from experiments.benchmarks import agents, cases, counting, searches
+from experiments.benchmarks import agents, cases, counting, frames, searches
 from experiments.benchmarks import timing as benchmark_timing
 from experiments.files.errors import UserError
 from search import policies
@@ -316,8 +316,18 @@ def test_launcher(tmp_path):
   assert all('mctx' in r['versions'] and int(r['threads']) for r in rows)
 
 
+@pytest.mark.slow
+def test_frames_are_measured_at_two_sizes():
+  case = cases.find('frames', quick=True, repeats=1)
+  rows = [row for some in frames.frames_rows(case) for row in some]
+  assert len({row.name for row in rows}) == 3
+  sides = [row.setting.split()[0] for row in rows]
+  assert sides == 3 * ['96x96', '2x2']
+  assert all(0 < row.low <= row.median <= row.high for row in rows)
+
+
 def test_launcher_errors_are_one_line():
   assert refused('benchmark', '--what=serch') == (
     'error: suite=serch: must be one of search, sampled, learner, acting, '
-    'scale, offline, experts, compile, accelerator\n'
+    'frames, scale, offline, experts, compile, accelerator\n'
   )

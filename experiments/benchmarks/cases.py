@@ -139,6 +139,13 @@ CASES = {
     steps=5,
     updates=4,
   ),
+  # Two minutes on two cores.
+  ('frames', 'cpu', 'full'): Case(
+    repeats=5, least_seconds=0.0, batch=256, rows=3000, updates=10
+  ),
+  ('frames', 'cpu', 'quick'): Case(
+    repeats=2, least_seconds=0.0, batch=4, rows=200, updates=2
+  ),
   # Ten minutes on two cores.
   ('scale', 'cpu', 'full'): _SCALE,
   ('scale', 'cpu', 'quick'): Case(
@@ -198,9 +205,10 @@ def find(
 ) -> Case:
   """The case of a suite on this machine's devices.
 
-  Suites are `agent` (searches, learner, acting), `scale`, `offline`, `experts`
-  and `accelerator`. `quick` is fewer or smaller, on a CPU just enough to see
-  that it runs; `repeats` are at most the case's; `seeds` replace the case's.
+  Suites are `agent` (searches, learner, acting), `frames`, `scale`, `offline`,
+  `experts` and `accelerator`. `quick` is fewer or smaller, on a CPU just enough
+  to see that it runs; `repeats` are at most the case's; `seeds` replace the
+  case's.
 
   Raises:
     ValueError: a number of seeds below 1.

@@ -72,7 +72,7 @@ class Measurement(NamedTuple):
   """What was measured of one thing: a line of the results.
 
   Attributes:
-    what: `search`, `learner`, `acting`, `seeds`, `devices`, `memory`,
+    what: `search`, `learner`, `acting`, `frames`, `seeds`, `devices`, `memory`,
       `transfer` or `roofline`.
     unit: of the next numbers.
     median: over repeats; of a speed, by wall second.
