@@ -345,6 +345,7 @@ PRESETS = {
     steps=100_000,
     settings=(
       *_ATARI_100K,
+      *_ON_THE_HOST,
       *_V2_REPLAY,
       'network.latent=image',
       'network.blocks=1',
@@ -366,7 +367,6 @@ PRESETS = {
       'learning_rate=0.2',
       'decay_every=100000',
       'weight_decay=1e-4',
-      'extra_updates=20000',
       'reanalyze_chunk=768',
       'final_simulations=16',
     ),
