@@ -251,7 +251,7 @@ def check(values: Any) -> None:
     if not (data / quality).is_dir():
       raise UserError(
         f'data={data}: has no {quality}; collect it with python -m '
-        f'experiments.collect --out={data}'
+        f'experiments.collect --env=ENV --out={data}'
       )
   for agent in values.agents:
     if agent not in actor_critic_runs.AGENTS:

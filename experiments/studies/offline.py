@@ -323,7 +323,7 @@ def main() -> None:
     if not place.is_dir():
       raise configs.UserError(
         f'data={values.data}: has no {place.name}; collect it with python -m '
-        f'experiments.collect --out={place}'
+        f'experiments.collect --env=ENV --out={place}'
       )
   folders = {
     place: pathlib.Path(values.folder) / values.study / place.name
