@@ -4,8 +4,11 @@ Each program is compiled at two sizes of its trees and buffers; what its loops
 copy at the larger must be no larger.
 """
 
+import dataclasses
 import functools
+from collections import Counter
 
+import conformance
 import jax
 import jax.numpy as jnp
 import pytest
@@ -96,3 +99,43 @@ def test_searches_copy_no_tree(name, max_depth):
   )
   # Of what an element has; one number for each node is 480 bytes more.
   assert small == large
+
+
+def grown(lowered):
+  """Bytes of what the loops of the second of two programs copy in addition."""
+  small, large = (
+    Counter(compiled.copies(one.compile().as_text())) for one in lowered
+  )
+  return sorted((large - small).elements())
+
+
+# A search over enumerated actions and one over sampled ones.
+_AGENTS = ['muzero', pytest.param('sampled_muzero', marks=pytest.mark.slow)]
+
+
+def _part(name, part, **changes):
+  """An agent's update or refresh, compiled for shapes."""
+  row = conformance.AGENTS[name]
+  config = dataclasses.replace(row.config, **changes)
+  agent = row.make(row.module, config, row.spec)
+  key = jax.random.key(0)
+  state = jax.eval_shape(agent.init, key)
+  batch = row.make_batch(config, row.spec)
+  if part == 'update':
+    return exact_jit(agent.update).lower(state, batch, key)
+  return exact_jit(agent.refresh).lower(state, batch, 0, key)
+
+
+@pytest.mark.parametrize('name', _AGENTS)
+def test_reanalysis_copies_no_tree(name):
+  search = conformance.AGENTS[name].config.search
+  make = lambda number: _part(
+    name, 'refresh', search=dataclasses.replace(search, num_simulations=number)
+  )
+  assert grown(map(make, _SIZES)) == []
+
+
+@pytest.mark.parametrize('name', _AGENTS)
+def test_updates_copy_no_window(name):
+  make = lambda steps: _part(name, 'update', unroll_steps=steps)
+  assert grown(map(make, (3, 12))) == []
