@@ -69,6 +69,7 @@ def test_a_group_that_hangs_or_dies_takes_no_other_down(tmp_path, groups):
     ('e', 'e', 'not measured', 'no such card'),
     ('f', 'three', 'u/s', ''),
   ]
+  assert [row['median'] for row in read_csv(out)] == ['1', '', '1', '', '', '1']
 
 
 def test_what_is_measured_is_kept_and_the_rest_tried_again(tmp_path, groups):

@@ -161,7 +161,7 @@ def _follow(child, rows, out, begun) -> tuple[str, str]:
       {'group': group} | row._asdict() | {c: about[c] for c in COLUMNS[-2:]}
       for row in measured
     )
-    lines = ([row[c] for c in COLUMNS] for row in rows)
+    lines = ([_cell(row[c]) for c in COLUMNS] for row in rows)
     tables.write_lines(out, [COLUMNS, *lines], digits=6)
 
   try:
@@ -198,6 +198,11 @@ def _follow(child, rows, out, begun) -> tuple[str, str]:
     raise UserError(f'suite=accelerator: {reason}')
   add([_missing(group, reason)])
   return group, reason
+
+
+def _cell(value: Any) -> Any:
+  """Nothing for NaN, as in the other suites' tables."""
+  return '' if value != value else value
 
 
 def _missing(group: str, reason: str) -> Measurement:
