@@ -37,7 +37,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'env',
     'Pendulum-v1',
-    'the environment by its envpool name; its actions must be continuous',
+    'the environment by its envpool name, or gymnasium:ID, or '
+    'gymnasium:MODULE:ID of your own; its actions must be continuous',
   )
   flags.DEFINE_string(
     'out', None, 'the folder to write; data/ENV_sSEED if left out'

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.build import capacity
+from experiments.envs import names
 from experiments.envs.options import parse_options
 from experiments.files import arrays, locking, reading, tables, writing
 from experiments.files.errors import Missing, shown
@@ -162,7 +163,7 @@ def run(
     )
   if minari and importlib.util.find_spec('h5py') is None:
     raise ValueError("minari: needs h5py: pip install 'outplay[hdf5]'")
-  env = _simulators(env_name, collection.num_envs, collection)
+  env = simulators(env_name, collection.num_envs, collection)
   if not hasattr(env.spec.observation, 'shape'):
     raise ValueError(
       f'env={env_name}: observations of several arrays, must be a single one'
@@ -200,7 +201,8 @@ def run(
     return
   terminal.end(
     f'{out}/{{{",".join(QUALITIES)}}}',
-    f'python -m experiments.train --preset=atac_small --dataset={out}/medium',
+    f'python -m experiments.train --preset=atac_small --dataset={out}/medium'
+    f'{names.flag(env_name)}',
   )
 
 
@@ -268,16 +270,30 @@ def stream_seed(seed: int, what: str, number: int = 0) -> int:
   return (seed * len(_STREAMS) + _STREAMS.index(what)) * 10**6 + number
 
 
-def _simulators(env_name, num_envs, collection):
-  """envpool's, with the options of a collection."""
-  from experiments.envs import envpool
+def simulators(env_name: str, num_envs: int, collection: Collection) -> Any:
+  """A `HostEnvironment` of so many, with the options of a collection.
+
+  Raises:
+    ValueError: an environment that is not one, or an option that is none.
+  """
+  from experiments.envs import make
+  from experiments.envs.host import HostEnvironment
 
   options = parse_options(collection.options, 'options')
   if 'num_envs' in options:
     raise ValueError(
       'options=num_envs: is not an option of an environment; set num_envs'
     )
-  return envpool.make_envpool(env_name, num_envs, **options)
+  env = make.make(env_name, num_envs, training=False, options=options)
+  if not isinstance(env, HostEnvironment):
+    raise ValueError(
+      f'env={shown(env_name)}: is not a simulator on the host; must be a name '
+      "of envpool's, such as Pendulum-v1, or gymnasium:ID"
+    )
+  # Data name the environment as --env does.
+  is_gymnasium = env_name.startswith('gymnasium:')
+  name = env_name if is_gymnasium else env.spec.name
+  return env._replace(spec=env.spec._replace(name=name))
 
 
 def _play(env_name, collection, act, params, episodes, seed):
@@ -286,7 +302,7 @@ def _play(env_name, collection, act, params, episodes, seed):
 
   from experiments.runtime import evaluate
 
-  games = _simulators(env_name, min(_GAMES, episodes), collection)
+  games = simulators(env_name, min(_GAMES, episodes), collection)
   played = evaluate.on_host(
     games,
     act,
@@ -416,7 +432,7 @@ def _about(spec, quality, facts):
   if facts.get('options'):
     extra['options'] = facts['options']
   return layout.About(
-    name=f'{spec.name}-{quality}',
+    name=f'{spec.name.rpartition(":")[2]}-{quality}',
     env=spec.name,
     action_low=spec.action.low,
     action_high=spec.action.high,
@@ -449,7 +465,7 @@ def _collect(quality, spec, collection, play, trained, out, transitions, seed):
   bar = metrics.progress(transitions)
   try:
     history = collector.gather(
-      _simulators(spec.name, _GAMES, collection),
+      simulators(spec.name, _GAMES, collection),
       choose,
       transitions,
       at,
