@@ -216,8 +216,8 @@ def test_a_learned_dynamics_is_the_elites_mean_in_raw_units():
     shape = (2, *observation.shape)
     change = network.reshape(2, 1, 1) * jnp.ones(shape)
     # Half of the steps end, and get 0.4 less.
-    reward = action[None] + jnp.array([0.2, -0.2])
-    reward = jnp.tile(reward, (2, 1, 1))
+    reward = jnp.concatenate([action + 0.2, action - 0.2], -1)
+    reward = jnp.tile(reward[None], (2, 1, 1))
     return Prediction(change, change, reward, reward, jnp.zeros(shape[:2]))
 
   ensemble = Ensemble(lambda key: None, apply, lambda params: params)

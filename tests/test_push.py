@@ -72,23 +72,32 @@ def test_ends_and_what_they_pay_are_learned():
   )
   chance = 1 - np.asarray(out.discount_t)
   # In one network with the change it is 0.1, and the reward is off by 10.
-  assert chance[ended].mean() > 0.65
-  assert chance[~ended].mean() < 0.015
-  # Of 10; where the end is not in doubt it is exact.
+  assert chance[ended].mean() > 0.5
+  assert chance[~ended].mean() < 0.02
+  # Of 10, in proportion to the chance.
   missed = np.abs(np.asarray(out.r_t) - rows.r_t)
-  assert missed[ended].mean() < 3.5
-  sure = ended & (chance > 0.99)
-  assert sure.sum() > 0.3 * ended.sum()
-  assert missed[sure].mean() < 0.3
+  assert missed[ended].mean() < 5
   assert missed[~ended].mean() < 0.2
   # The metrics are of rows that were held out.
   np.testing.assert_allclose(
-    metrics['end_chance'], chance[ended].mean(), atol=0.1
+    metrics['end_chance'], chance[ended].mean(), atol=0.2
   )
   np.testing.assert_allclose(
-    metrics['end_reward_error'], missed[ended].mean(), atol=1.0
+    metrics['end_reward_error'], missed[ended].mean(), atol=2.0
   )
-  assert metrics['end_chance_else'] < 0.02 and metrics['end_rows'] > 20
+  assert metrics['end_chance_else'] < 0.02
+  assert 0.01 < metrics['end_share'] < 0.07
+
+
+def test_the_reward_of_either_case_is_exact():
+  networks, params, _ = learned()
+  rows = transitions(1)
+  ended = rows.discount_t == 0
+  out = jax.jit(networks.apply)(params.network, rows.o_tm1, rows.a_tm1)
+  reward = np.asarray(out.reward)
+  # Whether it ends may be in doubt; what it then pays is not.
+  assert np.abs(reward[:, ended, 1] - 10).mean() < 0.5
+  assert np.abs(reward[:, ~ended, 0] - rows.r_t[~ended]).mean() < 0.05
 
 
 def test_drawn_steps_get_the_reward_of_their_end(key):

@@ -267,13 +267,13 @@ def _end_metrics(sums: EndSums) -> dict[str, chex.Array]:
   """Metrics of steps that end; 0 where there were none.
 
   Returns:
-    float32 scalars: `end_rows`, how many end; `end_chance`, of an end that is
-    predicted for them; `end_chance_else`, for others; and `end_reward_error`,
-    of the reward of those that end.
+    float32 scalars: `end_share`, of rows that end; `end_chance`, of an end that
+    is predicted for them; `end_chance_else`, for others; and
+    `end_reward_error`, of the reward of those that end.
   """
   mean = lambda x, i: x[i] / jnp.maximum(sums.rows[i], 1e-6)
   return {
-    'end_rows': sums.rows[1],
+    'end_share': sums.rows[1] / jnp.maximum(jnp.sum(sums.rows), 1e-6),
     'end_chance': mean(sums.end, 1),
     'end_chance_else': mean(sums.end, 0),
     'end_reward_error': mean(sums.reward, 1),
