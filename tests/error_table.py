@@ -282,6 +282,12 @@ TABLE = {
   'play --workdir=pendulum --players=actor --dynamics=catch': (
     'dynamics=catch: muzero learns no ensemble of dynamics; give a run'
   ),
+  'play --workdir=pendulum --players=actor --termination_rule=a:b': (
+    '--termination_rule=a:b: has no effect without --dynamics=RUN'
+  ),
+  'play --workdir=pendulum --players=actor --reward_rule=a:b': (
+    '--reward_rule=a:b: has no effect without --dynamics=RUN'
+  ),
   # Data.
   'train --preset=bc': 'dataset: bc learns from a data set: --dataset=PATH',
   'train --preset=bc --dataset=none': 'dataset=none: no such path ... a folder',

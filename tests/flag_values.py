@@ -267,7 +267,7 @@ ROWS = {
     'other suites'
   ),
   'benchmark --suite=compile --target=cpu --programs=acts': (
-    'programs=acts: must be one of init, act, update, refresh, interval'
+    'programs=acts: must be one of init, act, frames, update, refresh, interval'
   ),
   'benchmark --suite=compile --target=cpu --preset=bd': (
     "preset='bd': did you mean bc?"

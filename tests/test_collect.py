@@ -195,7 +195,7 @@ def referee():
 
 def test_options_go_with_the_data(collected, tmp_path, referee, monkeypatch):
   held = dataclasses.replace(QUICK, options=('action_repeat=8',))
-  env = collect.simulators('Pendulum-v1', 2, held)
+  env = collector.simulators('Pendulum-v1', 2, held.options)
   simulator = env.start(0)
   simulator.reset()
   still = np.zeros((2, 1), np.float32)

@@ -10,7 +10,7 @@ from launching import ROOT
 
 from agents.core.types import Continuous
 from experiments.data import npz
-from experiments.training import collect
+from experiments.training import collector
 
 ENV = 'gymnasium:push:Push-v0'
 
@@ -71,14 +71,12 @@ def test_data_of_an_environment_of_ones_own_are_planned_with(tmp_path):
 
 
 def test_simulators_are_named_as_they_were_asked_for():
-  quick = collect.Collection(num_envs=2)
-  env = collect.simulators(ENV, 2, quick)
+  env = collector.simulators(ENV, 2, ())
   assert env.spec.name == ENV
   assert isinstance(env.spec.action, Continuous)
   assert jax.tree.leaves(env.spec.observation)
 
 
 def test_a_pure_environment_is_no_simulator():
-  quick = collect.Collection(num_envs=2)
   with pytest.raises(ValueError, match='env=jax:pendulum: is not a simulator'):
-    collect.simulators('jax:pendulum', 2, quick)
+    collector.simulators('jax:pendulum', 2, ())

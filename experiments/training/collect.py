@@ -17,7 +17,6 @@ import numpy as np
 
 from experiments.build import capacity
 from experiments.envs import names
-from experiments.envs.options import parse_options
 from experiments.files import arrays, locking, reading, tables, writing
 from experiments.files.errors import Missing, shown
 from experiments.report import terminal
@@ -163,7 +162,7 @@ def run(
     )
   if minari and importlib.util.find_spec('h5py') is None:
     raise ValueError("minari: needs h5py: pip install 'outplay[hdf5]'")
-  env = simulators(env_name, collection.num_envs, collection)
+  env = collector.simulators(env_name, collection.num_envs, collection.options)
   if not hasattr(env.spec.observation, 'shape'):
     raise ValueError(
       f'env={env_name}: observations of several arrays, must be a single one'
@@ -270,39 +269,15 @@ def stream_seed(seed: int, what: str, number: int = 0) -> int:
   return (seed * len(_STREAMS) + _STREAMS.index(what)) * 10**6 + number
 
 
-def simulators(env_name: str, num_envs: int, collection: Collection) -> Any:
-  """A `HostEnvironment` of so many, with the options of a collection.
-
-  Raises:
-    ValueError: an environment that is not one, or an option that is none.
-  """
-  from experiments.envs import make
-  from experiments.envs.host import HostEnvironment
-
-  options = parse_options(collection.options, 'options')
-  if 'num_envs' in options:
-    raise ValueError(
-      'options=num_envs: is not an option of an environment; set num_envs'
-    )
-  env = make.make(env_name, num_envs, training=False, options=options)
-  if not isinstance(env, HostEnvironment):
-    raise ValueError(
-      f'env={shown(env_name)}: is not a simulator on the host; must be a name '
-      "of envpool's, such as Pendulum-v1, or gymnasium:ID"
-    )
-  # Data name the environment as --env does.
-  is_gymnasium = env_name.startswith('gymnasium:')
-  name = env_name if is_gymnasium else env.spec.name
-  return env._replace(spec=env.spec._replace(name=name))
-
-
 def _play(env_name, collection, act, params, episodes, seed):
   """The mean return of whole episodes."""
   import jax
 
   from experiments.runtime import evaluate
 
-  games = simulators(env_name, min(_GAMES, episodes), collection)
+  games = collector.simulators(
+    env_name, min(_GAMES, episodes), collection.options
+  )
   played = evaluate.on_host(
     games,
     act,
@@ -465,7 +440,7 @@ def _collect(quality, spec, collection, play, trained, out, transitions, seed):
   bar = metrics.progress(transitions)
   try:
     history = collector.gather(
-      simulators(spec.name, _GAMES, collection),
+      collector.simulators(spec.name, _GAMES, collection.options),
       choose,
       transitions,
       at,

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.envs.options import parse_options
+from experiments.files.errors import shown
+
 
 class Rows(NamedTuple):
   """One decision of `E` simulators, as numpy arrays.
@@ -37,6 +40,32 @@ def make_agent(config: Any, spec: Any) -> Any:
 
   networks = sac.make_networks(config, spec)
   return sac.make(config, networks, sac.make_losses(), spec)
+
+
+def simulators(env_name: str, num_envs: int, settings: Sequence[str]) -> Any:
+  """A `HostEnvironment` of so many, with options of their own, `name=value`.
+
+  Raises:
+    ValueError: an environment that is not one, or an option that is none.
+  """
+  from experiments.envs import make
+  from experiments.envs.host import HostEnvironment
+
+  options = parse_options(settings, 'options')
+  if 'num_envs' in options:
+    raise ValueError(
+      'options=num_envs: is not an option of an environment; set num_envs'
+    )
+  env = make.make(env_name, num_envs, training=False, options=options)
+  if not isinstance(env, HostEnvironment):
+    raise ValueError(
+      f'env={shown(env_name)}: is not a simulator on the host; must be a name '
+      "of envpool's, such as Pendulum-v1, or gymnasium:ID"
+    )
+  # Data name the environment as --env does.
+  is_gymnasium = env_name.startswith('gymnasium:')
+  name = env_name if is_gymnasium else env.spec.name
+  return env._replace(spec=env.spec._replace(name=name))
 
 
 def transitions(simulator: Any, spec: Any, choose: Callable) -> Iterator[Rows]:
