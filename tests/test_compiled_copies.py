@@ -81,8 +81,19 @@ _SEARCHES = {
 }
 
 
-@pytest.mark.parametrize('max_depth', [None, 3])
-@pytest.mark.parametrize('name', _SEARCHES)
+@pytest.mark.parametrize(
+  ('name', 'max_depth'),
+  [
+    *((name, None) for name in _SEARCHES),
+    ('puct', 3),
+    # A bound on the depth is the same code under every rule.
+    *(
+      pytest.param(name, 3, marks=pytest.mark.slow)
+      for name in _SEARCHES
+      if name != 'puct'
+    ),
+  ],
+)
 def test_searches_copy_no_tree(name, max_depth):
   tables = jax.tree.map(jnp.asarray, random_tables(0))
   root = make_root(tables, jnp.arange(5))
