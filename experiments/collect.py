@@ -7,8 +7,9 @@ python -m experiments.collect --env=Pendulum-v1 --out=data/pendulum
                  third of the way from `ref_min` to `ref_max`
   medium-replay  all experience up to medium, including the random actions at
                  the start; unfinished episodes are truncated
-  expert         the policy with the best evaluation (SAC's return may have
-                 dipped at the last one)
+  expert         of the policies with the three best evaluations, the one that
+                 plays best without noise (SAC's return may have dipped at the
+                 last one, and a few episodes flatter)
   medium-expert  all rows of medium, then all of expert
 
 Policies sample their actions, in evaluations as in the data. `ref_min` is the

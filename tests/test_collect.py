@@ -326,10 +326,29 @@ def test_a_training_that_was_killed_goes_on(
   )
   launch(out)
   # What was evaluated before the checkpoint is not again.
-  assert evaluated == [3, 4, 5, 0, 0]
+  # At the end play random actions, and three candidates for the expert.
+  assert evaluated == [3, 4, 5, *4 * [0]]
   for part in ('agent', 'medium-replay'):
     assert contents(out / part) == contents(collected / part)
   assert not (out / 'training').exists()
+
+
+def test_the_expert_is_who_plays_best_again(
+  collected, tmp_path, referee, monkeypatch
+):
+  finals = iter([-400.0, -300.0, -350.0])
+
+  def play(*args):
+    is_final = args[-1] % 10**6 == 0 and args[3] is not None
+    return next(finals) if is_final else referee(*args)
+
+  monkeypatch.setattr(collect, '_play', play)
+  launch(tmp_path / 'out', transitions=20)
+  read = lambda out: json.loads((out / 'agent' / 'facts.json').read_text())
+  found, usual = read(tmp_path / 'out'), read(collected)
+  assert found['ref_max'] == -300
+  # Of evaluations that rise by 100 each time, the last but one.
+  assert found['expert']['mean_return'] == usual['expert']['mean_return'] - 100
 
 
 def test_what_training_has_seen_is_what_was_done(collected):
