@@ -56,6 +56,15 @@ class Prediction(NamedTuple):
   reward_log_std: jax.Array
   logit: jax.Array
 
+  def cases(self) -> jax.Array:
+    """Chances that the episode goes on and that it ends, `[E, B, 2]`."""
+    ends = jax.nn.sigmoid(self.logit)
+    return jnp.stack([1.0 - ends, ends], -1)
+
+  def expected_reward(self) -> jax.Array:
+    """The mean of the reward over both cases, float32 `[E, B]`."""
+    return jnp.sum(self.cases() * self.reward, -1)
+
 
 class Known(NamedTuple):
   """What is known of an environment and need not be predicted.

@@ -11,6 +11,14 @@ from gymnasium import spaces
 from experiments.data import layout
 
 GOAL, RADIUS, STEPS = np.array([0.5, 0.5]), 0.1, 50
+COLUMNS = (
+  'observation',
+  'action',
+  'reward',
+  'next_observation',
+  'terminated',
+  'truncated',
+)
 
 
 def move(position, action):
@@ -65,7 +73,7 @@ def make_rows(size, seed):
     A `layout.Dataset` of `size` rows or a few more.
   """
   rng = np.random.default_rng(seed)
-  rows = {name: [] for name in layout_names()}
+  rows = {name: [] for name in COLUMNS}
   while len(rows['reward']) < size:
     position = rng.uniform(-1, 1, 2)
     for time in range(STEPS):
@@ -82,15 +90,3 @@ def make_rows(size, seed):
   high = np.ones(2, np.float32)
   about = layout.About('push', 'gymnasium:push:Push-v0', -high, high)
   return layout.make(**{k: np.asarray(v) for k, v in rows.items()}, about=about)
-
-
-def layout_names():
-  """Columns, in the order of `make_rows`."""
-  return (
-    'observation',
-    'action',
-    'reward',
-    'next_observation',
-    'terminated',
-    'truncated',
-  )

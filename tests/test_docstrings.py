@@ -47,6 +47,8 @@ PLUMBING = {
   'networks.balance.chosen',
   'networks.balance.count',
   'networks.balance.prune',
+  'networks.ensemble.Prediction.cases',
+  'networks.ensemble.Prediction.expected_reward',
   'networks.ensemble.row_uniforms',
   'networks.ensemble.unflatten',
   'networks.mlp.spread',

@@ -252,15 +252,12 @@ def _end_sums(out: Prediction, batch: Transition, mask: chex.Array) -> EndSums:
     batch: `B` rows.
     mask: float32 `[B]`, 0 for rows that do not count.
   """
-  chance = jax.nn.sigmoid(out.logit)
-  expected = out.reward[..., 0] * (1 - chance) + out.reward[..., 1] * chance
-  error = jnp.abs(jnp.mean(expected, 0) - batch.r_t)
+  chance = jnp.mean(out.cases()[..., 1], 0)
+  error = jnp.abs(jnp.mean(out.expected_reward(), 0) - batch.r_t)
   ends = (batch.discount_t == 0).astype(mask.dtype)
   cases = jnp.stack([mask * (1 - ends), mask * ends])
   per_case = lambda x: jnp.sum(cases * x[None], -1)
-  return EndSums(
-    jnp.sum(cases, -1), per_case(jnp.mean(chance, 0)), per_case(error)
-  )
+  return EndSums(jnp.sum(cases, -1), per_case(chance), per_case(error))
 
 
 def _end_metrics(sums: EndSums) -> dict[str, chex.Array]:

@@ -99,10 +99,9 @@ def expect(
     action: `[B, D]`, in its own units.
   """
   out = _elites(ensemble, params, observation, action)
-  ends = jax.nn.sigmoid(out.logit)
   # Each elite's own reward of a step that ends goes by its own chance of it.
-  share = jnp.stack([1.0 - ends, ends], -1)
-  ends = jnp.mean(ends, 0)
+  share = out.cases()
+  ends = jnp.mean(share[..., 1], 0)
   return _predicted(
     ensemble.known,
     out,
@@ -238,9 +237,7 @@ def _predicted(known, out: Prediction, step, reward, ends) -> Predicted:
 
 def _moments(out: Prediction) -> tuple[chex.Array, chex.Array]:
   """Each member's mean and deviation of change and reward, `[E, B, F + 1]`."""
-  ends = jax.nn.sigmoid(out.logit)
-  share = jnp.stack([1.0 - ends, ends], -1)
-  mean = jnp.sum(share * out.reward, -1, keepdims=True)
+  share, mean = out.cases(), out.expected_reward()[..., None]
   variance = jnp.exp(2.0 * out.reward_log_std) + jnp.square(out.reward - mean)
   std = jnp.sqrt(jnp.sum(share * variance, -1, keepdims=True))
   return (
